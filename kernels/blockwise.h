@@ -1,0 +1,111 @@
+// Blocks of codes: decode, the largest magnitude, encode. Included after one of simd/*.h.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "codebook.h"
+
+#define OPT8BIT_INLINE inline __attribute__((always_inline))
+#define OPT8BIT_NOINLINE __attribute__((noinline))
+
+namespace opt8bit {
+namespace {
+
+// Codes are read and written in chunks of this many; buffers of floats are padded to a whole number of chunks.
+constexpr int kChunk = 4 * Simd::kLanes;
+
+// The largest finite magnitude of values[0 .. n).
+inline float largest_finite(const float* values, int64_t n) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float magnitude = __builtin_fabsf(values[i]);
+    if (magnitude > largest && magnitude <= __FLT_MAX__) largest = magnitude;
+  }
+  return largest;
+}
+
+// `largest` is the maximum of the magnitudes that are not NaN.
+inline float finite_absmax(float largest, const float* values, int64_t n) {
+  return largest <= __FLT_MAX__ ? largest : largest_finite(values, n);
+}
+
+struct EncoderTables {
+  Simd::Table32 line_end;
+  Simd::Table16 slope, intercept;
+  int16_t bias;
+
+  explicit EncoderTables(const DynamicEncoder& encoder)
+      : line_end(Simd::table32(encoder.line_end)),
+        slope(Simd::table16(encoder.slope)),
+        intercept(Simd::table16(encoder.intercept)),
+        bias(encoder.bias) {}
+};
+
+// Codes of one vector, counted from zero (codebook.h has the arithmetic). Lanes whose code may be one off are added
+// to `uncertain`.
+template <bool kSigned>
+OPT8BIT_INLINE Simd::Ints encode_vector(Simd::Floats x, Simd::Floats reciprocal, const EncoderTables& tables,
+                                        Simd::Mask* uncertain) {
+  const Simd::Floats normalized = Simd::max_abs(x * reciprocal, Simd::broadcast(kSmallestNormalized));
+  const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(normalized));
+  const Simd::Ints line =
+      Simd::add_where(Simd::greater(normalized, line_end), Simd::bits(line_end), Simd::broadcast(-1));
+  const Simd::Floats intercept = Simd::lookup(tables.intercept, line);
+  const Simd::Floats t = Simd::fma(normalized, Simd::lookup(tables.slope, line), intercept);
+  *uncertain = Simd::either(*uncertain, Simd::not_at_least(Simd::fraction(t), Simd::broadcast(kEncoderSlack)));
+  const Simd::Floats c = Simd::min(t, intercept * Simd::broadcast(kCapOfIntercept));
+  return Simd::truncate(kSigned ? Simd::times_sign_of(x, c) : c);
+}
+
+// Encodes one chunk; says whether some code may be one off.
+template <bool kSigned>
+OPT8BIT_INLINE bool encode_chunk(const float* values, Simd::Floats reciprocal, const EncoderTables& tables,
+                                 uint8_t* codes) {
+  Simd::Ints c[4];
+  Simd::Mask uncertain = {};
+  for (int k = 0; k < 4; ++k)
+    c[k] = encode_vector<kSigned>(Simd::load(values + k * Simd::kLanes), reciprocal, tables, &uncertain);
+  Simd::store_codes(codes, c, tables.bias);
+  return Simd::lane_bits(uncertain) != 0;
+}
+
+// Searches the codes of a chunk that are not certain.
+template <bool kSigned>
+OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* codes) {
+  const Codebook& codebook = dynamic_map(kSigned);
+  const EncoderTables tables(codebook.dynamic->encoder);
+  for (int k = 0; k < kChunk; k += Simd::kLanes) {
+    Simd::Mask uncertain = {};
+    encode_vector<kSigned>(Simd::load(values + k), Simd::broadcast(1 / absmax), tables, &uncertain);
+    for (uint32_t lanes = Simd::lane_bits(uncertain); lanes; lanes &= lanes - 1) {
+      const int lane = k + __builtin_ctz(lanes);
+      codes[lane] = nearest_code_from(codes[lane], values[lane], absmax, codebook);
+    }
+  }
+}
+
+// codes[0 .. n) = the nearest codes of values[0 .. n), which are padded to whole chunks. Every value that is finite
+// is at most absmax in magnitude.
+template <bool kSigned>
+OPT8BIT_NOINLINE void encode_block(const float* values, int64_t n, float absmax, uint8_t* codes) {
+  const bool has_good_reciprocal = absmax >= 0x1p-100f && absmax <= 0x1p100f;
+  if (!has_good_reciprocal) {
+    for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, dynamic_map(kSigned));
+    return;
+  }
+  const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
+  const Simd::Floats reciprocal = Simd::broadcast(1 / absmax);
+  int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk)
+    if (__builtin_expect(encode_chunk<kSigned>(values + i, reciprocal, tables, codes + i), 0))
+      decide_chunk<kSigned>(values + i, absmax, codes + i);
+  if (i < n) {
+    alignas(64) uint8_t tail[kChunk];
+    if (encode_chunk<kSigned>(values + i, reciprocal, tables, tail)) decide_chunk<kSigned>(values + i, absmax, tail);
+    std::memcpy(codes + i, tail, n - i);
+  }
+}
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,37 @@
+// The C interface of the shared library: opt8bit/backends/native.py is its only caller, and mirrors it.
+#pragma once
+
+#include <cstdint>
+
+#include "optimizer_step.h"
+#include "parallel.h"
+
+#if defined(_WIN32)
+#define OPT8BIT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define OPT8BIT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+OPT8BIT_EXPORT int64_t opt8bit_interface();
+
+// Names of the instruction sets this processor can run, fastest first, separated by spaces.
+OPT8BIT_EXPORT const char* opt8bit_instruction_sets();
+// The kernels of one of them, to pass to the calls below, or null where this processor cannot run it.
+OPT8BIT_EXPORT const opt8bit::Kernels* opt8bit_kernels(const char* instruction_set);
+OPT8BIT_EXPORT void opt8bit_use_torch_threads(opt8bit::TorchParallelFor parallel_for);
+
+OPT8BIT_EXPORT int64_t opt8bit_rule(const char* name);  // its number, or -1
+OPT8BIT_EXPORT int64_t opt8bit_max_block_size();
+OPT8BIT_EXPORT void opt8bit_dynamic_map(int64_t is_signed, float* values);
+
+// `threads` is how many to use where torch's pool is not at hand; that pool knows its own number.
+OPT8BIT_EXPORT void opt8bit_quantize_blockwise(const opt8bit::Kernels* kernels, const void* x, int64_t dtype,
+                                               int64_t rows, int64_t row_length, int64_t block_size,
+                                               const float* codebook, int64_t codebook_size, uint8_t* codes,
+                                               float* absmax, int64_t threads);
+OPT8BIT_EXPORT void opt8bit_dequantize_blockwise(const opt8bit::Kernels* kernels, const uint8_t* codes,
+                                                 const float* absmax, int64_t rows, int64_t row_length,
+                                                 int64_t block_size, const float* codebook, int64_t codebook_size,
+                                                 void* x, int64_t dtype, int64_t threads);
+OPT8BIT_EXPORT void opt8bit_step(const opt8bit::Kernels* kernels, const opt8bit::Tensor* tensors, int64_t count,
+                                 const opt8bit::Group* groups, int64_t threads);

@@ -1,0 +1,137 @@
+#include "codebook.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace opt8bit {
+namespace {
+
+constexpr int kDecades = 7;
+
+// i = -1 stands for zero, i = 7 for one.
+DynamicDecoder make_decoder(bool is_signed) {
+  DynamicDecoder decoder = {};
+  decoder.scale = is_signed ? 4 : 1;
+  decoder.code_offset = is_signed ? -127 : 1;
+  for (int i = 0; i <= kDecades; ++i) {
+    const int cells = is_signed ? 1 << i : 2 << i;
+    const int index = (127 + std::ilogb(decoder.scale * cells)) & 15;
+    if (i == kDecades) {
+      decoder.intercept[index] = 1;
+      continue;
+    }
+    // The middle of cell c - cells: 10^(i-6) * (0.1 + 0.9 * (c - cells + 1/2) / cells), as quotients of whole numbers.
+    double denominator = cells;
+    for (int k = i; k < 6; ++k) denominator *= 10;
+    decoder.slope[index] = static_cast<float>(9 / (10 * denominator));
+    decoder.intercept[index] = static_cast<float>((9 - 16 * cells) / (20 * denominator));
+  }
+  return decoder;
+}
+
+float decode(const DynamicDecoder& decoder, int code) {
+  const double c = code + decoder.code_offset, scaled = decoder.scale * c;
+  const int index = scaled == 0 ? 0 : (127 + std::ilogb(scaled)) & 15;
+  // In double both operations are exact, so that this rounds once.
+  return static_cast<float>(decoder.slope[index] * c + std::copysign(1.0, c) * decoder.intercept[index]);
+}
+
+// x with its low 4 bits replaced, not below x + 4 ulp if it is to be rounded up.
+float with_low_bits(float x, uint32_t low_bits, bool round_up) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (round_up ? (bits + 4 + 15) & ~15u : bits & ~15u) | low_bits;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
+  constexpr double kIntercept = 8.0 / 9 + 4 * 0x1p-23;  // raised by the rounding errors below it
+  const int zero_code = is_signed ? 127 : 0;
+  const int j_of_first_line = is_signed ? -1 : 0;
+
+  DynamicEncoder encoder = {};
+  encoder.bias = is_signed ? 127 : -1;
+  double line_end[kDecades + 1];  // of lines -1 .. 6
+  for (int i = -1; i <= kDecades; ++i) {
+    const int j = i + 1 + j_of_first_line, entry = 7 - i;
+    const double scale = std::ldexp(1.0, j);
+    encoder.intercept[entry] = static_cast<float>(kIntercept * scale);
+    if (i == kDecades) break;
+    const int last_code = i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j) - 1;
+    line_end[i + 1] = codebook.midpoints[last_code];
+    encoder.slope[entry] = static_cast<float>(std::pow(10.0, 6 - i) / 0.9 * scale);
+  }
+  // The first line is tilted so that it, too, crosses a whole number at its end. The last one, which holds the value 1,
+  // begins inside the last cell of the line below and crosses 2^j at that cell's end.
+  encoder.slope[8] = static_cast<float>(
+      (2 * std::ldexp(1.0, j_of_first_line) + 1 - 8.0 / 9 * std::ldexp(1.0, j_of_first_line)) / line_end[0]);
+  encoder.slope[0] = static_cast<float>(std::ldexp(1 - 8.0 / 9, 8 + j_of_first_line) / line_end[kDecades]);
+  line_end[kDecades] = codebook.values[254];
+
+  int i = -1;
+  for (int binade = 0; binade < 32; ++binade) {
+    const bool ends_here = i < kDecades && line_end[i + 1] < std::ldexp(1.0, binade - 30);
+    const float end = ends_here ? static_cast<float>(line_end[i + 1]) : std::numeric_limits<float>::max();
+    encoder.line_end[binade] = with_low_bits(end, 7 - i, ends_here);
+    if (ends_here) ++i;
+  }
+  return encoder;
+}
+
+struct DynamicMaps {
+  DynamicMap maps[2];
+  Codebook codebooks[2];
+
+  static Codebook make(const DynamicDecoder& decoder) {
+    float values[256];
+    for (int code = 0; code < 256; ++code) values[code] = decode(decoder, code);
+    return Codebook(values, 256);
+  }
+  DynamicMaps()
+      : maps{{false, make_decoder(false), {}}, {true, make_decoder(true), {}}},
+        codebooks{make(maps[0].decoder), make(maps[1].decoder)} {
+    for (int is_signed = 0; is_signed < 2; ++is_signed) {
+      maps[is_signed].encoder = make_encoder(codebooks[is_signed], is_signed != 0);
+      codebooks[is_signed].dynamic = &maps[is_signed];
+    }
+  }
+};
+
+const DynamicMaps& dynamic_maps() {
+  static const DynamicMaps maps;
+  return maps;
+}
+
+}  // namespace
+
+Codebook::Codebook(const float* source, int size) : size(size), zero_code(0), dynamic(nullptr) {
+  for (int code = 0; code < 256; ++code) values[code] = source[code < size ? code : size - 1];
+  for (int code = 0; code + 1 < size; ++code)
+    midpoints[code] = (static_cast<double>(values[code]) + values[code + 1]) / 2;
+  zero_code = nearest_code(0.0f, 1.0f, *this);
+}
+
+const Codebook& dynamic_map(bool is_signed) { return dynamic_maps().codebooks[is_signed]; }
+
+uint8_t nearest_code(float x, float absmax, const Codebook& codebook) {
+  if (x != x || absmax == 0) return codebook.zero_code;
+  if (std::isinf(x)) return static_cast<uint8_t>(x > 0 ? codebook.size - 1 : 0);
+  int low = 0, high = codebook.size - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (codebook.is_above_midpoint(x, absmax, middle)) low = middle + 1;
+    else high = middle;
+  }
+  return static_cast<uint8_t>(low);
+}
+
+uint8_t nearest_code_from(int code, float x, float absmax, const Codebook& codebook) {
+  if (!std::isfinite(x)) return nearest_code(x, absmax, codebook);
+  while (code > 0 && !codebook.is_above_midpoint(x, absmax, code - 1)) --code;
+  while (code < codebook.size - 1 && codebook.is_above_midpoint(x, absmax, code)) ++code;
+  return static_cast<uint8_t>(code);
+}
+
+}  // namespace opt8bit

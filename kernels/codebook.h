@@ -1,0 +1,64 @@
+// Which values a code can take: a sorted codebook, its exact nearest-value search, and, for the dynamic map
+// of "8-bit Optimizers via Block-wise Quantization", the tables of an arithmetic encoder.
+#pragma once
+
+#include <cstdint>
+
+namespace opt8bit {
+
+// The dynamic map, written as a line per decade. Count its codes from zero: c = |code - 127| in the signed map and
+// c = code + 1 in the unsigned one. Then c in [2^j, 2^(j+1)) covers one decade [0.1, 1] * 10^(i-6) with equal cells,
+// where i = j in the signed map and i = j - 1 in the unsigned one.
+//
+// Decoding: value = slope * c + intercept, rounded once. That is the map's definition in float32.
+struct DynamicDecoder {
+  float slope[16], intercept[16];  // by the low 4 bits of the exponent of float(scale * c)
+  float scale;                     // 4 in the signed map, which keeps c = 0 apart from the exponents of c > 0
+  float code_offset;               // signed c = code + code_offset
+};
+
+// Encoding: t = slope * x + intercept runs from 2^j to 2^(j+1) over the decade, so truncating t gives c. The exponent
+// of x names the line, except where a line ends inside a binade, at `line_end`. A line's last cell ends one step past
+// 2^(j+1), where the next decade's wider cells begin: t is capped at 9/4 of the intercept.
+//
+// The arithmetic is in float32. It lands at most `kEncoderSlack` above the true t and never below it, so a code is
+// certain unless the fraction of the result is under that; an exact search decides the rest.
+struct DynamicEncoder {
+  float line_end[32];  // by the low 5 bits of x's exponent: the x above which the next line holds. The low 4 bits
+                       // name the line at the binade's lower end, as 7 - i.
+  float slope[16];     // by 7 - i, with i = -1 for the line whose only code is zero's and i = 7 for that of one
+  float intercept[16];
+  int16_t bias;  // code = signed c + bias
+};
+constexpr float kEncoderSlack = 0x1p-12f;
+constexpr float kCapOfIntercept = 2.25f - 0x1p-17f;
+constexpr float kSmallestNormalized = 0x1p-31f;  // below every threshold; keeps 5 bits of exponent unambiguous
+
+struct DynamicMap {
+  bool is_signed;
+  DynamicDecoder decoder;
+  DynamicEncoder encoder;
+};
+
+struct Codebook {
+  float values[256];      // ascending; beyond `size`, the last value
+  double midpoints[255];  // between neighbours: exact, as each has 25 bits
+  int size;
+  uint8_t zero_code;          // nearest to 0: what a NaN is coded as
+  const DynamicMap* dynamic;  // null where `values` is not a dynamic map
+
+  Codebook(const float* values, int size);
+
+  // Whether x is nearer to a code above the midpoint of `code` and `code` + 1. The product is exact in double.
+  bool is_above_midpoint(float x, float absmax, int code) const { return x > midpoints[code] * absmax; }
+};
+
+const Codebook& dynamic_map(bool is_signed);
+
+// argmin over codes of |x - values[code] * absmax| in exact arithmetic; a tie goes to the lower code.
+// +Inf is coded as the largest value, -Inf as the smallest, NaN (and anything where absmax is 0) as `zero_code`.
+uint8_t nearest_code(float x, float absmax, const Codebook& codebook);
+// The same, searched from a code near it.
+uint8_t nearest_code_from(int code, float x, float absmax, const Codebook& codebook);
+
+}  // namespace opt8bit

@@ -1,0 +1,305 @@
+// The kernels of one instruction set: this file is compiled once for each, with OPT8BIT_SIMD naming the header
+// of its lanes and OPT8BIT_KERNELS the table it defines. Everything else in here has internal linkage, so that
+// no instruction of one set can end up in the code of another.
+#include OPT8BIT_SIMD
+
+#include <cstring>
+#include <utility>
+
+#include "blockwise.h"
+#include "optimizer_step.h"
+#include "update_rules.h"
+
+namespace opt8bit {
+namespace {
+
+#ifndef AHEAD
+#define AHEAD 2048
+#endif
+constexpr int64_t kAhead = AHEAD;
+constexpr int64_t kPiece = 1024;  // elements converted to float32 at a time
+
+template <class T>
+void load_padded(const T* x, int64_t n, float* values) {
+  int64_t i = 0;
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(values + i, Simd::load(x + i));
+  if (i < n) {
+    T tail[Simd::kLanes] = {};
+    std::memcpy(tail, x + i, (n - i) * sizeof(T));
+    Simd::store(values + i, Simd::load(tail));
+  }
+}
+
+template <class T>
+void store_prefix(T* x, int64_t n, const float* values) {
+  int64_t i = 0;
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(x + i, Simd::load(values + i));
+  if (i < n) {
+    T tail[Simd::kLanes];
+    Simd::store(tail, Simd::load(values + i));
+    std::memcpy(x + i, tail, (n - i) * sizeof(T));
+  }
+}
+
+int64_t piece_length(int64_t begin, int64_t n) { return n - begin < kPiece ? n - begin : kPiece; }
+
+template <class T, class Encode>
+void quantize_block(const T* x, int64_t n, const Encode& encode, uint8_t* codes, float* absmax) {
+  alignas(64) float values[kPiece] = {};
+  float largest = 0;
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t length = piece_length(begin, n);
+    load_padded(x + begin, length, values);
+    Simd::Floats magnitudes = Simd::broadcast(0.0f);
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= length; i += Simd::kLanes)
+      magnitudes = Simd::max(Simd::abs(Simd::load(values + i)), magnitudes);
+    float piece_largest = Simd::horizontal_max(magnitudes);
+    for (; i < length; ++i)
+      piece_largest = __builtin_fabsf(values[i]) > piece_largest ? __builtin_fabsf(values[i]) : piece_largest;
+    piece_largest = finite_absmax(piece_largest, values, length);
+    if (piece_largest > largest) largest = piece_largest;
+  }
+  *absmax = largest;
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t length = piece_length(begin, n);
+    if (n > kPiece) load_padded(x + begin, length, values);
+    encode(values, length, largest, codes + begin);
+  }
+}
+
+template <class T>
+void dequantize_block(const uint8_t* codes, int64_t n, float absmax, const Codebook& codebook, T* x) {
+  alignas(64) float values[kPiece];
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t length = piece_length(begin, n);
+    for (int64_t i = 0; i < length; ++i) values[i] = codebook.values[codes[begin + i]] * absmax;
+    store_prefix(x + begin, length, values);
+  }
+}
+
+// How the update loop reads and writes a state that is stored as codes: vectors of float32 come out of the codes and
+// go into a buffer, which is encoded when the block's new absmax is known.
+template <bool kSigned>
+class CodedState {
+ public:
+  CodedState(const Tensor& tensor, int s, float* memory)
+      : tensor_codes_(static_cast<uint8_t*>(tensor.states[s])),
+        tensor_absmax_(tensor.absmax[s]),
+        decode_(dynamic_map(kSigned)),
+        buffer_(memory) {}
+
+  void open(int64_t block, int64_t offset) {
+    codes_ = tensor_codes_ + offset;
+    absmax_ = tensor_absmax_ + block;
+    scale_ = Simd::broadcast(*absmax_);
+    magnitude_ = Simd::broadcast(0.0f);
+  }
+  void prefetch(int64_t i) const { __builtin_prefetch(codes_ + i + kAhead / 4, 1); }
+  Scaled load(int64_t i) const { return {decode_(codes_ + i), scale_}; }
+  Scaled load_tail(int64_t i, int64_t n) const {
+    uint8_t tail[Simd::kLanes] = {};
+    std::memcpy(tail, codes_ + i, n - i);
+    return {decode_(tail), scale_};
+  }
+  void store(int64_t i, Simd::Floats x) {
+    Simd::store(buffer_ + i, x);
+    magnitude_ = Simd::max_abs(x, magnitude_);
+  }
+  void store_tail(int64_t i, int64_t n, Simd::Floats x) {
+    Simd::store(buffer_ + i, x);
+    std::memset(buffer_ + n, 0, (i + Simd::kLanes - n) * sizeof(float));
+    magnitude_ = Simd::max_abs(Simd::load(buffer_ + i), magnitude_);
+  }
+  void close(int64_t n) {
+    *absmax_ = finite_absmax(Simd::horizontal_max(magnitude_), buffer_, n);
+    encode_block<kSigned>(buffer_, n, *absmax_, codes_);
+  }
+
+ private:
+  uint8_t* const tensor_codes_;
+  float* const tensor_absmax_;
+  const Simd::Decoder<kSigned> decode_;
+  float* const buffer_;
+  uint8_t* codes_;
+  float* absmax_;
+  Simd::Floats scale_, magnitude_;
+};
+
+// The same for a state of float32 values, updated where they are.
+class PlainState {
+ public:
+  PlainState(const Tensor& tensor, int s, float*) : tensor_values_(static_cast<float*>(tensor.states[s])) {}
+
+  void open(int64_t, int64_t offset) { values_ = tensor_values_ + offset; }
+  void prefetch(int64_t i) const { __builtin_prefetch(reinterpret_cast<const char*>(values_ + i) + kAhead, 1); }
+  Scaled load(int64_t i) const { return {Simd::load(values_ + i), Simd::broadcast(1.0f)}; }
+  Scaled load_tail(int64_t i, int64_t n) const {
+    float tail[Simd::kLanes] = {};
+    std::memcpy(tail, values_ + i, (n - i) * sizeof(float));
+    return {Simd::load(tail), Simd::broadcast(1.0f)};
+  }
+  void store(int64_t i, Simd::Floats x) { Simd::store(values_ + i, x); }
+  void store_tail(int64_t i, int64_t n, Simd::Floats x) {
+    float tail[Simd::kLanes];
+    Simd::store(tail, x);
+    std::memcpy(values_ + i, tail, (n - i) * sizeof(float));
+  }
+  void close(int64_t) {}
+
+ private:
+  float* const tensor_values_;
+  float* values_;
+};
+
+template <class Rule, class T, size_t... s, class... States>
+OPT8BIT_INLINE void update_vector(const Rule& rule, T* param, const T* grad, int64_t i, std::index_sequence<s...>,
+                                  States&... states) {
+  __builtin_prefetch(reinterpret_cast<const char*>(param + i) + kAhead, 1);
+  __builtin_prefetch(reinterpret_cast<const char*>(grad + i) + kAhead, 0);
+  (states.prefetch(i), ...);
+  Simd::Floats p = Simd::load(param + i), x[sizeof...(s) + 1];
+  rule.update(p, Simd::load(grad + i), states.load(i)..., x[s]...);
+  Simd::store(param + i, p);
+  (states.store(i, x[s]), ...);
+}
+
+// One pass over a block: p, g and the states in, p and the states out.
+template <class Rule, class T, size_t... s, class... States>
+OPT8BIT_INLINE void update_block(const Rule& rule, T* param, const T* grad, int64_t n,
+                                 std::index_sequence<s...> indices, States&... states) {
+  int64_t i = 0;
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) update_vector(rule, param, grad, i, indices, states...);
+  if (i < n) {
+    T param_tail[Simd::kLanes] = {}, grad_tail[Simd::kLanes] = {};
+    std::memcpy(param_tail, param + i, (n - i) * sizeof(T));
+    std::memcpy(grad_tail, grad + i, (n - i) * sizeof(T));
+    Simd::Floats p = Simd::load(param_tail), x[sizeof...(s) + 1];
+    rule.update(p, Simd::load(grad_tail), states.load_tail(i, n)..., x[s]...);
+    Simd::store(param_tail, p);
+    std::memcpy(param + i, param_tail, (n - i) * sizeof(T));
+    (states.store_tail(i, n, x[s]), ...);
+  }
+}
+
+template <class Rule, class T, size_t... s, class... States>
+void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view, int64_t first_block,
+                   int64_t last_block, std::index_sequence<s...> indices, States... states) {
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t offset = view.offset(block), n = view.length(block);
+    (states.open(block, offset), ...);
+    update_block(rule, static_cast<T*>(tensor.param) + offset, static_cast<const T*>(tensor.grad) + offset, n, indices,
+                 states...);
+    (states.close(n), ...);
+  }
+}
+
+template <bool kCoded, bool kSigned>
+struct StateType {
+  using type = PlainState;
+};
+template <bool kSigned>
+struct StateType<true, kSigned> {
+  using type = CodedState<kSigned>;
+};
+
+// The skeleton of every step: a rule, a type of parameter, and how each state of the rule is stored.
+template <class Rule, class T, bool kCoded, size_t... s>
+void step_blocks(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block,
+                 std::index_sequence<s...> indices) {
+  // The padding keeps equal offsets into two states apart modulo 4096, where a load would wait for a store.
+  constexpr int64_t kStride = kMaxBlockSize + 336;
+  alignas(64) static thread_local float buffer[kMaxStates * kStride];
+  float* const memory = buffer;
+  update_blocks<Rule, T>(Rule(group.hyper, *tensor.step + 1.0), tensor, block_view(tensor, group), first_block,
+                         last_block, indices,
+                         typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kStride)...);
+}
+
+template <class Rule, class T>
+void step_typed(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+  constexpr std::make_index_sequence<Rule::kStates> states;
+  if (tensor.state_bits == 8) step_blocks<Rule, T, true>(tensor, group, first_block, last_block, states);
+  else step_blocks<Rule, T, false>(tensor, group, first_block, last_block, states);
+}
+
+template <class Rule>
+void step_rule(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+  switch (tensor.dtype) {
+    case DType::float32: return step_typed<Rule, float>(tensor, group, first_block, last_block);
+    case DType::bfloat16: return step_typed<Rule, bfloat16>(tensor, group, first_block, last_block);
+    case DType::float16: return step_typed<Rule, float16>(tensor, group, first_block, last_block);
+  }
+}
+
+void step(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+  switch (group.rule) {
+    case RuleId::adam: return step_rule<Adam>(tensor, group, first_block, last_block);
+    case RuleId::adam_amsgrad: return step_rule<AdamAmsgrad>(tensor, group, first_block, last_block);
+    case RuleId::adamw: return step_rule<AdamW>(tensor, group, first_block, last_block);
+    case RuleId::adamw_amsgrad: return step_rule<AdamWAmsgrad>(tensor, group, first_block, last_block);
+    case RuleId::sgd: return step_rule<Sgd>(tensor, group, first_block, last_block);
+    case RuleId::sgd_momentum: return step_rule<SgdMomentum>(tensor, group, first_block, last_block);
+  }
+}
+
+template <class T, class Encode>
+void quantize_blocks(const T* x, const BlockView& view, uint8_t* codes, float* absmax, int64_t first_block,
+                     int64_t last_block, const Encode& encode) {
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t offset = view.offset(block);
+    quantize_block(x + offset, view.length(block), encode, codes + offset, absmax + block);
+  }
+}
+
+template <class T>
+void quantize_typed(const T* x, const BlockView& view, const Codebook& codebook, uint8_t* codes, float* absmax,
+                    int64_t first_block, int64_t last_block) {
+  const auto encode_by_search = [&](const float* values, int64_t n, float absmax, uint8_t* codes) {
+    for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, codebook);
+  };
+  if (!codebook.dynamic) quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_by_search);
+  else if (codebook.dynamic->is_signed)
+    quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_block<true>);
+  else quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_block<false>);
+}
+
+void quantize(const void* x, DType dtype, const BlockView& view, const Codebook& codebook, uint8_t* codes,
+              float* absmax, int64_t first_block, int64_t last_block) {
+  switch (dtype) {
+    case DType::float32:
+      return quantize_typed(static_cast<const float*>(x), view, codebook, codes, absmax, first_block, last_block);
+    case DType::bfloat16:
+      return quantize_typed(static_cast<const bfloat16*>(x), view, codebook, codes, absmax, first_block, last_block);
+    case DType::float16:
+      return quantize_typed(static_cast<const float16*>(x), view, codebook, codes, absmax, first_block, last_block);
+  }
+}
+
+template <class T>
+void dequantize_typed(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook, T* x,
+                      int64_t first_block, int64_t last_block) {
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t offset = view.offset(block);
+    dequantize_block(codes + offset, view.length(block), absmax[block], codebook, x + offset);
+  }
+}
+
+void dequantize(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook, void* x,
+                DType dtype, int64_t first_block, int64_t last_block) {
+  switch (dtype) {
+    case DType::float32:
+      return dequantize_typed(codes, absmax, view, codebook, static_cast<float*>(x), first_block, last_block);
+    case DType::bfloat16:
+      return dequantize_typed(codes, absmax, view, codebook, static_cast<bfloat16*>(x), first_block, last_block);
+    case DType::float16:
+      return dequantize_typed(codes, absmax, view, codebook, static_cast<float16*>(x), first_block, last_block);
+  }
+}
+
+}  // namespace
+
+extern const Kernels OPT8BIT_KERNELS;
+const Kernels OPT8BIT_KERNELS = {OPT8BIT_NAME, step, quantize, dequantize};
+
+}  // namespace opt8bit

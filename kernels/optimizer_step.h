@@ -1,0 +1,68 @@
+// What a step works on, as the C interface hands it over, and the functions that each instruction set provides.
+#pragma once
+
+#include <cstdint>
+
+#include "codebook.h"
+
+namespace opt8bit {
+
+enum class DType : int64_t { float32, bfloat16, float16 };
+enum class RuleId : int64_t { adam, adam_amsgrad, adamw, adamw_amsgrad, sgd, sgd_momentum };
+
+constexpr int kMaxStates = 3;
+constexpr int kMaxHyper = 8;
+constexpr int64_t kMaxBlockSize = 16384;
+
+// One parameter with its gradient, both dense in the same order, and its states.
+struct Tensor {
+  void* param;
+  const void* grad;
+  float* step;                // how many steps were taken; a step adds 1
+  void* states[kMaxStates];   // uint8 codes, or float32 values where state_bits is 32
+  float* absmax[kMaxStates];  // (rows, blocks of a row), row by row; unused where state_bits is 32
+  int64_t rows;
+  int64_t row_length;
+  DType dtype;         // of param and grad
+  int64_t state_bits;  // 8 or 32
+  int64_t group;       // index into the groups
+};
+
+// Hyper-parameters that many tensors share.
+struct Group {
+  RuleId rule;
+  int64_t block_size;
+  double hyper[kMaxHyper];
+};
+
+// How a tensor is cut: rows of blocks where states have 8 bits, else one row of any blocks.
+struct BlockView {
+  int64_t rows, row_length, block_size, blocks_per_row;
+
+  BlockView(int64_t rows, int64_t row_length, int64_t block_size)
+      : rows(rows),
+        row_length(row_length),
+        block_size(block_size),
+        blocks_per_row((row_length + block_size - 1) / block_size) {}
+  int64_t blocks() const { return rows * blocks_per_row; }
+  int64_t offset(int64_t block) const {
+    return block / blocks_per_row * row_length + block % blocks_per_row * block_size;
+  }
+  int64_t length(int64_t block) const {
+    const int64_t rest = row_length - block % blocks_per_row * block_size;
+    return rest < block_size ? rest : block_size;
+  }
+};
+
+BlockView block_view(const Tensor& tensor, const Group& group);
+
+struct Kernels {
+  const char* name;
+  void (*step)(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block);
+  void (*quantize)(const void* x, DType dtype, const BlockView& view, const Codebook& codebook, uint8_t* codes,
+                   float* absmax, int64_t first_block, int64_t last_block);
+  void (*dequantize)(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook,
+                     void* x, DType dtype, int64_t first_block, int64_t last_block);
+};
+
+}  // namespace opt8bit

@@ -1,0 +1,125 @@
+// Eight lanes: AVX2, FMA and F16C (Intel Haswell, AMD Zen and later).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "codebook.h"
+#include "half.h"
+
+namespace opt8bit {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  struct Floats {
+    __m256 v;
+  };
+  struct Ints {
+    __m256i v;
+  };
+  using Mask = __m256;
+
+  struct Table32 {
+    const float* entries;
+  };
+  struct Table16 {
+    const float* entries;
+  };
+  static Table32 table32(const float* entries) { return {entries}; }
+  static Table16 table16(const float* entries) { return {entries}; }
+  static __m256i low_bits(Ints a, int mask) { return _mm256_and_si256(a.v, _mm256_set1_epi32(mask)); }
+  static Floats lookup(Table32 table, Ints index) {
+    return {_mm256_i32gather_ps(table.entries, low_bits(index, 31), 4)};
+  }
+  static Floats lookup(Table16 table, Ints index) {
+    return {_mm256_i32gather_ps(table.entries, low_bits(index, 15), 4)};
+  }
+
+  static Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Ints broadcast(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static Floats load(const float* source) { return {_mm256_loadu_ps(source)}; }
+  static Floats load(const bfloat16* source) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
+  }
+  static Floats load(const float16* source) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
+  }
+  static void store(float* target, Floats a) { _mm256_storeu_ps(target, a.v); }
+  static void store(bfloat16* target, Floats a) {
+    const __m256i x = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), halves);
+  }
+  static void store(float16* target, Floats a) {
+    const __m128i halves = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), halves);
+  }
+
+  static Ints bits(Floats a) { return {_mm256_castps_si256(a.v)}; }
+  static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static Ints add_where(Mask mask, Ints a, Ints b) {
+    return add(a, {_mm256_and_si256(_mm256_castps_si256(mask), b.v)});
+  }
+  static Ints exponent(Floats a) { return {_mm256_srli_epi32(_mm256_castps_si256(a.v), 23)}; }
+  static Ints truncate(Floats a) { return {_mm256_cvttps_epi32(a.v)}; }
+
+  static Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
+  static Floats abs(Floats a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  static Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
+  static Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Floats maximum(Floats a, Floats b) {
+    const __m256 is_nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+    return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, is_nan)};
+  }
+  static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
+  static Floats times_sign_of(Floats sign, Floats a) {
+    return {_mm256_xor_ps(a.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign.v))};
+  }
+  static Floats fraction(Floats a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
+  static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static Mask not_at_least(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NGE_UQ); }
+  static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static uint32_t lane_bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
+
+  static float horizontal_max(Floats a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  static void store_codes(uint8_t* codes, const Ints (&a)[4], int16_t bias) {
+    const __m256i shift = _mm256_set1_epi16(bias);
+    const __m256i low = _mm256_add_epi16(_mm256_packs_epi32(a[0].v, a[1].v), shift);
+    const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(a[2].v, a[3].v), shift);
+    // Packing interleaves 128-bit lanes: dword 4 * lane + vector is wanted at 2 * vector + lane.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
+  }
+
+  template <bool kSigned>
+  struct Decoder {
+    const float* values;
+    explicit Decoder(const Codebook& codebook) : values(codebook.values) {}
+    Floats operator()(const uint8_t* codes) const {
+      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+      return {_mm256_i32gather_ps(values, index, 4)};
+    }
+  };
+};
+
+inline Simd::Floats operator+(Simd::Floats a, Simd::Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Simd::Floats operator-(Simd::Floats a, Simd::Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Simd::Floats operator*(Simd::Floats a, Simd::Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Simd::Floats operator/(Simd::Floats a, Simd::Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,133 @@
+// Sixteen lanes: AVX-512 F, BW, DQ and VL (Intel Skylake-X, AMD Zen 4 and later).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "codebook.h"
+#include "half.h"
+
+namespace opt8bit {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  struct Floats {
+    __m512 v;
+  };
+  struct Ints {
+    __m512i v;
+  };
+  using Mask = __mmask16;
+
+  struct Table32 {
+    __m512 low, high;
+  };
+  struct Table16 {
+    __m512 entries;
+  };
+  static Table32 table32(const float* entries) { return {_mm512_loadu_ps(entries), _mm512_loadu_ps(entries + 16)}; }
+  static Table16 table16(const float* entries) { return {_mm512_loadu_ps(entries)}; }
+  static Floats lookup(Table32 table, Ints index) { return {_mm512_permutex2var_ps(table.low, index.v, table.high)}; }
+  static Floats lookup(Table16 table, Ints index) { return {_mm512_permutexvar_ps(index.v, table.entries)}; }
+
+  static Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static Floats load(const float* source) { return {_mm512_loadu_ps(source)}; }
+  static Floats load(const bfloat16* source) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+  }
+  static Floats load(const float16* source) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
+  }
+  static void store(float* target, Floats a) { _mm512_storeu_ps(target, a.v); }
+  static void store(bfloat16* target, Floats a) {
+    const __m512i x = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(result));
+  }
+  static void store(float16* target, Floats a) {
+    const __m256i halves = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), halves);
+  }
+
+  static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
+  static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static Ints add_where(Mask mask, Ints a, Ints b) { return {_mm512_mask_add_epi32(a.v, mask, a.v, b.v)}; }
+  static Ints exponent(Floats a) { return {_mm512_srli_epi32(_mm512_castps_si512(a.v), 23)}; }
+  static Ints truncate(Floats a) { return {_mm512_cvttps_epi32(a.v)}; }
+
+  static Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
+  static Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+  static Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Floats maximum(Floats a, Floats b) {
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), is_nan, a.v)};
+  }
+  static Floats max_abs(Floats a, Floats b) {
+    constexpr int kLargerMagnitudeWithoutSign = 0b1011;
+    return {_mm512_range_ps(a.v, b.v, kLargerMagnitudeWithoutSign)};
+  }
+  static Floats times_sign_of(Floats sign, Floats a) {
+    constexpr int kFirstAndThirdXorSecond = 0b01101100;
+    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(sign.v), _mm512_castps_si512(a.v),
+                                                          _mm512_set1_epi32(INT32_MIN), kFirstAndThirdXorSecond))};
+  }
+  static Floats fraction(Floats a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_FLOOR)}; }
+  static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static Mask not_at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NGE_UQ); }
+  static Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+  static uint32_t lane_bits(Mask mask) { return mask; }
+
+  static float horizontal_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
+
+  // Packing interleaves 128-bit lanes: dword 4 * lane + vector is wanted at 4 * vector + lane.
+  static __m512i transpose_4x4(__m512i dwords) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, dwords);
+  }
+
+  static void store_codes(uint8_t* codes, const Ints (&a)[4], int16_t bias) {
+    const __m512i shift = _mm512_set1_epi16(bias);
+    const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(a[0].v, a[1].v), shift);
+    const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(a[2].v, a[3].v), shift);
+    _mm512_storeu_si512(codes, transpose_4x4(_mm512_packus_epi16(low, high)));
+  }
+
+  // The map's own arithmetic: the exponent of c picks a line from two permutes, one fused multiply-add follows it.
+  template <bool kSigned>
+  struct Decoder {
+    __m512 slope, intercept, scale, offset;
+    explicit Decoder(const Codebook& codebook) {
+      const DynamicDecoder& decoder = codebook.dynamic->decoder;
+      const __m512 inverse_scale = _mm512_set1_ps(1 / decoder.scale);
+      slope = _mm512_mul_ps(_mm512_loadu_ps(decoder.slope), inverse_scale);
+      intercept = _mm512_loadu_ps(decoder.intercept);
+      scale = _mm512_set1_ps(decoder.scale);
+      offset = _mm512_set1_ps(decoder.scale * decoder.code_offset);
+    }
+    Floats operator()(const uint8_t* codes) const {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      const Floats c = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, offset)};
+      const __m512i line = exponent(c).v;
+      Floats start = {_mm512_permutexvar_ps(line, intercept)};
+      if (kSigned) start = times_sign_of(c, start);
+      return {_mm512_fmadd_ps(_mm512_permutexvar_ps(line, slope), c.v, start.v)};
+    }
+  };
+};
+
+inline Simd::Floats operator+(Simd::Floats a, Simd::Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Simd::Floats operator-(Simd::Floats a, Simd::Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Simd::Floats operator*(Simd::Floats a, Simd::Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Simd::Floats operator/(Simd::Floats a, Simd::Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,99 @@
+// One lane at a time, in plain C++: the twin that every other lane width must equal bit for bit,
+// and what a processor without a vector version of its own runs (NEON and others: through the compiler).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "codebook.h"
+#include "half.h"
+
+namespace opt8bit {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 1;
+  struct Floats {
+    float v;
+  };
+  struct Ints {
+    int32_t v;
+  };
+  using Mask = bool;
+
+  // The tables of an encoder, as it looks them up.
+  struct Table32 {
+    const float* entries;
+  };
+  struct Table16 {
+    const float* entries;
+  };
+  static Table32 table32(const float* entries) { return {entries}; }
+  static Table16 table16(const float* entries) { return {entries}; }
+  static Floats lookup(Table32 table, Ints index) { return {table.entries[index.v & 31]}; }
+  static Floats lookup(Table16 table, Ints index) { return {table.entries[index.v & 15]}; }
+
+  static Floats broadcast(float x) { return {x}; }
+  static Ints broadcast(int32_t x) { return {x}; }
+  static Floats load(const float* source) { return {*source}; }
+  static Floats load(const bfloat16* source) { return {float_from_bfloat16(*source)}; }
+  static Floats load(const float16* source) { return {float_from_float16(*source)}; }
+  static void store(float* target, Floats a) { *target = a.v; }
+  static void store(bfloat16* target, Floats a) { *target = bfloat16_from_float(a.v); }
+  static void store(float16* target, Floats a) { *target = float16_from_float(a.v); }
+
+  static Ints bits(Floats a) {
+    int32_t result;
+    std::memcpy(&result, &a.v, sizeof result);
+    return {result};
+  }
+  static Ints add(Ints a, Ints b) {
+    return {static_cast<int32_t>(static_cast<uint32_t>(a.v) + static_cast<uint32_t>(b.v))};
+  }
+  static Ints add_where(Mask mask, Ints a, Ints b) { return mask ? add(a, b) : a; }
+  static Ints exponent(Floats a) { return {static_cast<int32_t>(static_cast<uint32_t>(bits(a).v) >> 23)}; }
+  static Ints truncate(Floats a) { return {static_cast<int32_t>(a.v)}; }
+
+  static Floats fma(Floats a, Floats b, Floats c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
+  static Floats sqrt(Floats a) { return {__builtin_sqrtf(a.v)}; }
+  static Floats abs(Floats a) { return {__builtin_fabsf(a.v)}; }
+  static Floats min(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
+  // The larger one; `b` where `a` is NaN.
+  static Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
+  // NaN if either is NaN, as torch.maximum has it.
+  static Floats maximum(Floats a, Floats b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
+  // The larger magnitude, the other operand where one is NaN.
+  static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
+  static Floats times_sign_of(Floats sign, Floats a) { return {__builtin_signbit(sign.v) ? -a.v : a.v}; }
+  static Floats fraction(Floats a) { return {a.v - __builtin_floorf(a.v)}; }
+  static Mask greater(Floats a, Floats b) { return a.v > b.v; }
+  static Mask not_at_least(Floats a, Floats b) { return !(a.v >= b.v); }  // true for NaN
+  static Mask either(Mask a, Mask b) { return a || b; }
+  static uint32_t lane_bits(Mask mask) { return mask; }
+
+  static float horizontal_max(Floats a) { return a.v; }
+
+  // Four vectors of integers, plus `bias`, clamped to 0..255, to 4 * kLanes bytes.
+  static void store_codes(uint8_t* codes, const Ints (&a)[4], int16_t bias) {
+    for (int i = 0; i < 4; ++i) {
+      const int32_t code = a[i].v + bias;
+      codes[i] = static_cast<uint8_t>(code < 0 ? 0 : code > 255 ? 255 : code);
+    }
+  }
+
+  // Values of kLanes codes of a dynamic map.
+  template <bool kSigned>
+  struct Decoder {
+    const float* values;
+    explicit Decoder(const Codebook& codebook) : values(codebook.values) {}
+    Floats operator()(const uint8_t* codes) const { return {values[*codes]}; }
+  };
+};
+
+inline Simd::Floats operator+(Simd::Floats a, Simd::Floats b) { return {a.v + b.v}; }
+inline Simd::Floats operator-(Simd::Floats a, Simd::Floats b) { return {a.v - b.v}; }
+inline Simd::Floats operator*(Simd::Floats a, Simd::Floats b) { return {a.v * b.v}; }
+inline Simd::Floats operator/(Simd::Floats a, Simd::Floats b) { return {a.v / b.v}; }
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,149 @@
+// One functor per optimizer: a step of one vector of elements in float32, in the order of its paper. A rule
+// knows neither how its states are stored nor the number of lanes. Included after one of simd/*.h.
+//
+// Hyper-parameters come as doubles in the order of `Rule.hyper_names` of the Python rule of the same name.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+namespace opt8bit {
+namespace {
+
+using Floats = Simd::Floats;
+
+// A state before the step: `value * scale`, where the scale is one number for a whole block, so that a rule which
+// multiplies a state by a constant need not pay for the scale as well.
+struct Scaled {
+  Floats value, scale;
+  operator Floats() const { return value * scale; }
+};
+
+inline Floats constant(double x) { return Simd::broadcast(static_cast<float>(x)); }
+
+// Adam (Kingma & Ba, 2015), with weight decay added to the gradient.
+struct Adam {
+  static constexpr int kStates = 2;  // exp_avg, exp_avg_sq
+  static constexpr bool kSigned[] = {true, false};
+
+  Floats gradient_sign, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps,
+      negative_step_size;
+  bool has_weight_decay;
+
+  Adam(const double* hyper, double step) {
+    const double lr = hyper[0], b1 = hyper[1], b2 = hyper[2];
+    gradient_sign = constant(hyper[5] != 0 ? -1 : 1);
+    weight_decay = constant(hyper[4]);
+    has_weight_decay = hyper[4] != 0;
+    beta1 = constant(b1);
+    one_minus_beta1 = constant(1 - b1);
+    beta2 = constant(b2);
+    one_minus_beta2 = constant(1 - b2);
+    inverse_root_correction2 = constant(1 / std::sqrt(1 - std::pow(b2, step)));
+    eps = constant(hyper[3]);
+    negative_step_size = constant(-lr / (1 - std::pow(b1, step)));
+  }
+
+  Floats decayed(Floats grad, Floats param) const {
+    grad = grad * gradient_sign;
+    return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
+  }
+  Floats first_moment(Floats grad, Scaled exp_avg) const {
+    return Simd::fma(beta1 * exp_avg.scale, exp_avg.value, one_minus_beta1 * grad);
+  }
+  Floats second_moment(Floats grad, Scaled exp_avg_sq) const {
+    return Simd::fma(beta2 * exp_avg_sq.scale, exp_avg_sq.value, one_minus_beta2 * grad * grad);
+  }
+  Floats descend(Floats param, Floats exp_avg, Floats exp_avg_sq) const {
+    const Floats denominator = Simd::fma(Simd::sqrt(exp_avg_sq), inverse_root_correction2, eps);
+    return Simd::fma(negative_step_size, exp_avg / denominator, param);
+  }
+
+  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Floats& next_exp_avg,
+              Floats& next_exp_avg_sq) const {
+    grad = decayed(grad, param);
+    next_exp_avg = first_moment(grad, exp_avg);
+    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    param = descend(param, next_exp_avg, next_exp_avg_sq);
+  }
+};
+
+struct AdamAmsgrad : Adam {
+  static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr bool kSigned[] = {true, false, false};
+  using Adam::Adam;
+
+  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Scaled max_exp_avg_sq,
+              Floats& next_exp_avg, Floats& next_exp_avg_sq, Floats& next_max_exp_avg_sq) const {
+    grad = decayed(grad, param);
+    next_exp_avg = first_moment(grad, exp_avg);
+    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    next_max_exp_avg_sq = Simd::maximum(next_exp_avg_sq, max_exp_avg_sq);
+    param = descend(param, next_exp_avg, next_max_exp_avg_sq);
+  }
+};
+
+// AdamW (Loshchilov & Hutter, 2019): weight decay beside the gradient.
+template <class Adam>
+struct Decoupled : Adam {
+  Floats decay;
+
+  Decoupled(const double* hyper, double step) : Adam(hyper, step), decay(constant(1 - hyper[0] * hyper[4])) {
+    this->has_weight_decay = false;
+  }
+
+  template <class... Moments>
+  void update(Floats& param, Floats grad, Moments&&... moments) const {
+    param = param * decay;
+    Adam::update(param, grad, std::forward<Moments>(moments)...);
+  }
+};
+using AdamW = Decoupled<Adam>;
+using AdamWAmsgrad = Decoupled<AdamAmsgrad>;
+
+// Stochastic gradient descent.
+struct Sgd {
+  static constexpr int kStates = 0;
+  static constexpr bool kSigned[] = {false};
+
+  Floats gradient_sign, weight_decay, negative_lr;
+  bool has_weight_decay;
+
+  Sgd(const double* hyper, double)
+      : gradient_sign(constant(hyper[5] != 0 ? -1 : 1)),
+        weight_decay(constant(hyper[3])),
+        negative_lr(constant(-hyper[0])),
+        has_weight_decay(hyper[3] != 0) {}
+
+  Floats decayed(Floats grad, Floats param) const {
+    grad = grad * gradient_sign;
+    return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
+  }
+  void update(Floats& param, Floats grad) const { param = Simd::fma(negative_lr, decayed(grad, param), param); }
+};
+
+// With momentum, as torch.optim has it: the first step takes the gradient undampened.
+struct SgdMomentum : Sgd {
+  static constexpr int kStates = 1;  // momentum_buffer
+  static constexpr bool kSigned[] = {true};
+
+  Floats momentum, one_minus_dampening;
+  bool nesterov;
+
+  SgdMomentum(const double* hyper, double step)
+      : Sgd(hyper, step),
+        momentum(constant(hyper[1])),
+        one_minus_dampening(constant(step == 1 ? 1 : 1 - hyper[2])),
+        nesterov(hyper[4] != 0) {}
+
+  void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
+    grad = decayed(grad, param);
+    next_momentum_buffer =
+        Simd::fma(momentum * momentum_buffer.scale, momentum_buffer.value, one_minus_dampening * grad);
+    const Floats direction = nesterov ? Simd::fma(momentum, next_momentum_buffer, grad) : next_momentum_buffer;
+    param = Simd::fma(negative_lr, direction, param);
+  }
+};
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,10 @@
+"""opt8bit: optimizers for PyTorch whose states take 8 bits."""
+
+from importlib.metadata import version
+
+from opt8bit.nn import StableEmbedding, replace_embeddings
+from opt8bit.optim import Adam8bit, AdamW8bit, SGD8bit
+
+__version__ = version("opt8bit")
+
+__all__ = ["Adam8bit", "AdamW8bit", "SGD8bit", "StableEmbedding", "replace_embeddings"]

@@ -1,0 +1,69 @@
+"""Machines: which backend serves a device.
+
+``OPT8BIT_BACKEND`` in the environment names the backend for everything: ``reference``, or an instruction set
+of this processor (``opt8bit info`` lists them).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+
+import torch
+
+from opt8bit.backends import native
+from opt8bit.backends.interface import Backend, GroupUpdate, ParamUpdate, Rule
+from opt8bit.backends.reference import Reference
+
+__all__ = ["Backend", "GroupUpdate", "ParamUpdate", "Rule", "available", "backend_for", "get", "why"]
+
+REFERENCE = "reference"
+ENVIRONMENT = "OPT8BIT_BACKEND"
+NO_KERNELS = (
+    "opt8bit was installed without its compiled kernels, so a slower reference serves the CPU. With a C++17 "
+    "compiler at hand (g++ or clang++), install it again: pip install --force-reinstall --no-cache-dir opt8bit"
+)
+
+
+def available(device: torch.device | str = "cpu") -> list[str]:
+    """Names of the backends that can serve a device, fastest first."""
+    sets = native.instruction_sets() if torch.device(device).type == "cpu" else []
+    return [*sets, REFERENCE]
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend of a name."""
+    return Reference() if name == REFERENCE else native.Native(name)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
+    """The backend that serves a device: ``name``, else that of the environment, else the fastest.
+
+    Raises:
+        ValueError: the backend asked for cannot serve this device here.
+    """
+    wanted = name or os.environ.get(ENVIRONMENT)
+    names = available(device)
+    if wanted and wanted not in names:
+        raise ValueError(f"backend must be one of {', '.join(names)} on {torch.device(device)}, got {wanted!r}")
+    if not wanted and torch.device(device).type == "cpu" and native.library() is None:
+        _warn_once(NO_KERNELS)
+    return get(wanted or names[0])
+
+
+def why(device: str) -> str:
+    """One line on why :func:`backend_for` chooses as it does."""
+    if os.environ.get(ENVIRONMENT):
+        return f"named by {ENVIRONMENT}"
+    if device != "cpu":
+        return "no kernels for this device yet: plain torch"
+    if native.library() is None:
+        return NO_KERNELS
+    return "fastest compiled kernels this processor can run, of " + ", ".join(native.instruction_sets())

@@ -1,0 +1,75 @@
+"""What a backend does, and how work is handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class View(Protocol):
+    """A tensor as rows of blocks; see :class:`opt8bit.quant.BlockView`."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def row_length(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+
+
+class Rule(NamedTuple):
+    """An update rule: a name that it shares with its kernels, and the pure function that defines it."""
+
+    name: str
+    states: Mapping[str, bool]  # name in torch.optim: whether it can be negative
+    hyper: tuple[str, ...]  # keywords of `update` besides `step`, in the order that the kernels take them
+    update: Callable[..., tuple[Tensor, ...]]  # (param, grad, *states, step=, **hyper) -> (param, *states)
+
+
+class ParamUpdate(NamedTuple):
+    """One parameter to step."""
+
+    param: Tensor
+    grad: Tensor  # same shape, device and dtype as the parameter
+    step: Tensor  # () float32 on the CPU: steps taken so far; the backend adds 1
+    states: Sequence[Tensor]  # uint8 codes, or values, each of the parameter's shape
+    absmaxes: Sequence[Tensor]  # (rows, blocks per row) each; empty where the states hold values
+    view: View
+
+
+class GroupUpdate(NamedTuple):
+    """Parameters that share a rule and its hyper-parameters."""
+
+    rule: Rule
+    hyper: Mapping[str, float]
+    codebooks: Sequence[Tensor]  # (256,) float32: one for each state
+    params: list[ParamUpdate]
+
+
+class Backend(Protocol):
+    """A machine. Inputs have been checked; outputs are written into the tensors given."""
+
+    @property
+    def name(self) -> str: ...
+
+    def quantize_blockwise(
+        self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor
+    ) -> None:
+        """Codes the contiguous ``x`` into ``codes`` and ``absmax``."""
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor
+    ) -> None:
+        """Writes the values of the contiguous ``codes`` into the contiguous ``x``."""
+
+    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+        """Whether :meth:`step` takes this parameter with this gradient."""
+
+    def step(self, groups: Sequence[GroupUpdate]) -> None:
+        """Takes one step: parameters, states and step counts are updated in place."""
+
+
+DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

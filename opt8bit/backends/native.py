@@ -1,0 +1,166 @@
+"""CPU: the thin binding to kernels/, a shared library without torch that is called through ctypes."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends.interface import DTYPES, GroupUpdate, ParamUpdate, View
+
+MAX_STATES = 3  # kMaxStates of kernels/optimizer_step.h
+MAX_HYPER = 8  # kMaxHyper
+LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}.get(
+    sys.platform, "libopt8bit_kernels.so"
+)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The shared library, or None where the package was installed without it."""
+    path = Path(__file__).parent.parent / "lib" / LIBRARY
+    if not path.exists():
+        return None
+    lib = ctypes.CDLL(str(path))
+    pointer, integer, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+    signatures = {
+        "opt8bit_instruction_sets": (text, []),
+        "opt8bit_kernels": (pointer, [text]),
+        "opt8bit_use_torch_threads": (None, [pointer]),
+        "opt8bit_rule": (integer, [text]),
+        "opt8bit_max_block_size": (integer, []),
+        "opt8bit_dynamic_map": (None, [integer, pointer]),
+        "opt8bit_quantize_blockwise": (
+            None,
+            [pointer, pointer, *[integer] * 4, pointer, integer, pointer, pointer, integer],
+        ),
+        "opt8bit_dequantize_blockwise": (
+            None,
+            [pointer, pointer, pointer, *[integer] * 3, pointer, integer, pointer, integer, integer],
+        ),
+        "opt8bit_step": (None, [pointer, pointer, integer, pointer, integer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    lib.opt8bit_use_torch_threads(torch_parallel_for())
+    return lib
+
+
+def torch_parallel_for() -> int | None:
+    """The address of torch's own parallel loop, which torch 2.10 and later export to C; else None."""
+    directory = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
+        if (directory / name).exists():
+            symbol = getattr(ctypes.CDLL(str(directory / name)), "torch_parallel_for", None)
+            return ctypes.cast(symbol, ctypes.c_void_p).value if symbol is not None else None
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Those with kernels that this processor can run, fastest first; none without the library."""
+    lib = library()
+    return lib.opt8bit_instruction_sets().decode().split() if lib else []
+
+
+class Native:
+    """The kernels of one instruction set, as a backend of the set's name."""
+
+    def __init__(self, instruction_set: str) -> None:
+        lib = library()
+        assert lib is not None
+        self.name = instruction_set
+        self._lib = lib
+        self._kernels = lib.opt8bit_kernels(instruction_set.encode())
+
+    def quantize_blockwise(
+        self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor
+    ) -> None:
+        self._lib.opt8bit_quantize_blockwise(
+            self._kernels,
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            view.rows,
+            view.row_length,
+            view.block_size,
+            codebook.contiguous().data_ptr(),
+            codebook.numel(),
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor
+    ) -> None:
+        self._lib.opt8bit_dequantize_blockwise(
+            self._kernels,
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            view.rows,
+            view.row_length,
+            view.block_size,
+            codebook.contiguous().data_ptr(),
+            codebook.numel(),
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+
+    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+        return (
+            param.dtype in DTYPES
+            and grad.dtype == param.dtype
+            and param.is_contiguous()
+            and grad.is_contiguous()
+        )
+
+    def step(self, groups: Sequence[GroupUpdate]) -> None:
+        tensors = array.array("q")
+        table = array.array("q")
+        for index, group in enumerate(groups):
+            block_size = group.params[0].view.block_size if group.params else 1
+            table.extend((self._rule(group.rule.name), block_size))
+            hyper = [float(group.hyper[name]) for name in group.rule.hyper]
+            table.frombytes(array.array("d", hyper + [0.0] * (MAX_HYPER - len(hyper))).tobytes())
+            for update in group.params:
+                tensors.extend(_tensor_row(update, index))
+        fields = 3 + 2 * MAX_STATES + 5
+        self._lib.opt8bit_step(
+            self._kernels,
+            tensors.buffer_info()[0],
+            len(tensors) // fields,
+            table.buffer_info()[0],
+            torch.get_num_threads(),
+        )
+
+    def _rule(self, name: str) -> int:
+        number = self._lib.opt8bit_rule(name.encode())
+        assert number >= 0, f"kernels/ has no rule {name!r}"
+        return number
+
+
+def _tensor_row(update: ParamUpdate, group: int) -> list[int]:
+    """The fields of ``Tensor`` in kernels/optimizer_step.h."""
+    unused = [0] * (MAX_STATES - len(update.states))
+    absmaxes = [absmax.data_ptr() for absmax in update.absmaxes]
+    return [
+        update.param.data_ptr(),
+        update.grad.data_ptr(),
+        update.step.data_ptr(),
+        *[state.data_ptr() for state in update.states],
+        *unused,
+        *absmaxes,
+        *[0] * (MAX_STATES - len(absmaxes)),
+        update.view.rows,
+        update.view.row_length,
+        DTYPES[update.param.dtype],
+        8 if absmaxes else 32,
+        group,
+    ]

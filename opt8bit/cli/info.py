@@ -1,0 +1,40 @@
+"""``opt8bit info``: what serves which device, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+from opt8bit.backends import REFERENCE, available, backend_for, native, why
+
+
+def report() -> str:
+    """The text that ``opt8bit info`` prints."""
+    sets = native.instruction_sets()
+    pool = "torch's pool" if native.torch_parallel_for() else "its own (torch before 2.10 does not export its pool)"
+    lines = [
+        ("opt8bit", version("opt8bit")),
+        ("torch", torch.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("processor", f"{os.cpu_count()} cores; torch reports {torch.backends.cpu.get_cpu_capability()}"),
+        ("kernels", ", ".join(sets) if sets else "not compiled"),
+        ("threads", f"{torch.get_num_threads()} of {pool if sets else 'torch'}"),
+    ]
+    for device in devices():
+        lines.append((device, f"{served_by(device)} ({why(device)})"))
+    return "\n".join(f"{name:<10} {value}" for name, value in lines)
+
+
+def devices() -> list[str]:
+    """Types of the devices that this torch can use."""
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return ["cpu", *([accelerator.type] if accelerator else [])]
+
+
+def served_by(device: str) -> str:
+    # Asking for the reference by name keeps the report free of the warning, which it prints itself.
+    only_reference = available(device) == [REFERENCE]
+    return backend_for(device, REFERENCE if only_reference else None).name

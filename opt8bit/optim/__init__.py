@@ -1,0 +1,6 @@
+"""Update rules: optimizers whose states are stored as 8-bit codes."""
+
+from opt8bit.optim.adam import Adam8bit, AdamW8bit
+from opt8bit.optim.sgd import SGD8bit
+
+__all__ = ["SGD8bit", "Adam8bit", "AdamW8bit"]

@@ -1,0 +1,14 @@
+"""Numbers: which values exist (codebooks), and how a tensor is stored in blocks of codes."""
+
+from opt8bit.quant.blockwise import BlockView, block_view, dequantize_blockwise, quantize_blockwise
+from opt8bit.quant.codebook import dynamic_map, linear_map, normal_float
+
+__all__ = [
+    "BlockView",
+    "block_view",
+    "dequantize_blockwise",
+    "dynamic_map",
+    "linear_map",
+    "normal_float",
+    "quantize_blockwise",
+]
