@@ -185,13 +185,12 @@ OPT8BIT_INLINE void update_block(const Rule& rule, T* param, const T* grad, int6
 template <class Rule, class T, size_t... s, class... States>
 void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t offset = view.offset(block), n = view.length(block);
+  view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
     (states.open(block, offset), ...);
     update_block(rule, static_cast<T*>(tensor.param) + offset, static_cast<const T*>(tensor.grad) + offset, n, indices,
                  states...);
     (states.close(n), ...);
-  }
+  });
 }
 
 template <bool kCoded, bool kSigned>
@@ -246,10 +245,9 @@ void step(const Tensor& tensor, const Group& group, int64_t first_block, int64_t
 template <class T, class Encode>
 void quantize_blocks(const T* x, const BlockView& view, uint8_t* codes, float* absmax, int64_t first_block,
                      int64_t last_block, const Encode& encode) {
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t offset = view.offset(block);
-    quantize_block(x + offset, view.length(block), encode, codes + offset, absmax + block);
-  }
+  view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
+    quantize_block(x + offset, n, encode, codes + offset, absmax + block);
+  });
 }
 
 template <class T>
@@ -279,10 +277,9 @@ void quantize(const void* x, DType dtype, const BlockView& view, const Codebook&
 template <class T>
 void dequantize_typed(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook, T* x,
                       int64_t first_block, int64_t last_block) {
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t offset = view.offset(block);
-    dequantize_block(codes + offset, view.length(block), absmax[block], codebook, x + offset);
-  }
+  view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
+    dequantize_block(codes + offset, n, absmax[block], codebook, x + offset);
+  });
 }
 
 void dequantize(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook, void* x,

@@ -45,12 +45,20 @@ struct BlockView {
         block_size(block_size),
         blocks_per_row((row_length + block_size - 1) / block_size) {}
   int64_t blocks() const { return rows * blocks_per_row; }
-  int64_t offset(int64_t block) const {
-    return block / blocks_per_row * row_length + block % blocks_per_row * block_size;
-  }
-  int64_t length(int64_t block) const {
-    const int64_t rest = row_length - block % blocks_per_row * block_size;
-    return rest < block_size ? rest : block_size;
+
+  // Calls function(block, offset, length) for each block of [first, last).
+  template <class Function>
+  void for_each(int64_t first, int64_t last, Function function) const {
+    if (first >= last) return;
+    int64_t in_row = first % blocks_per_row;
+    int64_t offset = first / blocks_per_row * row_length + in_row * block_size;
+    for (int64_t block = first; block < last; ++block) {
+      const bool is_last = in_row + 1 == blocks_per_row;
+      const int64_t length = is_last ? row_length - in_row * block_size : block_size;
+      function(block, offset, length);
+      offset += length;
+      in_row = is_last ? 0 : in_row + 1;
+    }
   }
 };
 

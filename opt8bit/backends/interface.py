@@ -18,6 +18,8 @@ class View(Protocol):
     def row_length(self) -> int: ...
     @property
     def block_size(self) -> int: ...
+    @property
+    def blocks_per_row(self) -> int: ...
 
 
 class Rule(NamedTuple):
@@ -29,24 +31,23 @@ class Rule(NamedTuple):
     update: Callable[..., tuple[Tensor, ...]]  # (param, grad, *states, step=, **hyper) -> (param, *states)
 
 
-class ParamUpdate(NamedTuple):
-    """One parameter to step."""
-
-    param: Tensor
-    grad: Tensor  # same shape, device and dtype as the parameter
-    step: Tensor  # () float32 on the CPU: steps taken so far; the backend adds 1
-    states: Sequence[Tensor]  # uint8 codes, or values, each of the parameter's shape
-    absmaxes: Sequence[Tensor]  # (rows, blocks per row) each; empty where the states hold values
-    view: View
-
-
 class GroupUpdate(NamedTuple):
-    """Parameters that share a rule and its hyper-parameters."""
+    """Parameters to step that share a rule, its hyper-parameters and how states are stored.
+
+    Columns rather than one object a parameter, since a model may have thousands of them. With n parameters and
+    k states of the rule, ``states`` and ``absmaxes`` list those of the first parameter, then of the second, ...
+    """
 
     rule: Rule
     hyper: Mapping[str, float]
-    codebooks: Sequence[Tensor]  # (256,) float32: one for each state
-    params: list[ParamUpdate]
+    block_size: int
+    params: Sequence[Tensor]  # n
+    grads: Sequence[Tensor]  # n, each of its parameter's shape
+    steps: Sequence[Tensor]  # n, () float32 on the CPU: steps taken so far; the backend adds 1
+    views: Sequence[View]  # n
+    states: Sequence[Tensor]  # n * k, each of its parameter's shape: uint8 codes, or values
+    absmaxes: Sequence[Tensor]  # n * k, (rows, blocks per row); empty where the states hold values
+    codebooks: Sequence[Tensor]  # k, (256,) float32 each
 
 
 class Backend(Protocol):
@@ -66,7 +67,7 @@ class Backend(Protocol):
         """Writes the values of the contiguous ``codes`` into the contiguous ``x``."""
 
     def can_step(self, param: Tensor, grad: Tensor) -> bool:
-        """Whether :meth:`step` takes this parameter with this gradient."""
+        """Whether :meth:`step` takes this parameter with a gradient like this."""
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         """Takes one step: parameters, states and step counts are updated in place."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import array
 import ctypes
 import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
+import numpy.typing
 import torch
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, GroupUpdate, ParamUpdate, View
+from opt8bit.backends.interface import DTYPES, GroupUpdate, View
+
+Words = numpy.typing.NDArray[numpy.int64]
 
 MAX_STATES = 3  # kMaxStates of kernels/optimizer_step.h
 MAX_HYPER = 8  # kMaxHyper
@@ -122,45 +125,40 @@ class Native:
         )
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
-        tensors = array.array("q")
-        table = array.array("q")
-        for index, group in enumerate(groups):
-            block_size = group.params[0].view.block_size if group.params else 1
-            table.extend((self._rule(group.rule.name), block_size))
-            hyper = [float(group.hyper[name]) for name in group.rule.hyper]
-            table.frombytes(array.array("d", hyper + [0.0] * (MAX_HYPER - len(hyper))).tobytes())
-            for update in group.params:
-                tensors.extend(_tensor_row(update, index))
-        fields = 3 + 2 * MAX_STATES + 5
+        rows = numpy.concatenate([tensor_rows(group, index) for index, group in enumerate(groups)])
+        table = numpy.concatenate([self._group_row(group) for group in groups])
         self._lib.opt8bit_step(
-            self._kernels,
-            tensors.buffer_info()[0],
-            len(tensors) // fields,
-            table.buffer_info()[0],
-            torch.get_num_threads(),
+            self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, torch.get_num_threads()
         )
 
-    def _rule(self, name: str) -> int:
-        number = self._lib.opt8bit_rule(name.encode())
-        assert number >= 0, f"kernels/ has no rule {name!r}"
-        return number
+    def _group_row(self, group: GroupUpdate) -> Words:
+        """The fields of ``Group`` in kernels/optimizer_step.h."""
+        number = self._lib.opt8bit_rule(group.rule.name.encode())
+        assert number >= 0, f"kernels/ has no rule {group.rule.name!r}"
+        hyper = numpy.zeros(MAX_HYPER)
+        hyper[: len(group.rule.hyper)] = [group.hyper[name] for name in group.rule.hyper]
+        return numpy.concatenate([numpy.array([number, group.block_size]), hyper.view(numpy.int64)])
 
 
-def _tensor_row(update: ParamUpdate, group: int) -> list[int]:
-    """The fields of ``Tensor`` in kernels/optimizer_step.h."""
-    unused = [0] * (MAX_STATES - len(update.states))
-    absmaxes = [absmax.data_ptr() for absmax in update.absmaxes]
-    return [
-        update.param.data_ptr(),
-        update.grad.data_ptr(),
-        update.step.data_ptr(),
-        *[state.data_ptr() for state in update.states],
-        *unused,
-        *absmaxes,
-        *[0] * (MAX_STATES - len(absmaxes)),
-        update.view.rows,
-        update.view.row_length,
-        DTYPES[update.param.dtype],
-        8 if absmaxes else 32,
-        group,
-    ]
+def addresses(tensors: Sequence[Tensor], columns: int) -> Words:
+    """(len(tensors) // columns, columns)"""
+    words = numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
+    return words.reshape(-1, columns) if columns else words.reshape(0, 0)
+
+
+def tensor_rows(group: GroupUpdate, index: int) -> Words:
+    """(n, fields) of ``Tensor`` in kernels/optimizer_step.h."""
+    count = len(group.codebooks)
+    rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 5), numpy.int64)
+    rows[:, 0:1] = addresses(group.params, 1)
+    rows[:, 1:2] = addresses(group.grads, 1)
+    rows[:, 2:3] = addresses(group.steps, 1)
+    if group.states:
+        rows[:, 3 : 3 + count] = addresses(group.states, count)
+    if group.absmaxes:
+        rows[:, 3 + MAX_STATES : 3 + MAX_STATES + count] = addresses(group.absmaxes, count)
+    rows[:, -5:-3] = [(view.rows, view.row_length) for view in group.views]
+    rows[:, -3] = [DTYPES[param.dtype] for param in group.params]
+    rows[:, -2] = 8 if group.absmaxes else 32
+    rows[:, -1] = index
+    return rows

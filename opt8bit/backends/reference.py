@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import GroupUpdate, ParamUpdate, Rule, View
+from opt8bit.backends.interface import GroupUpdate, View
 
 
 def to_blocks(x: Tensor, view: View) -> Tensor:
@@ -24,8 +24,7 @@ def from_blocks(blocks: Tensor, view: View, shape: torch.Size) -> Tensor:
 
 def quantize(x: Tensor, codebook: Tensor, view: View) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
-        blocks_per_row = -(-view.row_length // view.block_size)
-        return x.to(torch.uint8), x.new_zeros((view.rows, blocks_per_row), dtype=torch.float32)
+        return x.to(torch.uint8), x.new_zeros((view.rows, view.blocks_per_row), dtype=torch.float32)
     blocks = to_blocks(x.float(), view)
     absmax = torch.where(blocks.isfinite(), blocks.abs(), 0).amax(-1)
     # In float64 a quotient of float32 numbers compares with a midpoint as the exact quotient does: where the two
@@ -45,26 +44,32 @@ def dequantize(codes: Tensor, absmax: Tensor, codebook: Tensor, view: View) -> T
     return from_blocks(blocks, view, codes.shape)
 
 
-def step_param(update: ParamUpdate, rule: Rule, hyper: dict[str, float], codebooks: Sequence[Tensor]) -> None:
-    compute = torch.promote_types(update.param.dtype, torch.float32)
-    is_coded = len(update.absmaxes) > 0
-    if is_coded:
-        coded = zip(update.states, update.absmaxes, codebooks, strict=True)
-        states = [dequantize(codes, absmax, book.to(codes.device), update.view) for codes, absmax, book in coded]
-    else:
-        states = [state.to(compute) for state in update.states]
-    update.step.add_(1)
-    param, *states = rule.update(
-        update.param.to(compute), update.grad.to(compute), *states, step=update.step.item(), **hyper
-    )
-    update.param.copy_(param)
-    for i, state in enumerate(states):
-        if is_coded:
-            codes, absmax = quantize(state, codebooks[i].to(state.device), update.view)
-            update.states[i].copy_(codes)
-            update.absmaxes[i].copy_(absmax)
+def step_group(group: GroupUpdate) -> None:
+    count = len(group.codebooks)
+    for i, (param, grad, step, view) in enumerate(
+        zip(group.params, group.grads, group.steps, group.views, strict=True)
+    ):
+        stored = group.states[i * count : (i + 1) * count]
+        absmaxes = group.absmaxes[i * count : (i + 1) * count]
+        books = [codebook.to(param.device) for codebook in group.codebooks]
+        compute = torch.promote_types(param.dtype, torch.float32)
+        if absmaxes:
+            coded = zip(stored, absmaxes, books, strict=True)
+            states = [dequantize(codes, absmax, book, view) for codes, absmax, book in coded]
         else:
-            update.states[i].copy_(state)
+            states = [state.to(compute) for state in stored]
+        step.add_(1)
+        new_param, *new_states = group.rule.update(
+            param.to(compute), grad.to(compute), *states, step=step.item(), **group.hyper
+        )
+        param.copy_(new_param)
+        for k, state in enumerate(new_states):
+            if absmaxes:
+                codes, absmax = quantize(state, books[k], view)
+                stored[k].copy_(codes)
+                absmaxes[k].copy_(absmax)
+            else:
+                stored[k].copy_(state)
 
 
 class Reference:
@@ -89,5 +94,4 @@ class Reference:
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         for group in groups:
-            for update in group.params:
-                step_param(update, group.rule, dict(group.hyper), group.codebooks)
+            step_group(group)

@@ -30,17 +30,17 @@ class Settings:
 
     steps: int = 200
     seed: int = 0
-    lr: float = 2e-3
+    lr: float = 3e-3
     weight_decay: float = 0.1
     warmup: int = 20
     batch: int = 16
     context: int = 128
-    width: int = 256
+    width: int = 192
     heads: int = 4
-    layers: int = 4
+    layers: int = 3
     eval_every: int = 20
     eval_batches: int = 4
-    final_eval_batches: int = 32
+    final_eval_batches: int = 24
 
 
 @dataclass

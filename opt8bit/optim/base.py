@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Backend, GroupUpdate, ParamUpdate, Rule, backend_for, get
-from opt8bit.quant import BlockView, block_view, dynamic_map
+from opt8bit.backends import Backend, GroupUpdate, Rule
+from opt8bit.optim.plan import CODEBOOKS, Plan, signatures
+from opt8bit.quant import block_view
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,8 +22,6 @@ MIN_ROW_LENGTH = 16  # a shorter row's absmax would weigh more than its codes sa
 MIN_FLAT_LENGTH = 2**20  # a 1-D tensor as long as this is a flattened buffer, not a bias
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64)
-
-_CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
 
 
 class Options(TypedDict, total=False):
@@ -159,61 +158,36 @@ class Optimizer8bit(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or is not of its parameter's shape, device and dtype. Nothing has
-                been updated then.
+            RuntimeError: a gradient is sparse, or is not of its parameter's shape. Nothing has been updated then.
             ValueError: ``fused=True`` and no compiled kernels can serve a parameter.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Everything is checked before the first backend writes.
+        batches = [batch for i, group in enumerate(self.param_groups) for batch in self._batches(i, group)]
         work: dict[Backend, list[GroupUpdate]] = {}
-        for group in self.param_groups:
-            for backend, update in self._group_updates(group).items():
-                work.setdefault(backend, []).append(update)
+        for backend, update in batches:
+            work.setdefault(backend, []).append(update)
         for backend, updates in work.items():
             backend.step(updates)
         return loss
 
-    def _group_updates(self, group: dict[str, Any]) -> dict[Backend, GroupUpdate]:
-        rule = self.rule(group)
-        hyper = self.hyper(group)
-        codebooks = [_CODEBOOKS[signed] for signed in rule.states.values()]
-        updates: dict[Backend, GroupUpdate] = {}
-        backends: dict[torch.device, Backend] = {}
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            _check_grad(param, grad)
-            device = param.device
-            if device not in backends:
-                backends[device] = _backend(device, group["fused"])
-            backend = backends[device]
-            if not backend.can_step(param, grad):
-                backend = _fallback(param, group["fused"])
-            if backend not in updates:
-                updates[backend] = GroupUpdate(rule, hyper, codebooks, [])
-            updates[backend].params.append(self._param_update(param, grad, group, rule))
-        return updates
-
-    def _param_update(self, param: Tensor, grad: Tensor, group: dict[str, Any], rule: Rule) -> ParamUpdate:
-        state = self.state[param]
-        view = block_view(param.shape, group["block_size"])
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        for name, signed in rule.states.items():
-            if name not in state:
-                state.update(_new_state(name, signed, param, group, view))
-        absmaxes = [state[f"{name}_absmax"] for name in rule.states if f"{name}_absmax" in state]
-        for absmax in absmaxes:
-            if absmax.shape != view.absmax_shape:
-                raise ValueError(
-                    f"block_size is {view.block_size}, but the state of a parameter of shape "
-                    f"{tuple(param.shape)} was made with another one: it cannot be changed during training"
-                )
-        states = [state[name] for name in rule.states]
-        return ParamUpdate(param, grad, state["step"], states, absmaxes, view)
+    def _batches(self, index: int, group: dict[str, Any]) -> list[tuple[Backend, GroupUpdate]]:
+        params = [param for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        rule, block_size = self.rule(group), group["block_size"]
+        key = (rule, block_size, group["fused"])
+        signature = (signatures(params), signatures(grads))
+        plans = self.__dict__.setdefault("_plans", {})
+        plan = plans.get(index)
+        if plan is None or not plan.holds(key, signature, params, self.state):
+            for param, grad in zip(params, grads, strict=True):
+                _check_grad(param, grad)
+                _initialize(self.state[param], rule, param, group)
+            plan = plans[index] = Plan(key, signature, params, grads, self.state)
+        return plan.batches(grads, self.hyper(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned; training then continues bit for bit.
@@ -237,29 +211,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 def _check_grad(param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
-    if grad.shape != param.shape or grad.device != param.device:
+    if grad.shape != param.shape:
         raise RuntimeError(
-            f"a gradient must have its parameter's shape and device: {tuple(param.shape)} on {param.device}, "
-            f"got {tuple(grad.shape)} on {grad.device}"
+            f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
         )
-
-
-def _backend(device: torch.device, fused: bool | None) -> Backend:
-    if fused is False:
-        return get("reference")
-    backend = backend_for(device)
-    if fused and backend.name == "reference":
-        raise ValueError(f"fused=True, but no compiled kernels serve {device} here; leave fused out")
-    return backend
-
-
-def _fallback(param: Tensor, fused: bool | None) -> Backend:
-    if fused:
-        raise ValueError(
-            f"fused=True takes contiguous parameters and gradients of one dtype of {CODED_DTYPES}, got a "
-            f"parameter of shape {tuple(param.shape)}, strides {param.stride()} and {param.dtype}"
-        )
-    return get("reference")
 
 
 def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -273,17 +228,20 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
     return param.numel() // param.shape[0] >= MIN_ROW_LENGTH
 
 
-def _new_state(
-    name: str, signed: bool, param: Tensor, group: Mapping[str, Any], view: BlockView
-) -> dict[str, Tensor]:
-    if not is_8bit(param, group):
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        return {name: torch.zeros(param.shape, dtype=dtype, device=param.device)}
-    zero = int((_CODEBOOKS[signed] == 0).nonzero())
-    return {
-        name: torch.full(param.shape, zero, dtype=torch.uint8, device=param.device),
-        f"{name}_absmax": torch.zeros(view.absmax_shape, dtype=torch.float32, device=param.device),
-    }
+def _initialize(state: dict[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Adds what a rule needs and the state lacks: zeros."""
+    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    for name, signed in rule.states.items():
+        if name in state:
+            continue
+        if is_8bit(param, group):
+            zero = int((CODEBOOKS[signed] == 0).nonzero())
+            state[name] = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
+            shape = block_view(param.shape, group["block_size"]).absmax_shape
+            state[f"{name}_absmax"] = torch.zeros(shape, dtype=torch.float32, device=param.device)
+        else:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
 class _Boxed:

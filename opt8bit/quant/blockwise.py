@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,25 +26,25 @@ class BlockView(NamedTuple):
     rows: int
     row_length: int
     block_size: int
-
-    @property
-    def blocks_per_row(self) -> int:
-        return -(-self.row_length // self.block_size)
+    blocks_per_row: int
 
     @property
     def absmax_shape(self) -> tuple[int, int]:
         return self.rows, self.blocks_per_row
 
 
+@functools.lru_cache(maxsize=4096)
 def block_view(shape: torch.Size | tuple[int, ...], block_size: int) -> BlockView:
-    """The block view of a tensor of ``shape``; ``block_size`` is the largest number of elements of a block."""
+    """The block view of a tensor of ``shape``; ``block_size`` is the largest number of elements of a block.
+
+    Raises:
+        ValueError: ``block_size`` is not a positive integer.
+    """
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be a positive integer, got {block_size!r}")
     rows = shape[0] if len(shape) > 1 else 1
-    row_length = 1
-    for size in shape[1:] if len(shape) > 1 else shape:
-        row_length *= size
-    return BlockView(rows, row_length, block_size)
+    row_length = math.prod(shape[1:] if len(shape) > 1 else shape)
+    return BlockView(rows, row_length, block_size, -(-row_length // block_size))
 
 
 def quantize_blockwise(

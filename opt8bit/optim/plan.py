@@ -1,0 +1,133 @@
+"""What a step of a parameter group works on, kept between steps for as long as it stays true.
+
+A model may have thousands of small parameters, and looking each of them up costs more than updating it. So a plan
+is made once, and each step only compares it with what it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import Backend, GroupUpdate, Rule, backend_for, get
+from opt8bit.quant import block_view, dynamic_map
+
+CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
+
+Key = tuple[Rule, int, "bool | None"]  # rule, block_size, fused
+
+_signature = attrgetter("shape", "dtype", "layout", "device")
+
+
+def signatures(tensors: Sequence[Tensor]) -> list[Any]:
+    """What a plan depends on in each tensor, to be compared."""
+    return [(*_signature(tensor), tensor.layout is torch.strided and tensor.is_contiguous()) for tensor in tensors]
+
+
+class Plan:
+    """The batches of a group: parameters that one backend serves and whose states are stored alike.
+
+    Args:
+        key: rule, block size and ``fused`` of the group.
+        signature: of the parameters and of their gradients.
+        params: those that have a gradient.
+        grads: their gradients.
+        state: the optimizer's; it has every state of the rule for each of ``params``.
+
+    Raises:
+        ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state was made with another
+            block size.
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        signature: Any,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Mapping[Tensor, dict[str, Tensor]],
+    ) -> None:
+        self.key = key
+        self.signature = signature
+        self.params = params
+        self.tensors = _state_tensors(params, state)
+        rule, block_size, fused = key
+        indices: dict[tuple[Backend, bool], list[int]] = {}
+        for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            is_coded = any(f"{name}_absmax" in state[param] for name in rule.states)
+            indices.setdefault((_backend(param, grad, fused), is_coded), []).append(index)
+        self.parts = []
+        for (backend, is_coded), part in indices.items():
+            update = _group_update(rule, block_size, [params[i] for i in part], is_coded, state)
+            self.parts.append((backend, part, update))
+
+    def holds(
+        self, key: Key, signature: Any, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
+    ) -> bool:
+        """Whether a plan made from these would be this one."""
+        if key != self.key or len(params) != len(self.params) or signature != self.signature:
+            return False
+        if not all(map(is_, params, self.params)):
+            return False
+        tensors = _state_tensors(params, state)
+        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
+
+    def batches(self, grads: Sequence[Tensor], hyper: Mapping[str, float]) -> list[tuple[Backend, GroupUpdate]]:
+        """The work of one step, for the backends."""
+        return [
+            (backend, update._replace(hyper=hyper, grads=[grads[i] for i in part]))
+            for backend, part, update in self.parts
+        ]
+
+
+def _state_tensors(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> list[Tensor]:
+    return [tensor for param in params for tensor in state[param].values()]
+
+
+def _backend(param: Tensor, grad: Tensor, fused: bool | None) -> Backend:
+    if fused is False:
+        return get("reference")
+    backend = backend_for(param.device)
+    if backend.name != "reference" and not backend.can_step(param, grad):
+        backend = get("reference")
+    if fused and backend.name == "reference":
+        raise ValueError(
+            "fused=True, but no compiled kernels serve a parameter of "
+            f"{param.dtype}, shape {tuple(param.shape)} and strides {param.stride()} on {param.device} with a "
+            f"gradient of {grad.dtype} and strides {grad.stride()}; leave fused out"
+        )
+    return backend
+
+
+def _group_update(
+    rule: Rule,
+    block_size: int,
+    params: Sequence[Tensor],
+    is_coded: bool,
+    state: Mapping[Tensor, dict[str, Tensor]],
+) -> GroupUpdate:
+    views = [block_view(param.shape, block_size) for param in params]
+    names = [f"{name}_absmax" for name in rule.states] if is_coded else []
+    for param, view in zip(params, views, strict=True):
+        for name in names:
+            if state[param][name].shape != view.absmax_shape:
+                raise ValueError(
+                    f"block_size is {block_size}, but the state {name} of a parameter of shape "
+                    f"{tuple(param.shape)} was made with another one: it cannot change during training"
+                )
+    return GroupUpdate(
+        rule=rule,
+        hyper={},
+        block_size=block_size,
+        params=params,
+        grads=[],
+        steps=[state[param]["step"] for param in params],
+        views=views,
+        states=[state[param][name] for param in params for name in rule.states],
+        absmaxes=[state[param][name] for param in params for name in names],
+        codebooks=[CODEBOOKS[signed] for signed in rule.states.values()],
+    )

@@ -1,0 +1,14 @@
+import pytest
+
+from opt8bit.backends import available
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that takes a ``backend`` runs on each one of this machine, the oracle included."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", available("cpu"))
+    if "kernels" in metafunc.fixturenames:
+        metafunc.parametrize("kernels", available("cpu")[:-1] or [pytest.param("", marks=NO_KERNELS)])
+
+
+NO_KERNELS = pytest.mark.skip(reason="installed without compiled kernels")
