@@ -47,7 +47,8 @@ struct EncoderTables {
 template <bool kSigned>
 OPT8BIT_INLINE Simd::Ints encode_vector(Simd::Floats x, Simd::Floats reciprocal, const EncoderTables& tables,
                                         Simd::Mask* uncertain) {
-  const Simd::Floats normalized = Simd::max_abs(x * reciprocal, Simd::broadcast(kSmallestNormalized));
+  const Simd::Floats ratio = x * reciprocal, smallest = Simd::broadcast(kSmallestNormalized);
+  const Simd::Floats normalized = kSigned ? Simd::max_abs(ratio, smallest) : Simd::max(ratio, smallest);
   const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(normalized));
   const Simd::Ints line =
       Simd::add_where(Simd::greater(normalized, line_end), Simd::bits(line_end), Simd::broadcast(-1));

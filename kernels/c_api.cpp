@@ -9,13 +9,6 @@
 using namespace opt8bit;
 
 namespace opt8bit {
-
-BlockView block_view(const Tensor& tensor, const Group& group) {
-  constexpr int64_t kFlatBlock = 1024;
-  if (tensor.state_bits == 8) return BlockView(tensor.rows, tensor.row_length, group.block_size);
-  return BlockView(1, tensor.rows * tensor.row_length, kFlatBlock);
-}
-
 namespace {
 
 constexpr const char* kRuleNames[] = {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum"};

@@ -30,7 +30,7 @@ bool has_avx512() {
 bool always() { return true; }
 
 const Candidate kCandidates[] = {
-    // fastest first
+// fastest first
 #ifdef OPT8BIT_X86
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},

@@ -13,11 +13,10 @@
 namespace opt8bit {
 namespace {
 
-#ifndef AHEAD
-#define AHEAD 2048
-#endif
-constexpr int64_t kAhead = AHEAD;
 constexpr int64_t kPiece = 1024;  // elements converted to float32 at a time
+// Bytes of a parameter that are fetched ahead of their use: encoding a block leaves the memory idle otherwise, and
+// the processor's own prefetching stops at the end of a page.
+constexpr int64_t kAhead = 1024;
 
 template <class T>
 void load_padded(const T* x, int64_t n, float* values) {
@@ -185,7 +184,7 @@ OPT8BIT_INLINE void update_block(const Rule& rule, T* param, const T* grad, int6
 template <class Rule, class T, size_t... s, class... States>
 void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
-  view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
+  view.for_each(first_block, last_block, [&]([[maybe_unused]] int64_t block, int64_t offset, int64_t n) {
     (states.open(block, offset), ...);
     update_block(rule, static_cast<T*>(tensor.param) + offset, static_cast<const T*>(tensor.grad) + offset, n, indices,
                  states...);
@@ -206,13 +205,10 @@ struct StateType<true, kSigned> {
 template <class Rule, class T, bool kCoded, size_t... s>
 void step_blocks(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block,
                  std::index_sequence<s...> indices) {
-  // The padding keeps equal offsets into two states apart modulo 4096, where a load would wait for a store.
-  constexpr int64_t kStride = kMaxBlockSize + 336;
-  alignas(64) static thread_local float buffer[kMaxStates * kStride];
-  float* const memory = buffer;
+  float* const memory = thread_buffer();
   update_blocks<Rule, T>(Rule(group.hyper, *tensor.step + 1.0), tensor, block_view(tensor, group), first_block,
                          last_block, indices,
-                         typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kStride)...);
+                         typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kBufferStride)...);
 }
 
 template <class Rule, class T>

@@ -64,6 +64,11 @@ struct BlockView {
 
 BlockView block_view(const Tensor& tensor, const Group& group);
 
+// Room for the states of one block, kMaxStates times kBufferStride floats, of the calling thread. The stride keeps
+// equal offsets into two states apart modulo 4096, where a load would wait for a store.
+constexpr int64_t kBufferStride = kMaxBlockSize + 336;
+float* thread_buffer();
+
 struct Kernels {
   const char* name;
   void (*step)(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block);

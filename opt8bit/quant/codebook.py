@@ -18,7 +18,7 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
     In float32 a decade is the line ``slope * c + intercept`` over the count c of codes from zero, with both
     constants rounded to float32 and the result rounded once, so that one fused multiply-add decodes it. Its
-    values lie within 6e-7, relatively, of the paper's real numbers.
+    values lie within 7e-7, relatively, of the paper's real numbers.
 
     Args:
         signed: whether there are values below zero. Adam's second moment needs none.

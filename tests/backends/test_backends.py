@@ -1,0 +1,101 @@
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from opt8bit import backends
+from opt8bit.backends import native
+from opt8bit.optim import adam, sgd
+from opt8bit.quant import dynamic_map, quantize_blockwise
+
+
+def test_the_fastest_serves_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = backends.available("cpu")
+    assert names[-1] == "reference"
+    monkeypatch.delenv("OPT8BIT_BACKEND", raising=False)
+    assert backends.backend_for("cpu").name == names[0]
+    for name in names:
+        assert backends.backend_for("cpu", name).name == name
+        monkeypatch.setenv("OPT8BIT_BACKEND", name)
+        assert backends.backend_for("cpu").name == name
+    assert backends.available("meta") == ["reference"]
+
+
+def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPT8BIT_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"must be one of .*reference on cpu, got 'abacus'"):
+        backends.backend_for("cpu")
+
+
+def test_kernels_and_python_define_the_same_map(kernels: str) -> None:
+    for signed in (False, True):
+        values = torch.empty(256)
+        native.library().opt8bit_dynamic_map(signed, values.data_ptr())
+        assert torch.equal(values, dynamic_map(signed))
+
+
+def test_every_rule_has_its_kernel(kernels: str) -> None:
+    for rule in (*adam.RULES.values(), *sgd.RULES.values()):
+        assert native.library().opt8bit_rule(rule.name.encode()) >= 0, rule.name
+        assert len(rule.hyper) <= native.MAX_HYPER and len(rule.states) <= native.MAX_STATES
+    assert native.library().opt8bit_rule(b"abacus") == -1
+
+
+def test_threads_of_its_own_give_the_same_bits(kernels: str) -> None:
+    """As with a torch that does not export its pool (before 2.10)."""
+    x = torch.randn(300, 1000)
+    expected = quantize_blockwise(x, dynamic_map(), 256, backend=kernels)
+    lib = native.library()
+    lib.opt8bit_use_torch_threads(None)
+    try:
+        codes, absmax = quantize_blockwise(x, dynamic_map(), 256, backend=kernels)
+    finally:
+        lib.opt8bit_use_torch_threads(native.torch_parallel_for())
+    assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
+
+
+WITHOUT_KERNELS = """
+import warnings
+from pathlib import Path
+from opt8bit.backends import native
+native.LIBRARY = "no such file"
+import torch, opt8bit
+from opt8bit.cli.info import report
+assert "not compiled" in report() and "reference (opt8bit was installed without" in report()
+param = torch.nn.Parameter(torch.randn(64, 64))
+param.grad = torch.randn(64, 64)
+optimizer = opt8bit.AdamW8bit([param])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        optimizer.step()
+assert optimizer.state[param]["exp_avg"].dtype == torch.uint8
+assert len(caught) == 1, caught
+assert caught[0].category is RuntimeWarning and "C++17 compiler" in str(caught[0].message)
+"""
+
+
+def test_without_kernels_the_reference_serves_with_one_warning() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the libraries of a process on Linux")
+def test_kernels_bring_no_openmp_and_leave_denormals_alone(kernels: str) -> None:
+    """Linking with -ffast-math would switch the whole process to flush-to-zero; two OpenMPs fight over threads."""
+    code = (
+        "import ctypes, pathlib, sys\n"
+        f"ctypes.CDLL({str(Path(native.__file__).parent.parent / 'lib' / native.LIBRARY)!r})\n"
+        "assert sys.float_info.min / 2 > 0\n"
+        "maps = pathlib.Path('/proc/self/maps').read_text()\n"
+        "assert 'opt8bit_kernels' in maps and 'omp' not in maps\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_warning_with_kernels(kernels: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.backend_for("cpu", kernels)

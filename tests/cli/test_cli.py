@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from opt8bit.backends import available
+from opt8bit.cli import demo
+from opt8bit.cli.main import main
+
+TINY = demo.Settings(
+    steps=6, batch=2, context=16, width=64, heads=2, layers=1, eval_every=3, eval_batches=1, final_eval_batches=2
+)
+
+
+def test_info_names_versions_and_what_serves_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"] == torch.__version__
+    assert lines["cpu"].startswith(available("cpu")[0])
+    assert lines["threads"].startswith(str(torch.get_num_threads()))
+
+
+def test_demo_compares_two_runs_and_saves_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = demo.run(TINY, None, tmp_path / "plot.png")
+    base, ours = runs
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in base.losses] == [3, 6] == [step for step, _ in ours.losses]
+    assert base.losses[0][1] == pytest.approx(ours.losses[0][1], rel=0.01)
+    assert 0 < ours.state_bytes < base.state_bytes
+    printed = capsys.readouterr().out
+    assert f"{ours.final_loss:.4f}" in printed and f"{base.final_loss:.4f}" in printed
+    assert "plot.png" in printed
+
+
+def test_a_run_repeats_itself() -> None:
+    data = torch.randint(256, (4000,))
+    losses = [
+        demo.train("8 bits", demo.OPTIMIZERS["opt8bit.AdamW8bit"], data, data, TINY, lambda step, loss: None).losses
+        for _ in range(2)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "no such file"], "cannot read --text no such file"),
+        (["--plot", "no such folder/plot.png"], "cannot write --plot no such folder/plot.png"),
+    ],
+)
+def test_what_cannot_work_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--steps", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_short_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    assert main(["demo", "--text", str(text), "--plot", str(tmp_path / "plot.png")]) == 2
+    assert "must have at least 2580 bytes, got 9" in capsys.readouterr().err
+
+
+def test_steps_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--steps", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err

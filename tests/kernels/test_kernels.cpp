@@ -1,0 +1,145 @@
+// The kernels on heap blocks of exactly the size they may touch, for a build with sanitizers: every instruction set,
+// rule, dtype and awkward length. Checks codes against the exact search, and sets against the scalar one.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "c_api.h"
+#include "half.h"
+
+using namespace opt8bit;
+
+namespace {
+
+std::mt19937 generator(0);
+
+void check(bool condition, const std::string& what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// Not a vector, whose capacity may exceed its size: one byte beyond is an error that the sanitizer sees.
+template <class T>
+struct Exact {
+  T* data;
+  int64_t size;
+  explicit Exact(int64_t size) : data(static_cast<T*>(std::malloc(size * sizeof(T)))), size(size) {
+    std::memset(static_cast<void*>(data), 0, size * sizeof(T));
+  }
+  Exact(const Exact& other) : Exact(other.size) { std::memcpy(data, other.data, size * sizeof(T)); }
+  ~Exact() { std::free(data); }
+  bool operator==(const Exact& other) const { return std::memcmp(data, other.data, size * sizeof(T)) == 0; }
+};
+
+void set(float* target, float x) { *target = x; }
+void set(bfloat16* target, float x) { *target = bfloat16_from_float(x); }
+void set(float16* target, float x) { *target = float16_from_float(x); }
+
+template <class T>
+Exact<T> random_values(int64_t n) {
+  std::normal_distribution<float> normal;
+  Exact<T> x(n);
+  for (int64_t i = 0; i < n; ++i) set(x.data + i, std::pow(normal(generator), 3.0f));
+  return x;
+}
+
+std::vector<std::string> sets() {
+  std::istringstream names(opt8bit_instruction_sets());
+  std::vector<std::string> result;
+  for (std::string name; names >> name;) result.push_back(name);
+  return result;
+}
+
+void test_quantize(const Kernels* kernels, int64_t rows, int64_t length, int64_t block_size, bool is_signed) {
+  Exact<float> x = random_values<float>(rows * length);
+  if (x.size > 9) {
+    x.data[3] = std::numeric_limits<float>::quiet_NaN();
+    x.data[5] = std::numeric_limits<float>::infinity();
+    x.data[7] = -std::numeric_limits<float>::infinity();
+    x.data[8] = 0;
+  }
+  const Codebook& map = dynamic_map(is_signed);
+  const BlockView view(rows, length, block_size);
+  Exact<uint8_t> codes(x.size);
+  Exact<float> absmax(view.blocks()), decoded(x.size);
+  opt8bit_quantize_blockwise(kernels, x.data, 0, rows, length, block_size, map.values, 256, codes.data, absmax.data, 2);
+  opt8bit_dequantize_blockwise(kernels, codes.data, absmax.data, rows, length, block_size, map.values, 256,
+                               decoded.data, 0, 2);
+  view.for_each(0, view.blocks(), [&](int64_t block, int64_t offset, int64_t n) {
+    float largest = 0;
+    for (int64_t i = offset; i < offset + n; ++i)
+      if (std::isfinite(x.data[i])) largest = std::fmax(largest, std::fabs(x.data[i]));
+    check(absmax.data[block] == largest, "absmax");
+    for (int64_t i = offset; i < offset + n; ++i) {
+      check(codes.data[i] == nearest_code(x.data[i], largest, map), "nearest code");
+      check(decoded.data[i] == map.values[codes.data[i]] * largest, "decoded value");
+    }
+  });
+}
+
+// Three steps of one rule; returns the parameter and whatever states there are.
+template <class T>
+Exact<T> run_step(const Kernels* kernels, const char* rule, DType dtype, int64_t bits, int64_t rows, int64_t length,
+                  int64_t block_size, const Exact<T>& start, const Exact<T>& grad) {
+  Exact<T> param = start;
+  const BlockView view(rows, length, block_size);
+  Exact<uint8_t> codes[] = {Exact<uint8_t>(start.size), Exact<uint8_t>(start.size), Exact<uint8_t>(start.size)};
+  Exact<float> values[] = {Exact<float>(start.size), Exact<float>(start.size), Exact<float>(start.size)};
+  Exact<float> absmax[] = {Exact<float>(view.blocks()), Exact<float>(view.blocks()), Exact<float>(view.blocks())};
+  float step = 0;
+  Tensor tensor = {param.data, grad.data, &step, {}, {}, rows, length, dtype, bits, 0};
+  for (int s = 0; s < kMaxStates; ++s) {
+    std::memset(codes[s].data, s == 0 ? 127 : 0, start.size);
+    tensor.states[s] = bits == 8 ? static_cast<void*>(codes[s].data) : values[s].data;
+    tensor.absmax[s] = absmax[s].data;
+  }
+  Group group = {static_cast<RuleId>(opt8bit_rule(rule)), block_size, {}};
+  const bool is_sgd = std::strncmp(rule, "sgd", 3) == 0;
+  const double adam[] = {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}, sgd[] = {0.1, 0.9, 0, 0.01, 1, 0};
+  std::memcpy(group.hyper, is_sgd ? sgd : adam, sizeof adam);
+  for (int i = 0; i < 3; ++i) opt8bit_step(kernels, &tensor, 1, &group, 2);
+  check(step == 3, "step count");
+  return param;
+}
+
+template <class T>
+void test_steps(const Kernels* kernels, DType dtype) {
+  const Kernels* scalar = opt8bit_kernels("scalar");
+  for (const char* rule : {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum"}) {
+    check(opt8bit_rule(rule) >= 0, rule);
+    for (int64_t length : {16, 17, 63, 64, 100, 256, 300, 515}) {
+      for (int64_t bits : {8, 32}) {
+        const Exact<T> start = random_values<T>(3 * length), grad = random_values<T>(3 * length);
+        const Exact<T> mine = run_step(kernels, rule, dtype, bits, 3, length, 256, start, grad);
+        const Exact<T> theirs = run_step(scalar, rule, dtype, bits, 3, length, 256, start, grad);
+        check(mine == theirs, std::string(rule) + ": the same bits as scalar");
+        check(!(mine == start), std::string(rule) + ": the parameter moved");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check(opt8bit_kernels("abacus") == nullptr, "an unknown instruction set");
+  for (const std::string& name : sets()) {
+    const Kernels* kernels = opt8bit_kernels(name.c_str());
+    check(kernels != nullptr, name);
+    for (bool is_signed : {false, true})
+      for (int64_t length : {0, 1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 40000})
+        for (int64_t block_size : {1, 16, 64, 100, 256, 2000, 65536})
+          test_quantize(kernels, 2, length, block_size, is_signed);
+    test_steps<float>(kernels, DType::float32);
+    test_steps<bfloat16>(kernels, DType::bfloat16);
+    test_steps<float16>(kernels, DType::float16);
+    std::printf("%s: ok\n", name.c_str());
+  }
+}
