@@ -56,18 +56,15 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def quantize_blockwise(
-        self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor
-    ) -> None:
+    def quantize_blockwise(self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor) -> None:
         """Codes the contiguous ``x`` into ``codes`` and ``absmax``."""
 
-    def dequantize_blockwise(
-        self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor
-    ) -> None:
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         """Writes the values of the contiguous ``codes`` into the contiguous ``x``."""
 
     def can_step(self, param: Tensor, grad: Tensor) -> bool:
         """Whether :meth:`step` takes this parameter with a gradient like this."""
+        ...
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         """Takes one step: parameters, states and step counts are updated in place."""

@@ -82,9 +82,7 @@ class Native:
         self._lib = lib
         self._kernels = lib.opt8bit_kernels(instruction_set.encode())
 
-    def quantize_blockwise(
-        self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor
-    ) -> None:
+    def quantize_blockwise(self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor) -> None:
         self._lib.opt8bit_quantize_blockwise(
             self._kernels,
             x.data_ptr(),
@@ -99,9 +97,7 @@ class Native:
             torch.get_num_threads(),
         )
 
-    def dequantize_blockwise(
-        self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor
-    ) -> None:
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         self._lib.opt8bit_dequantize_blockwise(
             self._kernels,
             codes.data_ptr(),
@@ -117,19 +113,12 @@ class Native:
         )
 
     def can_step(self, param: Tensor, grad: Tensor) -> bool:
-        return (
-            param.dtype in DTYPES
-            and grad.dtype == param.dtype
-            and param.is_contiguous()
-            and grad.is_contiguous()
-        )
+        return param.dtype in DTYPES and grad.dtype == param.dtype and param.is_contiguous() and grad.is_contiguous()
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         rows = numpy.concatenate([tensor_rows(group, index) for index, group in enumerate(groups)])
         table = numpy.concatenate([self._group_row(group) for group in groups])
-        self._lib.opt8bit_step(
-            self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, torch.get_num_threads()
-        )
+        self._lib.opt8bit_step(self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, torch.get_num_threads())
 
     def _group_row(self, group: GroupUpdate) -> Words:
         """The fields of ``Group`` in kernels/optimizer_step.h."""

@@ -77,16 +77,12 @@ class Reference:
 
     name = "reference"
 
-    def quantize_blockwise(
-        self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor
-    ) -> None:
+    def quantize_blockwise(self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor) -> None:
         new_codes, new_absmax = quantize(x, codebook, view)
         codes.copy_(new_codes)
         absmax.copy_(new_absmax)
 
-    def dequantize_blockwise(
-        self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor
-    ) -> None:
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         x.copy_(dequantize(codes, absmax, codebook, view))
 
     def can_step(self, param: Tensor, grad: Tensor) -> bool:

@@ -82,9 +82,7 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens = StableEmbedding(256, settings.width)
         self.positions = nn.Parameter(torch.randn(settings.context, settings.width) * 0.02)
-        self.blocks = nn.Sequential(
-            *(Block(settings.width, settings.heads) for _ in range(settings.layers))
-        )
+        self.blocks = nn.Sequential(*(Block(settings.width, settings.heads) for _ in range(settings.layers)))
         self.norm = nn.LayerNorm(settings.width)
         self.head = nn.Linear(settings.width, 256, bias=False)
 
@@ -257,7 +255,11 @@ def save_plot(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for run, style in zip(runs, ("-", "--"), strict=True):
-        axes.plot(*zip(*run.losses, strict=True), style, label=f"{run.name}: {run.state_bytes / 1e6:.1f} MB of state")
+        axes.plot(
+            *zip(*run.losses, strict=True),
+            style,
+            label=f"{run.name}: {run.state_bytes / 1e6:.1f} MB of state",
+        )
     axes.set(xlabel="step", ylabel="validation loss (nats per byte)", title="32-bit and 8-bit optimizer states")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -28,9 +28,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--text", type=Path, help="file to train on (default: Python's standard library)")
     train.add_argument("--steps", type=positive, default=demo.Settings.steps, help="training steps of each run")
     train.add_argument("--seed", type=int, default=demo.Settings.seed, help="of weights and batches")
-    train.add_argument(
-        "--plot", type=Path, default=Path("opt8bit-demo.png"), help="where to save the loss curves"
-    )
+    train.add_argument("--plot", type=Path, default=Path("opt8bit-demo.png"), help="where to save the loss curves")
     return top
 
 

@@ -3,4 +3,4 @@
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.sgd import SGD8bit
 
-__all__ = ["SGD8bit", "Adam8bit", "AdamW8bit"]
+__all__ = ["Adam8bit", "AdamW8bit", "SGD8bit"]

@@ -14,7 +14,7 @@ from opt8bit.optim.plan import CODEBOOKS, Plan, signatures
 from opt8bit.quant import block_view
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    pass
 
 MAX_BLOCK_SIZE = 16384  # kMaxBlockSize of kernels/optimizer_step.h: what a thread keeps in its cache
 MIN_BLOCK_SIZE = 16
@@ -212,9 +212,7 @@ def _check_grad(param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
     if grad.shape != param.shape:
-        raise RuntimeError(
-            f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-        )
+        raise RuntimeError(f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
 
 
 def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -259,9 +257,7 @@ def _box_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         if index in params:
             param, group = params[index]
             _check_state(f"parameter {index}", param, group, state)
-        states[index] = {
-            name: _Boxed(value) if isinstance(value, Tensor) else value for name, value in state.items()
-        }
+        states[index] = {name: _Boxed(value) if isinstance(value, Tensor) else value for name, value in state.items()}
     return {**state_dict, "state": states}
 
 
@@ -291,7 +287,7 @@ def _check_state(where: str, param: Tensor, group: dict[str, Any], state: dict[s
         if name == "step":
             expected, dtypes = torch.Size(), (torch.float32,)
         elif name.endswith("_absmax"):
-            view = block_view(param.shape, group.get("block_size", DEFAULTS["block_size"]))
+            view = block_view(param.shape, group["block_size"])
             expected, dtypes = torch.Size(view.absmax_shape), (torch.float32,)
         elif f"{name}_absmax" in state:
             expected, dtypes = param.shape, (torch.uint8,)

@@ -8,7 +8,15 @@ from opt8bit.cli import demo
 from opt8bit.cli.main import main
 
 TINY = demo.Settings(
-    steps=6, batch=2, context=16, width=64, heads=2, layers=1, eval_every=3, eval_batches=1, final_eval_batches=2
+    steps=6,
+    batch=2,
+    context=16,
+    width=64,
+    heads=2,
+    layers=1,
+    eval_every=3,
+    eval_batches=1,
+    final_eval_batches=2,
 )
 
 

@@ -15,7 +15,11 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 )
 def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     configure = ["cmake", "-S", str(KERNELS), "-B", str(tmp_path), "-DOPT8BIT_SANITIZE=ON"]
-    for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"], [str(tmp_path / "test_kernels")]):
+    for command in (
+        configure,
+        ["cmake", "--build", str(tmp_path), "--parallel", "2"],
+        [str(tmp_path / "test_kernels")],
+    ):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
     assert "scalar: ok" in result.stdout

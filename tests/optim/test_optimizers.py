@@ -326,7 +326,9 @@ def test_gradients_may_come_and_go(stateful: Case) -> None:
     optimizer = stateful.ours(params, **stateful.hyper)
     singles = [stateful.ours([param], **stateful.hyper) for param in alone]
     for number, grad in enumerate(gradients(6)):
-        for param, single, optimizer_alone, present in zip(params, alone, singles, (number % 2, number > 2), strict=True):
+        for param, single, optimizer_alone, present in zip(
+            params, alone, singles, (number % 2, number > 2), strict=True
+        ):
             param.grad = grad.clone() if present else None
             if present:
                 train(optimizer_alone, single, [grad])
@@ -405,9 +407,7 @@ def test_loading_leaves_the_state_dict_alone_and_calls_hooks() -> None:
     optimizer.register_load_state_dict_pre_hook(
         lambda _, state_dict: calls.append(state_dict["state"][0]["exp_avg"].dtype)
     )
-    optimizer.register_load_state_dict_post_hook(
-        lambda loaded: calls.append(loaded.state[param]["exp_avg"].dtype)
-    )
+    optimizer.register_load_state_dict_post_hook(lambda loaded: calls.append(loaded.state[param]["exp_avg"].dtype))
     optimizer.load_state_dict(saved)
     train(optimizer, param, gradients(2))
     assert calls == [torch.uint8, torch.uint8]
@@ -425,7 +425,10 @@ def damage(name: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damage("exp_avg", torch.zeros(32, 299, dtype=torch.uint8)), r"'exp_avg' must have shape \(32, 300\)"),
+        (
+            damage("exp_avg", torch.zeros(32, 299, dtype=torch.uint8)),
+            r"'exp_avg' must have shape \(32, 300\)",
+        ),
         (damage("exp_avg", torch.zeros(SHAPE)), "'exp_avg' must .* be torch.uint8, got .* torch.float32"),
         (damage("exp_avg_absmax", torch.zeros(32, 1)), r"'exp_avg_absmax' must have shape \(32, 2\)"),
         (damage("step", torch.zeros(3)), "'step' must have shape"),
@@ -475,12 +478,24 @@ def test_bad_hyper_parameters_are_refused(stateful: Case, hyper: dict[str, Any],
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: opt8bit.AdamW8bit([parameter()], betas=(1.0, 0.9)), ValueError, "beta parameter at index 0: 1.0"),
-        (lambda: opt8bit.AdamW8bit([parameter()], betas=(0.9, -0.1)), ValueError, "beta parameter at index 1"),
+        (
+            lambda: opt8bit.AdamW8bit([parameter()], betas=(1.0, 0.9)),
+            ValueError,
+            "beta parameter at index 0: 1.0",
+        ),
+        (
+            lambda: opt8bit.AdamW8bit([parameter()], betas=(0.9, -0.1)),
+            ValueError,
+            "beta parameter at index 1",
+        ),
         (lambda: opt8bit.AdamW8bit([parameter()], eps=-1e-8), ValueError, "Invalid epsilon value: -1e-08"),
         (lambda: opt8bit.SGD8bit([parameter()], momentum=-1), ValueError, "Invalid momentum value: -1"),
         (lambda: opt8bit.SGD8bit([parameter()], nesterov=True), ValueError, "Nesterov momentum requires"),
-        (lambda: opt8bit.AdamW8bit([parameter()], amount=3), TypeError, "unexpected keyword argument 'amount'"),
+        (
+            lambda: opt8bit.AdamW8bit([parameter()], amount=3),
+            TypeError,
+            "unexpected keyword argument 'amount'",
+        ),
         (
             lambda: opt8bit.AdamW8bit([nn.Parameter(torch.zeros(3, dtype=torch.complex64))]),
             TypeError,
@@ -500,7 +515,7 @@ def test_a_sparse_gradient_is_refused_before_anything_is_written(stateful: Case)
     optimizer = stateful.ours(params, **stateful.hyper)
     params[0].grad = torch.ones(SHAPE)
     params[1].grad = torch.ones(SHAPE).to_sparse()
-    with pytest.raises(RuntimeError, match="must be dense, got layout torch.sparse_coo"):
+    with pytest.raises(RuntimeError, match=r"must be dense, got layout torch\.sparse_coo"):
         optimizer.step()
     assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
 
@@ -516,7 +531,7 @@ def test_block_size_cannot_change_during_training() -> None:
 
 def test_fused_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, exact = parameter(), nn.Parameter(parameter().detach().double())
-    with pytest.raises(ValueError, match="fused=True, but no compiled kernels serve a parameter of torch.float64"):
+    with pytest.raises(ValueError, match=r"fused=True, but no compiled kernels serve a parameter of torch\.float64"):
         train(opt8bit.AdamW8bit([exact], fused=True), exact, gradients(1))
     use(monkeypatch, "reference")
     with pytest.raises(ValueError, match="fused=True, but no compiled kernels"):

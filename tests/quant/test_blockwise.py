@@ -148,7 +148,10 @@ def test_zero_stays_zero(backend: str, signed: bool) -> None:
     x[:, 1::3] = -0.0
     x[4] = 0
     decoded = dequantize_blockwise(
-        *quantize_blockwise(x, dynamic_map(signed), 256, backend=backend), dynamic_map(signed), 256, backend=backend
+        *quantize_blockwise(x, dynamic_map(signed), 256, backend=backend),
+        dynamic_map(signed),
+        256,
+        backend=backend,
     )
     assert (decoded[x == 0] == 0).all() and (decoded[x != 0] != 0).any()
 
