@@ -251,6 +251,11 @@ class _Boxed:
 
 def _box_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Checks the states of a state dict against the parameters, and boxes them."""
+    for number, saved in enumerate(state_dict["param_groups"]):
+        missing = sorted(set(optimizer.defaults) - set(saved))
+        if missing:
+            kind = type(optimizer).__name__
+            raise ValueError(f"parameter group {number} is not one of {kind}: it has no {', '.join(missing)}")
     params = _params_by_index(optimizer.param_groups, state_dict["param_groups"])
     states = {}
     for index, state in state_dict["state"].items():

@@ -451,6 +451,14 @@ def test_a_damaged_state_is_refused_and_nothing_changes(change: Any, message: st
     optimizer.load_state_dict(before)
 
 
+def test_a_foreign_state_is_refused() -> None:
+    param = parameter()
+    theirs = torch.optim.AdamW([param])
+    train(theirs, param, gradients(1))
+    with pytest.raises(ValueError, match="parameter group 0 is not one of AdamW8bit: it has no block_size"):
+        opt8bit.AdamW8bit([param]).load_state_dict(theirs.state_dict())
+
+
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
