@@ -42,11 +42,11 @@ struct EncoderTables {
         bias(encoder.bias) {}
 };
 
-// Codes of one vector, counted from zero (codebook.h has the arithmetic). Lanes whose code may be one off are added
-// to `uncertain`.
+// Codes of one vector, counted from zero, by the arithmetic of codebook.h. A lane whose `fraction` is under
+// kEncoderSlack may be one off.
 template <bool kSigned>
 OPT8BIT_INLINE Simd::Ints encode_vector(Simd::Floats x, Simd::Floats reciprocal, const EncoderTables& tables,
-                                        Simd::Mask* uncertain) {
+                                        Simd::Floats* fraction) {
   const Simd::Floats ratio = x * reciprocal, smallest = Simd::broadcast(kSmallestNormalized);
   const Simd::Floats normalized = kSigned ? Simd::max_abs(ratio, smallest) : Simd::max(ratio, smallest);
   const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(normalized));
@@ -54,9 +54,13 @@ OPT8BIT_INLINE Simd::Ints encode_vector(Simd::Floats x, Simd::Floats reciprocal,
       Simd::add_where(Simd::greater(normalized, line_end), Simd::bits(line_end), Simd::broadcast(-1));
   const Simd::Floats intercept = Simd::lookup(tables.intercept, line);
   const Simd::Floats t = Simd::fma(normalized, Simd::lookup(tables.slope, line), intercept);
-  *uncertain = Simd::either(*uncertain, Simd::not_at_least(Simd::fraction(t), Simd::broadcast(kEncoderSlack)));
+  *fraction = Simd::fraction(t);
   const Simd::Floats c = Simd::min(t, intercept * Simd::broadcast(kCapOfIntercept));
   return Simd::truncate(kSigned ? Simd::times_sign_of(x, c) : c);
+}
+
+inline uint32_t uncertain_lanes(Simd::Floats fraction) {
+  return Simd::lanes(Simd::less(fraction, Simd::broadcast(kEncoderSlack)));
 }
 
 // Encodes one chunk; says whether some code may be one off.
@@ -64,11 +68,11 @@ template <bool kSigned>
 OPT8BIT_INLINE bool encode_chunk(const float* values, Simd::Floats reciprocal, const EncoderTables& tables,
                                  uint8_t* codes) {
   Simd::Ints c[4];
-  Simd::Mask uncertain = {};
+  Simd::Floats fraction[4];
   for (int k = 0; k < 4; ++k)
-    c[k] = encode_vector<kSigned>(Simd::load(values + k * Simd::kLanes), reciprocal, tables, &uncertain);
+    c[k] = encode_vector<kSigned>(Simd::load(values + k * Simd::kLanes), reciprocal, tables, &fraction[k]);
   Simd::store_codes(codes, c, tables.bias);
-  return Simd::lane_bits(uncertain) != 0;
+  return uncertain_lanes(Simd::min(Simd::min(fraction[0], fraction[1]), Simd::min(fraction[2], fraction[3]))) != 0;
 }
 
 // Searches the codes of a chunk that are not certain.
@@ -77,9 +81,9 @@ OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* c
   const Codebook& codebook = dynamic_map(kSigned);
   const EncoderTables tables(codebook.dynamic->encoder);
   for (int k = 0; k < kChunk; k += Simd::kLanes) {
-    Simd::Mask uncertain = {};
-    encode_vector<kSigned>(Simd::load(values + k), Simd::broadcast(1 / absmax), tables, &uncertain);
-    for (uint32_t lanes = Simd::lane_bits(uncertain); lanes; lanes &= lanes - 1) {
+    Simd::Floats fraction;
+    encode_vector<kSigned>(Simd::load(values + k), Simd::broadcast(1 / absmax), tables, &fraction);
+    for (uint32_t lanes = uncertain_lanes(fraction); lanes; lanes &= lanes - 1) {
       const int lane = k + __builtin_ctz(lanes);
       codes[lane] = nearest_code_from(codes[lane], values[lane], absmax, codebook);
     }

@@ -110,9 +110,10 @@ class CodedState {
     std::memset(buffer_ + n, 0, (i + Simd::kLanes - n) * sizeof(float));
     magnitude_ = Simd::max_abs(Simd::load(buffer_ + i), magnitude_);
   }
+  void measure(int64_t n) { new_absmax_ = finite_absmax(Simd::horizontal_max(magnitude_), buffer_, n); }
   void close(int64_t n) {
-    *absmax_ = finite_absmax(Simd::horizontal_max(magnitude_), buffer_, n);
-    encode_block<kSigned>(buffer_, n, *absmax_, codes_);
+    *absmax_ = new_absmax_;
+    encode_block<kSigned>(buffer_, n, new_absmax_, codes_);
   }
 
  private:
@@ -122,6 +123,7 @@ class CodedState {
   float* const buffer_;
   uint8_t* codes_;
   float* absmax_;
+  float new_absmax_;
   Simd::Floats scale_, magnitude_;
 };
 
@@ -144,6 +146,7 @@ class PlainState {
     Simd::store(tail, x);
     std::memcpy(values_ + i, tail, (n - i) * sizeof(float));
   }
+  void measure(int64_t) {}
   void close(int64_t) {}
 
  private:
@@ -188,6 +191,7 @@ void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view,
     (states.open(block, offset), ...);
     update_block(rule, static_cast<T*>(tensor.param) + offset, static_cast<const T*>(tensor.grad) + offset, n, indices,
                  states...);
+    (states.measure(n), ...);  // of all states first: their latencies overlap
     (states.close(n), ...);
   });
 }

@@ -26,17 +26,17 @@ struct Adam {
   static constexpr int kStates = 2;  // exp_avg, exp_avg_sq
   static constexpr bool kSigned[] = {true, false};
 
-  Floats gradient_sign, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps,
+  Floats weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps,
       negative_step_size;
   bool has_weight_decay;
 
   Adam(const double* hyper, double step) {
     const double lr = hyper[0], b1 = hyper[1], b2 = hyper[2];
-    gradient_sign = constant(hyper[5] != 0 ? -1 : 1);
-    weight_decay = constant(hyper[4]);
+    const double sign = hyper[5] != 0 ? -1 : 1;  // of the gradient, multiplied into whatever it meets
+    weight_decay = constant(sign * hyper[4]);
     has_weight_decay = hyper[4] != 0;
     beta1 = constant(b1);
-    one_minus_beta1 = constant(1 - b1);
+    one_minus_beta1 = constant(sign * (1 - b1));
     beta2 = constant(b2);
     one_minus_beta2 = constant(1 - b2);
     inverse_root_correction2 = constant(1 / std::sqrt(1 - std::pow(b2, step)));
@@ -45,7 +45,6 @@ struct Adam {
   }
 
   Floats decayed(Floats grad, Floats param) const {
-    grad = grad * gradient_sign;
     return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
   }
   Floats first_moment(Floats grad, Scaled exp_avg) const {
@@ -106,20 +105,22 @@ struct Sgd {
   static constexpr int kStates = 0;
   static constexpr bool kSigned[] = {false};
 
-  Floats gradient_sign, weight_decay, negative_lr;
+  double sign;  // of the gradient, multiplied into whatever it meets
+  Floats weight_decay, negative_lr;
   bool has_weight_decay;
 
   Sgd(const double* hyper, double)
-      : gradient_sign(constant(hyper[5] != 0 ? -1 : 1)),
-        weight_decay(constant(hyper[3])),
+      : sign(hyper[5] != 0 ? -1 : 1),
+        weight_decay(constant(sign * hyper[3])),
         negative_lr(constant(-hyper[0])),
         has_weight_decay(hyper[3] != 0) {}
 
   Floats decayed(Floats grad, Floats param) const {
-    grad = grad * gradient_sign;
     return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
   }
-  void update(Floats& param, Floats grad) const { param = Simd::fma(negative_lr, decayed(grad, param), param); }
+  void update(Floats& param, Floats grad) const {
+    param = Simd::fma(constant(sign) * negative_lr, decayed(grad, param), param);
+  }
 };
 
 // With momentum, as torch.optim has it: the first step takes the gradient undampened.
@@ -133,14 +134,15 @@ struct SgdMomentum : Sgd {
   SgdMomentum(const double* hyper, double step)
       : Sgd(hyper, step),
         momentum(constant(hyper[1])),
-        one_minus_dampening(constant(step == 1 ? 1 : 1 - hyper[2])),
+        one_minus_dampening(constant(sign * (step == 1 ? 1 : 1 - hyper[2]))),
         nesterov(hyper[4] != 0) {}
 
   void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
     grad = decayed(grad, param);
     next_momentum_buffer =
         Simd::fma(momentum * momentum_buffer.scale, momentum_buffer.value, one_minus_dampening * grad);
-    const Floats direction = nesterov ? Simd::fma(momentum, next_momentum_buffer, grad) : next_momentum_buffer;
+    const Floats direction =
+        nesterov ? Simd::fma(momentum, next_momentum_buffer, constant(sign) * grad) : next_momentum_buffer;
     param = Simd::fma(negative_lr, direction, param);
   }
 };

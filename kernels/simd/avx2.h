@@ -85,9 +85,8 @@ struct Simd {
   }
   static Floats fraction(Floats a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
   static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
-  static Mask not_at_least(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NGE_UQ); }
-  static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
-  static uint32_t lane_bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
+  static Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
+  static uint32_t lanes(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 
   static float horizontal_max(Floats a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

@@ -82,9 +82,8 @@ struct Simd {
   }
   static Floats fraction(Floats a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_FLOOR)}; }
   static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-  static Mask not_at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NGE_UQ); }
-  static Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
-  static uint32_t lane_bits(Mask mask) { return mask; }
+  static Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+  static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 

@@ -67,9 +67,8 @@ struct Simd {
   static Floats times_sign_of(Floats sign, Floats a) { return {__builtin_signbit(sign.v) ? -a.v : a.v}; }
   static Floats fraction(Floats a) { return {a.v - __builtin_floorf(a.v)}; }
   static Mask greater(Floats a, Floats b) { return a.v > b.v; }
-  static Mask not_at_least(Floats a, Floats b) { return !(a.v >= b.v); }  // true for NaN
-  static Mask either(Mask a, Mask b) { return a || b; }
-  static uint32_t lane_bits(Mask mask) { return mask; }
+  static Mask less(Floats a, Floats b) { return a.v < b.v; }
+  static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return a.v; }
 
