@@ -73,7 +73,7 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   int i = -1;
   for (int binade = 0; binade < 32; ++binade) {
     const bool ends_here = i < kDecades && line_end[i + 1] < std::ldexp(1.0, binade - 30);
-    const float end = ends_here ? static_cast<float>(line_end[i + 1]) : std::numeric_limits<float>::max();
+    const float end = ends_here ? static_cast<float>(line_end[i + 1]) : std::numeric_limits<float>::infinity();
     encoder.line_end[binade] = with_low_bits(end, 7 - i, ends_here);
     if (ends_here) ++i;
   }

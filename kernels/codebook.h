@@ -24,8 +24,8 @@ struct DynamicDecoder {
 // The arithmetic is in float32. It lands at most `kEncoderSlack` above the true t and never below it, so a code is
 // certain unless the fraction of the result is under that; an exact search decides the rest.
 struct DynamicEncoder {
-  float line_end[32];  // by the low 5 bits of x's exponent: the x above which the next line holds. The low 4 bits
-                       // name the line at the binade's lower end, as 7 - i.
+  float line_end[32];  // by the low 5 bits of x's exponent: the x above which the next line holds; infinity, or a NaN,
+                       // where none does. The low 4 bits name the line at the binade's lower end, as 7 - i.
   float slope[16];     // by 7 - i, with i = -1 for the line whose only code is zero's and i = 7 for that of one
   float intercept[16];
   int16_t bias;  // code = signed c + bias
