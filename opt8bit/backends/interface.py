@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -45,6 +47,7 @@ class GroupUpdate(NamedTuple):
     grads: Sequence[Tensor]  # n, each of its parameter's shape
     steps: Sequence[Tensor]  # n, () float32 on the CPU: steps taken so far; the backend adds 1
     views: Sequence[View]  # n
+    extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
     states: Sequence[Tensor]  # n * k, each of its parameter's shape: uint8 codes, or values
     absmaxes: Sequence[Tensor]  # n * k, (rows, blocks per row); empty where the states hold values
     codebooks: Sequence[Tensor]  # k, (256,) float32 each

@@ -146,7 +146,7 @@ def tensor_rows(group: GroupUpdate, index: int) -> Words:
         rows[:, 3 : 3 + count] = addresses(group.states, count)
     if group.absmaxes:
         rows[:, 3 + MAX_STATES : 3 + MAX_STATES + count] = addresses(group.absmaxes, count)
-    rows[:, -5:-3] = [(view.rows, view.row_length) for view in group.views]
+    rows[:, -5:-3] = group.extents
     rows[:, -3] = [DTYPES[param.dtype] for param in group.params]
     rows[:, -2] = 8 if group.absmaxes else 32
     rows[:, -1] = index

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Backend, GroupUpdate, Rule
-from opt8bit.optim.plan import CODEBOOKS, Plan, signatures
+from opt8bit.optim.plan import CODEBOOKS, Plan, signature
 from opt8bit.quant import block_view
 
 if TYPE_CHECKING:
@@ -179,14 +179,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         grads = [param.grad for param in params]
         rule, block_size = self.rule(group), group["block_size"]
         key = (rule, block_size, group["fused"])
-        signature = (signatures(params), signatures(grads))
+        now = signature(params, grads)
         plans = self.__dict__.setdefault("_plans", {})
         plan = plans.get(index)
-        if plan is None or not plan.holds(key, signature, params, self.state):
+        if plan is None or not plan.holds(key, now, params, self.state):
             for param, grad in zip(params, grads, strict=True):
                 _check_grad(param, grad)
                 _initialize(self.state[param], rule, param, group)
-            plan = plans[index] = Plan(key, signature, params, grads, self.state)
+            plan = plans[index] = Plan(key, now, params, grads, self.state)
         return plan.batches(grads, self.hyper(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

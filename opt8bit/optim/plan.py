@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -20,12 +21,28 @@ CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
 
 Key = tuple[Rule, int, "bool | None"]  # rule, block_size, fused
 
-_signature = attrgetter("shape", "dtype", "layout", "device")
+
+class Signature(NamedTuple):
+    """What a plan depends on in the parameters and gradients of a group, besides who they are.
+
+    A parameter whose data has been replaced lies elsewhere, so its address stands for its shape and dtype.
+    """
+
+    addresses: list[int]
+    param_is_dense: list[bool]
+    grad_shapes: list[torch.Size]
+    grad_dtypes: list[torch.dtype]
+    grad_is_dense: list[bool]
 
 
-def signatures(tensors: Sequence[Tensor]) -> list[Any]:
-    """What a plan depends on in each tensor, to be compared."""
-    return [(*_signature(tensor), tensor.layout is torch.strided and tensor.is_contiguous()) for tensor in tensors]
+def signature(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Signature:
+    return Signature(
+        list(map(Tensor.data_ptr, params)),
+        list(map(Tensor.is_contiguous, params)),
+        list(map(attrgetter("shape"), grads)),
+        list(map(attrgetter("dtype"), grads)),
+        [grad.layout is torch.strided and grad.is_contiguous() for grad in grads],
+    )
 
 
 class Plan:
@@ -33,7 +50,7 @@ class Plan:
 
     Args:
         key: rule, block size and ``fused`` of the group.
-        signature: of the parameters and of their gradients.
+        signature: of the parameters and their gradients.
         params: those that have a gradient.
         grads: their gradients.
         state: the optimizer's; it has every state of the rule for each of ``params``.
@@ -46,7 +63,7 @@ class Plan:
     def __init__(
         self,
         key: Key,
-        signature: Any,
+        signature: Signature,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         state: Mapping[Tensor, dict[str, Tensor]],
@@ -66,7 +83,7 @@ class Plan:
             self.parts.append((backend, part, update))
 
     def holds(
-        self, key: Key, signature: Any, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
+        self, key: Key, signature: Signature, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
     ) -> bool:
         """Whether a plan made from these would be this one."""
         if key != self.key or len(params) != len(self.params) or signature != self.signature:
@@ -127,6 +144,7 @@ def _group_update(
         grads=[],
         steps=[state[param]["step"] for param in params],
         views=views,
+        extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
         states=[state[param][name] for param in params for name in rule.states],
         absmaxes=[state[param][name] for param in params for name in names],
         codebooks=[CODEBOOKS[signed] for signed in rule.states.values()],
