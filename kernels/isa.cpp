@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kPiece = 1024;  // elements converted to float32 at a time
 // Bytes of a parameter that are fetched ahead of their use: encoding a block leaves the memory idle otherwise, and
 // the processor's own prefetching stops at the end of a page.
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 2048;
 
 template <class T>
 void load_padded(const T* x, int64_t n, float* values) {
