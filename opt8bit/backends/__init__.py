@@ -22,7 +22,7 @@ REFERENCE = "reference"
 ENVIRONMENT = "OPT8BIT_BACKEND"
 NO_KERNELS = (
     "opt8bit was installed without its compiled kernels, so a slower reference serves the CPU. With a C++17 "
-    "compiler at hand (g++ or clang++), install it again: pip install --force-reinstall --no-cache-dir opt8bit"
+    "compiler at hand (g++ or clang++), install it again with pip's --force-reinstall --no-cache-dir"
 )
 
 

@@ -28,7 +28,7 @@ class DemoError(Exception):
 class Settings:
     """Of the model and its training; both runs share them."""
 
-    steps: int = 200
+    steps: int = 350
     seed: int = 0
     lr: float = 3e-3
     weight_decay: float = 0.1
