@@ -1,7 +1,7 @@
 // One functor per optimizer: a step of one vector of elements in float32, in the order of its paper. A rule
 // knows neither how its states are stored nor the number of lanes. Included after one of simd/*.h.
 //
-// Hyper-parameters come as doubles in the order of `Rule.hyper_names` of the Python rule of the same name.
+// Hyper-parameters come as doubles, in the order of `Rule.hyper` of the Python rule of the same name.
 #pragma once
 
 #include <cmath>

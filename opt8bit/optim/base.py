@@ -183,6 +183,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         plans = self.__dict__.setdefault("_plans", {})
         plan = plans.get(index)
         if plan is None or not plan.holds(key, now, params, self.state):
+            check_options(group)  # anew, as a user may write into it
             for param, grad in zip(params, grads, strict=True):
                 _check_grad(param, grad)
                 _initialize(self.state[param], rule, param, group)
@@ -256,6 +257,7 @@ def _box_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         if missing:
             kind = type(optimizer).__name__
             raise ValueError(f"parameter group {number} is not one of {kind}: it has no {', '.join(missing)}")
+        check_options(saved)
     params = _params_by_index(optimizer.param_groups, state_dict["param_groups"])
     states = {}
     for index, state in state_dict["state"].items():

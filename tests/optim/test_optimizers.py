@@ -537,6 +537,18 @@ def test_block_size_cannot_change_during_training() -> None:
         train(optimizer, param, gradients(1))
 
 
+def test_a_block_size_beyond_the_kernels_is_refused_wherever_it_comes_from() -> None:
+    param = parameter()
+    optimizer = opt8bit.AdamW8bit([param])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["block_size"] = 2**20
+    with pytest.raises(ValueError, match="from 16 to 16384, got 1048576"):
+        optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["block_size"] = 2**20
+    with pytest.raises(ValueError, match="from 16 to 16384, got 1048576"):
+        train(optimizer, param, gradients(1))
+
+
 def test_fused_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, exact = parameter(), nn.Parameter(parameter().detach().double())
     with pytest.raises(ValueError, match=r"fused=True, but no compiled kernels serve a parameter of torch\.float64"):
