@@ -54,7 +54,7 @@ class GroupUpdate(NamedTuple):
 
 
 class Backend(Protocol):
-    """A machine. Inputs have been checked; outputs are written into the tensors given."""
+    """A machine. Inputs have been checked, codebooks are contiguous; outputs are written into the tensors given."""
 
     @property
     def name(self) -> str: ...

@@ -55,7 +55,7 @@ class StableEmbedding(nn.Embedding):
             device,
             dtype,
         )
-        self.norm = nn.LayerNorm(embedding_dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device, dtype=self.weight.dtype)
         self._mark()
 
     def reset_parameters(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import Backend, GroupUpdate, Rule
 from opt8bit.optim.plan import CODEBOOKS, Plan, signature
@@ -133,7 +134,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option has a value it cannot have.
-            TypeError: a parameter is complex or of a dtype that cannot be optimized.
+            TypeError: a parameter is complex, a DTensor, or of a dtype that cannot be optimized.
         """
         group = {**self.defaults, **param_group}
         check_options(group)
@@ -142,6 +143,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         for param in params:
             param = param[1] if isinstance(param, tuple) else param
+            if isinstance(param, Tensor) and is_traceable_wrapper_subclass(param):
+                raise TypeError(f"{type(param).__name__} parameters are not supported yet")
             if isinstance(param, Tensor) and param.dtype not in SUPPORTED_DTYPES:
                 names = ", ".join(map(str, SUPPORTED_DTYPES))
                 raise TypeError(f"parameters must be one of {names}, got {param.dtype}")
@@ -210,6 +213,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:
+    if is_traceable_wrapper_subclass(param) or is_traceable_wrapper_subclass(grad):
+        raise RuntimeError(f"{type(param).__name__} parameters with {type(grad).__name__} gradients are not supported")
     if grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
     if grad.shape != param.shape:
@@ -230,10 +235,14 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
 def _initialize(state: dict[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> None:
     """Adds what a rule needs and the state lacks: zeros."""
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    coded = is_8bit(param, group)
+    stored = [name for name in rule.states if name in state]
+    if stored:  # a state that is added later is stored as those that are there
+        coded = f"{stored[0]}_absmax" in state
     for name, signed in rule.states.items():
         if name in state:
             continue
-        if is_8bit(param, group):
+        if coded:
             zero = int((CODEBOOKS[signed] == 0).nonzero())
             state[name] = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
             shape = block_view(param.shape, group["block_size"]).absmax_shape
@@ -273,7 +282,7 @@ def _unbox_states(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, _Boxed):
                 device = "cpu" if name == "step" else param.device
-                state[name] = value.tensor.detach().clone().to(device)
+                state[name] = value.tensor.detach().to(device).clone(memory_format=torch.contiguous_format)
 
 
 def _params_by_index(

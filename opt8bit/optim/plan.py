@@ -23,25 +23,19 @@ Key = tuple[Rule, int, "bool | None"]  # rule, block_size, fused
 
 
 class Signature(NamedTuple):
-    """What a plan depends on in the parameters and gradients of a group, besides who they are.
+    """What a plan depends on in the parameters and gradients of a group, besides who they are."""
 
-    A parameter whose data has been replaced lies elsewhere, so its address stands for its shape and dtype.
-    """
-
-    addresses: list[int]
-    param_is_dense: list[bool]
-    grad_shapes: list[torch.Size]
-    grad_dtypes: list[torch.dtype]
-    grad_is_dense: list[bool]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    is_dense: list[bool]
 
 
 def signature(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Signature:
+    tensors = [*params, *grads]
     return Signature(
-        list(map(Tensor.data_ptr, params)),
-        list(map(Tensor.is_contiguous, params)),
-        list(map(attrgetter("shape"), grads)),
-        list(map(attrgetter("dtype"), grads)),
-        [grad.layout is torch.strided and grad.is_contiguous() for grad in grads],
+        list(map(attrgetter("shape"), tensors)),
+        list(map(attrgetter("dtype"), tensors)),
+        [tensor.layout is torch.strided and tensor.is_contiguous() for tensor in tensors],
     )
 
 
@@ -56,8 +50,8 @@ class Plan:
         state: the optimizer's; it has every state of the rule for each of ``params``.
 
     Raises:
-        ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state was made with another
-            block size.
+        ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state is not
+            of the parameter's shape and dtype, or was made with another block size.
     """
 
     def __init__(
@@ -76,6 +70,7 @@ class Plan:
         indices: dict[tuple[Backend, bool], list[int]] = {}
         for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
             is_coded = any(f"{name}_absmax" in state[param] for name in rule.states)
+            _check_states(param, state[param], rule, block_size, is_coded)
             indices.setdefault((_backend(param, grad, fused), is_coded), []).append(index)
         self.parts = []
         for (backend, is_coded), part in indices.items():
@@ -120,6 +115,27 @@ def _backend(param: Tensor, grad: Tensor, fused: bool | None) -> Backend:
     return backend
 
 
+def _check_states(param: Tensor, state: Mapping[str, Tensor], rule: Rule, block_size: int, is_coded: bool) -> None:
+    """Refuses states that do not belong to the parameter as it is now: the kernels would read past their ends."""
+    value_dtype = torch.uint8 if is_coded else torch.promote_types(param.dtype, torch.float32)
+    expected = {"step": (torch.Size(), torch.float32, torch.device("cpu"))}
+    for name in rule.states:
+        expected[name] = (param.shape, value_dtype, param.device)
+        if is_coded:
+            shape = torch.Size(block_view(param.shape, block_size).absmax_shape)
+            expected[f"{name}_absmax"] = (shape, torch.float32, param.device)
+    for name, (shape, dtype, device) in expected.items():
+        tensor = state.get(name)
+        if tensor is None:
+            raise ValueError(f"the state of a parameter of shape {tuple(param.shape)} has no {name!r}")
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device) or not tensor.is_contiguous():
+            raise ValueError(
+                f"with block_size {block_size}, state {name!r} of a parameter of shape {tuple(param.shape)} and "
+                f"{param.dtype} must be contiguous, of shape {tuple(shape)} and {dtype} on {device}, got "
+                f"{tuple(tensor.shape)} and {tensor.dtype} on {tensor.device}: neither may change during training"
+            )
+
+
 def _group_update(
     rule: Rule,
     block_size: int,
@@ -129,13 +145,6 @@ def _group_update(
 ) -> GroupUpdate:
     views = [block_view(param.shape, block_size) for param in params]
     names = [f"{name}_absmax" for name in rule.states] if is_coded else []
-    for param, view in zip(params, views, strict=True):
-        for name in names:
-            if state[param][name].shape != view.absmax_shape:
-                raise ValueError(
-                    f"block_size is {block_size}, but the state {name} of a parameter of shape "
-                    f"{tuple(param.shape)} was made with another one: it cannot change during training"
-                )
     return GroupUpdate(
         rule=rule,
         hyper={},

@@ -28,7 +28,7 @@ def sgd(
 ) -> tuple[Tensor, ...]:
     """One step of SGD, with momentum where a ``momentum_buffer`` is given; all tensors of one shape.
 
-    As in torch.optim, the first step takes the gradient undampened.
+    The first step takes the gradient undampened, as in torch.optim.
 
     Source: On the importance of initialization and momentum in deep learning.
     """

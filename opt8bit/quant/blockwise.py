@@ -44,6 +44,7 @@ def block_view(shape: torch.Size | tuple[int, ...], block_size: int) -> BlockVie
         raise ValueError(f"block_size must be a positive integer, got {block_size!r}")
     rows = shape[0] if len(shape) > 1 else 1
     row_length = math.prod(shape[1:] if len(shape) > 1 else shape)
+    block_size = min(block_size, max(row_length, 1))  # a longer block is the row
     return BlockView(rows, row_length, block_size, -(-row_length // block_size))
 
 
@@ -81,7 +82,7 @@ def quantize_blockwise(
     server = backend_for(x.device, backend)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(view.absmax_shape, dtype=torch.float32, device=x.device)
-    server.quantize_blockwise(x.detach().contiguous(), codebook.to(x.device), view, codes, absmax)
+    server.quantize_blockwise(x.detach().contiguous(), codebook.to(x.device).contiguous(), view, codes, absmax)
     return codes, absmax
 
 
@@ -127,5 +128,7 @@ def dequantize_blockwise(
         raise ValueError(f"codes must be below the codebook's {codebook.numel()}, got {int(codes.max())}")
     server = backend_for(codes.device, backend)
     x = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    server.dequantize_blockwise(codes.contiguous(), absmax.contiguous(), codebook.to(codes.device), view, x)
+    server.dequantize_blockwise(
+        codes.contiguous(), absmax.contiguous(), codebook.to(codes.device).contiguous(), view, x
+    )
     return x

@@ -34,6 +34,12 @@ def test_weights_are_xavier_uniform() -> None:
     assert weight.square().mean().item() == pytest.approx(bound**2 / 3, abs=error)
 
 
+def test_a_given_weight_is_taken_as_it_is() -> None:
+    weight = torch.randn(10, 16, dtype=torch.float64)
+    embedding = StableEmbedding.from_pretrained(weight)
+    assert embedding(torch.tensor([1])).dtype == torch.float64 and embedding.weight.data_ptr() == weight.data_ptr()
+
+
 def test_padding_row_is_zero_and_learns_nothing() -> None:
     embedding = StableEmbedding(10, 16, padding_idx=3)
     assert not embedding.weight[3].any() and embedding.weight[4].any()

@@ -179,6 +179,24 @@ def test_a_block_without_finite_values_decodes_to_zero(backend: str) -> None:
     assert dequantize_blockwise(codes, absmax, dynamic_map(True), 4, backend=backend).tolist() == [[0] * 4]
 
 
+def test_a_codebook_may_be_strided(backend: str) -> None:
+    codebook = dynamic_map(True)[::2]
+    x = torch.randn(8, 100)
+    expected = quantize_blockwise(x, codebook.clone(), 64, backend=backend)
+    result = quantize_blockwise(x, codebook, 64, backend=backend)
+    assert torch.equal(result[0], expected[0])
+    values = [dequantize_blockwise(*result, book, 64, backend=backend) for book in (codebook, codebook.clone())]
+    assert torch.equal(*values)
+
+
+def test_a_block_may_be_longer_than_the_row(backend: str) -> None:
+    x = torch.randn(3, 100)
+    expected = quantize_blockwise(x, dynamic_map(), 100, backend=backend)
+    for size in (101, 2**63, 2**64):
+        codes, absmax = quantize_blockwise(x, dynamic_map(), size, backend=backend)
+        assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
+
+
 def test_a_gradient_is_not_recorded() -> None:
     codes, absmax = quantize_blockwise(torch.randn(4, 64, requires_grad=True), dynamic_map(True), 64)
     assert not codes.requires_grad and not absmax.requires_grad
