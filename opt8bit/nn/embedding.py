@@ -66,7 +66,8 @@ class StableEmbedding(nn.Embedding):
         return self.norm(super().forward(input))
 
     def _mark(self) -> None:
-        self.weight.state_bits = 32  # type: ignore[attr-defined]
+        # An attribute of the parameter itself, which no type of torch's declares.
+        self.weight.state_bits = 32  # pyright: ignore[reportAttributeAccessIssue]
 
     # Parameters lose their attributes whenever torch makes new ones of them. These are the places where it does.
 

@@ -162,7 +162,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or is not of its parameter's shape. Nothing has been updated then.
-            ValueError: ``fused=True`` and no compiled kernels can serve a parameter.
+            ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state is not of its
+                parameter's shape and dtype, or was made with another block size. Nothing has been updated then.
         """
         loss = None
         if closure is not None:
