@@ -93,13 +93,13 @@ OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* c
 // codes[0 .. n) = the nearest codes of values[0 .. n), which are padded to whole chunks. Every value that is finite
 // is at most absmax in magnitude.
 template <bool kSigned>
-OPT8BIT_NOINLINE void encode_block(const float* values, int64_t n, float absmax, uint8_t* codes) {
+OPT8BIT_INLINE void encode_block(const float* values, int64_t n, float absmax, const EncoderTables& tables,
+                                 uint8_t* codes) {
   const bool has_good_reciprocal = absmax >= 0x1p-100f && absmax <= 0x1p100f;
   if (!has_good_reciprocal) {
     for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, dynamic_map(kSigned));
     return;
   }
-  const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
   const Simd::Floats reciprocal = Simd::broadcast(1 / absmax);
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk)
@@ -109,6 +109,17 @@ OPT8BIT_NOINLINE void encode_block(const float* values, int64_t n, float absmax,
     alignas(64) uint8_t tail[kChunk];
     if (encode_chunk<kSigned>(values + i, reciprocal, tables, tail)) decide_chunk<kSigned>(values + i, absmax, tail);
     std::memcpy(codes + i, tail, n - i);
+  }
+}
+
+// The same for blocks whose codes follow each other, and whose values begin `stride` after each other's.
+template <bool kSigned>
+OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const int64_t* lengths, const float* absmax,
+                                    int64_t count, uint8_t* codes) {
+  const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
+  for (int64_t block = 0; block < count; ++block) {
+    encode_block<kSigned>(values + block * stride, lengths[block], absmax[block], tables, codes);
+    codes += lengths[block];
   }
 }
 

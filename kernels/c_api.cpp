@@ -26,12 +26,6 @@ int64_t units(const BlockView& view) {
   return (view.blocks() + per_unit - 1) / per_unit;
 }
 
-template <class Function>
-void parallel(int64_t count, int64_t threads, Function function) {
-  const auto range = [](int64_t begin, int64_t end, void* context) { (*static_cast<Function*>(context))(begin, end); };
-  if (count > 0) parallel_for(count, static_cast<int>(threads), range, &function);
-}
-
 // Calls function(first_block, last_block) on the runs of blocks that make up a view.
 template <class Function>
 void parallel_blocks(const BlockView& view, int64_t threads, Function function) {
@@ -48,6 +42,14 @@ const char* opt8bit_instruction_sets() { return instruction_sets(); }
 const Kernels* opt8bit_kernels(const char* instruction_set) { return find_kernels(instruction_set); }
 
 void opt8bit_use_torch_threads(TorchParallelFor parallel_for) { use_torch_threads(parallel_for); }
+
+void opt8bit_describe(const void* const* functions, const void* const* tensors, int64_t count, int64_t max_dim,
+                      int64_t* rows, int64_t threads) {
+  TorchFunctions torch;
+  static_assert(sizeof torch == 9 * sizeof *functions, "one address a function");
+  std::memcpy(&torch, functions, sizeof torch);
+  describe(torch, tensors, count, max_dim, rows, static_cast<int>(threads));
+}
 
 int64_t opt8bit_rule(const char* name) {
   for (const char* const& known : kRuleNames)

@@ -5,6 +5,7 @@
 
 #include "optimizer_step.h"
 #include "parallel.h"
+#include "torch_tensors.h"
 
 #if defined(_WIN32)
 #define OPT8BIT_EXPORT extern "C" __declspec(dllexport)
@@ -12,13 +13,14 @@
 #define OPT8BIT_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-OPT8BIT_EXPORT int64_t opt8bit_interface();
-
 // Names of the instruction sets this processor can run, fastest first, separated by spaces.
 OPT8BIT_EXPORT const char* opt8bit_instruction_sets();
 // The kernels of one of them, to pass to the calls below, or null where this processor cannot run it.
 OPT8BIT_EXPORT const opt8bit::Kernels* opt8bit_kernels(const char* instruction_set);
 OPT8BIT_EXPORT void opt8bit_use_torch_threads(opt8bit::TorchParallelFor parallel_for);
+// See torch_tensors.h; `functions` are the addresses in a TorchFunctions.
+OPT8BIT_EXPORT void opt8bit_describe(const void* const* functions, const void* const* tensors, int64_t count,
+                                     int64_t max_dim, int64_t* rows, int64_t threads);
 
 OPT8BIT_EXPORT int64_t opt8bit_rule(const char* name);  // its number, or -1
 OPT8BIT_EXPORT int64_t opt8bit_max_block_size();

@@ -77,8 +77,17 @@ void dequantize_block(const uint8_t* codes, int64_t n, float absmax, const Codeb
   }
 }
 
+// Blocks that are updated one after another before any is encoded: short blocks by the dozen, so that the time from
+// a block's last element to its first code is spent on others.
+constexpr int64_t kRunElements = 512;
+constexpr int64_t kMaxRun = 16;
+constexpr int64_t run_length(int64_t block_length) {
+  const int64_t blocks = kRunElements / (block_length < 1 ? 1 : block_length);
+  return blocks < 1 ? 1 : blocks > kMaxRun ? kMaxRun : blocks;
+}
+
 // How the update loop reads and writes a state that is stored as codes: vectors of float32 come out of the codes and
-// go into a buffer, which is encoded when the block's new absmax is known.
+// go into a buffer, which is encoded when the blocks' new absmax are known.
 template <bool kSigned>
 class CodedState {
  public:
@@ -86,12 +95,17 @@ class CodedState {
       : tensor_codes_(static_cast<uint8_t*>(tensor.states[s])),
         tensor_absmax_(tensor.absmax[s]),
         decode_(dynamic_map(kSigned)),
-        buffer_(memory) {}
+        memory_(memory) {}
 
-  void open(int64_t block, int64_t offset) {
+  void open_run(int64_t block, int64_t offset, int64_t block_length) {
+    run_codes_ = tensor_codes_ + offset;
+    run_absmax_ = tensor_absmax_ + block;
+    stride_ = (block_length + kChunk - 1) / kChunk * kChunk;
+  }
+  void open(int64_t slot, int64_t offset) {
     codes_ = tensor_codes_ + offset;
-    absmax_ = tensor_absmax_ + block;
-    scale_ = Simd::broadcast(*absmax_);
+    buffer_ = memory_ + slot * stride_;
+    scale_ = Simd::broadcast(run_absmax_[slot]);
     magnitude_ = Simd::broadcast(0.0f);
   }
   void prefetch(int64_t i) const { __builtin_prefetch(codes_ + i + kAhead / 4, 1); }
@@ -110,20 +124,23 @@ class CodedState {
     std::memset(buffer_ + n, 0, (i + Simd::kLanes - n) * sizeof(float));
     magnitude_ = Simd::max_abs(Simd::load(buffer_ + i), magnitude_);
   }
-  void measure(int64_t n) { new_absmax_ = finite_absmax(Simd::horizontal_max(magnitude_), buffer_, n); }
-  void close(int64_t n) {
-    *absmax_ = new_absmax_;
-    encode_block<kSigned>(buffer_, n, new_absmax_, codes_);
+  void close(int64_t slot, int64_t n) {
+    run_absmax_[slot] = finite_absmax(Simd::horizontal_max(magnitude_), buffer_, n);
+  }
+  void close_run(const int64_t* lengths, int64_t count) {
+    encode_blocks<kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
   }
 
  private:
   uint8_t* const tensor_codes_;
   float* const tensor_absmax_;
   const Simd::Decoder<kSigned> decode_;
-  float* const buffer_;
+  float* const memory_;
+  uint8_t* run_codes_;
+  float* run_absmax_;
+  int64_t stride_;
   uint8_t* codes_;
-  float* absmax_;
-  float new_absmax_;
+  float* buffer_;
   Simd::Floats scale_, magnitude_;
 };
 
@@ -132,6 +149,7 @@ class PlainState {
  public:
   PlainState(const Tensor& tensor, int s, float*) : tensor_values_(static_cast<float*>(tensor.states[s])) {}
 
+  void open_run(int64_t, int64_t, int64_t) {}
   void open(int64_t, int64_t offset) { values_ = tensor_values_ + offset; }
   void prefetch(int64_t i) const { __builtin_prefetch(reinterpret_cast<const char*>(values_ + i) + kAhead, 1); }
   Scaled load(int64_t i) const { return {Simd::load(values_ + i), Simd::broadcast(1.0f)}; }
@@ -146,8 +164,8 @@ class PlainState {
     Simd::store(tail, x);
     std::memcpy(values_ + i, tail, (n - i) * sizeof(float));
   }
-  void measure(int64_t) {}
-  void close(int64_t) {}
+  void close(int64_t, int64_t) {}
+  void close_run(const int64_t*, int64_t) {}
 
  private:
   float* const tensor_values_;
@@ -187,12 +205,20 @@ OPT8BIT_INLINE void update_block(const Rule& rule, T* param, const T* grad, int6
 template <class Rule, class T, size_t... s, class... States>
 void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
-  view.for_each(first_block, last_block, [&]([[maybe_unused]] int64_t block, int64_t offset, int64_t n) {
-    (states.open(block, offset), ...);
+  const int64_t block_length = view.row_length < view.block_size ? view.row_length : view.block_size;
+  const int64_t run = run_length(block_length);
+  int64_t lengths[kMaxRun], slot = 0;
+  view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
+    if (slot == 0) (states.open_run(block, offset, block_length), ...);
+    (states.open(slot, offset), ...);
     update_block(rule, static_cast<T*>(tensor.param) + offset, static_cast<const T*>(tensor.grad) + offset, n, indices,
                  states...);
-    (states.measure(n), ...);  // of all states first: their latencies overlap
-    (states.close(n), ...);
+    (states.close(slot, n), ...);
+    lengths[slot++] = n;
+    if (slot == run || block + 1 == last_block) {
+      (states.close_run(lengths, slot), ...);
+      slot = 0;
+    }
   });
 }
 
@@ -256,10 +282,12 @@ void quantize_typed(const T* x, const BlockView& view, const Codebook& codebook,
   const auto encode_by_search = [&](const float* values, int64_t n, float absmax, uint8_t* codes) {
     for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, codebook);
   };
-  if (!codebook.dynamic) quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_by_search);
-  else if (codebook.dynamic->is_signed)
-    quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_block<true>);
-  else quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_block<false>);
+  const auto encode = [&](const float* values, int64_t n, float absmax, uint8_t* codes) {
+    const auto encode_blocks_of_sign = codebook.dynamic->is_signed ? encode_blocks<true> : encode_blocks<false>;
+    encode_blocks_of_sign(values, 0, &n, &absmax, 1, codes);
+  };
+  if (codebook.dynamic) quantize_blocks(x, view, codes, absmax, first_block, last_block, encode);
+  else quantize_blocks(x, view, codes, absmax, first_block, last_block, encode_by_search);
 }
 
 void quantize(const void* x, DType dtype, const BlockView& view, const Codebook& codebook, uint8_t* codes,

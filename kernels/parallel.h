@@ -15,4 +15,10 @@ void use_torch_threads(TorchParallelFor parallel_for);  // null for plain thread
 // torch's pool is not at hand; that pool knows its own number.
 void parallel_for(int64_t count, int threads, TorchRange range, void* context);
 
+template <class Function>
+void parallel(int64_t count, int64_t threads, Function function) {
+  const auto range = [](int64_t begin, int64_t end, void* context) { (*static_cast<Function*>(context))(begin, end); };
+  if (count > 0) parallel_for(count, static_cast<int>(threads), range, &function);
+}
+
 }  // namespace opt8bit

@@ -13,10 +13,11 @@ import warnings
 import torch
 
 from opt8bit.backends import native
+from opt8bit.backends.description import ADDRESS, Tensors
 from opt8bit.backends.interface import Backend, GroupUpdate, Rule
 from opt8bit.backends.reference import Reference
 
-__all__ = ["Backend", "GroupUpdate", "Rule", "available", "backend_for", "get", "why"]
+__all__ = ["ADDRESS", "Backend", "GroupUpdate", "Rule", "Tensors", "available", "backend_for", "get", "why"]
 
 REFERENCE = "reference"
 ENVIRONMENT = "OPT8BIT_BACKEND"

@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 class GroupUpdate(NamedTuple):
-    """Parameters to step that share a rule, its hyper-parameters and how states are stored.
+    """Parameters to step that share a dtype, a rule, its hyper-parameters and how states are stored.
 
     Columns rather than one object a parameter, since a model may have thousands of them. With n parameters and
     k states of the rule, ``states`` and ``absmaxes`` list those of the first parameter, then of the second, ...
@@ -51,6 +51,7 @@ class GroupUpdate(NamedTuple):
     states: Sequence[Tensor]  # n * k, each of its parameter's shape: uint8 codes, or values
     absmaxes: Sequence[Tensor]  # n * k, (rows, blocks per row); empty where the states hold values
     codebooks: Sequence[Tensor]  # k, (256,) float32 each
+    addresses: NDArray[numpy.int64]  # (n, ·): of each param, its grad, its step, its states, its absmaxes
 
 
 class Backend(Protocol):

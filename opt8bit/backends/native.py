@@ -36,6 +36,7 @@ def library() -> ctypes.CDLL | None:
         "opt8bit_instruction_sets": (text, []),
         "opt8bit_kernels": (pointer, [text]),
         "opt8bit_use_torch_threads": (None, [pointer]),
+        "opt8bit_describe": (None, [pointer, pointer, integer, integer, pointer, integer]),
         "opt8bit_rule": (integer, [text]),
         "opt8bit_max_block_size": (integer, []),
         "opt8bit_dynamic_map": (None, [integer, pointer]),
@@ -56,14 +57,21 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+def torch_symbols(*names: str) -> list[int] | None:
+    """Addresses of functions of torch's stable C interface; None where this torch lacks one."""
+    directory = Path(torch.__file__).parent / "lib"
+    for file in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
+        if (directory / file).exists():
+            lib = ctypes.CDLL(str(directory / file))
+            if all(hasattr(lib, name) for name in names):
+                return [ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0 for name in names]
+    return None
+
+
 def torch_parallel_for() -> int | None:
     """The address of torch's own parallel loop, which torch 2.10 and later export to C; else None."""
-    directory = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
-        if (directory / name).exists():
-            symbol = getattr(ctypes.CDLL(str(directory / name)), "torch_parallel_for", None)
-            return ctypes.cast(symbol, ctypes.c_void_p).value if symbol is not None else None
-    return None
+    found = torch_symbols("torch_parallel_for")
+    return found[0] if found else None
 
 
 def instruction_sets() -> list[str]:
@@ -129,25 +137,15 @@ class Native:
         return numpy.concatenate([numpy.array([number, group.block_size]), hyper.view(numpy.int64)])
 
 
-def addresses(tensors: Sequence[Tensor], columns: int) -> Words:
-    """(len(tensors) // columns, columns)"""
-    words = numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
-    return words.reshape(-1, columns) if columns else words.reshape(0, 0)
-
-
 def tensor_rows(group: GroupUpdate, index: int) -> Words:
     """(n, fields) of ``Tensor`` in kernels/optimizer_step.h."""
     count = len(group.codebooks)
     rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 5), numpy.int64)
-    rows[:, 0:1] = addresses(group.params, 1)
-    rows[:, 1:2] = addresses(group.grads, 1)
-    rows[:, 2:3] = addresses(group.steps, 1)
-    if group.states:
-        rows[:, 3 : 3 + count] = addresses(group.states, count)
+    rows[:, : 3 + count] = group.addresses[:, : 3 + count]
     if group.absmaxes:
-        rows[:, 3 + MAX_STATES : 3 + MAX_STATES + count] = addresses(group.absmaxes, count)
+        rows[:, 3 + MAX_STATES : 3 + MAX_STATES + count] = group.addresses[:, 3 + count :]
     rows[:, -5:-3] = group.extents
-    rows[:, -3] = [DTYPES[param.dtype] for param in group.params]
+    rows[:, -3] = DTYPES[group.params[0].dtype]
     rows[:, -2] = 8 if group.absmaxes else 32
     rows[:, -1] = index
     return rows

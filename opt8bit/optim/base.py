@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import Backend, GroupUpdate, Rule
-from opt8bit.optim.plan import CODEBOOKS, Plan, signature
+from opt8bit.optim.plan import CODEBOOKS, Plan
 from opt8bit.quant import block_view
 
 if TYPE_CHECKING:
@@ -179,20 +181,22 @@ class Optimizer8bit(torch.optim.Optimizer):
         return loss
 
     def _batches(self, index: int, group: dict[str, Any]) -> list[tuple[Backend, GroupUpdate]]:
-        params = [param for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
-        rule, block_size = self.rule(group), group["block_size"]
-        key = (rule, block_size, group["fused"])
-        now = signature(params, grads)
+        params, grads = _with_gradients(group["params"])
+        rule = self.rule(group)
+        key = (rule, group["block_size"], group["fused"])
+        hyper = self.hyper(group)
         plans = self.__dict__.setdefault("_plans", {})
         plan = plans.get(index)
-        if plan is None or not plan.holds(key, now, params, self.state):
+        batches = plan.batches(key, params, grads, self.state, hyper) if plan else None
+        if batches is None:
             check_options(group)  # anew, as a user may write into it
             for param, grad in zip(params, grads, strict=True):
                 _check_grad(param, grad)
                 _initialize(self.state[param], rule, param, group)
-            plan = plans[index] = Plan(key, now, params, grads, self.state)
-        return plan.batches(grads, self.hyper(group))
+            plan = plans[index] = Plan(key, params, grads, self.state)
+            batches = plan.batches(key, params, grads, self.state, hyper)
+            assert batches is not None
+        return batches
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned; training then continues bit for bit.
@@ -211,6 +215,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         finally:
             box.remove()
             unbox.remove()
+
+
+def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    grads = list(map(attrgetter("grad"), params))
+    if not any(map(is_, grads, repeat(None))):
+        return params, grads
+    pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
+    return [param for param, _ in pairs], [grad for _, grad in pairs]
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:

@@ -7,14 +7,13 @@ is made once, and each step only compares it with what it was made from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter, is_
-from typing import NamedTuple
+from operator import is_
 
 import numpy
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Backend, GroupUpdate, Rule, backend_for, get
+from opt8bit.backends import ADDRESS, Backend, GroupUpdate, Rule, Tensors, backend_for, get
 from opt8bit.quant import block_view, dynamic_map
 
 CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
@@ -22,21 +21,34 @@ CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
 Key = tuple[Rule, int, "bool | None"]  # rule, block_size, fused
 
 
-class Signature(NamedTuple):
-    """What a plan depends on in the parameters and gradients of a group, besides who they are."""
+class _Part:
+    """Parameters of a group that one backend serves and whose states are stored alike, and their gradients."""
 
-    shapes: list[torch.Size]
-    dtypes: list[torch.dtype]
-    is_dense: list[bool]
+    def __init__(
+        self, backend: Backend, update: GroupUpdate, indices: Sequence[int], grads: Sequence[Tensor], max_dim: int
+    ) -> None:
+        self.backend = backend
+        self.update = update
+        self.indices = indices
+        self.tensors = Tensors(_columns(update), max_dim)
+        self.max_dim = max_dim
+        self.described = self.tensors.describe()
+        self.grads_described = self._gather(grads).describe()
 
+    def _gather(self, grads: Sequence[Tensor]) -> Tensors:
+        return Tensors([grads[i] for i in self.indices], self.max_dim)
 
-def signature(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Signature:
-    tensors = [*params, *grads]
-    return Signature(
-        list(map(attrgetter("shape"), tensors)),
-        list(map(attrgetter("dtype"), tensors)),
-        [tensor.layout is torch.strided and tensor.is_contiguous() for tensor in tensors],
-    )
+    def now(self, grads: Sequence[Tensor]) -> GroupUpdate | None:
+        """The work of one step, or None where something has another dtype, shape, layout or device than before."""
+        gathered = self._gather(grads)
+        described, grads_described = self.tensors.describe(), gathered.describe()
+        if not numpy.array_equal(described[:, ADDRESS + 1 :], self.described[:, ADDRESS + 1 :]):
+            return None
+        if not numpy.array_equal(grads_described[:, ADDRESS + 1 :], self.grads_described[:, ADDRESS + 1 :]):
+            return None
+        addresses = described[:, ADDRESS].reshape(len(self.indices), -1)
+        addresses = numpy.insert(addresses, 1, grads_described[:, ADDRESS], axis=1)
+        return self.update._replace(grads=gathered.tensors, addresses=addresses)
 
 
 class Plan:
@@ -44,7 +56,6 @@ class Plan:
 
     Args:
         key: rule, block size and ``fused`` of the group.
-        signature: of the parameters and their gradients.
         params: those that have a gradient.
         grads: their gradients.
         state: the optimizer's; it has every state of the rule for each of ``params``.
@@ -55,49 +66,67 @@ class Plan:
     """
 
     def __init__(
-        self,
-        key: Key,
-        signature: Signature,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Mapping[Tensor, dict[str, Tensor]],
+        self, key: Key, params: Sequence[Tensor], grads: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
     ) -> None:
         self.key = key
-        self.signature = signature
-        self.params = params
-        self.tensors = _state_tensors(params, state)
+        self.params = list(params)  # the group's own list may change
+        self.types = set(map(type, grads))
+        self.states = _state_tensors(params, state)
         rule, block_size, fused = key
-        indices: dict[tuple[Backend, bool], list[int]] = {}
+        indices: dict[tuple[Backend, torch.dtype, bool], list[int]] = {}
         for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
             is_coded = any(f"{name}_absmax" in state[param] for name in rule.states)
             _check_states(param, state[param], rule, block_size, is_coded)
-            indices.setdefault((_backend(param, grad, fused), is_coded), []).append(index)
+            indices.setdefault((_backend(param, grad, fused), param.dtype, is_coded), []).append(index)
+        max_dim = max([2, *(tensor.dim() for tensor in params)])  # an absmax has 2
         self.parts = []
-        for (backend, is_coded), part in indices.items():
+        for (backend, _, is_coded), part in indices.items():
             update = _group_update(rule, block_size, [params[i] for i in part], is_coded, state)
-            self.parts.append((backend, part, update))
+            self.parts.append(_Part(backend, update, part, grads, max_dim))
 
-    def holds(
-        self, key: Key, signature: Signature, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]
-    ) -> bool:
-        """Whether a plan made from these would be this one."""
-        if key != self.key or len(params) != len(self.params) or signature != self.signature:
-            return False
-        if not all(map(is_, params, self.params)):
-            return False
-        tensors = _state_tensors(params, state)
-        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors))
-
-    def batches(self, grads: Sequence[Tensor], hyper: Mapping[str, float]) -> list[tuple[Backend, GroupUpdate]]:
-        """The work of one step, for the backends."""
-        return [
-            (backend, update._replace(hyper=hyper, grads=[grads[i] for i in part]))
-            for backend, part, update in self.parts
-        ]
+    def batches(
+        self,
+        key: Key,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        hyper: Mapping[str, float],
+    ) -> list[tuple[Backend, GroupUpdate]] | None:
+        """The work of one step, for the backends; None where a plan made from these would be another one."""
+        if key != self.key or len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return None
+        states = _state_tensors(params, state)
+        if len(states) != len(self.states) or not all(map(is_, states, self.states)):
+            return None
+        if set(map(type, grads)) != self.types:
+            return None
+        work = []
+        for part in self.parts:
+            update = part.now(grads)
+            if update is None:
+                return None
+            work.append((part.backend, update._replace(hyper=hyper)))
+        return work
 
 
 def _state_tensors(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> list[Tensor]:
     return [tensor for param in params for tensor in state[param].values()]
+
+
+def _columns(update: GroupUpdate) -> list[Tensor]:
+    """Of each parameter: itself, its step, its states and their absmaxes."""
+    count = len(update.codebooks)
+    coded = count if update.absmaxes else 0
+    return [
+        tensor
+        for i, (param, step) in enumerate(zip(update.params, update.steps, strict=True))
+        for tensor in (
+            param,
+            step,
+            *update.states[i * count : (i + 1) * count],
+            *update.absmaxes[i * coded : (i + 1) * coded],
+        )
+    ]
 
 
 def _backend(param: Tensor, grad: Tensor, fused: bool | None) -> Backend:
@@ -157,4 +186,5 @@ def _group_update(
         states=[state[param][name] for param in params for name in rule.states],
         absmaxes=[state[param][name] for param in params for name in names],
         codebooks=[CODEBOOKS[signed] for signed in rule.states.values()],
+        addresses=numpy.empty((0, 0), numpy.int64),
     )

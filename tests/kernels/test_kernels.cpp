@@ -126,9 +126,53 @@ void test_steps(const Kernels* kernels, DType dtype) {
   }
 }
 
+// Stands in for torch's tensors behind its C interface.
+struct FakeTensor {
+  int64_t dim;
+  int32_t layout;
+  int64_t sizes[2], strides[2];
+};
+const FakeTensor& fake(const void* handle) { return **static_cast<const FakeTensor* const*>(handle); }
+
+void test_describe() {
+  TorchFunctions torch;
+  torch.get_layout = [](const void* t, int32_t* layout) { return *layout = fake(t).layout, 0; };
+  torch.get_data_ptr = [](const void* t, void** data) { return *data = const_cast<FakeTensor*>(&fake(t)), 0; };
+  torch.get_dtype = [](const void*, int32_t* dtype) { return *dtype = 6, 0; };
+  torch.get_device_type = [](const void*, int32_t* type) { return *type = 0, 0; };
+  torch.get_device_index = [](const void*, int32_t* index) { return *index = -1, 0; };
+  torch.get_dim = [](const void* t, int64_t* dim) { return *dim = fake(t).dim, 0; };
+  torch.get_sizes = [](const void* t, int64_t** sizes) { return *sizes = const_cast<int64_t*>(fake(t).sizes), 0; };
+  torch.get_strides = [](const void* t, int64_t** s) { return *s = const_cast<int64_t*>(fake(t).strides), 0; };
+  torch.strided = [] { return int32_t{3}; };
+
+  const FakeTensor kinds[] = {
+      {2, 3, {4, 5}, {5, 1}}, {1, 3, {7, 0}, {2, 0}}, {0, 3, {}, {}}, {1, 0, {7, 0}, {1, 0}}, {3, 3, {}, {}}};
+  const int64_t count = 1000, width = kDescribed + 2 * 2;
+  Exact<const FakeTensor*> tensors(count);
+  for (int64_t i = 0; i < count; ++i) tensors.data[i] = &kinds[i % 5];
+  Exact<int64_t> rows(count * width);
+  const void* functions[9];
+  std::memcpy(functions, &torch, sizeof torch);
+  opt8bit_describe(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data, 2);
+  for (int64_t i = 0; i < count; ++i) {
+    const FakeTensor& kind = kinds[i % 5];
+    const int64_t* const row = rows.data + i * width;
+    if (kind.layout != 3 || kind.dim > 2) {
+      for (int64_t k = 0; k < width; ++k) check(row[k] == -1, "a tensor that cannot be described");
+      continue;
+    }
+    check(row[0] == reinterpret_cast<int64_t>(&kind) && row[1] == 6 && row[2] == 0 && row[3] == -1, "what it is");
+    check(row[4] == kind.dim, "dim");
+    for (int64_t k = 0; k < kind.dim; ++k)
+      check(row[5 + k] == kind.sizes[k] && row[7 + k] == kind.strides[k], "sizes and strides");
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_describe();
   check(opt8bit_kernels("abacus") == nullptr, "an unknown instruction set");
   for (const std::string& name : sets()) {
     const Kernels* kernels = opt8bit_kernels(name.c_str());

@@ -1,0 +1,69 @@
+import numpy
+import pytest
+import torch
+
+from opt8bit import AdamW8bit
+from opt8bit.backends import Tensors, description
+
+TENSORS = [
+    torch.zeros(()),
+    torch.zeros(0, 5),
+    torch.zeros(3, 4, dtype=torch.bfloat16),
+    torch.zeros(3, 4).t(),
+    torch.zeros(6)[2:5],
+    torch.zeros(1, 3).expand(4, 3),
+    torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    torch.empty(2, 3, device="meta"),
+]
+
+
+def test_torch_is_asked_where_it_can_be(kernels: str) -> None:
+    """This torch exports the functions, so the fast way must be the one that is taken and tested."""
+    assert description._torch_functions() is not None
+
+
+def test_a_description_says_what_python_says() -> None:
+    rows = Tensors(TENSORS).describe()
+    for row, tensor in zip(rows, TENSORS, strict=True):
+        dim = tensor.dim()
+        assert row[0] == tensor.data_ptr()
+        assert (row[4], tuple(row[5 : 5 + dim]), tuple(row[9 : 9 + dim])) == (dim, tensor.shape, tensor.stride())
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+def test_tensors_that_differ_are_described_differently(monkeypatch: pytest.MonkeyPatch, in_python: bool) -> None:
+    if in_python:
+        monkeypatch.setattr(description, "_torch_functions", lambda: None)
+    rows = Tensors(TENSORS).describe()[:, 1:]
+    assert len({tuple(row) for row in rows}) == len(TENSORS)
+    assert numpy.array_equal(rows, Tensors(TENSORS).describe()[:, 1:])
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+def test_what_is_not_strided_or_too_deep_is_not_described(monkeypatch: pytest.MonkeyPatch, in_python: bool) -> None:
+    if in_python:
+        monkeypatch.setattr(description, "_torch_functions", lambda: None)
+    rows = Tensors([torch.eye(3).to_sparse(), torch.zeros(1, 1, 1), torch.eye(3)], max_dim=2).describe()
+    assert (rows[:2] == -1).all() and (rows[2] != -1).any()
+
+
+def test_many_tensors_on_several_threads() -> None:
+    tensors = list(torch.zeros(5000, 3).unbind())
+    assert Tensors(tensors).describe()[:, 0].tolist() == [tensor.data_ptr() for tensor in tensors]
+
+
+def test_a_step_without_torchs_functions_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a torch that does not export them."""
+    results = []
+    for functions in (description._torch_functions(), None):
+        monkeypatch.setattr(description, "_torch_functions", lambda functions=functions: functions)
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((70, 100), (30,), (64, 3, 8, 8))]
+        optimizer = AdamW8bit(params)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape)
+            optimizer.step()
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
