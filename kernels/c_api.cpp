@@ -1,6 +1,7 @@
 #include "c_api.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -11,7 +12,23 @@ using namespace opt8bit;
 namespace opt8bit {
 namespace {
 
-constexpr const char* kRuleNames[] = {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum"};
+constexpr const char* kRuleNames[] = {"adam",
+                                      "adam_amsgrad",
+                                      "adamw",
+                                      "adamw_amsgrad",
+                                      "sgd",
+                                      "sgd_momentum",
+                                      "rmsprop",
+                                      "rmsprop_momentum",
+                                      "rmsprop_centered",
+                                      "rmsprop_centered_momentum",
+                                      "adagrad",
+                                      "lion",
+                                      "ademamix",
+                                      "lamb",
+                                      "lars",
+                                      "lars_momentum"};
+static_assert(sizeof kRuleNames / sizeof *kRuleNames == static_cast<size_t>(RuleId::count), "a name for each rule");
 
 // Threads take whole units: runs of blocks of one tensor with about this many elements.
 constexpr int64_t kUnitElements = 1 << 14;
@@ -93,16 +110,43 @@ void opt8bit_step(const Kernels* kernels, const Tensor* tensors, int64_t count, 
     views.push_back(block_view(*tensor, groups[tensor->group]));
     first_unit.push_back(first_unit.back() + units(views.back()));
   }
-  parallel(first_unit.back(), threads, [&](int64_t begin, int64_t end) {
+  // Calls function(index, first_unit, last_unit) on the units of each tensor in [begin, end).
+  const auto for_tensors = [&](int64_t begin, int64_t end, auto function) {
     int64_t index = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
     for (int64_t unit = begin; unit < end; unit = first_unit[++index]) {
-      const int64_t per_unit = blocks_per_unit(views[index]);
       const int64_t last_unit = std::min(end, first_unit[index + 1]);
-      const int64_t first_block = (unit - first_unit[index]) * per_unit;
-      const int64_t last_block = std::min((last_unit - first_unit[index]) * per_unit, views[index].blocks());
-      if (first_block < last_block)
-        kernels->step(tensors[index], groups[tensors[index].group], first_block, last_block);
+      if (unit < last_unit) function(index, unit, last_unit);
     }
+  };
+  const auto first_block = [&](int64_t index, int64_t unit) {
+    return std::min((unit - first_unit[index]) * blocks_per_unit(views[index]), views[index].blocks());
+  };
+  const auto group_of = [&](int64_t index) -> const Group& { return groups[tensors[index].group]; };
+
+  // Norms first, where a rule asks for them: unit by unit, as the sum must not depend on the number of threads.
+  std::vector<double> norms;
+  if (std::any_of(tensors, tensors + count, [&](const Tensor& t) { return needs_norms(groups[t.group].rule); })) {
+    std::vector<double> squares(first_unit.back() * kNorms);
+    parallel(first_unit.back(), threads, [&](int64_t begin, int64_t end) {
+      for_tensors(begin, end, [&](int64_t index, int64_t unit, int64_t last_unit) {
+        for (; needs_norms(group_of(index).rule) && unit < last_unit; ++unit)
+          kernels->measure(tensors[index], group_of(index), &squares[unit * kNorms], first_block(index, unit),
+                           first_block(index, unit + 1));
+      });
+    });
+    norms.resize(count * kNorms);
+    for (int64_t index = 0; index < count; ++index)
+      for (int k = 0; k < kNorms; ++k) {
+        double sum = 0;
+        for (int64_t unit = first_unit[index]; unit < first_unit[index + 1]; ++unit) sum += squares[unit * kNorms + k];
+        norms[index * kNorms + k] = std::sqrt(sum);
+      }
+  }
+  parallel(first_unit.back(), threads, [&](int64_t begin, int64_t end) {
+    for_tensors(begin, end, [&](int64_t index, int64_t unit, int64_t last_unit) {
+      kernels->step(tensors[index], group_of(index), norms.empty() ? nullptr : &norms[index * kNorms],
+                    first_block(index, unit), first_block(index, last_unit));
+    });
   });
   for (const Tensor* tensor = tensors; tensor < tensors + count; ++tensor) *tensor->step += 1;
 }

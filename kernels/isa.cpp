@@ -3,11 +3,13 @@
 // no instruction of one set can end up in the code of another.
 #include OPT8BIT_SIMD
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "blockwise.h"
 #include "optimizer_step.h"
+#include "rounding.h"
 #include "update_rules.h"
 
 namespace opt8bit {
@@ -172,47 +174,70 @@ class PlainState {
   float* values_;
 };
 
-template <class Rule, class T, size_t... s, class... States>
-OPT8BIT_INLINE void update_vector(const Rule& rule, T* param, const T* grad, int64_t i, std::index_sequence<s...>,
-                                  States&... states) {
-  __builtin_prefetch(reinterpret_cast<const char*>(param + i) + kAhead, 1);
-  __builtin_prefetch(reinterpret_cast<const char*>(grad + i) + kAhead, 0);
-  (states.prefetch(i), ...);
-  Simd::Floats p = Simd::load(param + i), x[sizeof...(s) + 1];
-  rule.update(p, Simd::load(grad + i), states.load(i)..., x[s]...);
-  Simd::store(param + i, p);
-  (states.store(i, x[s]), ...);
+// Gradients, made as large as they are meant to be.
+template <class T>
+class Grad {
+ public:
+  Grad(const Tensor& tensor, const Group& group)
+      : tensor_(static_cast<const T*>(tensor.grad)),
+        scale_(Simd::broadcast(static_cast<float>(1 / group.grad_scale))) {}
+
+  void open(int64_t offset) { values_ = tensor_ + offset; }
+  Simd::Floats load(int64_t i) const { return Simd::load(values_ + i) * scale_; }
+  Simd::Floats load_tail(int64_t i, int64_t n) const {
+    T tail[Simd::kLanes] = {};
+    std::memcpy(tail, values_ + i, (n - i) * sizeof(T));
+    return Simd::load(tail) * scale_;
+  }
+  const T* values() const { return values_; }
+
+ private:
+  const T* const tensor_;
+  const T* values_;
+  const Simd::Floats scale_;
+};
+
+template <class T>
+void prefetch(const T* x, bool is_written) {
+  const char* const ahead = reinterpret_cast<const char*>(x) + kAhead;
+  is_written ? __builtin_prefetch(ahead, 1) : __builtin_prefetch(ahead, 0);
 }
 
 // One pass over a block: p, g and the states in, p and the states out.
 template <class Rule, class T, size_t... s, class... States>
-OPT8BIT_INLINE void update_block(const Rule& rule, T* param, const T* grad, int64_t n,
-                                 std::index_sequence<s...> indices, States&... states) {
+OPT8BIT_INLINE void update_block(const Rule& rule, Param<T>& param, const Grad<T>& grad, int64_t n,
+                                 std::index_sequence<s...>, States&... states) {
+  Simd::Floats x[sizeof...(s) + 1];
   int64_t i = 0;
-  for (; i + Simd::kLanes <= n; i += Simd::kLanes) update_vector(rule, param, grad, i, indices, states...);
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
+    prefetch(param.values() + i, true);
+    prefetch(grad.values() + i, false);
+    (states.prefetch(i), ...);
+    Simd::Floats p = param.load(i);
+    rule.update(p, grad.load(i), states.load(i)..., x[s]...);
+    param.store(i, p);
+    (states.store(i, x[s]), ...);
+  }
   if (i < n) {
-    T param_tail[Simd::kLanes] = {}, grad_tail[Simd::kLanes] = {};
-    std::memcpy(param_tail, param + i, (n - i) * sizeof(T));
-    std::memcpy(grad_tail, grad + i, (n - i) * sizeof(T));
-    Simd::Floats p = Simd::load(param_tail), x[sizeof...(s) + 1];
-    rule.update(p, Simd::load(grad_tail), states.load_tail(i, n)..., x[s]...);
-    Simd::store(param_tail, p);
-    std::memcpy(param + i, param_tail, (n - i) * sizeof(T));
+    Simd::Floats p = param.load_tail(i, n);
+    rule.update(p, grad.load_tail(i, n), states.load_tail(i, n)..., x[s]...);
+    param.store_tail(i, n, p);
     (states.store_tail(i, n, x[s]), ...);
   }
 }
 
 template <class Rule, class T, size_t... s, class... States>
-void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view, int64_t first_block,
+void update_blocks(const Rule rule, Param<T> param, Grad<T> grad, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
   const int64_t block_length = view.row_length < view.block_size ? view.row_length : view.block_size;
   const int64_t run = run_length(block_length);
   int64_t lengths[kMaxRun], slot = 0;
   view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
     if (slot == 0) (states.open_run(block, offset, block_length), ...);
+    param.open(offset);
+    grad.open(offset);
     (states.open(slot, offset), ...);
-    update_block(rule, static_cast<T*>(tensor.param) + offset, static_cast<const T*>(tensor.grad) + offset, n, indices,
-                 states...);
+    update_block(rule, param, grad, n, indices, states...);
     (states.close(slot, n), ...);
     lengths[slot++] = n;
     if (slot == run || block + 1 == last_block) {
@@ -220,6 +245,40 @@ void update_blocks(const Rule rule, const Tensor& tensor, const BlockView& view,
       slot = 0;
     }
   });
+}
+
+// Adds to `squares` what a rule measures. The squares of elements whose index in their block is the same modulo 16
+// are added up first, so that the order is the same for every number of lanes.
+template <class Rule, class T, class... States>
+void measure_blocks(const Rule rule, Param<T> param, Grad<T> grad, const BlockView& view, double* squares,
+                    int64_t first_block, int64_t last_block, States... states) {
+  constexpr int64_t kSums = 16;
+  double sums[kNorms][kSums] = {};
+  Simd::Floats x[kNorms];
+  view.for_each(first_block, last_block, [&]([[maybe_unused]] int64_t block, int64_t offset, int64_t n) {
+    (states.open_run(block, offset, n), ...);
+    param.open(offset);
+    grad.open(offset);
+    (states.open(0, offset), ...);
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
+      rule.measure(param.load(i), grad.load(i), states.load(i)..., x);
+      for (int k = 0; k < kNorms; ++k) Simd::add_squares(sums[k] + i % kSums, x[k]);
+    }
+    if (i < n) {
+      rule.measure(param.load_tail(i, n), grad.load_tail(i, n), states.load_tail(i, n)..., x);
+      for (int k = 0; k < kNorms; ++k) {
+        float tail[Simd::kLanes];
+        Simd::store(tail, x[k]);
+        std::fill(tail + (n - i), tail + Simd::kLanes, 0.0f);
+        Simd::add_squares(sums[k] + i % kSums, Simd::load(tail));
+      }
+    }
+  });
+  for (int k = 0; k < kNorms; ++k) {
+    squares[k] = 0;
+    for (double sum : sums[k]) squares[k] += sum;
+  }
 }
 
 template <bool kCoded, bool kSigned>
@@ -233,39 +292,84 @@ struct StateType<true, kSigned> {
 
 // The skeleton of every step: a rule, a type of parameter, and how each state of the rule is stored.
 template <class Rule, class T, bool kCoded, size_t... s>
-void step_blocks(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block,
+void step_blocks(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block,
                  std::index_sequence<s...> indices) {
   float* const memory = thread_buffer();
-  update_blocks<Rule, T>(Rule(group.hyper, *tensor.step + 1.0), tensor, block_view(tensor, group), first_block,
-                         last_block, indices,
-                         typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kBufferStride)...);
+  update_blocks(Rule(group.hyper, *tensor.step + 1.0, norms), Param<T>(tensor, group), Grad<T>(tensor, group),
+                block_view(tensor, group), first_block, last_block, indices,
+                typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kBufferStride)...);
 }
 
-template <class Rule, class T>
-void step_typed(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
-  constexpr std::make_index_sequence<Rule::kStates> states;
-  if (tensor.state_bits == 8) step_blocks<Rule, T, true>(tensor, group, first_block, last_block, states);
-  else step_blocks<Rule, T, false>(tensor, group, first_block, last_block, states);
+struct Step {
+  const double* norms;
+  template <class Rule, class T, bool kCoded>
+  void run(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) const {
+    step_blocks<Rule, T, kCoded>(tensor, group, norms, first_block, last_block,
+                                 std::make_index_sequence<Rule::kStates>());
+  }
+};
+
+template <class Rule, class T, bool kCoded, size_t... s>
+void measure_blocks(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block,
+                    std::index_sequence<s...>) {
+  measure_blocks(Rule(group.hyper, *tensor.step + 1.0, nullptr), Param<T>(tensor, group), Grad<T>(tensor, group),
+                 block_view(tensor, group), squares, first_block, last_block,
+                 typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, nullptr)...);
 }
 
-template <class Rule>
-void step_rule(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+struct Measure {
+  double* squares;
+  template <class Rule, class T, bool kCoded>
+  void run(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) const {
+    if constexpr (Rule::kHasNorms)
+      measure_blocks<Rule, T, kCoded>(tensor, group, squares, first_block, last_block,
+                                      std::make_index_sequence<Rule::kStates>());
+  }
+};
+
+template <class Rule, class T, class Work>
+void with_states(const Work& work, const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+  if (tensor.state_bits == 8) work.template run<Rule, T, true>(tensor, group, first_block, last_block);
+  else work.template run<Rule, T, false>(tensor, group, first_block, last_block);
+}
+
+template <class Rule, class Work>
+void with_rule(const Work& work, const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
   switch (tensor.dtype) {
-    case DType::float32: return step_typed<Rule, float>(tensor, group, first_block, last_block);
-    case DType::bfloat16: return step_typed<Rule, bfloat16>(tensor, group, first_block, last_block);
-    case DType::float16: return step_typed<Rule, float16>(tensor, group, first_block, last_block);
+    case DType::float32: return with_states<Rule, float>(work, tensor, group, first_block, last_block);
+    case DType::bfloat16: return with_states<Rule, bfloat16>(work, tensor, group, first_block, last_block);
+    case DType::float16: return with_states<Rule, float16>(work, tensor, group, first_block, last_block);
   }
 }
 
-void step(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
-  switch (group.rule) {
-    case RuleId::adam: return step_rule<Adam>(tensor, group, first_block, last_block);
-    case RuleId::adam_amsgrad: return step_rule<AdamAmsgrad>(tensor, group, first_block, last_block);
-    case RuleId::adamw: return step_rule<AdamW>(tensor, group, first_block, last_block);
-    case RuleId::adamw_amsgrad: return step_rule<AdamWAmsgrad>(tensor, group, first_block, last_block);
-    case RuleId::sgd: return step_rule<Sgd>(tensor, group, first_block, last_block);
-    case RuleId::sgd_momentum: return step_rule<SgdMomentum>(tensor, group, first_block, last_block);
-  }
+// In the order of RuleId.
+template <class Work>
+constexpr void (*kWithRule[])(const Work&, const Tensor&, const Group&, int64_t, int64_t) = {
+    with_rule<Adam, Work>,
+    with_rule<AdamAmsgrad, Work>,
+    with_rule<AdamW, Work>,
+    with_rule<AdamWAmsgrad, Work>,
+    with_rule<Sgd, Work>,
+    with_rule<SgdMomentum, Work>,
+    with_rule<RmsProp<false, false>, Work>,
+    with_rule<RmsProp<false, true>, Work>,
+    with_rule<RmsProp<true, false>, Work>,
+    with_rule<RmsProp<true, true>, Work>,
+    with_rule<Adagrad, Work>,
+    with_rule<Lion, Work>,
+    with_rule<AdEMAMix, Work>,
+    with_rule<Lamb, Work>,
+    with_rule<Lars, Work>,
+    with_rule<LarsMomentum, Work>,
+};
+static_assert(sizeof kWithRule<Step> / sizeof *kWithRule<Step> == static_cast<size_t>(RuleId::count));
+
+void step(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block) {
+  kWithRule<Step>[static_cast<size_t>(group.rule)](Step{norms}, tensor, group, first_block, last_block);
+}
+
+void measure(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block) {
+  kWithRule<Measure>[static_cast<size_t>(group.rule)](Measure{squares}, tensor, group, first_block, last_block);
 }
 
 template <class T, class Encode>
@@ -325,6 +429,6 @@ void dequantize(const uint8_t* codes, const float* absmax, const BlockView& view
 }  // namespace
 
 extern const Kernels OPT8BIT_KERNELS;
-const Kernels OPT8BIT_KERNELS = {OPT8BIT_NAME, step, quantize, dequantize};
+const Kernels OPT8BIT_KERNELS = {OPT8BIT_NAME, step, measure, quantize, dequantize};
 
 }  // namespace opt8bit

@@ -8,10 +8,30 @@
 namespace opt8bit {
 
 enum class DType : int64_t { float32, bfloat16, float16 };
-enum class RuleId : int64_t { adam, adam_amsgrad, adamw, adamw_amsgrad, sgd, sgd_momentum };
+enum class Rounding : int64_t { nearest, stochastic, compensated };  // of a bfloat16 parameter
+enum class RuleId : int64_t {
+  adam,
+  adam_amsgrad,
+  adamw,
+  adamw_amsgrad,
+  sgd,
+  sgd_momentum,
+  rmsprop,
+  rmsprop_momentum,
+  rmsprop_centered,
+  rmsprop_centered_momentum,
+  adagrad,
+  lion,
+  ademamix,
+  lamb,
+  lars,
+  lars_momentum,
+  count
+};
 
 constexpr int kMaxStates = 3;
-constexpr int kMaxHyper = 8;
+constexpr int kMaxHyper = 12;
+constexpr int kNorms = 2;  // those that a rule may ask for, over a whole tensor, before its step
 constexpr int64_t kMaxBlockSize = 16384;
 
 // One parameter with its gradient, both dense in the same order, and its states.
@@ -21,11 +41,13 @@ struct Tensor {
   float* step;                // how many steps were taken; a step adds 1
   void* states[kMaxStates];   // uint8 codes, or float32 values where state_bits is 32
   float* absmax[kMaxStates];  // (rows, blocks of a row), row by row; unused where state_bits is 32
+  int16_t* compensation;      // of the parameter's shape; unused unless the rounding is compensated
   int64_t rows;
   int64_t row_length;
   DType dtype;         // of param and grad
   int64_t state_bits;  // 8 or 32
   int64_t group;       // index into the groups
+  int64_t number;      // of the parameter in its optimizer: tells streams of random bits apart
 };
 
 // Hyper-parameters that many tensors share.
@@ -33,6 +55,9 @@ struct Group {
   RuleId rule;
   int64_t block_size;
   double hyper[kMaxHyper];
+  double grad_scale;  // gradients are this many times too large
+  Rounding rounding;
+  int64_t seed;
 };
 
 // How a tensor is cut: rows of blocks where states have 8 bits, else one row of any blocks.
@@ -63,6 +88,7 @@ struct BlockView {
 };
 
 BlockView block_view(const Tensor& tensor, const Group& group);
+bool needs_norms(RuleId rule);
 
 // Room for the states of one block, kMaxStates times kBufferStride floats, of the calling thread. The stride keeps
 // equal offsets into two states apart modulo 4096, where a load would wait for a store.
@@ -71,7 +97,10 @@ float* thread_buffer();
 
 struct Kernels {
   const char* name;
-  void (*step)(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block);
+  // `norms`, kNorms numbers, is null for a rule that asks for none.
+  void (*step)(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block);
+  // Writes what the blocks contribute to the squares of the norms that a rule asks for, the same for every set.
+  void (*measure)(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block);
   void (*quantize)(const void* x, DType dtype, const BlockView& view, const Codebook& codebook, uint8_t* codes,
                    float* absmax, int64_t first_block, int64_t last_block);
   void (*dequantize)(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook,

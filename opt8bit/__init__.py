@@ -3,8 +3,32 @@
 from importlib.metadata import version
 
 from opt8bit.nn import StableEmbedding, replace_embeddings
-from opt8bit.optim import Adam8bit, AdamW8bit, SGD8bit
+from opt8bit.optim import (
+    Adagrad8bit,
+    Adam8bit,
+    AdamW8bit,
+    AdEMAMix8bit,
+    LAMB8bit,
+    LARS8bit,
+    Lion8bit,
+    Muon8bit,
+    RMSprop8bit,
+    SGD8bit,
+)
 
 __version__ = version("opt8bit")
 
-__all__ = ["Adam8bit", "AdamW8bit", "SGD8bit", "StableEmbedding", "replace_embeddings"]
+__all__ = [
+    "AdEMAMix8bit",
+    "Adagrad8bit",
+    "Adam8bit",
+    "AdamW8bit",
+    "LAMB8bit",
+    "LARS8bit",
+    "Lion8bit",
+    "Muon8bit",
+    "RMSprop8bit",
+    "SGD8bit",
+    "StableEmbedding",
+    "replace_embeddings",
+]

@@ -62,8 +62,31 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target), halves);
   }
 
+  static Ints load(const int16_t* source) {
+    return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
+  }
+  static void store(int16_t* target, Ints a) {
+    const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(0xffff));
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), halves);
+  }
+  static void store_high(bfloat16* target, Ints a) {
+    store(reinterpret_cast<int16_t*>(target), {_mm256_srli_epi32(a.v, 16)});
+  }
+  static Ints bits_of(const bfloat16* source) { return bits(load(source)); }
+
   static Ints bits(Floats a) { return {_mm256_castps_si256(a.v)}; }
   static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static Ints subtract(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+  static Ints multiply(Ints a, Ints b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+  static Ints exclusive_or(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  template <int kBits>
+  static Ints shift_right(Ints a) {
+    return {_mm256_srli_epi32(a.v, kBits)};
+  }
+  static Ints high_half(Ints a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32(INT32_C(-0x10000)))}; }
+  static Ints lane_numbers() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+  static Floats floats(Ints bits) { return {_mm256_castsi256_ps(bits.v)}; }
   static Ints add_where(Mask mask, Ints a, Ints b) {
     return add(a, {_mm256_and_si256(_mm256_castps_si256(mask), b.v)});
   }
@@ -86,6 +109,14 @@ struct Simd {
   static Floats fraction(Floats a) { return {_mm256_sub_ps(a.v, _mm256_floor_ps(a.v))}; }
   static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
+  static Mask is_nan(Floats a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
+  static Floats select(Mask mask, Floats a, Floats b) { return {_mm256_blendv_ps(b.v, a.v, mask)}; }
+  static void add_squares(double* sums, Floats a) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_mul_pd(low, low)));
+    _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), _mm256_mul_pd(high, high)));
+  }
   static uint32_t lanes(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 
   static float horizontal_max(Floats a) {

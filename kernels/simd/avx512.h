@@ -56,8 +56,29 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), halves);
   }
 
+  static Ints load(const int16_t* source) {
+    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
+  }
+  static void store(int16_t* target, Ints a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(a.v));
+  }
+  static void store_high(bfloat16* target, Ints a) {
+    store(reinterpret_cast<int16_t*>(target), {_mm512_srli_epi32(a.v, 16)});
+  }
+  static Ints bits_of(const bfloat16* source) { return bits(load(source)); }
+
   static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static Ints subtract(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  static Ints multiply(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+  static Ints exclusive_or(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  template <int kBits>
+  static Ints shift_right(Ints a) {
+    return {_mm512_srli_epi32(a.v, kBits)};
+  }
+  static Ints high_half(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(INT32_C(-0x10000)))}; }
+  static Ints lane_numbers() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+  static Floats floats(Ints bits) { return {_mm512_castsi512_ps(bits.v)}; }
   static Ints add_where(Mask mask, Ints a, Ints b) { return {_mm512_mask_add_epi32(a.v, mask, a.v, b.v)}; }
   static Ints exponent(Floats a) { return {_mm512_srli_epi32(_mm512_castps_si512(a.v), 23)}; }
   static Ints truncate(Floats a) { return {_mm512_cvttps_epi32(a.v)}; }
@@ -83,6 +104,14 @@ struct Simd {
   static Floats fraction(Floats a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_FLOOR)}; }
   static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   static Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+  static Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+  static Floats select(Mask mask, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, mask, a.v)}; }
+  static void add_squares(double* sums, Floats a) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_mul_pd(low, low)));
+    _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_mul_pd(high, high)));
+  }
   static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return _mm512_reduce_max_ps(a.v); }

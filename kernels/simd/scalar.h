@@ -42,6 +42,12 @@ struct Simd {
   static void store(bfloat16* target, Floats a) { *target = bfloat16_from_float(a.v); }
   static void store(float16* target, Floats a) { *target = float16_from_float(a.v); }
 
+  // The low and the high half of each integer.
+  static Ints load(const int16_t* source) { return {*source}; }
+  static void store(int16_t* target, Ints a) { *target = static_cast<int16_t>(a.v); }
+  static void store_high(bfloat16* target, Ints a) { target->bits = static_cast<uint32_t>(a.v) >> 16; }
+  static Ints bits_of(const bfloat16* source) { return bits(load(source)); }
+
   static Ints bits(Floats a) {
     int32_t result;
     std::memcpy(&result, &a.v, sizeof result);
@@ -49,6 +55,24 @@ struct Simd {
   }
   static Ints add(Ints a, Ints b) {
     return {static_cast<int32_t>(static_cast<uint32_t>(a.v) + static_cast<uint32_t>(b.v))};
+  }
+  static Ints subtract(Ints a, Ints b) {
+    return {static_cast<int32_t>(static_cast<uint32_t>(a.v) - static_cast<uint32_t>(b.v))};
+  }
+  static Ints multiply(Ints a, Ints b) {
+    return {static_cast<int32_t>(static_cast<uint32_t>(a.v) * static_cast<uint32_t>(b.v))};
+  }
+  static Ints exclusive_or(Ints a, Ints b) { return {a.v ^ b.v}; }
+  template <int kBits>
+  static Ints shift_right(Ints a) {
+    return {static_cast<int32_t>(static_cast<uint32_t>(a.v) >> kBits)};
+  }
+  static Ints high_half(Ints a) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) & 0xffff0000u)}; }
+  static Ints lane_numbers() { return {0}; }
+  static Floats floats(Ints bits) {
+    Floats result;
+    std::memcpy(&result.v, &bits.v, sizeof result.v);
+    return result;
   }
   static Ints add_where(Mask mask, Ints a, Ints b) { return mask ? add(a, b) : a; }
   static Ints exponent(Floats a) { return {static_cast<int32_t>(static_cast<uint32_t>(bits(a).v) >> 23)}; }
@@ -68,6 +92,10 @@ struct Simd {
   static Floats fraction(Floats a) { return {a.v - __builtin_floorf(a.v)}; }
   static Mask greater(Floats a, Floats b) { return a.v > b.v; }
   static Mask less(Floats a, Floats b) { return a.v < b.v; }
+  static Mask is_nan(Floats a) { return a.v != a.v; }
+  static Floats select(Mask mask, Floats a, Floats b) { return mask ? a : b; }
+  // sums[0 .. kLanes) += the squares, in double.
+  static void add_squares(double* sums, Floats a) { *sums += static_cast<double>(a.v) * a.v; }
   static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return a.v; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy
 import torch
@@ -25,7 +25,7 @@ class View(Protocol):
 
 
 class Rule(NamedTuple):
-    """An update rule: a name that it shares with its kernels, and the pure function that defines it."""
+    """An update rule: a name that it shares with its kernels, if it has some, and the pure function that defines it."""
 
     name: str
     states: Mapping[str, bool]  # name in torch.optim: whether it can be negative
@@ -33,25 +33,33 @@ class Rule(NamedTuple):
     update: Callable[..., tuple[Tensor, ...]]  # (param, grad, *states, step=, **hyper) -> (param, *states)
 
 
+ROUNDINGS = ("nearest", "stochastic", "compensated")  # of a bfloat16 parameter, in the kernels' order
+
+
 class GroupUpdate(NamedTuple):
-    """Parameters to step that share a dtype, a rule, its hyper-parameters and how states are stored.
+    """Parameters to step that share a dtype, a rule, its hyper-parameters and how they are stored.
 
     Columns rather than one object a parameter, since a model may have thousands of them. With n parameters and
     k states of the rule, ``states`` and ``absmaxes`` list those of the first parameter, then of the second, ...
     """
 
     rule: Rule
-    hyper: Mapping[str, float]
+    hyper: Mapping[str, Any]
     block_size: int
+    rounding: str  # one of ROUNDINGS
+    seed: int  # of stochastic rounding
+    grad_scale: float  # the gradients are this many times too large
     params: Sequence[Tensor]  # n
     grads: Sequence[Tensor]  # n, each of its parameter's shape
+    numbers: NDArray[numpy.int64]  # n, of each parameter in its optimizer
     steps: Sequence[Tensor]  # n, () float32 on the CPU: steps taken so far; the backend adds 1
     views: Sequence[View]  # n
     extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
     states: Sequence[Tensor]  # n * k, each of its parameter's shape: uint8 codes, or values
     absmaxes: Sequence[Tensor]  # n * k, (rows, blocks per row); empty where the states hold values
+    compensations: Sequence[Tensor]  # n, each int16 of its parameter's shape; empty unless compensated
     codebooks: Sequence[Tensor]  # k, (256,) float32 each
-    addresses: NDArray[numpy.int64]  # (n, ·): of each param, its grad, its step, its states, its absmaxes
+    addresses: NDArray[numpy.int64]  # (n, ·): of each param, grad, step, its states, absmaxes and compensation
 
 
 class Backend(Protocol):
@@ -66,8 +74,9 @@ class Backend(Protocol):
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         """Writes the values of the contiguous ``codes`` into the contiguous ``x``."""
 
-    def can_step(self, param: Tensor, grad: Tensor) -> bool:
-        """Whether :meth:`step` takes this parameter with a gradient like this."""
+    def can_step(self, rule: Rule, param: Tensor) -> bool:
+        """Whether :meth:`step` takes parameters of this dtype by this rule, if they and their gradients are
+        contiguous and of one dtype."""
         ...
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:

@@ -13,12 +13,13 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, GroupUpdate, View
+from opt8bit.backends.interface import DTYPES, ROUNDINGS, GroupUpdate, Rule, View
+from opt8bit.backends.reference import step_group
 
 Words = numpy.typing.NDArray[numpy.int64]
 
 MAX_STATES = 3  # kMaxStates of kernels/optimizer_step.h
-MAX_HYPER = 8  # kMaxHyper
+MAX_HYPER = 12  # kMaxHyper
 LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}.get(
     sys.platform, "libopt8bit_kernels.so"
 )
@@ -120,32 +121,44 @@ class Native:
             torch.get_num_threads(),
         )
 
-    def can_step(self, param: Tensor, grad: Tensor) -> bool:
-        return param.dtype in DTYPES and grad.dtype == param.dtype and param.is_contiguous() and grad.is_contiguous()
+    def can_step(self, rule: Rule, param: Tensor) -> bool:
+        return param.dtype in DTYPES
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
-        rows = numpy.concatenate([tensor_rows(group, index) for index, group in enumerate(groups)])
-        table = numpy.concatenate([self._group_row(group) for group in groups])
-        self._lib.opt8bit_step(self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, torch.get_num_threads())
+        numbers = {group.rule.name: self._lib.opt8bit_rule(group.rule.name.encode()) for group in groups}
+        fused = [group for group in groups if numbers[group.rule.name] >= 0]
+        if fused:
+            rows = numpy.concatenate([tensor_rows(group, index) for index, group in enumerate(fused)])
+            table = numpy.concatenate([group_row(group, numbers[group.rule.name]) for group in fused])
+            threads = torch.get_num_threads()
+            self._lib.opt8bit_step(self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, threads)
+        for group in groups:
+            if numbers[group.rule.name] < 0:  # a rule that works on matrices: torch multiplies them, we code the states
+                step_group(group, self)
 
-    def _group_row(self, group: GroupUpdate) -> Words:
-        """The fields of ``Group`` in kernels/optimizer_step.h."""
-        number = self._lib.opt8bit_rule(group.rule.name.encode())
-        assert number >= 0, f"kernels/ has no rule {group.rule.name!r}"
-        hyper = numpy.zeros(MAX_HYPER)
-        hyper[: len(group.rule.hyper)] = [group.hyper[name] for name in group.rule.hyper]
-        return numpy.concatenate([numpy.array([number, group.block_size]), hyper.view(numpy.int64)])
+
+def group_row(group: GroupUpdate, number: int) -> Words:
+    """The fields of ``Group`` in kernels/optimizer_step.h."""
+    hyper = numpy.zeros(MAX_HYPER)
+    hyper[: len(group.rule.hyper)] = [group.hyper[name] for name in group.rule.hyper]
+    scale = numpy.array([group.grad_scale]).view(numpy.int64)
+    rounding = ROUNDINGS.index(group.rounding)
+    return numpy.concatenate(
+        [[number, group.block_size], hyper.view(numpy.int64), scale, [rounding, group.seed]], dtype=numpy.int64
+    )
 
 
 def tensor_rows(group: GroupUpdate, index: int) -> Words:
     """(n, fields) of ``Tensor`` in kernels/optimizer_step.h."""
-    count = len(group.codebooks)
-    rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 5), numpy.int64)
-    rows[:, : 3 + count] = group.addresses[:, : 3 + count]
-    if group.absmaxes:
-        rows[:, 3 + MAX_STATES : 3 + MAX_STATES + count] = group.addresses[:, 3 + count :]
-    rows[:, -5:-3] = group.extents
-    rows[:, -3] = DTYPES[group.params[0].dtype]
-    rows[:, -2] = 8 if group.absmaxes else 32
-    rows[:, -1] = index
+    states, absmaxes = len(group.codebooks), len(group.codebooks) if group.absmaxes else 0
+    rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 7), numpy.int64)
+    rows[:, : 3 + states] = group.addresses[:, : 3 + states]
+    rows[:, 3 + MAX_STATES : 3 + MAX_STATES + absmaxes] = group.addresses[:, 3 + states : 3 + states + absmaxes]
+    if group.compensations:
+        rows[:, -7] = group.addresses[:, -1]
+    rows[:, -6:-4] = group.extents
+    rows[:, -4] = DTYPES[group.params[0].dtype]
+    rows[:, -3] = 8 if group.absmaxes else 32
+    rows[:, -2] = index
+    rows[:, -1] = group.numbers
     return rows

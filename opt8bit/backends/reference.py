@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import GroupUpdate, View
+from opt8bit.backends.interface import Backend, GroupUpdate, Rule, View
+from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
 
 def to_blocks(x: Tensor, view: View) -> Tensor:
@@ -44,32 +45,45 @@ def dequantize(codes: Tensor, absmax: Tensor, codebook: Tensor, view: View) -> T
     return from_blocks(blocks, view, codes.shape)
 
 
-def step_group(group: GroupUpdate) -> None:
-    count = len(group.codebooks)
-    for i, (param, grad, step, view) in enumerate(
-        zip(group.params, group.grads, group.steps, group.views, strict=True)
-    ):
-        stored = group.states[i * count : (i + 1) * count]
-        absmaxes = group.absmaxes[i * count : (i + 1) * count]
-        books = [codebook.to(param.device) for codebook in group.codebooks]
-        compute = torch.promote_types(param.dtype, torch.float32)
+def step_group(group: GroupUpdate, coder: Backend) -> None:
+    """Steps parameter by parameter, by the pure rule; ``coder`` decodes and encodes the states."""
+    for i in range(len(group.params)):
+        _step_parameter(group, i, coder)
+
+
+def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
+    param, view, count = group.params[i], group.views[i], len(group.codebooks)
+    stored = group.states[i * count : (i + 1) * count]
+    absmaxes = group.absmaxes[i * count : (i + 1) * count]
+    compensation = group.compensations[i] if group.compensations else None
+    books = [codebook.to(param.device) for codebook in group.codebooks]
+    states = [_real(state) for state in stored]
+    if absmaxes:
+        states = [torch.empty(param.shape, dtype=torch.float32, device=param.device) for _ in stored]
+        for codes, absmax, book, state in zip(stored, absmaxes, books, states, strict=True):
+            coder.dequantize_blockwise(codes, absmax, book, view, state)
+    group.steps[i].add_(1)
+    step = group.steps[i].item()
+    compute = torch.promote_types(param.dtype, torch.float32)
+    grad = _real(group.grads[i].to(compute)) * (1 / group.grad_scale)
+    value = _real(param.to(compute)) if compensation is None else compensated(param, compensation)
+    new_param, *new_states = group.rule.update(value, grad, *states, step=step, **group.hyper)
+    if compensation is not None:
+        set_compensated(param, compensation, new_param)
+    elif group.rounding == "stochastic" and param.dtype == torch.bfloat16:
+        param.copy_(stochastically_rounded(new_param, group.seed, int(step), int(group.numbers[i])))
+    else:
+        _real(param).copy_(new_param)
+    for k, state in enumerate(new_states):
         if absmaxes:
-            coded = zip(stored, absmaxes, books, strict=True)
-            states = [dequantize(codes, absmax, book, view) for codes, absmax, book in coded]
+            coder.quantize_blockwise(state.contiguous(), books[k], view, stored[k], absmaxes[k])
         else:
-            states = [state.to(compute) for state in stored]
-        step.add_(1)
-        new_param, *new_states = group.rule.update(
-            param.to(compute), grad.to(compute), *states, step=step.item(), **group.hyper
-        )
-        param.copy_(new_param)
-        for k, state in enumerate(new_states):
-            if absmaxes:
-                codes, absmax = quantize(state, books[k], view)
-                stored[k].copy_(codes)
-                absmaxes[k].copy_(absmax)
-            else:
-                stored[k].copy_(state)
+            _real(stored[k]).copy_(state)
+
+
+def _real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 class Reference:
@@ -85,9 +99,9 @@ class Reference:
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         x.copy_(dequantize(codes, absmax, codebook, view))
 
-    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+    def can_step(self, rule: Rule, param: Tensor) -> bool:
         return True
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         for group in groups:
-            step_group(group)
+            step_group(group, self)

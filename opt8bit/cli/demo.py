@@ -30,7 +30,7 @@ class Settings:
 
     steps: int = 350
     seed: int = 0
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     weight_decay: float = 0.1
     warmup: int = 20
     batch: int = 16

@@ -1,6 +1,24 @@
 """Update rules: optimizers whose states are stored as 8-bit codes."""
 
+from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
+from opt8bit.optim.ademamix import AdEMAMix8bit
+from opt8bit.optim.lamb import LAMB8bit
+from opt8bit.optim.lars import LARS8bit
+from opt8bit.optim.lion import Lion8bit
+from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
 
-__all__ = ["Adam8bit", "AdamW8bit", "SGD8bit"]
+__all__ = [
+    "AdEMAMix8bit",
+    "Adagrad8bit",
+    "Adam8bit",
+    "AdamW8bit",
+    "LAMB8bit",
+    "LARS8bit",
+    "Lion8bit",
+    "Muon8bit",
+    "RMSprop8bit",
+    "SGD8bit",
+]

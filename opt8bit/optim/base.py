@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import Backend, GroupUpdate, Rule
-from opt8bit.optim.plan import CODEBOOKS, Plan
+from opt8bit.optim.plan import Plan, Work
+from opt8bit.optim.states import CODED_DTYPES, initialize
 from opt8bit.quant import block_view
 
-if TYPE_CHECKING:
-    pass
+SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 
 MAX_BLOCK_SIZE = 16384  # kMaxBlockSize of kernels/optimizer_step.h: what a thread keeps in its cache
 MIN_BLOCK_SIZE = 16
-MIN_ROW_LENGTH = 16  # a shorter row's absmax would weigh more than its codes save
-MIN_FLAT_LENGTH = 2**20  # a 1-D tensor as long as this is a flattened buffer, not a bias
-CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64)
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes; each is an option of a parameter group, too.
 
     maximize: ascend instead of descend (default False).
+    stochastic_rounding: round bfloat16 parameters up or down by chance, so that small updates are not lost but come
+        through on average (default False). Other dtypes are not affected; float16 is refused.
+    compensation: keep beside a bfloat16 parameter the 16 bits that it has no room for, so that it is trained as a
+        float32 one (default False). Two bytes a parameter, as the state ``compensation``.
+    seed: of stochastic rounding, an integer from 0 to 2^63 - 1 (default 0). Equal seeds round alike, on every rank.
     block_size: elements per block of an 8-bit state, 16 to 16384 (default 256).
     min_8bit_size: tensors of fewer elements keep 32-bit states (default 4096).
     state_bits: 8, or 32 for float32 states throughout (default 8). A parameter that has an attribute
@@ -40,6 +41,9 @@ class Options(TypedDict, total=False):
     """
 
     maximize: bool
+    stochastic_rounding: bool
+    compensation: bool
+    seed: int
     block_size: int
     min_8bit_size: int
     state_bits: int
@@ -51,6 +55,9 @@ class Options(TypedDict, total=False):
 
 DEFAULTS = Options(
     maximize=False,
+    stochastic_rounding=False,
+    compensation=False,
+    seed=0,
     block_size=256,
     min_8bit_size=4096,
     state_bits=8,
@@ -61,23 +68,40 @@ DEFAULTS = Options(
 )
 
 
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {  # whether an option may have a value, and which it may
+    "maximize": (lambda value: isinstance(value, bool), "True or False"),
+    "stochastic_rounding": (lambda value: isinstance(value, bool), "True or False"),
+    "compensation": (lambda value: isinstance(value, bool), "True or False"),
+    "seed": (lambda value: _is_integer(value, 0, 2**63 - 1), "an integer from 0 to 2^63 - 1"),
+    "block_size": (
+        lambda value: _is_integer(value, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE),
+        f"an integer from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}",
+    ),
+    "min_8bit_size": (lambda value: _is_integer(value, 0, 2**63 - 1), "a non-negative integer"),
+    "state_bits": (lambda value: value in (8, 32), "8 or 32"),
+    "fused": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
+    **{
+        name: (lambda value: not value, "left out: the step is one fused call")
+        for name in ("foreach", "capturable", "differentiable")
+    },
+}
+
+
 def check_options(group: Mapping[str, Any]) -> None:
     """Refuses what no optimizer of this package can honour.
 
     Raises:
         ValueError: an option has another value than it can have.
     """
-    size = group["block_size"]
-    if isinstance(size, bool) or not isinstance(size, int) or not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
-        raise ValueError(f"block_size must be an integer from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, got {size!r}")
-    least = group["min_8bit_size"]
-    if isinstance(least, bool) or not isinstance(least, int) or least < 0:
-        raise ValueError(f"min_8bit_size must be a non-negative integer, got {least!r}")
-    if group["state_bits"] not in (8, 32):
-        raise ValueError(f"state_bits must be 8 or 32, got {group['state_bits']!r}")
-    for name in ("foreach", "capturable", "differentiable"):
-        if group[name]:
-            raise ValueError(f"{name}=True is not supported: the step is one fused call; leave {name} out")
+    for name, (is_allowed, allowed) in ALLOWED.items():
+        if not is_allowed(group[name]):
+            raise ValueError(f"{name} must be {allowed}, got {group[name]!r}")
+    if group["stochastic_rounding"] and group["compensation"]:
+        raise ValueError("compensation=True leaves nothing to round by chance: leave stochastic_rounding out")
 
 
 def check_not_negative(**values: float | Tensor) -> None:
@@ -94,12 +118,14 @@ def check_not_negative(**values: float | Tensor) -> None:
             raise ValueError(f"Invalid {label}: {value}")
 
 
-def check_betas(betas: tuple[float, float]) -> None:
+def check_betas(betas: Sequence[float], count: int = 2) -> None:
     """Raises as torch.optim does, with its words.
 
     Raises:
-        ValueError: a beta is not in [0, 1).
+        ValueError: there are not ``count`` betas, or one is not in [0, 1).
     """
+    if len(betas) != count:
+        raise ValueError(f"betas must be {count} numbers, got {betas!r}")
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
@@ -113,6 +139,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     (rows, blocks per row). Signed states are coded by the signed dynamic map, others by the unsigned one.
     """
 
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler
+
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         unknown = set(options) - set(DEFAULTS)
         if unknown:
@@ -124,8 +152,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         """The update rule of a parameter group."""
 
     @abstractmethod
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's hyper-parameters, ``rule.hyper``, from a parameter group."""
+
+    def initial(self, group: dict[str, Any]) -> dict[str, float]:
+        """What states begin as, by name, where it is not zero."""
+        return {}
+
+    def check_param(self, param: Tensor) -> None:
+        """Raises where the rule cannot take a parameter."""
 
     @abstractmethod
     def check_group(self, group: dict[str, Any]) -> None:
@@ -136,7 +171,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option has a value it cannot have.
-            TypeError: a parameter is complex, a DTensor, or of a dtype that cannot be optimized.
+            TypeError: a parameter is a DTensor, or of a dtype that cannot be optimized.
         """
         group = {**self.defaults, **param_group}
         check_options(group)
@@ -145,16 +180,17 @@ class Optimizer8bit(torch.optim.Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         for param in params:
             param = param[1] if isinstance(param, tuple) else param
-            if isinstance(param, Tensor) and is_traceable_wrapper_subclass(param):
-                raise TypeError(f"{type(param).__name__} parameters are not supported yet")
-            if isinstance(param, Tensor) and param.dtype not in SUPPORTED_DTYPES:
-                names = ", ".join(map(str, SUPPORTED_DTYPES))
-                raise TypeError(f"parameters must be one of {names}, got {param.dtype}")
+            if isinstance(param, Tensor):
+                _check_param(param, group)
+                self.check_param(param)
         super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one call per device.
+
+        ``torch.amp.GradScaler`` hands its scale and its finding of infinities over (``grad_scale``, ``found_inf``):
+        the gradients are unscaled in the same pass, and left as they are; a step with infinities is skipped.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -171,32 +207,43 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        scale = 1.0 if grad_scale is None else float(grad_scale)
         # Everything is checked before the first backend writes.
-        batches = [batch for i, group in enumerate(self.param_groups) for batch in self._batches(i, group)]
-        work: dict[Backend, list[GroupUpdate]] = {}
-        for backend, update in batches:
-            work.setdefault(backend, []).append(update)
-        for backend, updates in work.items():
-            backend.step(updates)
+        work = [item for index in range(len(self.param_groups)) for item in self._work(index, scale)]
+        updates: dict[Backend, list[GroupUpdate]] = {}
+        for backend, update, _ in work:
+            updates.setdefault(backend, []).append(update)
+        for backend, batch in updates.items():
+            backend.step(batch)
+        for param, contiguous in [copy for item in work for copy in item.copies]:
+            param.copy_(contiguous)
         return loss
 
-    def _batches(self, index: int, group: dict[str, Any]) -> list[tuple[Backend, GroupUpdate]]:
+    def _work(self, index: int, grad_scale: float) -> list[Work]:
+        group = self.param_groups[index]
         params, grads = _with_gradients(group["params"])
-        rule = self.rule(group)
-        key = (rule, group["block_size"], group["fused"])
-        hyper = self.hyper(group)
+        rule, hyper = self.rule(group), self.hyper(group)
         plans = self.__dict__.setdefault("_plans", {})
         plan = plans.get(index)
-        batches = plan.batches(key, params, grads, self.state, hyper) if plan else None
-        if batches is None:
+        work = plan.work(rule, group, params, grads, self.state, hyper, grad_scale) if plan else None
+        if work is None:
             check_options(group)  # anew, as a user may write into it
             for param, grad in zip(params, grads, strict=True):
+                _check_param(param, group)
                 _check_grad(param, grad)
-                _initialize(self.state[param], rule, param, group)
-            plan = plans[index] = Plan(key, params, grads, self.state)
-            batches = plan.batches(key, params, grads, self.state, hyper)
-            assert batches is not None
-        return batches
+                initialize(self.state[param], rule, param, group, self.initial(group))
+            plan = plans[index] = Plan(rule, group, params, grads, self._numbers(index), self.state)
+            work = plan.work(rule, group, params, grads, self.state, hyper, grad_scale)
+            assert work is not None
+        return work
+
+    def _numbers(self, index: int) -> list[int]:
+        """Of the parameters of a group that have a gradient, in the optimizer."""
+        first = sum(len(group["params"]) for group in self.param_groups[:index])
+        return [first + i for i, param in enumerate(self.param_groups[index]["params"]) if param.grad is not None]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned; training then continues bit for bit.
@@ -225,6 +272,16 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return [param for param, _ in pairs], [grad for _, grad in pairs]
 
 
+def _check_param(param: Tensor, group: Mapping[str, Any]) -> None:
+    if is_traceable_wrapper_subclass(param):
+        raise TypeError(f"{type(param).__name__} parameters are not supported yet")
+    if param.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
+    for name in ("stochastic_rounding", "compensation"):
+        if group[name] and param.dtype == torch.float16:
+            raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
+
+
 def _check_grad(param: Tensor, grad: Tensor) -> None:
     if is_traceable_wrapper_subclass(param) or is_traceable_wrapper_subclass(grad):
         raise RuntimeError(f"{type(param).__name__} parameters with {type(grad).__name__} gradients are not supported")
@@ -232,37 +289,6 @@ def _check_grad(param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
     if grad.shape != param.shape:
         raise RuntimeError(f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
-
-
-def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the states of a parameter in a group are stored as 8-bit codes."""
-    if getattr(param, "state_bits", group["state_bits"]) == 32 or param.dtype not in CODED_DTYPES:
-        return False
-    if param.numel() < max(group["min_8bit_size"], 1):
-        return False
-    if param.dim() < 2:
-        return param.numel() >= MIN_FLAT_LENGTH
-    return param.numel() // param.shape[0] >= MIN_ROW_LENGTH
-
-
-def _initialize(state: dict[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> None:
-    """Adds what a rule needs and the state lacks: zeros."""
-    state.setdefault("step", torch.zeros((), dtype=torch.float32))
-    coded = is_8bit(param, group)
-    stored = [name for name in rule.states if name in state]
-    if stored:  # a state that is added later is stored as those that are there
-        coded = f"{stored[0]}_absmax" in state
-    for name, signed in rule.states.items():
-        if name in state:
-            continue
-        if coded:
-            zero = int((CODEBOOKS[signed] == 0).nonzero())
-            state[name] = torch.full(param.shape, zero, dtype=torch.uint8, device=param.device)
-            shape = block_view(param.shape, group["block_size"]).absmax_shape
-            state[f"{name}_absmax"] = torch.zeros(shape, dtype=torch.float32, device=param.device)
-        else:
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
 class _Boxed:

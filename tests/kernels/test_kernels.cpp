@@ -1,5 +1,6 @@
 // The kernels on heap blocks of exactly the size they may touch, for a build with sanitizers: every instruction set,
 // rule, dtype and awkward length. Checks codes against the exact search, and sets against the scalar one.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -84,43 +85,66 @@ void test_quantize(const Kernels* kernels, int64_t rows, int64_t length, int64_t
   });
 }
 
-// Three steps of one rule; returns the parameter and whatever states there are.
+struct RuleCase {
+  const char* name;
+  std::vector<double> hyper;
+};
+const RuleCase kRules[] = {
+    {"adam", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
+    {"adam_amsgrad", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
+    {"adamw", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
+    {"adamw_amsgrad", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
+    {"sgd", {0.1, 0.9, 0, 0.01, 1, 0}},
+    {"sgd_momentum", {0.1, 0.9, 0, 0.01, 1, 0}},
+    {"rmsprop", {1e-2, 0.99, 1e-8, 0.01, 0, 0}},
+    {"rmsprop_momentum", {1e-2, 0.99, 1e-8, 0.01, 0.9, 0}},
+    {"rmsprop_centered", {1e-2, 0.99, 1e-8, 0.01, 0, 0}},
+    {"rmsprop_centered_momentum", {1e-2, 0.99, 1e-8, 0.01, 0.9, 0}},
+    {"adagrad", {1e-2, 0.1, 1e-10, 0.01, 0}},
+    {"lion", {1e-3, 0.9, 0.99, 0.1, 0}},
+    {"ademamix", {1e-3, 0.9, 0.999, 0.9999, 5, 10, 10, 1e-8, 0.01, 0}},
+    {"lamb", {1e-3, 0.9, 0.999, 1e-6, 0.01, 1, 1, 0}},
+    {"lars", {0.1, 0, 0.01, 1e-2, 1e-8, 0, 1, 0}},
+    {"lars_momentum", {0.1, 0.9, 0.01, 1e-2, 1e-8, 1, 1, 0}},
+};
+
+// Three steps of one rule; returns the parameter.
 template <class T>
-Exact<T> run_step(const Kernels* kernels, const char* rule, DType dtype, int64_t bits, int64_t rows, int64_t length,
-                  int64_t block_size, const Exact<T>& start, const Exact<T>& grad) {
+Exact<T> run_step(const Kernels* kernels, const RuleCase& rule, DType dtype, Rounding rounding, int64_t bits,
+                  int64_t rows, int64_t length, int64_t block_size, const Exact<T>& start, const Exact<T>& grad) {
   Exact<T> param = start;
   const BlockView view(rows, length, block_size);
   Exact<uint8_t> codes[] = {Exact<uint8_t>(start.size), Exact<uint8_t>(start.size), Exact<uint8_t>(start.size)};
   Exact<float> values[] = {Exact<float>(start.size), Exact<float>(start.size), Exact<float>(start.size)};
   Exact<float> absmax[] = {Exact<float>(view.blocks()), Exact<float>(view.blocks()), Exact<float>(view.blocks())};
+  Exact<int16_t> compensation(start.size);
   float step = 0;
-  Tensor tensor = {param.data, grad.data, &step, {}, {}, rows, length, dtype, bits, 0};
+  Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, dtype, bits, 0, 7};
+  if (rounding == Rounding::compensated) tensor.compensation = compensation.data;
   for (int s = 0; s < kMaxStates; ++s) {
     std::memset(codes[s].data, s == 0 ? 127 : 0, start.size);
     tensor.states[s] = bits == 8 ? static_cast<void*>(codes[s].data) : values[s].data;
     tensor.absmax[s] = absmax[s].data;
   }
-  Group group = {static_cast<RuleId>(opt8bit_rule(rule)), block_size, {}};
-  const bool is_sgd = std::strncmp(rule, "sgd", 3) == 0;
-  const double adam[] = {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}, sgd[] = {0.1, 0.9, 0, 0.01, 1, 0};
-  std::memcpy(group.hyper, is_sgd ? sgd : adam, sizeof adam);
+  Group group = {static_cast<RuleId>(opt8bit_rule(rule.name)), block_size, {}, 2.0, rounding, 5};
+  std::copy(rule.hyper.begin(), rule.hyper.end(), group.hyper);
   for (int i = 0; i < 3; ++i) opt8bit_step(kernels, &tensor, 1, &group, 2);
   check(step == 3, "step count");
   return param;
 }
 
 template <class T>
-void test_steps(const Kernels* kernels, DType dtype) {
+void test_steps(const Kernels* kernels, DType dtype, Rounding rounding) {
   const Kernels* scalar = opt8bit_kernels("scalar");
-  for (const char* rule : {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum"}) {
-    check(opt8bit_rule(rule) >= 0, rule);
+  for (const RuleCase& rule : kRules) {
+    check(opt8bit_rule(rule.name) >= 0, rule.name);
     for (int64_t length : {16, 17, 63, 64, 100, 256, 300, 515}) {
       for (int64_t bits : {8, 32}) {
         const Exact<T> start = random_values<T>(3 * length), grad = random_values<T>(3 * length);
-        const Exact<T> mine = run_step(kernels, rule, dtype, bits, 3, length, 256, start, grad);
-        const Exact<T> theirs = run_step(scalar, rule, dtype, bits, 3, length, 256, start, grad);
-        check(mine == theirs, std::string(rule) + ": the same bits as scalar");
-        check(!(mine == start), std::string(rule) + ": the parameter moved");
+        const Exact<T> mine = run_step(kernels, rule, dtype, rounding, bits, 3, length, 256, start, grad);
+        const Exact<T> theirs = run_step(scalar, rule, dtype, rounding, bits, 3, length, 256, start, grad);
+        check(mine == theirs, std::string(rule.name) + ": the same bits as scalar");
+        check(!(mine == start), std::string(rule.name) + ": the parameter moved");
       }
     }
   }
@@ -181,9 +205,10 @@ int main() {
       for (int64_t length : {0, 1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 40000})
         for (int64_t block_size : {1, 16, 64, 100, 256, 2000, 65536})
           test_quantize(kernels, 2, length, block_size, is_signed);
-    test_steps<float>(kernels, DType::float32);
-    test_steps<bfloat16>(kernels, DType::bfloat16);
-    test_steps<float16>(kernels, DType::float16);
+    test_steps<float>(kernels, DType::float32, Rounding::nearest);
+    test_steps<float16>(kernels, DType::float16, Rounding::nearest);
+    for (Rounding rounding : {Rounding::nearest, Rounding::stochastic, Rounding::compensated})
+      test_steps<bfloat16>(kernels, DType::bfloat16, rounding);
     std::printf("%s: ok\n", name.c_str());
   }
 }

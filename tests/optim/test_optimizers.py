@@ -350,9 +350,9 @@ def test_other_layouts_are_updated_in_place(stateful: Case, layout: str) -> None
     param, plain = nn.Parameter(storage), nn.Parameter(dense.clone())
     address, strides = param.data_ptr(), param.stride()
     train(stateful.ours([param], **stateful.hyper), param, [grad] * 3)
-    train(stateful.ours([plain], fused=False, **stateful.hyper), plain, [grad.contiguous()] * 3)
+    train(stateful.ours([plain], **stateful.hyper), plain, [grad.contiguous()] * 3)
     assert param.data_ptr() == address and param.stride() == strides
-    torch.testing.assert_close(param, plain, rtol=ULPS, atol=ULPS)
+    assert torch.equal(param, plain)
 
 
 def test_closure_is_run_with_gradients() -> None:
@@ -471,9 +471,9 @@ def test_a_foreign_state_is_refused() -> None:
         ({"block_size": 256.0}, "got 256.0"),
         ({"min_8bit_size": -1}, "min_8bit_size must be a non-negative integer, got -1"),
         ({"state_bits": 4}, "state_bits must be 8 or 32, got 4"),
-        ({"foreach": True}, "foreach=True is not supported"),
-        ({"capturable": True}, "capturable=True is not supported"),
-        ({"differentiable": True}, "differentiable=True is not supported"),
+        ({"foreach": True}, "foreach must be left out.* got True"),
+        ({"capturable": True}, "capturable must be left out.* got True"),
+        ({"differentiable": True}, "differentiable must be left out.* got True"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(stateful: Case, hyper: dict[str, Any], message: str) -> None:
@@ -505,9 +505,9 @@ def test_bad_hyper_parameters_are_refused(stateful: Case, hyper: dict[str, Any],
             "unexpected keyword argument 'amount'",
         ),
         (
-            lambda: opt8bit.AdamW8bit([nn.Parameter(torch.zeros(3, dtype=torch.complex64))]),
+            lambda: opt8bit.AdamW8bit([nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False)]),
             TypeError,
-            "got torch.complex64",
+            "got torch.int32",
         ),
         (lambda: opt8bit.AdamW8bit([]), ValueError, "empty parameter list"),
     ],
@@ -566,7 +566,7 @@ def test_a_parameter_whose_data_changed_is_refused(bits: int, change: Any) -> No
     param.grad = None
     param.data = change(param.data)
     before = param.detach().clone()
-    with pytest.raises(ValueError, match="neither may change during training"):
+    with pytest.raises(ValueError, match=r"parameter 0, of shape .* with block_size 256, state 'exp_avg' must be of shape"):
         train(optimizer, param, [torch.ones(param.shape)])
     assert torch.equal(param, before)
 
@@ -597,7 +597,7 @@ def test_a_state_added_later_is_stored_as_the_others() -> None:
 
 def test_fused_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, exact = parameter(), nn.Parameter(parameter().detach().double())
-    with pytest.raises(ValueError, match=r"fused=True, but no compiled kernels serve a parameter of torch\.float64"):
+    with pytest.raises(ValueError, match=r"fused=True, but no compiled kernels serve adamw for a parameter of torch\.float64"):
         train(opt8bit.AdamW8bit([exact], fused=True), exact, gradients(1))
     use(monkeypatch, "reference")
     with pytest.raises(ValueError, match="fused=True, but no compiled kernels"):

@@ -1,0 +1,134 @@
+// How the update loop reads and writes a parameter: float32 come out of it and go back in, rounded to nearest; or, for
+// bfloat16, rounded up or down by chance, or with the bits there is no room for kept beside it. Included after one of
+// simd/*.h.
+#pragma once
+
+#include <cstring>
+
+#include "optimizer_step.h"
+
+namespace opt8bit {
+namespace {
+
+// The finalizer of splitmix64 (Steele, Lea, Flood, 2014).
+inline uint64_t mix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// 32 random bits per element: a hash of its index in the tensor (modulo 2^32), keyed by seed, step and tensor. No
+// state is carried from one element to the next, so they are the same for any order and any number of threads.
+class RandomBits {
+ public:
+  RandomBits(uint64_t seed, uint64_t step, uint64_t number) {
+    const uint64_t key = mix64(mix64(mix64(seed) ^ step) ^ number);
+    low_key_ = Simd::broadcast(static_cast<int32_t>(key));
+    high_key_ = Simd::broadcast(static_cast<int32_t>(key >> 32));
+  }
+  // Of elements index, index + 1, ...
+  Simd::Ints operator()(int64_t index) const {
+    Simd::Ints x = Simd::add(Simd::broadcast(static_cast<int32_t>(index)), Simd::lane_numbers());
+    x = Simd::exclusive_or(x, low_key_);
+    x = Simd::multiply(folded<16>(x), Simd::broadcast(0x21f0aaad));
+    x = Simd::add(folded<15>(x), high_key_);
+    x = Simd::multiply(x, Simd::broadcast(0x735a2d97));
+    return folded<15>(x);
+  }
+
+ private:
+  template <int kBits>
+  static Simd::Ints folded(Simd::Ints x) {
+    return Simd::exclusive_or(x, Simd::shift_right<kBits>(x));
+  }
+  Simd::Ints low_key_, high_key_;
+};
+
+template <class T>
+class Param {
+ public:
+  Param(const Tensor& tensor, const Group&) : tensor_(static_cast<T*>(tensor.param)) {}
+
+  void open(int64_t offset) { values_ = tensor_ + offset; }
+  Simd::Floats load(int64_t i) const { return Simd::load(values_ + i); }
+  void store(int64_t i, Simd::Floats p) { Simd::store(values_ + i, p); }
+  Simd::Floats load_tail(int64_t i, int64_t n) const {
+    T tail[Simd::kLanes] = {};
+    std::memcpy(tail, values_ + i, (n - i) * sizeof(T));
+    return Simd::load(tail);
+  }
+  void store_tail(int64_t i, int64_t n, Simd::Floats p) {
+    T tail[Simd::kLanes];
+    Simd::store(tail, p);
+    std::memcpy(values_ + i, tail, (n - i) * sizeof(T));
+  }
+  const T* values() const { return values_; }
+
+ private:
+  T* const tensor_;
+  T* values_;
+};
+
+template <>
+class Param<bfloat16> {
+ public:
+  Param(const Tensor& tensor, const Group& group)
+      : tensor_(static_cast<bfloat16*>(tensor.param)),
+        tensor_low_(tensor.compensation),
+        rounding_(group.rounding),
+        random_(group.seed, static_cast<uint64_t>(*tensor.step + 1.0), tensor.number) {}
+
+  void open(int64_t offset) {
+    offset_ = offset;
+    values_ = tensor_ + offset;
+  }
+  Simd::Floats load(int64_t i) const { return load(values_ + i, low(i)); }
+  void store(int64_t i, Simd::Floats p) { store(values_ + i, low(i), i, p); }
+  Simd::Floats load_tail(int64_t i, int64_t n) const {
+    bfloat16 tail[Simd::kLanes] = {};
+    int16_t low_tail[Simd::kLanes] = {};
+    std::memcpy(tail, values_ + i, (n - i) * sizeof *tail);
+    if (low(i)) std::memcpy(low_tail, low(i), (n - i) * sizeof *low_tail);
+    return load(tail, low_tail);
+  }
+  void store_tail(int64_t i, int64_t n, Simd::Floats p) {
+    bfloat16 tail[Simd::kLanes];
+    int16_t low_tail[Simd::kLanes];
+    store(tail, low_tail, i, p);
+    std::memcpy(values_ + i, tail, (n - i) * sizeof *tail);
+    if (low(i)) std::memcpy(low(i), low_tail, (n - i) * sizeof *low_tail);
+  }
+  const bfloat16* values() const { return values_; }
+
+ private:
+  // The bits of the float32 are those of the bfloat16, moved up by 16, plus the signed number beside it.
+  Simd::Floats load(const bfloat16* values, const int16_t* low) const {
+    if (rounding_ != Rounding::compensated) return Simd::load(values);
+    return Simd::floats(Simd::add(Simd::bits_of(values), Simd::load(low)));
+  }
+  void store(bfloat16* values, int16_t* low, int64_t i, Simd::Floats p) const {
+    if (rounding_ == Rounding::nearest) return Simd::store(values, p);
+    const Simd::Floats nan = Simd::floats(Simd::broadcast(0x7fc00000));
+    const Simd::Ints bits = Simd::bits(Simd::select(Simd::is_nan(p), nan, p));
+    if (rounding_ == Rounding::stochastic) {
+      Simd::store_high(values, Simd::add(bits, Simd::shift_right<16>(random_(offset_ + i))));
+    } else {
+      const Simd::Ints nearest = Simd::high_half(Simd::add(bits, Simd::broadcast(0x8000)));
+      Simd::store_high(values, nearest);
+      Simd::store(low, Simd::subtract(bits, nearest));
+    }
+  }
+
+  int16_t* low(int64_t i) const { return rounding_ == Rounding::compensated ? tensor_low_ + offset_ + i : nullptr; }
+
+  bfloat16* const tensor_;
+  int16_t* const tensor_low_;
+  const Rounding rounding_;
+  const RandomBits random_;
+  int64_t offset_;
+  bfloat16* values_;
+};
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,167 @@
+"""Muon: its rule and its class."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import Rule
+from opt8bit.optim.base import Optimizer8bit, Options, check_not_negative
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def orthogonalized(
+    x: Tensor,  # (rows, columns)
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+) -> Tensor:
+    """Newton-Schulz iterations towards the nearest matrix with orthonormal rows or columns, in bfloat16.
+
+    Source: Muon: An optimizer for hidden layers in neural networks (Jordan et al., 2024).
+    """
+    a, b, c = coefficients
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.bfloat16()
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+ADJUSTMENTS = {  # of lr, by the number of rows and columns
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+def muon(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    step: float,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    ns_coefficients: tuple[float, float, float],
+    ns_steps: int,
+    eps: float,
+    adjust_lr_fn: str | None,
+    maximize: bool,
+) -> tuple[Tensor, ...]:
+    """One step of Muon; all tensors of one shape (rows, columns).
+
+    Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training.
+    """
+    grad = -grad if maximize else grad
+    momentum_buffer = momentum * momentum_buffer + (1 - momentum) * grad
+    direction = momentum * momentum_buffer + (1 - momentum) * grad if nesterov else momentum_buffer
+    direction = orthogonalized(direction, ns_coefficients, ns_steps, eps)
+    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*param.shape)
+    return param * (1 - lr * weight_decay) - adjusted_lr * direction, momentum_buffer
+
+
+HYPER = (
+    "lr",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "ns_coefficients",
+    "ns_steps",
+    "eps",
+    "adjust_lr_fn",
+    "maximize",
+)
+RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon)
+
+
+class Muon8bit(Optimizer8bit):
+    """Muon whose momentum takes 8 bits: ``torch.optim.Muon`` at a quarter of its state memory.
+
+    For the matrices of hidden layers; embeddings, heads, norms and biases want another optimizer. With ``g`` the
+    gradient, and O(.) the Newton-Schulz iteration towards an orthogonal matrix::
+
+        buffer = momentum * buffer + (1 - momentum) * g
+        p = p * (1 - lr * weight_decay) - adjusted_lr * O(buffer)       (nesterov: looks ahead by one step)
+
+    The kernels code the buffer; the matrix products are torch's.
+
+    Args:
+        params: parameters of two dimensions, named parameters or parameter groups, as torch.optim takes them.
+        lr: learning rate, a float or a tensor of one element.
+        weight_decay: decay of the parameter per step, in units of lr.
+        momentum: decay rate of the buffer.
+        nesterov: look ahead by one step.
+        ns_coefficients: of the Newton-Schulz polynomial.
+        eps: least norm that a matrix is divided by.
+        ns_steps: iterations, less than 100.
+        adjust_lr_fn: "original" (or None) takes sqrt(max(1, rows / columns)) * lr, "match_rms_adamw"
+            0.2 * sqrt(max(rows, columns)) * lr.
+        options: see :class:`opt8bit.optim.base.Options`.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        TypeError: an unknown option, or a parameter of an unsupported dtype.
+
+    Source: 8-bit Optimizers via Block-wise Quantization; Muon: An optimizer for hidden layers in neural networks.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(params, defaults, options)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        for name, label in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
+            if not 0.0 <= group[name]:
+                raise ValueError(f"{label} should be >= 0 but is: {group[name]}")
+        check_not_negative(eps=group["eps"])
+        if len(group["ns_coefficients"]) != 3:
+            raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
+        if not 0 <= group["ns_steps"] < 100:
+            raise ValueError(f"ns_steps must be from 0 to 99, got {group['ns_steps']!r}")
+        if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUSTMENTS:
+            raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
+
+    def check_param(self, param: Tensor) -> None:
+        if param.dim() != 2:
+            raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}")
+        if param.is_complex():
+            raise TypeError("Muon does not support complex parameters")
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return RULE
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {**{name: group[name] for name in HYPER}, "lr": float(group["lr"])}

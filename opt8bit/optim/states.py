@@ -1,0 +1,109 @@
+"""How the states of a parameter are stored: which tensors there are, and what each of them must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import Rule
+from opt8bit.quant import block_view, dynamic_map
+
+CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
+MIN_ROW_LENGTH = 16  # a shorter row's absmax would weigh more than its codes save
+MIN_FLAT_LENGTH = 2**20  # a 1-D tensor as long as this is a flattened buffer, not a bias
+CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPENSATION = "compensation"  # what a bfloat16 parameter rounds away of its float32 bits
+
+
+class Spec(NamedTuple):
+    """What a state tensor must be; it is contiguous as well."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"of shape {tuple(self.shape)}, {self.dtype} and on {self.device}"
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    return Spec(tensor.shape, tensor.dtype, tensor.device)
+
+
+def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the states of a parameter in a group are stored as 8-bit codes."""
+    if getattr(param, "state_bits", group["state_bits"]) == 32 or param.dtype not in CODED_DTYPES:
+        return False
+    if param.numel() < max(group["min_8bit_size"], 1):
+        return False
+    if param.dim() < 2:
+        return param.numel() >= MIN_FLAT_LENGTH
+    return param.numel() // param.shape[0] >= MIN_ROW_LENGTH
+
+
+def is_compensated(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter in a group keeps the bits that bfloat16 has no room for."""
+    return bool(group["compensation"]) and param.dtype == torch.bfloat16
+
+
+def is_coded(state: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether states that are there are stored as codes."""
+    return any(f"{name}_absmax" in state for name in rule.states)
+
+
+def specs(param: Tensor, rule: Rule, block_size: int, coded: bool, compensated: bool) -> dict[str, Spec]:
+    """What there must be for a parameter, by name, in the order of ``state[p]``."""
+    full = torch.promote_types(param.dtype, torch.float32)
+    result = {"step": Spec(torch.Size(), torch.float32, torch.device("cpu"))}
+    for name in rule.states:
+        result[name] = Spec(param.shape, torch.uint8 if coded else full, param.device)
+        if coded:
+            shape = torch.Size(block_view(param.shape, block_size).absmax_shape)
+            result[f"{name}_absmax"] = Spec(shape, torch.float32, param.device)
+    if compensated:
+        result[COMPENSATION] = Spec(param.shape, torch.int16, param.device)
+    return result
+
+
+def initialize(
+    state: dict[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any], initial: Mapping[str, float]
+) -> None:
+    """Adds what a rule needs and a state lacks.
+
+    Args:
+        initial: what a state begins as, by name; zero for those that are not here.
+    """
+    stored = [name for name in rule.states if name in state]
+    # A state that is added later is stored as those that are there.
+    coded = is_coded(state, rule) if stored else is_8bit(param, group)
+    for name, spec in specs(param, rule, group["block_size"], coded, is_compensated(param, group)).items():
+        if name in state:
+            continue
+        value: float = initial.get(name.removesuffix("_absmax"), 0.0)
+        if coded and name in rule.states:  # the absmax holds the value; the code is that of 1 or of 0
+            value = int((CODEBOOKS[rule.states[name]] == (value > 0)).nonzero())
+        state[name] = torch.full(spec.shape, value, dtype=spec.dtype, device=spec.device)
+
+
+def check(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuses states that do not belong to a parameter as it is: kernels would read past their ends.
+
+    Raises:
+        ValueError: a state is missing, is not a tensor, or not what :func:`specs` says.
+    """
+    expected = specs(param, rule, group["block_size"], is_coded(state, rule), is_compensated(param, group))
+    for name, spec in expected.items():
+        tensor = state.get(name)
+        if tensor is None:
+            raise ValueError(f"{where}, of shape {tuple(param.shape)}, lacks the state {name!r}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{where}: state {name!r} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or spec_of(tensor) != spec or not tensor.is_contiguous():
+            raise ValueError(
+                f"{where}, of shape {tuple(param.shape)} and {param.dtype}: with block_size {group['block_size']}, "
+                f"state {name!r} must be {spec} and contiguous, got one {spec_of(tensor)}, layout {tensor.layout} "
+                f"and strides {tensor.stride() if tensor.layout == torch.strided else None}"
+            )
