@@ -3,8 +3,8 @@
 from importlib.metadata import version
 
 from opt8bit.nn import StableEmbedding, replace_embeddings
-from opt8bit.optim import Adam8bit, AdamW8bit, SGD8bit
+from opt8bit.optim import Adam8bit, AdamW8bit, SGD8bit, memory_report, state_error
 
 __version__ = version("opt8bit")
 
-__all__ = ["Adam8bit", "AdamW8bit", "SGD8bit", "StableEmbedding", "replace_embeddings"]
+__all__ = ["Adam8bit", "AdamW8bit", "SGD8bit", "StableEmbedding", "memory_report", "replace_embeddings", "state_error"]
