@@ -14,6 +14,8 @@ from opt8bit.optim import (
     Muon8bit,
     RMSprop8bit,
     SGD8bit,
+    memory_report,
+    state_error,
 )
 
 __version__ = version("opt8bit")
@@ -30,5 +32,7 @@ __all__ = [
     "RMSprop8bit",
     "SGD8bit",
     "StableEmbedding",
+    "memory_report",
     "replace_embeddings",
+    "state_error",
 ]

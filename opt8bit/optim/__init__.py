@@ -1,11 +1,13 @@
-"""Update rules: optimizers whose states are stored as 8-bit codes."""
+"""Update rules: optimizers whose states are stored as 8-bit codes; and what those save and cost."""
 
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.ademamix import AdEMAMix8bit
+from opt8bit.optim.error import state_error
 from opt8bit.optim.lamb import LAMB8bit
 from opt8bit.optim.lars import LARS8bit
 from opt8bit.optim.lion import Lion8bit
+from opt8bit.optim.memory import memory_report
 from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
@@ -21,4 +23,6 @@ __all__ = [
     "Muon8bit",
     "RMSprop8bit",
     "SGD8bit",
+    "memory_report",
+    "state_error",
 ]

@@ -566,7 +566,7 @@ def test_a_parameter_whose_data_changed_is_refused(bits: int, change: Any) -> No
     param.grad = None
     param.data = change(param.data)
     before = param.detach().clone()
-    with pytest.raises(ValueError, match=r"parameter 0, of shape .* with block_size 256, state 'exp_avg' must be of shape"):
+    with pytest.raises(ValueError, match=r"parameter 0, of shape .* state 'exp_avg' must be of shape"):
         train(optimizer, param, [torch.ones(param.shape)])
     assert torch.equal(param, before)
 
@@ -597,7 +597,7 @@ def test_a_state_added_later_is_stored_as_the_others() -> None:
 
 def test_fused_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, exact = parameter(), nn.Parameter(parameter().detach().double())
-    with pytest.raises(ValueError, match=r"fused=True, but no compiled kernels serve adamw for a parameter of torch\.float64"):
+    with pytest.raises(ValueError, match=r"fused=True, but no .* serve adamw for a parameter of torch\.float64"):
         train(opt8bit.AdamW8bit([exact], fused=True), exact, gradients(1))
     use(monkeypatch, "reference")
     with pytest.raises(ValueError, match="fused=True, but no compiled kernels"):

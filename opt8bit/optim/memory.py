@@ -1,0 +1,182 @@
+"""memory_report: what weights, gradients and states take, and what 8-bit states save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from opt8bit.backends import Rule
+from opt8bit.optim.adagrad import Adagrad8bit
+from opt8bit.optim.adam import Adam8bit, AdamW8bit
+from opt8bit.optim.ademamix import AdEMAMix8bit
+from opt8bit.optim.base import Optimizer8bit, Options
+from opt8bit.optim.lamb import LAMB8bit
+from opt8bit.optim.lars import LARS8bit
+from opt8bit.optim.lion import Lion8bit
+from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.rmsprop import RMSprop8bit
+from opt8bit.optim.sgd import SGD8bit
+from opt8bit.optim.states import is_8bit, is_coded, is_compensated, specs
+from opt8bit.optim.table import aligned
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _muon(params: Sequence[Tensor], **options: Unpack[Options]) -> Muon8bit | None:
+    matrices = [param for param in params if param.dim() == 2 and not param.is_complex()]
+    return Muon8bit(matrices, **options) if matrices else None
+
+
+# What a model's report compares, each called with the model's parameters and the options. Which states there are
+# is asked of the optimizer that comes back.
+OPTIMIZERS: dict[str, Callable[..., Optimizer8bit | None]] = {
+    "AdamW8bit": AdamW8bit,
+    "Adam8bit": Adam8bit,
+    "SGD8bit, momentum": partial(SGD8bit, momentum=0.9),
+    "RMSprop8bit": RMSprop8bit,
+    "Adagrad8bit": Adagrad8bit,
+    "Lion8bit": Lion8bit,
+    "LAMB8bit": LAMB8bit,
+    "LARS8bit": LARS8bit,
+    "AdEMAMix8bit": AdEMAMix8bit,
+    "Muon8bit, matrices only": _muon,
+}
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes under one optimizer. Counts of parameters are of those that get states."""
+
+    optimizer: str
+    weight_bytes: int
+    gradient_bytes: int  # of the parameters that require a gradient
+    state_bytes_32: int  # were every state stored in full
+    state_bytes: int  # as the optimizer stores them
+    parameters: int
+    elements: int
+    full_parameters: int  # of these, those whose states are stored in full
+    full_elements: int
+
+    @property
+    def saved_bytes(self) -> int:
+        return self.state_bytes_32 - self.state_bytes
+
+    @property
+    def ratio(self) -> float:
+        """States as stored, of states in full; 1 where there are none."""
+        return self.state_bytes / self.state_bytes_32 if self.state_bytes_32 else 1.0
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """One row for each optimizer; ``print`` shows it as a table."""
+
+    rows: tuple[OptimizerMemory, ...]
+
+    def __str__(self) -> str:
+        headings = ("", "weights", "gradients", "32-bit states", "states", "saved", "ratio", "parameters kept in full")
+        return aligned(headings, [_cells(row) for row in self.rows])
+
+
+def memory_report(subject: nn.Module | Optimizer8bit, **options: Unpack[Options]) -> MemoryReport:
+    """What weights, gradients and optimizer states take, at 32 bits and as this package stores them.
+
+    Only shapes, dtypes and options are looked at, so that a model on the meta device is served as well. States are
+    counted from the first step on, ``step`` included, and every parameter that requires a gradient is taken to get
+    one. "In full" means float32, or float64 where the parameter is: the states of small tensors, of short rows,
+    of biases and of parameters marked ``state_bits = 32``. They and the absmax of each block are why the
+    ratio is not a quarter.
+
+    Args:
+        subject: an optimizer of this package, reported with its own groups and options; or a model, reported under
+            each optimizer of the package, SGD with momentum.
+        options: for a model, the options that its optimizers get; see :class:`opt8bit.optim.base.Options`.
+
+    Returns:
+        A report of one row per optimizer. An optimizer's ``state_bytes`` are the bytes of the tensors in its
+        ``state`` once every parameter has been stepped.
+
+    Raises:
+        TypeError: ``subject`` is neither; options are given for an optimizer, which has its own; an unknown option
+            or a parameter of an unsupported dtype.
+        ValueError: the model has no parameter that requires a gradient, or an option has a value it cannot have.
+    """
+    if isinstance(subject, Optimizer8bit):
+        if options:
+            raise TypeError(f"an optimizer has its own options; {', '.join(sorted(options))} can be given for a model")
+        params = [param for group in subject.param_groups for param in group["params"]]
+        return MemoryReport((_memory(type(subject).__name__, subject, params),))
+    if not isinstance(subject, nn.Module):
+        kind = f"{type(subject).__module__}.{type(subject).__qualname__}"
+        raise TypeError(f"memory_report takes a module or an optimizer of opt8bit, got {kind}")
+    params = list(subject.parameters())
+    trained = [param for param in params if param.requires_grad]
+    if not trained:
+        raise ValueError("the model has no parameter that requires a gradient: nothing to optimize")
+    made = {name: make(trained, **options) for name, make in OPTIMIZERS.items()}
+    return MemoryReport(tuple(_memory(name, optimizer, params) for name, optimizer in made.items() if optimizer))
+
+
+def state_bytes(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> int:
+    """Bytes of the states of a parameter, ``step`` included."""
+    stored = specs(param, rule, group["block_size"], coded, is_compensated(param, group)).values()
+    return sum(spec.shape.numel() * spec.dtype.itemsize for spec in stored)
+
+
+def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor]) -> OptimizerMemory:
+    """The row of an optimizer that holds ``params`` or, where some are frozen, those of them that are not."""
+    stepped = [(param, group, optimizer.rule(group)) for param, group in _stepped(optimizer)]
+    coded = [_is_coded(optimizer.state.get(param, {}), rule, param, group) for param, group, rule in stepped]
+    full = [param.numel() for (param, _, rule), each in zip(stepped, coded, strict=True) if rule.states and not each]
+    return OptimizerMemory(
+        optimizer=name,
+        weight_bytes=sum(_bytes(param) for param in params),
+        gradient_bytes=sum(_bytes(param) for param in params if param.requires_grad),
+        state_bytes_32=sum(state_bytes(param, rule, group, False) for param, group, rule in stepped),
+        state_bytes=sum(
+            state_bytes(param, rule, group, each) for (param, group, rule), each in zip(stepped, coded, strict=True)
+        ),
+        parameters=len(stepped),
+        elements=sum(param.numel() for param, _, _ in stepped),
+        full_parameters=len(full),
+        full_elements=sum(full),
+    )
+
+
+def _stepped(optimizer: Optimizer8bit) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Parameters that have states or will get them."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad or optimizer.state.get(param):
+                yield param, group
+
+
+def _is_coded(state: Mapping[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> bool:
+    # States stay as they were first stored, even where the group's options have changed since.
+    stored = any(name in state for name in rule.states)
+    return is_coded(state, rule) if stored else is_8bit(param, group)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _cells(row: OptimizerMemory) -> tuple[str, ...]:
+    sizes = (row.weight_bytes, row.gradient_bytes, row.state_bytes_32, row.state_bytes, row.saved_bytes)
+    kept = f"{row.full_parameters:,} of {row.parameters:,}"
+    share = f"{row.full_elements:,} of {row.elements:,} elements"
+    return (row.optimizer, *map(readable, sizes), f"{row.ratio:.3f}", f"{kept} ({share})")
+
+
+def readable(size: int) -> str:
+    """Bytes in the largest unit of which there is at least one: ``1.50 GB``."""
+    for unit, scale in UNITS:
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size} bytes"
