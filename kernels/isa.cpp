@@ -3,7 +3,6 @@
 // no instruction of one set can end up in the code of another.
 #include OPT8BIT_SIMD
 
-#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -126,8 +125,13 @@ class CodedState {
     std::memset(buffer_ + n, 0, (i + Simd::kLanes - n) * sizeof(float));
     magnitude_ = Simd::max_abs(Simd::load(buffer_ + i), magnitude_);
   }
+  // An infinity becomes zero, as a NaN does: as the largest of its block it would weigh on the others from then on.
   void close(int64_t slot, int64_t n) {
-    run_absmax_[slot] = finite_absmax(Simd::horizontal_max(magnitude_), buffer_, n);
+    const float largest = Simd::horizontal_max(magnitude_);
+    run_absmax_[slot] = finite_absmax(largest, buffer_, n);
+    if (__builtin_expect(largest > __FLT_MAX__, 0))
+      for (int64_t i = 0; i < n; ++i)
+        if (__builtin_isinf(buffer_[i])) buffer_[i] = 0;
   }
   void close_run(const int64_t* lengths, int64_t count) {
     encode_blocks<kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
@@ -270,7 +274,7 @@ void measure_blocks(const Rule rule, Param<T> param, Grad<T> grad, const BlockVi
       for (int k = 0; k < kNorms; ++k) {
         float tail[Simd::kLanes];
         Simd::store(tail, x[k]);
-        std::fill(tail + (n - i), tail + Simd::kLanes, 0.0f);
+        for (int64_t lane = n - i; lane < Simd::kLanes; ++lane) tail[lane] = 0;
         Simd::add_squares(sums[k] + i % kSums, Simd::load(tail));
       }
     }

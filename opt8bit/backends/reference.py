@@ -76,7 +76,9 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
         _real(param).copy_(new_param)
     for k, state in enumerate(new_states):
         if absmaxes:
-            coder.quantize_blockwise(state.contiguous(), books[k], view, stored[k], absmaxes[k])
+            # An infinity, as the largest of its block, would weigh on the others from then on.
+            finite = torch.where(state.isfinite(), state, 0).contiguous()
+            coder.quantize_blockwise(finite, books[k], view, stored[k], absmaxes[k])
         else:
             _real(stored[k]).copy_(state)
 

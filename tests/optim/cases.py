@@ -1,0 +1,169 @@
+"""The table by which an optimizer enters the contract, and what its tests share."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracles import LAMB, LARS, AdEMAMix, Lion
+from torch import Tensor, nn
+
+import opt8bit
+from opt8bit.optim.base import Optimizer8bit
+
+SHAPE = (32, 300)  # 9600 elements, with a short block at the end of each row
+
+
+class Case(NamedTuple):
+    ours: type[Optimizer8bit]
+    oracle: type[torch.optim.Optimizer]  # the same with full states: torch's own where there is one
+    hyper: dict[str, Any]
+
+
+LR64 = torch.tensor(0.01, dtype=torch.float64)
+ADAM: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "weight decay": {"weight_decay": 0.1},
+    "no weight decay": {"weight_decay": 0.0},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True, "weight_decay": 0.05},
+    "amsgrad, maximize": {"amsgrad": True, "maximize": True},
+    "betas, eps": {"betas": (0.8, 0.95), "eps": 1e-3},
+    "betas of zero": {"betas": (0.0, 0.0)},
+    "tensor lr": {"lr": LR64},
+}
+VARIANTS: list[tuple[type[Optimizer8bit], type[torch.optim.Optimizer], dict[str, dict[str, Any]]]] = [
+    (opt8bit.AdamW8bit, torch.optim.AdamW, ADAM),
+    (opt8bit.Adam8bit, torch.optim.Adam, {**ADAM, "decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.1}}),
+    (
+        opt8bit.SGD8bit,
+        torch.optim.SGD,
+        {
+            "defaults": {},
+            "momentum": {"momentum": 0.9},
+            "dampening": {"momentum": 0.9, "dampening": 0.5},
+            "nesterov": {"momentum": 0.9, "nesterov": True},
+            "weight decay": {"momentum": 0.9, "weight_decay": 0.1, "lr": 0.1},
+            "maximize": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+            "no momentum, weight decay": {"weight_decay": 0.1},
+            "tensor lr": {"momentum": 0.9, "lr": LR64},
+        },
+    ),
+    (
+        opt8bit.RMSprop8bit,
+        torch.optim.RMSprop,
+        {
+            "defaults": {},
+            "momentum": {"momentum": 0.9, "weight_decay": 0.1},
+            "centered": {"centered": True},
+            "centered, momentum": {"centered": True, "momentum": 0.5, "weight_decay": 0.1, "alpha": 0.9},
+            "maximize": {"maximize": True, "weight_decay": 0.1, "eps": 1e-3},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
+    (
+        opt8bit.Adagrad8bit,
+        torch.optim.Adagrad,
+        {
+            "defaults": {},
+            "decay": {"lr_decay": 0.1, "weight_decay": 0.1},
+            "initial value": {"initial_accumulator_value": 0.25},
+            "maximize": {"maximize": True, "weight_decay": 0.1, "eps": 1e-3},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
+    (
+        opt8bit.Lion8bit,
+        Lion,
+        {
+            "defaults": {},
+            "weight decay": {"weight_decay": 0.1, "lr": 1e-2},
+            "maximize": {"maximize": True, "betas": (0.8, 0.95)},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
+    (
+        opt8bit.LAMB8bit,
+        LAMB,
+        {
+            "defaults": {},
+            "no bias correction": {"bias_correction": False, "weight_decay": 0.1},
+            "not adapted": {"adapt": False},
+            "maximize": {"maximize": True, "betas": (0.8, 0.95), "eps": 1e-3},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
+    (
+        opt8bit.LARS8bit,
+        LARS,
+        {
+            "defaults": {},
+            "weight decay": {"weight_decay": 0.1, "lr": 10.0},
+            "nesterov": {"nesterov": True, "trust_coefficient": 0.1, "eps": 1.0},
+            "no momentum": {"momentum": 0, "weight_decay": 0.1},
+            "not adapted": {"adapt": False, "lr": 0.1, "maximize": True},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
+    (
+        opt8bit.AdEMAMix8bit,
+        AdEMAMix,
+        {
+            "defaults": {},
+            "schedules": {"t_alpha": 4, "t_beta3": 4},
+            "weight decay": {"weight_decay": 0.1, "alpha": 2.0, "betas": (0.8, 0.95, 0.99)},
+            "maximize": {"maximize": True, "eps": 1e-3},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
+]
+# Its iterations run in bfloat16: see test_muon.py for how it is held against torch.optim.Muon.
+MUON = {
+    "Muon8bit defaults": Case(opt8bit.Muon8bit, torch.optim.Muon, {}),
+    "Muon8bit plain momentum": Case(opt8bit.Muon8bit, torch.optim.Muon, {"nesterov": False, "weight_decay": 0.0}),
+}
+CASES: dict[str, Case] = {
+    f"{ours.__name__} {name}": Case(ours, oracle, hyper)
+    for ours, oracle, variants in VARIANTS
+    for name, hyper in variants.items()
+}
+STATEFUL: dict[str, Case] = {
+    **{
+        name: CASES[name]
+        for name in (
+            "AdamW8bit weight decay",
+            "AdamW8bit amsgrad",
+            "Adam8bit weight decay",
+            "SGD8bit momentum",
+            "RMSprop8bit defaults",
+            "RMSprop8bit centered, momentum",
+            "Adagrad8bit decay",
+            "Lion8bit weight decay",
+            "LAMB8bit defaults",
+            "LARS8bit weight decay",
+            "AdEMAMix8bit schedules",
+        )
+    },
+    "Muon8bit defaults": MUON["Muon8bit defaults"],
+}
+ANY_SHAPE = {name: case for name, case in STATEFUL.items() if case.ours is not opt8bit.Muon8bit}
+
+
+def parameter(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def gradients(count: int, shape: tuple[int, ...] = SHAPE, seed: int = 1) -> list[Tensor]:
+    """Gradients whose size varies over six decades, from one element to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.randn(shape, generator=generator).mul(3).clamp(-7, 7).exp()
+    return [torch.randn(shape, generator=generator) * scale for _ in range(count)]
+
+
+def train(optimizer: torch.optim.Optimizer, param: nn.Parameter, grads: list[Tensor]) -> None:
+    for grad in grads:
+        param.grad = grad.to(param.dtype)
+        optimizer.step()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("OPT8BIT_BACKEND", backend)

@@ -1,0 +1,117 @@
+"""Optimizers that torch lacks, as a reader of their papers would write them in torch: full states, one tensor at a
+time, none of the package's code."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Oracle(torch.optim.Optimizer):
+    """Calls ``update(param, grad, state, group)`` on each parameter; ``state["step"]`` counts from 1."""
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, {"maximize": False, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                for name in self.names(group):
+                    state.setdefault(name, torch.zeros_like(param))
+                grad = -param.grad if group["maximize"] else param.grad
+                self.update(param, grad, state, {**group, "lr": float(group["lr"])})
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Lion(Oracle):
+    def __init__(self, params: Any, lr: Any = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0, **rest: Any):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, **rest)
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        m, (beta1, beta2) = state["exp_avg"], group["betas"]
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(group["lr"] * torch.sign(m * beta1 + g * (1 - beta1)))
+        m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+class LAMB(Oracle):
+    def __init__(self, params: Any, lr: Any = 1e-3, betas: Any = (0.9, 0.999), eps: float = 1e-6, **rest: Any):
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            **{"weight_decay": 1e-2, "bias_correction": True, "adapt": True, **rest},
+        )
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        m = state["exp_avg"].mul_(beta1).add_(g, alpha=1 - beta1)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if group["bias_correction"]:
+            t = state["step"].item()
+            m, v = m / (1 - beta1**t), v / (1 - beta2**t)
+        r = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
+        trust = 1.0
+        if group["adapt"] and p.norm() > 0 and r.norm() > 0:
+            trust = (p.norm() / r.norm()).item()
+        p.sub_(group["lr"] * trust * r)
+
+
+class LARS(Oracle):
+    def __init__(self, params: Any, lr: Any = 1e-3, momentum: float = 0.9, weight_decay: float = 0, **rest: Any):
+        others = {"trust_coefficient": 1e-3, "eps": 1e-8, "nesterov": False, "adapt": True, **rest}
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, **others)
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        lr, decay = group["lr"], group["weight_decay"]
+        if group["adapt"] and p.norm() > 0 and g.norm() > 0:
+            lr *= (group["trust_coefficient"] * p.norm() / (g.norm() + decay * p.norm() + group["eps"])).item()
+        step = lr * (g + decay * p)
+        if group["momentum"]:
+            buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(step)
+            step = step + group["momentum"] * buffer if group["nesterov"] else buffer
+        p.sub_(step)
+
+
+class AdEMAMix(Oracle):
+    def __init__(self, params: Any, lr: Any = 1e-3, betas: Any = (0.9, 0.999, 0.9999), alpha: float = 5, **rest: Any):
+        others = {"t_alpha": 0, "t_beta3": 0, "eps": 1e-8, "weight_decay": 1e-2, **rest}
+        super().__init__(params, lr=lr, betas=betas, alpha=alpha, **others)
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2, beta3 = group["betas"]
+        t, alpha = state["step"].item(), group["alpha"]
+        if group["t_alpha"]:
+            alpha = min(t * alpha / group["t_alpha"], alpha)
+        if group["t_beta3"]:
+            log_start, log_end, mu = math.log(beta1), math.log(beta3), t / group["t_beta3"]
+            beta3 = min(math.exp(log_start * log_end / ((1 - mu) * log_end + mu * log_start)), beta3)
+        m1 = state["exp_avg"].mul_(beta1).add_(g, alpha=1 - beta1)
+        m2 = state["exp_avg_slow"].mul_(beta3).add_(g, alpha=1 - beta3)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update = (m1 / (1 - beta1**t) + alpha * m2) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+        p.sub_(group["lr"] * (update + group["weight_decay"] * p))

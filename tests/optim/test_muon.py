@@ -1,0 +1,75 @@
+import pytest
+import torch
+from cases import gradients, parameter, train
+from torch.optim import _muon
+
+import opt8bit
+from opt8bit.optim.muon import orthogonalized
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (32, 32)])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_iterations_are_torchs(shape: tuple[int, int], steps: int) -> None:
+    matrix = gradients(1, shape)[0]
+    coefficients = (3.4445, -4.775, 2.0315)
+    theirs = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, 1e-7)
+    assert torch.equal(orthogonalized(matrix, coefficients, steps, 1e-7), theirs)
+
+
+def test_iterations_lead_to_singular_values_near_one() -> None:
+    result = orthogonalized(torch.randn(40, 30), (3.4445, -4.775, 2.0315), 5, 1e-7)
+    values = torch.linalg.svdvals(result.float())
+    assert values.min() > 0.3 and values.max() < 1.5
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {},
+        {"nesterov": False, "weight_decay": 0.0},
+        {"adjust_lr_fn": "match_rms_adamw", "lr": 0.01},
+        {"momentum": 0.8, "ns_steps": 6},
+    ],
+)
+@pytest.mark.parametrize("shape", [(64, 100), (100, 64)])
+def test_32_bit_momentum_equals_torch(shape: tuple[int, int], hyper: dict) -> None:
+    """The buffers agree to the last ulps. What is rounded to bfloat16 from them may fall to either side, on few
+    elements: by 2^-8 of an element, which the iterations spread over the matrix."""
+    ours, theirs = parameter(shape=shape), parameter(shape=shape)
+    mine = opt8bit.Muon8bit([ours], state_bits=32, **hyper)
+    torchs = torch.optim.Muon([theirs], **hyper)
+    for grad in gradients(5, shape):
+        before = theirs.detach().clone()
+        with torch.no_grad():
+            ours.copy_(theirs)
+        train(mine, ours, [grad])
+        train(torchs, theirs, [grad])
+        assert (ours - theirs).norm() <= 2**-8 * (theirs - before).norm()
+        buffers = mine.state[ours]["momentum_buffer"], torchs.state[theirs]["momentum_buffer"]
+        torch.testing.assert_close(*buffers, rtol=2**-20, atol=2**-22 * buffers[1].abs().max().item())
+
+
+def test_8_bit_momentum_points_where_torchs_does() -> None:
+    ours, theirs = parameter(shape=(128, 96)), parameter(shape=(128, 96))
+    before = ours.detach().clone()
+    grads = [torch.randn(128, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(10)]
+    mine = opt8bit.Muon8bit([ours], weight_decay=0.0)
+    train(mine, ours, grads)
+    train(torch.optim.Muon([theirs], weight_decay=0.0), theirs, grads)
+    assert mine.state[ours]["momentum_buffer"].dtype == torch.uint8
+    assert torch.cosine_similarity((ours - before).flatten(), (theirs - before).flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("shape", "hyper", "error", "message"),
+    [
+        ((4, 4, 4), {}, ValueError, "Muon only supports 2D parameters"),
+        ((4, 4), {"adjust_lr_fn": "other"}, ValueError, "Adjust learning rate function other is not supported"),
+        ((4, 4), {"ns_steps": 100}, ValueError, "ns_steps must be from 0 to 99, got 100"),
+        ((4, 4), {"ns_coefficients": (1.0, 2.0)}, ValueError, "ns_coefficients must be 3 numbers"),
+        ((4, 4), {"momentum": -1}, ValueError, "momentum should be >= 0 but is: -1"),
+    ],
+)
+def test_bad_arguments_are_refused(shape: tuple, hyper: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        opt8bit.Muon8bit([torch.nn.Parameter(torch.zeros(shape))], **hyper)

@@ -1,0 +1,122 @@
+"""Gradients that are not finite, and the scaling of gradients that finds them."""
+
+import math
+
+import pytest
+import torch
+from cases import ANY_SHAPE, STATEFUL, Case, gradients, parameter, train, use
+from torch import nn
+
+import opt8bit
+
+ELEMENTWISE = [name for name in ANY_SHAPE if not name.startswith(("LAMB", "LARS"))]  # these look at whole norms
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_neighbours_stay_right(
+    name: str, value: float, bits: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this step and in every later one: as if the element had had another gradient, small and finite."""
+    use(monkeypatch, backend)
+    case, spot = ANY_SHAPE[name], (3, 40)
+    params = [parameter(), parameter()]
+    optimizers = [case.ours([param], state_bits=bits, **case.hyper) for param in params]
+    others = torch.ones(params[0].shape, dtype=torch.bool)
+    others[spot] = False
+    for number, grad in enumerate(gradients(6)):
+        grad[spot] = 0
+        for param, optimizer, spoilt in zip(params, optimizers, (True, False), strict=True):
+            with torch.no_grad():
+                param[spot] = 0  # as its decay is part of some gradients
+            mine = grad.clone()
+            if spoilt and number == 2:
+                mine[spot] = value
+            train(optimizer, param, [mine])
+        assert torch.equal(params[0][others], params[1][others])
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_the_element_itself_becomes_what_the_oracle_makes_of_it(name: str, value: float) -> None:
+    case, spot = ANY_SHAPE[name], (3, 40)
+    ours, theirs = parameter(), parameter()
+    grad = gradients(1)[0]
+    grad[spot] = value
+    train(case.ours([ours], **case.hyper), ours, [grad])
+    train(case.oracle([theirs], **case.hyper), theirs, [grad])
+    torch.testing.assert_close(ours[spot], theirs[spot], rtol=1e-5, atol=0, equal_nan=True)
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.fixture(params=STATEFUL)
+def stateful(request: pytest.FixtureRequest) -> Case:
+    return STATEFUL[request.param]
+
+
+def test_grad_scaler_hands_its_scale_over(stateful: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, backend)
+    ours, plain = parameter(), parameter()
+    mine, unscaled = stateful.ours([ours], **stateful.hyper), stateful.ours([plain], **stateful.hyper)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    x = torch.randn(7, 32)
+    for _ in range(5):
+        for param, optimizer, scale in ((ours, mine, True), (plain, unscaled, False)):
+            optimizer.zero_grad()
+            loss = (x @ param).square().mean()
+            (scaler.scale(loss) if scale else loss).backward()
+        scaler.step(mine)
+        scaler.update()
+        unscaled.step()
+    assert scaler.get_scale() > 1024
+    assert torch.equal(ours, plain)  # the scale is a power of two
+
+
+def test_grad_scaler_skips_a_step_with_infinities(stateful: Case) -> None:
+    param = parameter()
+    optimizer = stateful.ours([param], **stateful.hyper)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (scaler.scale(param.square().sum())).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    before = param.detach().clone(), {name: value.clone() for name, value in optimizer.state[param].items()}
+    param.grad[1, 1] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(param, before[0]) and scaler.get_scale() == 512
+    assert all(torch.equal(value, before[1][name]) for name, value in optimizer.state[param].items())
+
+
+def test_gradients_unscaled_by_the_user_are_not_unscaled_again(stateful: Case) -> None:
+    ours, plain = parameter(), parameter()
+    mine, unscaled = stateful.ours([ours], **stateful.hyper), stateful.ours([plain], **stateful.hyper)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(ours.square().sum()).backward()
+    plain.square().sum().backward()
+    scaler.unscale_(mine)
+    nn.utils.clip_grad_norm_([ours], 1.0)
+    nn.utils.clip_grad_norm_([plain], 1.0)
+    scaler.step(mine)
+    unscaled.step()
+    assert torch.equal(ours, plain)
+
+
+def test_zero_gradients_never_move_a_parameter() -> None:
+    """In 1,000 steps, whatever the neighbours do. Bins of equal width would code an exact 0 as a small number."""
+    for case in STATEFUL.values():
+        if case.ours is opt8bit.Muon8bit:  # which mixes the elements of a matrix
+            continue
+        param = parameter(shape=(16, 512))
+        before = param.detach().clone()
+        optimizer = case.ours([param], **{**case.hyper, "weight_decay": 0.0})
+        grads = gradients(10, (16, 512))
+        for step in range(1000):
+            grad = grads[step % 10] * (1 + step % 7)
+            grad[:, ::3] = 0
+            if step == 500:
+                grad[5, 5 - 5 % 3 + 1] = math.nan
+            train(optimizer, param, [grad])
+        if case.ours not in (opt8bit.LAMB8bit, opt8bit.LARS8bit):  # whose norms see the NaN
+            assert torch.equal(param[:, ::3], before[:, ::3]), case.ours
+            assert not torch.equal(param[:, 1::3], before[:, 1::3])
