@@ -118,15 +118,20 @@ def check_not_negative(**values: float | Tensor) -> None:
             raise ValueError(f"Invalid {label}: {value}")
 
 
-def check_betas(betas: Sequence[float], count: int = 2) -> None:
+def check_betas(betas: Sequence[float | Tensor], count: int = 2) -> None:
     """Raises as torch.optim does, with its words.
 
     Raises:
-        ValueError: there are not ``count`` betas, or one is not in [0, 1).
+        ValueError: there are not ``count`` betas, one is not in [0, 1), or a tensor is not of one element or
+            beside a float.
     """
     if len(betas) != count:
         raise ValueError(f"betas must be {count} numbers, got {betas!r}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
     for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{index}] must be 1-element")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
 

@@ -37,7 +37,7 @@ def orthogonalized(
 
 
 ADJUSTMENTS = {  # of lr, by the number of rows and columns
-    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "original": lambda rows, columns: math.sqrt(max(1, rows / max(1, columns))),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
 
@@ -109,7 +109,8 @@ class Muon8bit(Optimizer8bit):
         options: see :class:`opt8bit.optim.base.Options`.
 
     Raises:
-        ValueError: a hyper-parameter is out of range.
+        ValueError: a hyper-parameter is out of range, or a parameter has not two dimensions.
+        RuntimeError: a parameter is complex.
         TypeError: an unknown option, or a parameter of an unsupported dtype.
 
     Source: 8-bit Optimizers via Block-wise Quantization; Muon: An optimizer for hidden layers in neural networks.
@@ -158,7 +159,7 @@ class Muon8bit(Optimizer8bit):
         if param.dim() != 2:
             raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}")
         if param.is_complex():
-            raise TypeError("Muon does not support complex parameters")
+            raise RuntimeError("Muon does not support complex parameters")
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return RULE

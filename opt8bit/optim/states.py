@@ -82,9 +82,11 @@ def initialize(
     for name, spec in specs(param, rule, group["block_size"], coded, is_compensated(param, group)).items():
         if name in state:
             continue
-        value: float = initial.get(name.removesuffix("_absmax"), 0.0)
+        value: Any = initial.get(name.removesuffix("_absmax"), 0.0)
         if coded and name in rule.states:  # the absmax holds the value; the code is that of 1 or of 0
-            value = int((CODEBOOKS[rule.states[name]] == (value > 0)).nonzero())
+            value = int((CODEBOOKS[rule.states[name]] == (value != 0)).nonzero())
+        if spec.dtype.is_complex:  # a pair of numbers
+            value = complex(value, value)
         state[name] = torch.full(spec.shape, value, dtype=spec.dtype, device=spec.device)
 
 
