@@ -1,0 +1,109 @@
+"""How long does a step of each optimizer take on the CPU, against torch's fastest of the same rule?
+
+    pip install ".[bench]" && python benchmarks/cpu_optimizers.py
+
+One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
+round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
+optimizer, its foreach one where there is no fused one, and torch's fused AdamW, for scale, where torch has no
+such rule. Muon steps one parameter of 1024x1024. bitsandbytes is left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from measuring import compare, main, parameters
+
+import opt8bit
+
+try:
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+except ImportError:
+    bitsandbytes = None
+
+Maker = Callable[..., torch.optim.Optimizer]
+
+
+class Question(NamedTuple):
+    name: str
+    base: tuple[str, Maker]
+    ours: Maker
+    bitsandbytes: str | None = None  # its 8-bit class
+    dtype: torch.dtype = torch.float32
+    side: int = 4096
+
+
+ADAMW = ("torch.optim.AdamW fused", partial(torch.optim.AdamW, fused=True))
+QUESTIONS = [
+    Question("AdamW", ADAMW, opt8bit.AdamW8bit, "AdamW8bit"),
+    Question("Adam", ("torch.optim.Adam fused", partial(torch.optim.Adam, fused=True)), opt8bit.Adam8bit, "Adam8bit"),
+    Question(
+        "AdamW, amsgrad",
+        ("torch.optim.AdamW fused", partial(torch.optim.AdamW, fused=True, amsgrad=True)),
+        partial(opt8bit.AdamW8bit, amsgrad=True),
+    ),
+    Question(
+        "SGD, momentum",
+        ("torch.optim.SGD fused", partial(torch.optim.SGD, momentum=0.9, fused=True)),
+        partial(opt8bit.SGD8bit, momentum=0.9),
+        "SGD8bit",
+    ),
+    Question(
+        "Adagrad",
+        ("torch.optim.Adagrad fused", partial(torch.optim.Adagrad, fused=True)),
+        opt8bit.Adagrad8bit,
+        "Adagrad8bit",
+    ),
+    Question(
+        "RMSprop",
+        ("torch.optim.RMSprop foreach", partial(torch.optim.RMSprop, foreach=True)),
+        opt8bit.RMSprop8bit,
+        "RMSprop8bit",
+    ),
+    Question(
+        "RMSprop, centered, momentum",
+        ("torch.optim.RMSprop foreach", partial(torch.optim.RMSprop, foreach=True, centered=True, momentum=0.9)),
+        partial(opt8bit.RMSprop8bit, centered=True, momentum=0.9),
+    ),
+    Question("Lion", ADAMW, opt8bit.Lion8bit, "Lion8bit"),
+    Question("AdEMAMix", ADAMW, opt8bit.AdEMAMix8bit, "AdEMAMix8bit"),
+    Question("LAMB", ADAMW, opt8bit.LAMB8bit, "LAMB8bit"),
+    Question("LARS", ADAMW, opt8bit.LARS8bit, "LARS8bit"),
+    Question("Muon, 1024x1024", ("torch.optim.Muon", torch.optim.Muon), opt8bit.Muon8bit, side=1024),
+    Question("AdamW, bfloat16", ADAMW, opt8bit.AdamW8bit, dtype=torch.bfloat16),
+    Question(
+        "AdamW, bfloat16, stochastic rounding",
+        ADAMW,
+        partial(opt8bit.AdamW8bit, stochastic_rounding=True),
+        dtype=torch.bfloat16,
+    ),
+    Question(
+        "AdamW, bfloat16, compensation", ADAMW, partial(opt8bit.AdamW8bit, compensation=True), dtype=torch.bfloat16
+    ),
+    Question("AdamW, float16", ADAMW, opt8bit.AdamW8bit, dtype=torch.float16),
+]
+
+
+def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimizer]:
+    makers: dict[str, Maker] = {question.base[0]: question.base[1]}
+    makers["opt8bit." + getattr(question.ours, "func", question.ours).__name__] = question.ours
+    if bitsandbytes is not None and question.bitsandbytes:
+        momentum = {"momentum": 0.9} if question.bitsandbytes in ("SGD8bit", "LARS8bit") else {}
+        makers[f"bitsandbytes.{question.bitsandbytes}"] = partial(
+            getattr(bitsandbytes.optim, question.bitsandbytes), **momentum
+        )
+    return {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
+
+
+def measure(rounds: int, quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for question in QUESTIONS:
+        rows += compare(question.name, optimizers_of(question, 256 if quick else question.side), rounds)
+    return rows
+
+
+if __name__ == "__main__":
+    main(__doc__, "cpu_optimizers.jsonl", measure)
