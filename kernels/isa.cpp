@@ -208,9 +208,9 @@ void prefetch(const T* x, bool is_written) {
 }
 
 // One pass over a block: p, g and the states in, p and the states out.
-template <class Rule, class T, size_t... s, class... States>
-OPT8BIT_INLINE void update_block(const Rule& rule, Param<T>& param, const Grad<T>& grad, int64_t n,
-                                 std::index_sequence<s...>, States&... states) {
+template <class Rule, class Param, class Grad, size_t... s, class... States>
+OPT8BIT_INLINE void update_block(const Rule& rule, Param& param, const Grad& grad, int64_t n, std::index_sequence<s...>,
+                                 States&... states) {
   Simd::Floats x[sizeof...(s) + 1];
   int64_t i = 0;
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
@@ -230,8 +230,8 @@ OPT8BIT_INLINE void update_block(const Rule& rule, Param<T>& param, const Grad<T
   }
 }
 
-template <class Rule, class T, size_t... s, class... States>
-void update_blocks(const Rule rule, Param<T> param, Grad<T> grad, const BlockView& view, int64_t first_block,
+template <class Rule, class Param, class Grad, size_t... s, class... States>
+void update_blocks(const Rule rule, Param param, Grad grad, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
   const int64_t block_length = view.row_length < view.block_size ? view.row_length : view.block_size;
   const int64_t run = run_length(block_length);
@@ -253,8 +253,8 @@ void update_blocks(const Rule rule, Param<T> param, Grad<T> grad, const BlockVie
 
 // Adds to `squares` what a rule measures. The squares of elements whose index in their block is the same modulo 16
 // are added up first, so that the order is the same for every number of lanes.
-template <class Rule, class T, class... States>
-void measure_blocks(const Rule rule, Param<T> param, Grad<T> grad, const BlockView& view, double* squares,
+template <class Rule, class Param, class Grad, class... States>
+void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& view, double* squares,
                     int64_t first_block, int64_t last_block, States... states) {
   constexpr int64_t kSums = 16;
   double sums[kNorms][kSums] = {};
@@ -295,54 +295,62 @@ struct StateType<true, kSigned> {
 };
 
 // The skeleton of every step: a rule, a type of parameter, and how each state of the rule is stored.
-template <class Rule, class T, bool kCoded, size_t... s>
+template <class Rule, class T, Rounding rounding, bool kCoded, size_t... s>
 void step_blocks(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block,
                  std::index_sequence<s...> indices) {
   float* const memory = thread_buffer();
-  update_blocks(Rule(group.hyper, *tensor.step + 1.0, norms), Param<T>(tensor, group), Grad<T>(tensor, group),
+  update_blocks(Rule(group.hyper, *tensor.step + 1.0, norms), Param<T, rounding>(tensor, group), Grad<T>(tensor, group),
                 block_view(tensor, group), first_block, last_block, indices,
                 typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kBufferStride)...);
 }
 
 struct Step {
   const double* norms;
-  template <class Rule, class T, bool kCoded>
+  template <class Rule, class T, Rounding rounding, bool kCoded>
   void run(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) const {
-    step_blocks<Rule, T, kCoded>(tensor, group, norms, first_block, last_block,
-                                 std::make_index_sequence<Rule::kStates>());
+    step_blocks<Rule, T, rounding, kCoded>(tensor, group, norms, first_block, last_block,
+                                           std::make_index_sequence<Rule::kStates>());
   }
 };
 
-template <class Rule, class T, bool kCoded, size_t... s>
+template <class Rule, class T, Rounding rounding, bool kCoded, size_t... s>
 void measure_blocks(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block,
                     std::index_sequence<s...>) {
-  measure_blocks(Rule(group.hyper, *tensor.step + 1.0, nullptr), Param<T>(tensor, group), Grad<T>(tensor, group),
-                 block_view(tensor, group), squares, first_block, last_block,
+  measure_blocks(Rule(group.hyper, *tensor.step + 1.0, nullptr), Param<T, rounding>(tensor, group),
+                 Grad<T>(tensor, group), block_view(tensor, group), squares, first_block, last_block,
                  typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, nullptr)...);
 }
 
 struct Measure {
   double* squares;
-  template <class Rule, class T, bool kCoded>
+  template <class Rule, class T, Rounding rounding, bool kCoded>
   void run(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) const {
     if constexpr (Rule::kHasNorms)
-      measure_blocks<Rule, T, kCoded>(tensor, group, squares, first_block, last_block,
-                                      std::make_index_sequence<Rule::kStates>());
+      measure_blocks<Rule, T, rounding, kCoded>(tensor, group, squares, first_block, last_block,
+                                                std::make_index_sequence<Rule::kStates>());
   }
 };
 
-template <class Rule, class T, class Work>
+template <class Rule, class T, Rounding rounding, class Work>
 void with_states(const Work& work, const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
-  if (tensor.state_bits == 8) work.template run<Rule, T, true>(tensor, group, first_block, last_block);
-  else work.template run<Rule, T, false>(tensor, group, first_block, last_block);
+  if (tensor.state_bits == 8) work.template run<Rule, T, rounding, true>(tensor, group, first_block, last_block);
+  else work.template run<Rule, T, rounding, false>(tensor, group, first_block, last_block);
 }
 
 template <class Rule, class Work>
-void with_rule(const Work& work, const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+void with_rule(const Work& work, const Tensor& tensor, const Group& group, int64_t first, int64_t last) {
+  constexpr Rounding kNearest = Rounding::nearest;
   switch (tensor.dtype) {
-    case DType::float32: return with_states<Rule, float>(work, tensor, group, first_block, last_block);
-    case DType::bfloat16: return with_states<Rule, bfloat16>(work, tensor, group, first_block, last_block);
-    case DType::float16: return with_states<Rule, float16>(work, tensor, group, first_block, last_block);
+    case DType::float32: return with_states<Rule, float, kNearest>(work, tensor, group, first, last);
+    case DType::float16: return with_states<Rule, float16, kNearest>(work, tensor, group, first, last);
+    case DType::bfloat16: break;
+  }
+  switch (group.rounding) {
+    case kNearest: return with_states<Rule, bfloat16, kNearest>(work, tensor, group, first, last);
+    case Rounding::stochastic:
+      return with_states<Rule, bfloat16, Rounding::stochastic>(work, tensor, group, first, last);
+    case Rounding::compensated:
+      return with_states<Rule, bfloat16, Rounding::compensated>(work, tensor, group, first, last);
   }
 }
 

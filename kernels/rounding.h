@@ -45,7 +45,7 @@ class RandomBits {
   Simd::Ints low_key_, high_key_;
 };
 
-template <class T>
+template <class T, Rounding rounding>
 class Param {
  public:
   Param(const Tensor& tensor, const Group&) : tensor_(static_cast<T*>(tensor.param)) {}
@@ -70,26 +70,27 @@ class Param {
   T* values_;
 };
 
-template <>
-class Param<bfloat16> {
+// Of bfloat16, and not to nearest.
+template <Rounding rounding>
+class ExactParam {
  public:
-  Param(const Tensor& tensor, const Group& group)
+  ExactParam(const Tensor& tensor, const Group& group)
       : tensor_(static_cast<bfloat16*>(tensor.param)),
         tensor_low_(tensor.compensation),
-        rounding_(group.rounding),
         random_(group.seed, static_cast<uint64_t>(*tensor.step + 1.0), tensor.number) {}
 
   void open(int64_t offset) {
     offset_ = offset;
     values_ = tensor_ + offset;
+    if (kHasLow) low_ = tensor_low_ + offset;
   }
-  Simd::Floats load(int64_t i) const { return load(values_ + i, low(i)); }
-  void store(int64_t i, Simd::Floats p) { store(values_ + i, low(i), i, p); }
+  Simd::Floats load(int64_t i) const { return load(values_ + i, low_ + (kHasLow ? i : 0)); }
+  void store(int64_t i, Simd::Floats p) { store(values_ + i, low_ + (kHasLow ? i : 0), i, p); }
   Simd::Floats load_tail(int64_t i, int64_t n) const {
     bfloat16 tail[Simd::kLanes] = {};
     int16_t low_tail[Simd::kLanes] = {};
     std::memcpy(tail, values_ + i, (n - i) * sizeof *tail);
-    if (low(i)) std::memcpy(low_tail, low(i), (n - i) * sizeof *low_tail);
+    if (kHasLow) std::memcpy(low_tail, low_ + i, (n - i) * sizeof *low_tail);
     return load(tail, low_tail);
   }
   void store_tail(int64_t i, int64_t n, Simd::Floats p) {
@@ -97,37 +98,45 @@ class Param<bfloat16> {
     int16_t low_tail[Simd::kLanes];
     store(tail, low_tail, i, p);
     std::memcpy(values_ + i, tail, (n - i) * sizeof *tail);
-    if (low(i)) std::memcpy(low(i), low_tail, (n - i) * sizeof *low_tail);
+    if (kHasLow) std::memcpy(low_ + i, low_tail, (n - i) * sizeof *low_tail);
   }
   const bfloat16* values() const { return values_; }
 
  private:
+  static constexpr bool kHasLow = rounding == Rounding::compensated;
+
   // The bits of the float32 are those of the bfloat16, moved up by 16, plus the signed number beside it.
-  Simd::Floats load(const bfloat16* values, const int16_t* low) const {
-    if (rounding_ != Rounding::compensated) return Simd::load(values);
+  static Simd::Floats load(const bfloat16* values, const int16_t* low) {
+    if (!kHasLow) return Simd::load(values);
     return Simd::floats(Simd::add(Simd::bits_of(values), Simd::load(low)));
   }
   void store(bfloat16* values, int16_t* low, int64_t i, Simd::Floats p) const {
-    if (rounding_ == Rounding::nearest) return Simd::store(values, p);
     const Simd::Floats nan = Simd::floats(Simd::broadcast(0x7fc00000));
     const Simd::Ints bits = Simd::bits(Simd::select(Simd::is_nan(p), nan, p));
-    if (rounding_ == Rounding::stochastic) {
-      Simd::store_high(values, Simd::add(bits, Simd::shift_right<16>(random_(offset_ + i))));
-    } else {
+    if (kHasLow) {
       const Simd::Ints nearest = Simd::high_half(Simd::add(bits, Simd::broadcast(0x8000)));
       Simd::store_high(values, nearest);
       Simd::store(low, Simd::subtract(bits, nearest));
+    } else {
+      Simd::store_high(values, Simd::add(bits, Simd::shift_right<16>(random_(offset_ + i))));
     }
   }
 
-  int16_t* low(int64_t i) const { return rounding_ == Rounding::compensated ? tensor_low_ + offset_ + i : nullptr; }
-
   bfloat16* const tensor_;
   int16_t* const tensor_low_;
-  const Rounding rounding_;
   const RandomBits random_;
   int64_t offset_;
   bfloat16* values_;
+  int16_t* low_ = nullptr;
+};
+
+template <>
+class Param<bfloat16, Rounding::stochastic> : public ExactParam<Rounding::stochastic> {
+  using ExactParam::ExactParam;
+};
+template <>
+class Param<bfloat16, Rounding::compensated> : public ExactParam<Rounding::compensated> {
+  using ExactParam::ExactParam;
 };
 
 }  // namespace

@@ -35,10 +35,7 @@ struct Simd {
   static Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static Floats load(const float* source) { return {_mm512_loadu_ps(source)}; }
-  static Floats load(const bfloat16* source) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
-  }
+  static Floats load(const bfloat16* source) { return {_mm512_castsi512_ps(bits_of(source).v)}; }
   static Floats load(const float16* source) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
   }
@@ -46,10 +43,8 @@ struct Simd {
   static void store(bfloat16* target, Floats a) {
     const __m512i x = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(result));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+    store_high(target, {_mm512_mask_mov_epi32(rounded, is_nan(a), _mm512_set1_epi32(0x7fc00000))});
   }
   static void store(float16* target, Floats a) {
     const __m256i halves = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -62,10 +57,17 @@ struct Simd {
   static void store(int16_t* target, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(a.v));
   }
+  // Words of 16 bits move between the halves of a vector and the high halves of its integers.
   static void store_high(bfloat16* target, Ints a) {
-    store(reinterpret_cast<int16_t*>(target), {_mm512_srli_epi32(a.v, 16)});
+    const __m512i odd_words = _mm512_add_epi32(_mm512_set1_epi32(0x00030001),
+                                               _mm512_mullo_epi32(lane_numbers().v, _mm512_set1_epi32(0x00040004)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words, a.v)));
   }
-  static Ints bits_of(const bfloat16* source) { return bits(load(source)); }
+  static Ints bits_of(const bfloat16* source) {
+    const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+    return {_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lane_numbers().v, 16), words)};
+  }
 
   static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
