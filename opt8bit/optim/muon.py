@@ -63,8 +63,8 @@ def muon(
     Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training.
     """
     grad = -grad if maximize else grad
-    momentum_buffer = momentum * momentum_buffer + (1 - momentum) * grad
-    direction = momentum * momentum_buffer + (1 - momentum) * grad if nesterov else momentum_buffer
+    momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
+    direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
     direction = orthogonalized(direction, ns_coefficients, ns_steps, eps)
     adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*param.shape)
     return param * (1 - lr * weight_decay) - adjusted_lr * direction, momentum_buffer
