@@ -77,6 +77,8 @@ def initialize(
         initial: what a state begins as, by name; zero for those that are not here.
     """
     stored = [name for name in rule.states if name in state]
+    if rule.states and not stored:
+        state.pop("step", None)  # of a rule without states: SGD's, before it was given momentum
     # A state that is added later is stored as those that are there.
     coded = is_coded(state, rule) if stored else is_8bit(param, group)
     for name, spec in specs(param, rule, group["block_size"], coded, is_compensated(param, group)).items():

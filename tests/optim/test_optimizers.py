@@ -552,6 +552,21 @@ def test_a_state_added_later_is_stored_as_the_others() -> None:
     assert optimizer.state[param]["max_exp_avg_sq"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_momentum_may_be_switched_on_later(bits: int) -> None:
+    """torch.optim takes the first gradient undampened that the buffer sees, not the first there was."""
+    params = [parameter(), parameter()]
+    optimizers = [
+        opt8bit.SGD8bit([params[0]], dampening=0.5, state_bits=bits),
+        torch.optim.SGD([params[1]], dampening=0.5),
+    ]
+    for optimizer, param in zip(optimizers, params, strict=True):
+        train(optimizer, param, gradients(2))
+        optimizer.param_groups[0]["momentum"] = 0.9
+        train(optimizer, param, gradients(1, seed=5))
+    torch.testing.assert_close(*params, rtol=1e-6, atol=1e-5)
+
+
 def test_fused_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, exact = parameter(), nn.Parameter(parameter().detach().double())
     with pytest.raises(ValueError, match=r"fused=True, but no .* serve adamw for a parameter of torch\.float64"):
