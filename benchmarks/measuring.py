@@ -51,8 +51,8 @@ def copy_bandwidth() -> float:
     source = torch.ones(2**26)
     target = torch.empty_like(source)
     target.copy_(source)
-    best = statistics.median(seconds(lambda: target.copy_(source)) for _ in range(9))
-    return 2 * source.numel() * source.element_size() / best
+    median = statistics.median(seconds(lambda: target.copy_(source)) for _ in range(9))
+    return 2 * source.numel() * source.element_size() / median
 
 
 def machine() -> dict[str, Any]:

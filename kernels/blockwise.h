@@ -90,8 +90,8 @@ OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* c
   }
 }
 
-// codes[0 .. n) = the nearest codes of values[0 .. n), which are padded to whole chunks. Every value that is finite
-// is at most absmax in magnitude.
+// codes[0 .. n) = the nearest codes of values[0 .. n), behind which there is room up to a whole chunk. No value is
+// larger than absmax in magnitude; a NaN is coded as zero.
 template <bool kSigned>
 OPT8BIT_INLINE void encode_block(const float* values, int64_t n, float absmax, const EncoderTables& tables,
                                  uint8_t* codes) {

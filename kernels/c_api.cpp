@@ -74,8 +74,6 @@ int64_t opt8bit_rule(const char* name) {
   return -1;
 }
 
-int64_t opt8bit_max_block_size() { return kMaxBlockSize; }
-
 void opt8bit_dynamic_map(int64_t is_signed, float* values) {
   std::copy_n(dynamic_map(is_signed != 0).values, 256, values);
 }

@@ -23,7 +23,6 @@ OPT8BIT_EXPORT void opt8bit_describe(const void* const* functions, const void* c
                                      int64_t max_dim, int64_t* rows, int64_t threads);
 
 OPT8BIT_EXPORT int64_t opt8bit_rule(const char* name);  // its number, or -1
-OPT8BIT_EXPORT int64_t opt8bit_max_block_size();
 OPT8BIT_EXPORT void opt8bit_dynamic_map(int64_t is_signed, float* values);
 
 // `threads` is how many to use where torch's pool is not at hand; that pool knows its own number.

@@ -398,7 +398,9 @@ void quantize_typed(const T* x, const BlockView& view, const Codebook& codebook,
   const auto encode_by_search = [&](const float* values, int64_t n, float absmax, uint8_t* codes) {
     for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, codebook);
   };
-  const auto encode = [&](const float* values, int64_t n, float absmax, uint8_t* codes) {
+  const auto encode = [&](float* values, int64_t n, float absmax, uint8_t* codes) {
+    // Infinities are coded as the largest value; their arithmetic would hide which neighbours want a search.
+    for (int64_t i = 0; i < n; ++i) values[i] = values[i] > absmax ? absmax : values[i] < -absmax ? -absmax : values[i];
     const auto encode_blocks_of_sign = codebook.dynamic->is_signed ? encode_blocks<true> : encode_blocks<false>;
     encode_blocks_of_sign(values, 0, &n, &absmax, 1, codes);
   };

@@ -16,7 +16,7 @@ float* thread_buffer() {
   struct alignas(64) Buffer {
     float floats[kMaxStates * kBufferStride];
   };
-  static thread_local const std::unique_ptr<Buffer> buffer(new Buffer);
+  static thread_local const std::unique_ptr<Buffer> buffer(new Buffer());
   return buffer->floats;
 }
 

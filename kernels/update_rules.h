@@ -97,19 +97,19 @@ struct AdamAmsgrad : Adam {
 };
 
 // AdamW (Loshchilov & Hutter, 2019): weight decay beside the gradient.
-template <class Adam>
-struct Decoupled : Adam {
+template <class Base>
+struct Decoupled : Base {
   Floats decay;
 
   Decoupled(const double* hyper, double step, const double* norms)
-      : Adam(hyper, step, norms), decay(constant(1 - hyper[0] * hyper[4])) {
+      : Base(hyper, step, norms), decay(constant(1 - hyper[0] * hyper[4])) {
     this->has_weight_decay = false;
   }
 
   template <class... Moments>
   void update(Floats& param, Floats grad, Moments&&... moments) const {
     param = param * decay;
-    Adam::update(param, grad, std::forward<Moments>(moments)...);
+    Base::update(param, grad, std::forward<Moments>(moments)...);
   }
 };
 using AdamW = Decoupled<Adam>;
@@ -302,8 +302,10 @@ struct AdEMAMix : WithoutNorms {
 
   // Rises from beta1 so that the half-life of the average grows linearly over t_beta3 steps.
   static double scheduled_beta3(double beta1, double beta3, double t_beta3, double step) {
-    if (!(t_beta3 > 0) || step >= t_beta3 || !(beta1 > 0) || !(beta3 > 0)) return beta3;
-    const double ratio = step / t_beta3, log1 = std::log(beta1), log3 = std::log(beta3);
+    if (step >= t_beta3 || beta3 == 0) return beta3;
+    const double ratio = step / t_beta3;
+    if (beta1 == 0) return std::pow(beta3, 1 / ratio);  // the limit
+    const double log1 = std::log(beta1), log3 = std::log(beta3);
     return std::fmin(std::exp(log1 * log3 / ((1 - ratio) * log3 + ratio * log1)), beta3);
   }
 

@@ -13,11 +13,23 @@ import warnings
 import torch
 
 from opt8bit.backends import native
-from opt8bit.backends.description import ADDRESS, Tensors
-from opt8bit.backends.interface import Backend, GroupUpdate, Rule
+from opt8bit.backends.description import ADDRESS, describe
+from opt8bit.backends.interface import Backend, Batch, GroupUpdate, Rule
 from opt8bit.backends.reference import Reference
 
-__all__ = ["ADDRESS", "Backend", "GroupUpdate", "Rule", "Tensors", "available", "backend_for", "get", "why"]
+__all__ = [
+    "ADDRESS",
+    "Backend",
+    "Batch",
+    "GroupUpdate",
+    "Rule",
+    "available",
+    "backend_for",
+    "describe",
+    "get",
+    "wanted_backend",
+    "why",
+]
 
 REFERENCE = "reference"
 ENVIRONMENT = "OPT8BIT_BACKEND"
@@ -44,13 +56,18 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def wanted_backend() -> str | None:
+    """The backend that the environment names."""
+    return os.environ.get(ENVIRONMENT)
+
+
 def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
     """The backend that serves a device: ``name``, else that of the environment, else the fastest.
 
     Raises:
         ValueError: the backend asked for cannot serve this device here.
     """
-    wanted = name or os.environ.get(ENVIRONMENT)
+    wanted = name or wanted_backend()
     names = available(device)
     if wanted and wanted not in names:
         raise ValueError(f"backend must be one of {', '.join(names)} on {torch.device(device)}, got {wanted!r}")

@@ -34,33 +34,22 @@ TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
 )
 
 
-class Tensors:
-    """Tensors whose descriptions are asked for again and again.
+def describe(tensors: Sequence[Tensor], max_dim: int) -> Rows:
+    """(n, 5 + 2 * max_dim): address, dtype, device type and index, dim, sizes and strides, each as a number.
 
-    Args:
-        tensors: n of them.
-        max_dim: the most dimensions that are described; by default those that the tensors have now.
+    Two descriptions are equal only if the tensors are alike in all of that. A row is -1 throughout where the
+    tensor is not strided or has more than ``max_dim`` dimensions.
     """
-
-    def __init__(self, tensors: Sequence[Tensor], max_dim: int | None = None) -> None:
-        self.tensors = tensors
-        self.max_dim = max((tensor.dim() for tensor in tensors), default=0) if max_dim is None else max_dim
-        self._handles = numpy.fromiter(map(attrgetter("_cdata"), tensors), numpy.int64, len(tensors))
-
-    def describe(self) -> Rows:
-        """(n, 5 + 2 * max_dim): address, dtype, device type and index, dim, sizes and strides, each as a number.
-
-        Two descriptions are equal only if the tensors are alike in all of that. A row is -1 throughout where the
-        tensor is not strided or has more than ``max_dim`` dimensions.
-        """
-        functions = _torch_functions()
-        if functions is None:
-            return describe_in_python(self.tensors, self.max_dim)
-        return _describe(functions, self._handles, self.max_dim)
+    functions = _torch_functions()
+    if functions is None:
+        return describe_in_python(tensors, max_dim)
+    # The tensor in C++ that a tensor in Python stands for: torch.utils.swap_tensors changes it.
+    handles = numpy.fromiter(map(attrgetter("_cdata"), tensors), numpy.int64, len(tensors))
+    return _describe(functions, handles, max_dim)
 
 
 def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """What :meth:`Tensors.describe` returns where torch or the kernels cannot be asked."""
+    """What :func:`describe` returns where torch or the kernels cannot be asked."""
     rows = numpy.zeros((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
     for row, tensor in zip(rows, tensors, strict=True):
         if tensor.layout != torch.strided or tensor.dim() > max_dim:

@@ -36,30 +36,34 @@ class Rule(NamedTuple):
 ROUNDINGS = ("nearest", "stochastic", "compensated")  # of a bfloat16 parameter, in the kernels' order
 
 
-class GroupUpdate(NamedTuple):
-    """Parameters to step that share a dtype, a rule, its hyper-parameters and how they are stored.
-
-    Columns rather than one object a parameter, since a model may have thousands of them. With n parameters and
-    k states of the rule, ``states`` and ``absmaxes`` list those of the first parameter, then of the second, ...
-    """
+class Batch(NamedTuple):
+    """What stays the same from step to step about n parameters that are stored and stepped alike."""
 
     rule: Rule
-    hyper: Mapping[str, Any]
     block_size: int
     rounding: str  # one of ROUNDINGS
     seed: int  # of stochastic rounding
+    dtype: torch.dtype  # of the parameters
+    coded: bool  # states are codes with their absmax, not values
+    numbers: NDArray[numpy.int64]  # (n,): of each parameter in its optimizer
+    views: Sequence[View]  # n
+    extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
+    codebooks: Sequence[Tensor]  # one for each state of the rule, (256,) float32
+
+
+class GroupUpdate(NamedTuple):
+    """One step of a batch."""
+
+    batch: Batch
+    hyper: Mapping[str, Any]
     grad_scale: float  # the gradients are this many times too large
     params: Sequence[Tensor]  # n
     grads: Sequence[Tensor]  # n, each of its parameter's shape
-    numbers: NDArray[numpy.int64]  # n, of each parameter in its optimizer
-    steps: Sequence[Tensor]  # n, () float32 on the CPU: steps taken so far; the backend adds 1
-    views: Sequence[View]  # n
-    extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
-    states: Sequence[Tensor]  # n * k, each of its parameter's shape: uint8 codes, or values
-    absmaxes: Sequence[Tensor]  # n * k, (rows, blocks per row); empty where the states hold values
-    compensations: Sequence[Tensor]  # n, each int16 of its parameter's shape; empty unless compensated
-    codebooks: Sequence[Tensor]  # k, (256,) float32 each
-    addresses: NDArray[numpy.int64]  # (n, ·): of each param, grad, step, its states, absmaxes and compensation
+    # n, by name: "step", a float32 scalar on the CPU to which the backend adds 1; the rule's states, of the
+    # parameter's shape, with "..._absmax" of (rows, blocks per row) where they are coded; "compensation", int16.
+    state: Sequence[Mapping[str, Tensor]]
+    # (n, columns): of each param, its grad, step, states, absmaxes if coded, and compensation if there is one.
+    addresses: NDArray[numpy.int64]
 
 
 class Backend(Protocol):
@@ -74,9 +78,8 @@ class Backend(Protocol):
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         """Writes the values of the contiguous ``codes`` into the contiguous ``x``."""
 
-    def can_step(self, rule: Rule, param: Tensor) -> bool:
-        """Whether :meth:`step` takes parameters of this dtype by this rule, if they and their gradients are
-        contiguous and of one dtype."""
+    def can_step(self, param: Tensor) -> bool:
+        """Whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
         ...
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:

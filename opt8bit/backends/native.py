@@ -13,7 +13,7 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, ROUNDINGS, GroupUpdate, Rule, View
+from opt8bit.backends.interface import DTYPES, ROUNDINGS, GroupUpdate, View
 from opt8bit.backends.reference import step_group
 
 Words = numpy.typing.NDArray[numpy.int64]
@@ -39,7 +39,6 @@ def library() -> ctypes.CDLL | None:
         "opt8bit_use_torch_threads": (None, [pointer]),
         "opt8bit_describe": (None, [pointer, pointer, integer, integer, pointer, integer]),
         "opt8bit_rule": (integer, [text]),
-        "opt8bit_max_block_size": (integer, []),
         "opt8bit_dynamic_map": (None, [integer, pointer]),
         "opt8bit_quantize_blockwise": (
             None,
@@ -121,44 +120,46 @@ class Native:
             torch.get_num_threads(),
         )
 
-    def can_step(self, rule: Rule, param: Tensor) -> bool:
+    def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
-        numbers = {group.rule.name: self._lib.opt8bit_rule(group.rule.name.encode()) for group in groups}
-        fused = [group for group in groups if numbers[group.rule.name] >= 0]
+        numbers = [self._lib.opt8bit_rule(group.batch.rule.name.encode()) for group in groups]
+        fused = [(group, number) for group, number in zip(groups, numbers, strict=True) if number >= 0]
         if fused:
-            rows = numpy.concatenate([tensor_rows(group, index) for index, group in enumerate(fused)])
-            table = numpy.concatenate([group_row(group, numbers[group.rule.name]) for group in fused])
+            rows = numpy.concatenate([tensor_rows(group, index) for index, (group, _) in enumerate(fused)])
+            table = numpy.concatenate([group_row(group, number) for group, number in fused])
             threads = torch.get_num_threads()
             self._lib.opt8bit_step(self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, threads)
-        for group in groups:
-            if numbers[group.rule.name] < 0:  # a rule that works on matrices: torch multiplies them, we code the states
+        for group, number in zip(groups, numbers, strict=True):
+            if number < 0:  # a rule that works on matrices: torch multiplies them, the kernels code the states
                 step_group(group, self)
 
 
 def group_row(group: GroupUpdate, number: int) -> Words:
     """The fields of ``Group`` in kernels/optimizer_step.h."""
+    batch = group.batch
     hyper = numpy.zeros(MAX_HYPER)
-    hyper[: len(group.rule.hyper)] = [group.hyper[name] for name in group.rule.hyper]
+    hyper[: len(batch.rule.hyper)] = [group.hyper[name] for name in batch.rule.hyper]
     scale = numpy.array([group.grad_scale]).view(numpy.int64)
-    rounding = ROUNDINGS.index(group.rounding)
+    rounding = ROUNDINGS.index(batch.rounding)
     return numpy.concatenate(
-        [[number, group.block_size], hyper.view(numpy.int64), scale, [rounding, group.seed]], dtype=numpy.int64
+        [[number, batch.block_size], hyper.view(numpy.int64), scale, [rounding, batch.seed]], dtype=numpy.int64
     )
 
 
 def tensor_rows(group: GroupUpdate, index: int) -> Words:
     """(n, fields) of ``Tensor`` in kernels/optimizer_step.h."""
-    states, absmaxes = len(group.codebooks), len(group.codebooks) if group.absmaxes else 0
+    batch = group.batch
+    states, absmaxes = len(batch.codebooks), len(batch.codebooks) if batch.coded else 0
     rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 7), numpy.int64)
     rows[:, : 3 + states] = group.addresses[:, : 3 + states]
     rows[:, 3 + MAX_STATES : 3 + MAX_STATES + absmaxes] = group.addresses[:, 3 + states : 3 + states + absmaxes]
-    if group.compensations:
+    if batch.rounding == "compensated":
         rows[:, -7] = group.addresses[:, -1]
-    rows[:, -6:-4] = group.extents
-    rows[:, -4] = DTYPES[group.params[0].dtype]
-    rows[:, -3] = 8 if group.absmaxes else 32
+    rows[:, -6:-4] = batch.extents
+    rows[:, -4] = DTYPES[batch.dtype]
+    rows[:, -3] = 8 if batch.coded else 32
     rows[:, -2] = index
-    rows[:, -1] = group.numbers
+    rows[:, -1] = batch.numbers
     return rows

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import Backend, GroupUpdate, Rule, View
+from opt8bit.backends.interface import Backend, GroupUpdate, View
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
 
@@ -52,40 +52,42 @@ def step_group(group: GroupUpdate, coder: Backend) -> None:
 
 
 def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
-    param, view, count = group.params[i], group.views[i], len(group.codebooks)
-    stored = group.states[i * count : (i + 1) * count]
-    absmaxes = group.absmaxes[i * count : (i + 1) * count]
-    compensation = group.compensations[i] if group.compensations else None
-    books = [codebook.to(param.device) for codebook in group.codebooks]
-    states = [_real(state) for state in stored]
-    if absmaxes:
-        states = [torch.empty(param.shape, dtype=torch.float32, device=param.device) for _ in stored]
-        for codes, absmax, book, state in zip(stored, absmaxes, books, states, strict=True):
-            coder.dequantize_blockwise(codes, absmax, book, view, state)
-    group.steps[i].add_(1)
-    step = group.steps[i].item()
+    batch, param, state = group.batch, group.params[i], group.state[i]
+    names, view = batch.rule.states, batch.views[i]
+    compensation = state["compensation"] if batch.rounding == "compensated" else None
+    books = [codebook.to(param.device) for codebook in batch.codebooks]
+    if batch.coded:
+        states = [torch.empty(param.shape, dtype=torch.float32, device=param.device) for _ in names]
+        for name, book, decoded in zip(names, books, states, strict=True):
+            coder.dequantize_blockwise(state[name], state[f"{name}_absmax"], book, view, decoded)
+    else:
+        states = [_real(state[name]) for name in names]
+    step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
     grad = _real(group.grads[i].to(compute)) * (1 / group.grad_scale)
     value = _real(param.to(compute)) if compensation is None else compensated(param, compensation)
-    new_param, *new_states = group.rule.update(value, grad, *states, step=step, **group.hyper)
+    new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **group.hyper)
+
+    # All that may fail has been done: from here on, tensors are written.
     if compensation is not None:
         set_compensated(param, compensation, new_param)
-    elif group.rounding == "stochastic" and param.dtype == torch.bfloat16:
-        param.copy_(stochastically_rounded(new_param, group.seed, int(step), int(group.numbers[i])))
+    elif batch.rounding == "stochastic" and param.dtype == torch.bfloat16:
+        param.copy_(stochastically_rounded(new_param, batch.seed, int(step), int(batch.numbers[i])))
     else:
         _real(param).copy_(new_param)
-    for k, state in enumerate(new_states):
-        if absmaxes:
+    for name, book, new in zip(names, books, new_states, strict=True):
+        if batch.coded:
             # An infinity, as the largest of its block, would weigh on the others from then on.
-            finite = torch.where(state.isfinite(), state, 0).contiguous()
-            coder.quantize_blockwise(finite, books[k], view, stored[k], absmaxes[k])
+            finite = torch.where(new.isfinite(), new, 0).contiguous()
+            coder.quantize_blockwise(finite, book, view, state[name], state[f"{name}_absmax"])
         else:
-            _real(stored[k]).copy_(state)
+            _real(state[name]).copy_(new)
+    state["step"].add_(1)
 
 
 def _real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
-    return torch.view_as_real(x) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 class Reference:
@@ -101,7 +103,7 @@ class Reference:
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         x.copy_(dequantize(codes, absmax, codebook, view))
 
-    def can_step(self, rule: Rule, param: Tensor) -> bool:
+    def can_step(self, param: Tensor) -> bool:
         return True
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:

@@ -95,8 +95,5 @@ class Adagrad8bit(Optimizer8bit):
     def rule(self, group: dict[str, Any]) -> Rule:
         return RULE
 
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {**{name: group[name] for name in HYPER}, "lr": float(group["lr"])}
-
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
         return {"sum": group["initial_accumulator_value"]}

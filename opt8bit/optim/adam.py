@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_not_negative
+from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,19 +71,9 @@ RULES = {  # by whether weight decay is decoupled, and amsgrad
 
 class _AdamBase(Optimizer8bit):
     def check_group(self, group: dict[str, Any]) -> None:
+        check_flags(group, "amsgrad")
         check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-        }
 
 
 class Adam8bit(_AdamBase):
@@ -137,7 +127,7 @@ class Adam8bit(_AdamBase):
         super().__init__(params, defaults, options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[bool(group["decoupled_weight_decay"]), bool(group["amsgrad"])]
+        return RULES[group["decoupled_weight_decay"], group["amsgrad"]]
 
 
 class AdamW8bit(_AdamBase):
@@ -176,4 +166,4 @@ class AdamW8bit(_AdamBase):
         super().__init__(params, defaults, options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[True, bool(group["amsgrad"])]
+        return RULES[True, group["amsgrad"]]

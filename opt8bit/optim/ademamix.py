@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 def scheduled_beta3(beta1: float, beta3: float, t_beta3: float, step: float) -> float:
     """beta3 at a step: the half-life of the slow average grows linearly from that of beta1, over t_beta3 steps."""
-    if not 0 < step < t_beta3 or beta1 <= 0 or beta3 <= 0:
+    if not 0 < step < t_beta3 or beta3 == 0:
         return beta3
-    ratio, log1, log3 = step / t_beta3, math.log(beta1), math.log(beta3)
+    ratio = step / t_beta3
+    if beta1 == 0:
+        return beta3 ** (1 / ratio)  # the limit
+    log1, log3 = math.log(beta1), math.log(beta3)
     return min(math.exp(log1 * log3 / ((1 - ratio) * log3 + ratio * log1)), beta3)
 
 
@@ -120,8 +123,3 @@ class AdEMAMix8bit(Optimizer8bit):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return RULE
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        beta1, beta2, beta3 = map(float, group["betas"])
-        named = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "beta3": beta3}
-        return {name: named[name] if name in named else group[name] for name in HYPER}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opt8bit.backends import Backend, GroupUpdate, Rule
-from opt8bit.optim.plan import Plan, Work
-from opt8bit.optim.states import CODED_DTYPES, initialize
+from opt8bit.backends import Backend, GroupUpdate, Rule, wanted_backend
+from opt8bit.optim.plan import Asked, Plan, Work
+from opt8bit.optim.states import CODED_DTYPES, initialized
 from opt8bit.quant import block_view
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
@@ -30,7 +30,8 @@ class Options(TypedDict, total=False):
     stochastic_rounding: round bfloat16 parameters up or down by chance, so that small updates are not lost but come
         through on average (default False). Other dtypes are not affected; float16 is refused.
     compensation: keep beside a bfloat16 parameter the 16 bits that it has no room for, so that it is trained as a
-        float32 one (default False). Two bytes a parameter, as the state ``compensation``.
+        float32 one (default False). Two bytes a parameter, as the state ``compensation``; they belong to the value that
+        the optimizer wrote last.
     seed: of stochastic rounding, an integer from 0 to 2^63 - 1 (default 0). Equal seeds round alike, on every rank.
     block_size: elements per block of an 8-bit state, 16 to 16384 (default 256).
     min_8bit_size: tensors of fewer elements keep 32-bit states (default 4096).
@@ -118,6 +119,17 @@ def check_not_negative(**values: float | Tensor) -> None:
             raise ValueError(f"Invalid {label}: {value}")
 
 
+def check_flags(group: Mapping[str, Any], *names: str) -> None:
+    """Refuses what is not a bool: a string, which a configuration may hold, would count as True.
+
+    Raises:
+        ValueError: a value is neither True nor False.
+    """
+    for name in names:
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+
+
 def check_betas(betas: Sequence[float | Tensor], count: int = 2) -> None:
     """Raises as torch.optim does, with its words.
 
@@ -156,9 +168,11 @@ class Optimizer8bit(torch.optim.Optimizer):
     def rule(self, group: dict[str, Any]) -> Rule:
         """The update rule of a parameter group."""
 
-    @abstractmethod
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's hyper-parameters, ``rule.hyper``, from a parameter group."""
+        """The rule's hyper-parameters, ``rule.hyper``, from a parameter group: beta1 is the first of its betas."""
+        values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
+        chosen = {name: values[name] for name in self.rule(group).hyper}
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in chosen.items()}
 
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
         """What states begin as, by name, where it is not zero."""
@@ -182,12 +196,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         check_options(group)
         self.check_group(group)
         params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        if isinstance(params, Tensor):
+            params = [params]
+        elif not isinstance(params, set):  # which torch.optim refuses
+            params = list(params)
         for param in params:
             param = param[1] if isinstance(param, tuple) else param
             if isinstance(param, Tensor):
-                _check_param(param, group)
-                self.check_param(param)
+                self._check_param(param, group)
         super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
@@ -213,11 +229,15 @@ class Optimizer8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and float(found_inf):
             return loss
+        # Everything is checked before the first state is made, and the first backend writes.
+        fresh: dict[Tensor, dict[str, Tensor]] = {}
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        # Everything is checked before the first backend writes.
-        work = [item for index in range(len(self.param_groups)) for item in self._work(index, scale)]
+        work = [item for index in range(len(self.param_groups)) for item in self._work(index, scale, fresh)]
+        for param, state in fresh.items():
+            self.state[param].clear()
+            self.state[param].update(state)
         updates: dict[Backend, list[GroupUpdate]] = {}
         for backend, update, _ in work:
             updates.setdefault(backend, []).append(update)
@@ -227,28 +247,59 @@ class Optimizer8bit(torch.optim.Optimizer):
             param.copy_(contiguous)
         return loss
 
-    def _work(self, index: int, grad_scale: float) -> list[Work]:
+    def _work(self, index: int, grad_scale: float, fresh: dict[Tensor, dict[str, Tensor]]) -> list[Work]:
+        """The work on a group. States that it needs and that are not there yet are added to ``fresh``."""
         group = self.param_groups[index]
-        params, grads = _with_gradients(group["params"])
-        rule, hyper = self.rule(group), self.hyper(group)
+        check_options(group)  # anew, as a user may write into it
+        self.check_group(group)
+        asked = self._asked(index, group, grad_scale)
         plans = self.__dict__.setdefault("_plans", {})
+        for gone in [other for other in plans if other >= len(self.param_groups)]:
+            del plans[gone]
         plan = plans.get(index)
-        work = plan.work(rule, group, params, grads, self.state, hyper, grad_scale) if plan else None
+        work = plan.work(asked, self.state) if plan else None
         if work is None:
-            check_options(group)  # anew, as a user may write into it
-            for param, grad in zip(params, grads, strict=True):
-                _check_param(param, group)
+            rule, states = asked.rule, {}
+            for param, grad in zip(asked.params, asked.grads, strict=True):
+                self._check_param(param, group)
                 _check_grad(param, grad)
-                initialize(self.state[param], rule, param, group, self.initial(group))
-            plan = plans[index] = Plan(rule, group, params, grads, self._numbers(index), self.state)
-            work = plan.work(rule, group, params, grads, self.state, hyper, grad_scale)
+                states[param] = initialized(self.state.get(param, {}), rule, param, group, self.initial(group))
+            plan = plans[index] = Plan(asked, states)
+            work = plan.work(asked, states)
             assert work is not None
+            fresh.update(states)
         return work
 
-    def _numbers(self, index: int) -> list[int]:
-        """Of the parameters of a group that have a gradient, in the optimizer."""
-        first = sum(len(group["params"]) for group in self.param_groups[:index])
-        return [first + i for i, param in enumerate(self.param_groups[index]["params"]) if param.grad is not None]
+    def _asked(self, index: int, group: dict[str, Any], grad_scale: float) -> Asked:
+        grads = list(map(attrgetter("grad"), group["params"]))
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        numbers = range(first, first + len(grads))
+        params = group["params"]
+        if any(map(is_, grads, repeat(None))):
+            present = [i for i, grad in enumerate(grads) if grad is not None]
+            params, grads = [params[i] for i in present], [grads[i] for i in present]
+            numbers = [numbers[i] for i in present]
+        return Asked(
+            rule=self.rule(group),
+            group=group,
+            first_number=first,
+            wanted_backend=wanted_backend(),
+            params=params,
+            grads=grads,
+            numbers=numbers,
+            hyper=self.hyper(group),
+            grad_scale=grad_scale,
+        )
+
+    def _check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        if is_traceable_wrapper_subclass(param):
+            raise TypeError(f"{type(param).__name__} parameters are not supported yet")
+        if param.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
+        for name in ("stochastic_rounding", "compensation"):
+            if group[name] and param.dtype == torch.float16:
+                raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
+        self.check_param(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned; training then continues bit for bit.
@@ -264,27 +315,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         unbox = self.register_load_state_dict_post_hook(_unbox_states, prepend=True)
         try:
             super().load_state_dict(state_dict)
+            self.__dict__.pop("_plans", None)  # which hold on to the states there were
         finally:
             box.remove()
             unbox.remove()
-
-
-def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    grads = list(map(attrgetter("grad"), params))
-    if not any(map(is_, grads, repeat(None))):
-        return params, grads
-    pairs = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
-    return [param for param, _ in pairs], [grad for _, grad in pairs]
-
-
-def _check_param(param: Tensor, group: Mapping[str, Any]) -> None:
-    if is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{type(param).__name__} parameters are not supported yet")
-    if param.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
-    for name in ("stochastic_rounding", "compensation"):
-        if group[name] and param.dtype == torch.float16:
-            raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_not_negative
+from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,13 +106,9 @@ class LAMB8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        check_flags(group, "bias_correction", "adapt")
         check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return RULE
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        beta1, beta2 = map(float, group["betas"])
-        named = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2}
-        return {name: named[name] if name in named else group[name] for name in HYPER}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_not_negative
+from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,13 +106,11 @@ class LARS8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        check_flags(group, "nesterov", "adapt")
         names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
         check_not_negative(**{name: group[name] for name in names})
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("Nesterov momentum requires a momentum")
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[group["momentum"] != 0]
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {**{name: group[name] for name in HYPER}, "lr": float(group["lr"])}
+        return RULES[bool(group["momentum"] != 0)]

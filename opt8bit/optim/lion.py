@@ -79,13 +79,3 @@ class Lion8bit(Optimizer8bit):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return RULE
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-        }

@@ -20,7 +20,7 @@ from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
-from opt8bit.optim.states import is_8bit, is_coded, is_compensated, specs
+from opt8bit.optim.states import is_compensated, specs, will_be_coded
 from opt8bit.optim.table import aligned
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def state_bytes(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool
 def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor]) -> OptimizerMemory:
     """The row of an optimizer that holds ``params`` or, where some are frozen, those of them that are not."""
     stepped = [(param, group, optimizer.rule(group)) for param, group in _stepped(optimizer)]
-    coded = [_is_coded(optimizer.state.get(param, {}), rule, param, group) for param, group, rule in stepped]
+    coded = [will_be_coded(optimizer.state.get(param, {}), rule, param, group) for param, group, rule in stepped]
     full = [param.numel() for (param, _, rule), each in zip(stepped, coded, strict=True) if rule.states and not each]
     return OptimizerMemory(
         optimizer=name,
@@ -155,12 +155,6 @@ def _stepped(optimizer: Optimizer8bit) -> Iterator[tuple[Tensor, dict[str, Any]]
         for param in group["params"]:
             if param.requires_grad or optimizer.state.get(param):
                 yield param, group
-
-
-def _is_coded(state: Mapping[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> bool:
-    # States stay as they were first stored, even where the group's options have changed since.
-    stored = any(name in state for name in rule.states)
-    return is_coded(state, rule) if stored else is_8bit(param, group)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_not_negative
+from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,7 +67,7 @@ def muon(
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
     direction = orthogonalized(direction, ns_coefficients, ns_steps, eps)
     adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*param.shape)
-    return param * (1 - lr * weight_decay) - adjusted_lr * direction, momentum_buffer
+    return (param * (1 - lr * weight_decay)).add(direction, alpha=-adjusted_lr), momentum_buffer
 
 
 HYPER = (
@@ -142,6 +142,7 @@ class Muon8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        check_flags(group, "nesterov")
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         for name, label in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
@@ -150,8 +151,10 @@ class Muon8bit(Optimizer8bit):
         check_not_negative(eps=group["eps"])
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
-        if not 0 <= group["ns_steps"] < 100:
-            raise ValueError(f"ns_steps must be from 0 to 99, got {group['ns_steps']!r}")
+        if group["fused"]:
+            raise ValueError("fused=True, but Muon's matrix products are torch's; leave fused out")
+        if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:
+            raise ValueError(f"ns_steps must be an integer from 0 to 99, got {group['ns_steps']!r}")
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUSTMENTS:
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
 
@@ -163,6 +166,3 @@ class Muon8bit(Optimizer8bit):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return RULE
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {**{name: group[name] for name in HYPER}, "lr": float(group["lr"])}

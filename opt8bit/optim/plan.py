@@ -7,20 +7,39 @@ is made once, and each step only compares it with what it was made from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends import ADDRESS, Backend, GroupUpdate, Rule, Tensors, backend_for, get
+from opt8bit.backends import ADDRESS, Backend, Batch, GroupUpdate, Rule, backend_for, describe, get
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
 OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed")  # of a group, that plans depend on
 
-State = Mapping[Tensor, dict[str, Tensor]]
+State = Mapping[Tensor, Mapping[str, Tensor]]  # of an optimizer
+States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
+
+
+class Asked(NamedTuple):
+    """What a step is asked to do with one parameter group."""
+
+    rule: Rule
+    group: Mapping[str, Any]
+    first_number: int  # of the group's parameters in the optimizer
+    wanted_backend: str | None
+    params: Sequence[Tensor]  # those that have a gradient
+    grads: Sequence[Tensor]
+    numbers: Sequence[int]  # of these parameters in the optimizer
+    hyper: Mapping[str, Any]
+    grad_scale: float
+
+    def key(self) -> tuple[Any, ...]:
+        """What a plan depends on, besides tensors."""
+        return self.rule, self.first_number, self.wanted_backend, *(self.group[name] for name in OPTIONS)
 
 
 class Work(NamedTuple):
@@ -31,195 +50,171 @@ class Work(NamedTuple):
     copies: Sequence[tuple[Tensor, Tensor]]  # (parameter, contiguous copy)
 
 
-class _Part:
-    """Parameters of a group that one backend serves and that are stored alike.
+class _Kind(NamedTuple):
+    """Parameters of one kind go into one batch."""
 
-    Args:
-        update: of these parameters; its ``grads`` are those of now.
-        indices: of the parameters among those of the plan.
-        is_staged: the backend takes contiguous tensors of one dtype only, and these are not.
-    """
+    backend: Backend
+    is_staged: bool  # the backend takes contiguous tensors only, and these or their gradients are not
+    dtype: torch.dtype
+    coded: bool
+    compensated: bool
 
-    def __init__(self, backend: Backend, update: GroupUpdate, indices: Sequence[int], is_staged: bool) -> None:
-        self.backend = backend
-        self.update = update
-        self.indices = indices
-        self.is_staged = is_staged
-        columns = _columns(update)
-        self.width = len(columns) // len(indices)
-        # An absmax has two dimensions; what gets more than there are now is noticed as a change.
-        self.max_dim = max([2, *(param.dim() for param in update.params)])
-        self.tensors = Tensors(columns, self.max_dim)
-        self.described = self.tensors.describe()
-        self.grads_described = Tensors(update.grads, self.max_dim).describe()
 
-    def now(self, all_grads: Sequence[Tensor], hyper: Mapping[str, float], grad_scale: float) -> Work | None:
-        """The work of one step, or None where a tensor has another dtype, shape, layout or device than before."""
-        grads = [all_grads[i] for i in self.indices]
-        described, grads_described = self.tensors.describe(), Tensors(grads, self.max_dim).describe()
-        if not _is_alike(described, self.described) or not _is_alike(grads_described, self.grads_described):
-            return None
-        addresses = described[:, ADDRESS].reshape(-1, self.width)
-        grad_addresses = grads_described[:, ADDRESS]
-        params, copies = self.update.params, []
-        if self.is_staged:
-            grads = [grad.to(param.dtype).contiguous() for param, grad in zip(params, grads, strict=True)]
-            staged = [param.contiguous() for param in params]
-            copies = [pair for pair in zip(params, staged, strict=True) if pair[0] is not pair[1]]
-            addresses = numpy.concatenate([_addresses(staged)[:, None], addresses[:, 1:]], axis=1)
-            params, grad_addresses = staged, _addresses(grads)
-        update = self.update._replace(
-            hyper=hyper,
-            grad_scale=grad_scale,
-            params=params,
-            grads=grads,
-            addresses=numpy.insert(addresses, 1, grad_addresses, axis=1),
-        )
-        return Work(self.backend, update, copies)
+class _Part(NamedTuple):
+    kind: _Kind
+    indices: list[int]  # n: of the parameters among those of the plan
+    places: NDArray[numpy.int64]  # (n, columns): of each param, its step, states, ... among the tensors of the plan
+    batch: Batch
 
 
 class Plan:
     """The parts of a group: parameters that one backend serves and that are stored alike.
 
     Args:
-        rule: of the group.
-        group: the parameter group, for its ``OPTIONS``.
-        params: those that have a gradient.
-        grads: their gradients.
-        numbers: of these parameters in the optimizer.
-        state: the optimizer's; it has every state of the rule for each of ``params``.
+        asked: of the step that the plan is made for; its gradients are not kept.
+        state: every state of the rule for each of the parameters.
 
     Raises:
+        RuntimeError: several elements of a parameter are one number in memory.
         ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state is not
             of the parameter's shape and dtype, or was made with another block size.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        group: Mapping[str, Any],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        numbers: Sequence[int],
-        state: State,
-    ) -> None:
-        self.key = _key(rule, group)
-        self.params = list(params)  # the group's own list may change
-        self.types = set(map(type, grads))
-        self.states = _state_tensors(params, state)
-        indices: dict[tuple[Backend, torch.dtype, bool, bool, bool], list[int]] = {}
-        for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            check(f"parameter {numbers[index]}", param, rule, group, state[param])
-            backend, is_staged = _backend(rule, param, grad, group["fused"])
-            alike = (is_coded(state[param], rule), is_compensated(param, group))
-            indices.setdefault((backend, param.dtype, is_staged, *alike), []).append(index)
-        self.parts = []
-        for (backend, _, is_staged, coded, compensated), part in indices.items():
-            update = _group_update(
-                rule,
-                group,
-                [params[i] for i in part],
-                [grads[i] for i in part],
-                [numbers[i] for i in part],
-                state,
-                coded,
-                compensated,
-            )
-            self.parts.append(_Part(backend, update, part, is_staged))
+    def __init__(self, asked: Asked, state: State) -> None:
+        self.key = asked.key()
+        states = [state[param] for param in asked.params]
+        tensors = _tensors(asked.params, states)
+        # A tensor that gets more dimensions than there are now is noticed as a change.
+        self.max_dim = max((tensor.dim() for tensor in tensors), default=0)
+        self.types = set(map(type, asked.grads))
+        overlapping = _overlapping(asked.params)
+        kinds: dict[_Kind, list[int]] = {}
+        for index, (param, grad) in enumerate(zip(asked.params, asked.grads, strict=True)):
+            check(f"parameter {asked.numbers[index]}", param, asked.rule, asked.group, states[index])
+            backend, is_staged = _backend(asked, param, grad, index in overlapping)
+            coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
+            kinds.setdefault(_Kind(backend, is_staged, param.dtype, coded, compensated), []).append(index)
+        first = numpy.cumsum([0, *(1 + len(each) for each in states)])
+        self.parts = [_part(kind, indices, asked, states, first) for kind, indices in kinds.items()]
+        self.described = describe(tensors, self.max_dim)[:, ADDRESS + 1 :]
+        self.grads_described = describe(asked.grads, self.max_dim)[:, ADDRESS + 1 :]
 
-    def work(
-        self,
-        rule: Rule,
-        group: Mapping[str, Any],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: State,
-        hyper: Mapping[str, float],
-        grad_scale: float,
-    ) -> list[Work] | None:
-        """The work of one step; None where a plan made from these would be another one."""
-        if _key(rule, group) != self.key or len(params) != len(self.params) or not all(map(is_, params, self.params)):
+    def work(self, asked: Asked, state: State) -> list[Work] | None:
+        """The work of one step; None where a plan made for it would be another one."""
+        if asked.key() != self.key or set(map(type, asked.grads)) != self.types:
             return None
-        states = _state_tensors(params, state)
-        if len(states) != len(self.states) or not all(map(is_, states, self.states)):
+        states = [state[param] for param in asked.params]
+        described = describe(_tensors(asked.params, states), self.max_dim)
+        grads_described = describe(asked.grads, self.max_dim)
+        if not numpy.array_equal(described[:, ADDRESS + 1 :], self.described):
             return None
-        if set(map(type, grads)) != self.types:
+        if not numpy.array_equal(grads_described[:, ADDRESS + 1 :], self.grads_described):
             return None
-        work = [part.now(grads, hyper, grad_scale) for part in self.parts]
-        done = [item for item in work if item is not None]
-        return done if len(done) == len(work) else None
+        return [
+            _work(part, asked, states, described[part.places, ADDRESS], grads_described[part.indices, ADDRESS])
+            for part in self.parts
+        ]
 
 
-def _key(rule: Rule, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return rule, *(group[name] for name in OPTIONS)
+def _tensors(params: Sequence[Tensor], states: States) -> list[Tensor]:
+    """Each parameter, followed by its states."""
+    return [tensor for param, state in zip(params, states, strict=True) for tensor in (param, *state.values())]
 
 
-def _state_tensors(params: Sequence[Tensor], state: State) -> list[Tensor]:
-    return [tensor for param in params for tensor in state[param].values()]
+def _columns(rule: Rule, kind: _Kind) -> dict[str, list[str]]:
+    """Names of the states of one parameter, by the field of Batch that lists them."""
+    return {
+        "steps": ["step"],
+        "states": list(rule.states),
+        "absmaxes": [f"{name}_absmax" for name in rule.states] if kind.coded else [],
+        "compensations": [COMPENSATION] if kind.compensated else [],
+    }
 
 
-def _is_alike(a: numpy.ndarray, b: numpy.ndarray) -> bool:
-    return numpy.array_equal(a[:, ADDRESS + 1 :], b[:, ADDRESS + 1 :])
+def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, first: NDArray[numpy.int64]) -> _Part:
+    params = [asked.params[i] for i in indices]
+    views = [block_view(param.shape, asked.group["block_size"]) for param in params]
+    names = [name for names in _columns(asked.rule, kind).values() for name in names]
+    order = [list(states[i]) for i in indices]
+    places = [[0, *(1 + stored.index(name) for name in names)] for stored in order]
+    stochastic = asked.group["stochastic_rounding"]
+    batch = Batch(
+        rule=asked.rule,
+        block_size=asked.group["block_size"],
+        rounding="compensated" if kind.compensated else "stochastic" if stochastic else "nearest",
+        seed=asked.group["seed"],
+        dtype=kind.dtype,
+        coded=kind.coded,
+        numbers=numpy.array([asked.numbers[i] for i in indices], numpy.int64),
+        views=views,
+        extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
+        codebooks=[CODEBOOKS[signed] for signed in asked.rule.states.values()],
+    )
+    return _Part(kind, list(indices), first[indices][:, None] + numpy.array(places), batch)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> numpy.ndarray:
+def _work(
+    part: _Part, asked: Asked, states: States, addresses: NDArray[numpy.int64], grad_addresses: NDArray[numpy.int64]
+) -> Work:
+    params, grads, state = ([column[i] for i in part.indices] for column in (asked.params, asked.grads, states))
+    copies: list[tuple[Tensor, Tensor]] = []
+    given = params
+    if part.kind.is_staged:
+        grads = [grad.contiguous() for grad in grads]
+        given = [param.contiguous() for param in params]
+        copies = [pair for pair in zip(params, given, strict=True) if pair[0] is not pair[1]]
+        addresses[:, 0], grad_addresses = _addresses(given), _addresses(grads)
+    update = GroupUpdate(
+        batch=part.batch,
+        hyper=asked.hyper,
+        grad_scale=asked.grad_scale,
+        params=given,
+        grads=grads,
+        state=state,
+        addresses=numpy.insert(addresses, 1, grad_addresses, axis=1),
+    )
+    return Work(part.kind.backend, update, copies)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> NDArray[numpy.int64]:
     return numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
 
 
-def _columns(update: GroupUpdate) -> list[Tensor]:
-    """Of each parameter: itself, its step, its states, their absmaxes and its compensation."""
-    columns = []
-    for i, (param, step) in enumerate(zip(update.params, update.steps, strict=True)):
-        columns += [param, step]
-        for tensors in (update.states, update.absmaxes, update.compensations):
-            each = len(tensors) // len(update.params)
-            columns += tensors[i * each : (i + 1) * each]
-    return columns
-
-
-def _backend(rule: Rule, param: Tensor, grad: Tensor, fused: bool | None) -> tuple[Backend, bool]:
+def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) -> tuple[Backend, bool]:
     """The backend that serves a parameter, and whether it takes a contiguous copy of it."""
     backend = backend_for(param.device)
-    if fused is False or not backend.can_step(rule, param):
+    fused = asked.group["fused"]
+    if fused is False or is_overlapping or grad.dtype != param.dtype or not backend.can_step(param):
         backend = get("reference")
     if fused and backend.name == "reference":
         raise ValueError(
-            f"fused=True, but no compiled kernels serve {rule.name} for a parameter of {param.dtype} on "
-            f"{param.device}; leave fused out"
+            f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
+            f"{param.device} with a gradient of {grad.dtype}; leave fused out"
         )
-    is_plain = param.is_contiguous() and grad.is_contiguous() and grad.dtype == param.dtype
-    return backend, backend.name != "reference" and not is_plain
+    is_staged = backend.name != "reference" and not (param.is_contiguous() and grad.is_contiguous())
+    return backend, is_staged
 
 
-def _group_update(
-    rule: Rule,
-    group: Mapping[str, Any],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    numbers: Sequence[int],
-    state: State,
-    coded: bool,
-    compensated: bool,
-) -> GroupUpdate:
-    views = [block_view(param.shape, group["block_size"]) for param in params]
-    names = [f"{name}_absmax" for name in rule.states] if coded else []
-    rounding = "compensated" if compensated else "stochastic" if group["stochastic_rounding"] else "nearest"
-    return GroupUpdate(
-        rule=rule,
-        hyper={},
-        block_size=group["block_size"],
-        rounding=rounding,
-        seed=group["seed"],
-        grad_scale=1.0,
-        params=params,
-        grads=grads,
-        numbers=numpy.array(numbers, numpy.int64),
-        steps=[state[param]["step"] for param in params],
-        views=views,
-        extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
-        states=[state[param][name] for param in params for name in rule.states],
-        absmaxes=[state[param][name] for param in params for name in names],
-        compensations=[state[param][COMPENSATION] for param in params] if compensated else [],
-        codebooks=[CODEBOOKS[signed] for signed in rule.states.values()],
-        addresses=numpy.empty((0, 0), numpy.int64),
-    )
+def _overlapping(params: Sequence[Tensor]) -> set[int]:
+    """Indices of parameters that may share memory: they are stepped one after another, as torch.optim does."""
+    spans = []
+    for index, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        strides = [(size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)]
+        if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+            raise RuntimeError(
+                f"several elements of a parameter of shape {tuple(param.shape)} and strides {param.stride()} are one "
+                "number in memory: it cannot be updated in place"
+            )
+        end = param.data_ptr() + (sum(strides) + 1) * param.element_size()
+        spans.append((str(param.device), param.data_ptr(), end, index))
+    result: set[int] = set()
+    furthest = ("", 0, 0, -1)  # the span that ends last, of those that begin before
+    for span in sorted(spans):
+        is_beside = span[0] == furthest[0]
+        if is_beside and span[1] < furthest[2]:
+            result |= {furthest[3], span[3]}
+        if not is_beside or span[2] > furthest[2]:
+            furthest = span
+    return result

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_not_negative
+from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -139,10 +139,8 @@ class RMSprop8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        check_flags(group, "centered")
         check_not_negative(**{name: group[name] for name in ("lr", "eps", "momentum", "weight_decay", "alpha")})
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[bool(group["centered"]), group["momentum"] != 0]
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {**{name: group[name] for name in HYPER}, "lr": float(group["lr"])}
+        return RULES[group["centered"], bool(group["momentum"] != 0)]

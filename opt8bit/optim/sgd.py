@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_not_negative
+from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,12 +96,10 @@ class SGD8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        check_flags(group, "nesterov")
         check_not_negative(lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[group["momentum"] != 0]
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return {**{name: group[name] for name in HYPER}, "lr": float(group["lr"])}
+        return RULES[bool(group["momentum"] != 0)]

@@ -34,8 +34,15 @@ def spec_of(tensor: Tensor) -> Spec:
 
 
 def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the states of a parameter in a group are stored as 8-bit codes."""
-    if getattr(param, "state_bits", group["state_bits"]) == 32 or param.dtype not in CODED_DTYPES:
+    """Whether the states of a parameter in a group are stored as 8-bit codes.
+
+    Raises:
+        ValueError: the parameter's attribute ``state_bits`` is neither 8 nor 32.
+    """
+    bits = getattr(param, "state_bits", group["state_bits"])
+    if bits not in (8, 32):
+        raise ValueError(f"state_bits must be 8 or 32, got {bits!r} as an attribute of a parameter")
+    if bits == 32 or param.dtype not in CODED_DTYPES:
         return False
     if param.numel() < max(group["min_8bit_size"], 1):
         return False
@@ -54,6 +61,13 @@ def is_coded(state: Mapping[str, Any], rule: Rule) -> bool:
     return any(f"{name}_absmax" in state for name in rule.states)
 
 
+def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether states are stored as codes: those that are there, and those that are added to them later."""
+    if any(name in state for name in rule.states):
+        return is_coded(state, rule)
+    return is_8bit(param, group)
+
+
 def specs(param: Tensor, rule: Rule, block_size: int, coded: bool, compensated: bool) -> dict[str, Spec]:
     """What there must be for a parameter, by name, in the order of ``state[p]``."""
     full = torch.promote_types(param.dtype, torch.float32)
@@ -68,28 +82,30 @@ def specs(param: Tensor, rule: Rule, block_size: int, coded: bool, compensated: 
     return result
 
 
-def initialize(
-    state: dict[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any], initial: Mapping[str, float]
-) -> None:
-    """Adds what a rule needs and a state lacks.
+def initialized(
+    state: Mapping[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any], initial: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """A parameter's states: those that are there, and what a rule needs and they lack.
 
     Args:
         initial: what a state begins as, by name; zero for those that are not here.
     """
-    stored = [name for name in rule.states if name in state]
-    if rule.states and not stored:
-        state.pop("step", None)  # of a rule without states: SGD's, before it was given momentum
-    # A state that is added later is stored as those that are there.
-    coded = is_coded(state, rule) if stored else is_8bit(param, group)
-    for name, spec in specs(param, rule, group["block_size"], coded, is_compensated(param, group)).items():
-        if name in state:
+    coded, compensated = will_be_coded(state, rule, param, group), is_compensated(param, group)
+    result = dict(state)
+    if rule.states and not any(name in state for name in rule.states):
+        result.pop("step", None)  # of a rule without states: SGD's, before it was given momentum
+    if not compensated:
+        result.pop(COMPENSATION, None)  # of a time when it was: the parameter has moved since
+    for name, spec in specs(param, rule, group["block_size"], coded, compensated).items():
+        if name in result:
             continue
         value: Any = initial.get(name.removesuffix("_absmax"), 0.0)
         if coded and name in rule.states:  # the absmax holds the value; the code is that of 1 or of 0
             value = int((CODEBOOKS[rule.states[name]] == (value != 0)).nonzero())
         if spec.dtype.is_complex:  # a pair of numbers
             value = complex(value, value)
-        state[name] = torch.full(spec.shape, value, dtype=spec.dtype, device=spec.device)
+        result[name] = torch.full(spec.shape, value, dtype=spec.dtype, device=spec.device)
+    return result
 
 
 def check(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:

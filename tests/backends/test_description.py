@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from opt8bit import AdamW8bit
-from opt8bit.backends import Tensors, description
+from opt8bit.backends import describe, description
 
 TENSORS = [
     torch.zeros(()),
@@ -23,7 +23,7 @@ def test_torch_is_asked_where_it_can_be(kernels: str) -> None:
 
 
 def test_a_description_says_what_python_says() -> None:
-    rows = Tensors(TENSORS).describe()
+    rows = describe(TENSORS, 4)
     for row, tensor in zip(rows, TENSORS, strict=True):
         dim = tensor.dim()
         assert row[0] == tensor.data_ptr()
@@ -34,22 +34,22 @@ def test_a_description_says_what_python_says() -> None:
 def test_tensors_that_differ_are_described_differently(monkeypatch: pytest.MonkeyPatch, in_python: bool) -> None:
     if in_python:
         monkeypatch.setattr(description, "_torch_functions", lambda: None)
-    rows = Tensors(TENSORS).describe()[:, 1:]
+    rows = describe(TENSORS, 4)[:, 1:]
     assert len({tuple(row) for row in rows}) == len(TENSORS)
-    assert numpy.array_equal(rows, Tensors(TENSORS).describe()[:, 1:])
+    assert numpy.array_equal(rows, describe(TENSORS, 4)[:, 1:])
 
 
 @pytest.mark.parametrize("in_python", [False, True])
 def test_what_is_not_strided_or_too_deep_is_not_described(monkeypatch: pytest.MonkeyPatch, in_python: bool) -> None:
     if in_python:
         monkeypatch.setattr(description, "_torch_functions", lambda: None)
-    rows = Tensors([torch.eye(3).to_sparse(), torch.zeros(1, 1, 1), torch.eye(3)], max_dim=2).describe()
+    rows = describe([torch.eye(3).to_sparse(), torch.zeros(1, 1, 1), torch.eye(3)], 2)
     assert (rows[:2] == -1).all() and (rows[2] != -1).any()
 
 
 def test_many_tensors_on_several_threads() -> None:
     tensors = list(torch.zeros(5000, 3).unbind())
-    assert Tensors(tensors).describe()[:, 0].tolist() == [tensor.data_ptr() for tensor in tensors]
+    assert describe(tensors, 1)[:, 0].tolist() == [tensor.data_ptr() for tensor in tensors]
 
 
 def test_a_step_without_torchs_functions_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

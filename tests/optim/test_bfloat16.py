@@ -71,7 +71,7 @@ def test_small_updates_are_lost_without() -> None:
         assert abs(moved.mean() - expected) <= (5 * deviation if options == WAYS["stochastic"] else 0)
 
 
-def test_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_decides() -> None:
     def trained(seed: int) -> torch.Tensor:
         param = parameter(dtype=torch.bfloat16)
         train(opt8bit.AdamW8bit([param], stochastic_rounding=True, seed=seed), param, gradients(3))
@@ -126,3 +126,12 @@ def test_float32_is_not_affected(stateful: Case) -> None:
     for param, options in zip(params, ({}, *WAYS.values()), strict=True):
         train(stateful.ours([param], **stateful.hyper, **options), param, gradients(3))
     assert torch.equal(params[0], params[1]) and torch.equal(params[0], params[2])
+
+
+def test_what_is_left_over_is_forgotten_where_it_is_not_wanted() -> None:
+    param = parameter(dtype=torch.bfloat16)
+    optimizer = opt8bit.AdamW8bit([param], compensation=True)
+    train(optimizer, param, gradients(2))
+    optimizer.param_groups[0]["compensation"] = False
+    train(optimizer, param, gradients(1))
+    assert "compensation" not in optimizer.state[param]

@@ -120,3 +120,11 @@ def test_zero_gradients_never_move_a_parameter() -> None:
         if case.ours not in (opt8bit.LAMB8bit, opt8bit.LARS8bit):  # whose norms see the NaN
             assert torch.equal(param[:, ::3], before[:, ::3]), case.ours
             assert not torch.equal(param[:, 1::3], before[:, 1::3])
+
+
+def test_grad_scaler_with_nothing_to_step(stateful: Case) -> None:
+    param = parameter()
+    optimizer = stateful.ours([param], **stateful.hyper)
+    optimizer.found_inf, optimizer.grad_scale = 0, None  # as a scaler without gradients leaves them
+    optimizer.step()
+    assert not optimizer.state

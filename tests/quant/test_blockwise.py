@@ -60,6 +60,18 @@ def test_midpoints_and_their_neighbours(backend: str, name: str, absmax: float) 
 
 
 @pytest.mark.parametrize("signed", [True, False])
+def test_midpoints_beside_infinities(backend: str, signed: bool) -> None:
+    """An infinity does not hide that the element next to it wants an exact search."""
+    codebook = dynamic_map(signed)
+    x = torch.cat([torch.tensor([1.0]), edge_values(codebook, 1.0)])
+    spoilt = torch.stack([x, torch.full_like(x, torch.inf), x, torch.full_like(x, -torch.inf)], 1).flatten()
+    codes, _ = quantize_blockwise(spoilt, codebook, spoilt.numel(), backend=backend)
+    expected, _ = quantize_blockwise(x, codebook, x.numel(), backend=backend)
+    assert torch.equal(codes[0::4], expected) and torch.equal(codes[2::4], expected)
+    assert (codes[1::4] == 255).all() and (codes[3::4] == 0).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
 def test_every_float32_exponent(backend: str, signed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     mantissas = torch.cat([torch.tensor([0, 1, 2**22, 2**23 - 1]), torch.randint(2**23, (12,), generator=generator)])
