@@ -156,7 +156,8 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
 def _work(
     part: _Part, asked: Asked, states: States, addresses: NDArray[numpy.int64], grad_addresses: NDArray[numpy.int64]
 ) -> Work:
-    params, grads, state = ([column[i] for i in part.indices] for column in (asked.params, asked.grads, states))
+    params = [asked.params[i] for i in part.indices]
+    grads = [asked.grads[i] for i in part.indices]
     copies: list[tuple[Tensor, Tensor]] = []
     given = params
     if part.kind.is_staged:
@@ -170,7 +171,7 @@ def _work(
         grad_scale=asked.grad_scale,
         params=given,
         grads=grads,
-        state=state,
+        state=[states[i] for i in part.indices],
         addresses=numpy.insert(addresses, 1, grad_addresses, axis=1),
     )
     return Work(part.kind.backend, update, copies)
