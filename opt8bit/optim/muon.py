@@ -150,7 +150,7 @@ class Muon8bit(Optimizer8bit):
         check_not_negative(eps=group["eps"])
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
-        if not 0 <= group["ns_steps"] < 100:
+        if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:
             raise ValueError(f"ns_steps must be from 0 to 99, got {group['ns_steps']!r}")
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUSTMENTS:
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
