@@ -3,6 +3,7 @@
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.ademamix import AdEMAMix8bit
+from opt8bit.optim.convert import to_torch_state_dict
 from opt8bit.optim.error import state_error
 from opt8bit.optim.lamb import LAMB8bit
 from opt8bit.optim.lars import LARS8bit
@@ -25,4 +26,5 @@ __all__ = [
     "SGD8bit",
     "memory_report",
     "state_error",
+    "to_torch_state_dict",
 ]

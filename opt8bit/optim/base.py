@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, TypedDict
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import Backend, GroupUpdate, Rule, wanted_backend
+from opt8bit.optim.checkpoint import reading
+from opt8bit.optim.groups import Policy
 from opt8bit.optim.plan import Asked, Plan, Work
 from opt8bit.optim.states import CODED_DTYPES, initialized
-from opt8bit.quant import block_view
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 
@@ -67,6 +68,8 @@ DEFAULTS = Options(
     capturable=False,
     differentiable=False,
 )
+
+KEPT = tuple(name for name in DEFAULTS if name != "maximize")  # what loading a state dict does not change
 
 
 def _is_integer(value: object, least: int, most: int) -> bool:
@@ -302,23 +305,36 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.check_param(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned; training then continues bit for bit.
+        """Loads a state dict of this optimizer, of its counterpart in torch.optim, or of bitsandbytes.
 
-        torch.optim casts every loaded tensor to its parameter's dtype; codes and their absmax keep theirs here.
+        Hyper-parameters come from the state dict; the options that say how states are stored and computed (every
+        option but ``maximize``) stay as they are. States that are stored otherwise than those say, in blocks of
+        another size or with other bits, are converted; those that are stored alike are taken bit for bit, and
+        training continues bit for bit. The state dict is left alone, and shares no memory with the optimizer.
+
+        Hyper-parameters that bitsandbytes' groups lack keep their values. Its Adam decays weights as AdamW does, so
+        ``Adam8bit`` becomes ``decoupled_weight_decay`` by it. The states of its LARS are refused: they are
+        not those of the paper.
+
+        Args:
+            state_dict: as :meth:`state_dict` returned it.
 
         Raises:
-            ValueError: the groups do not match, or a state is not of its parameter's shape. Nothing has been
-                changed then.
+            TypeError: ``state_dict`` is not a dict.
+            ValueError: a parameter group or a state is not one of this optimizer and its parameters: it is
+                missing, unknown, of another shape, dtype or kind, or has a value that it cannot have. The message
+                names the parameter. Nothing has been changed then.
         """
-        # Registered only now, so that hooks of the user's see and may change the plain state dict.
-        box = self.register_load_state_dict_pre_hook(_box_states)
-        unbox = self.register_load_state_dict_post_hook(_unbox_states, prepend=True)
-        try:
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"a state dict must be a dict, got {type(state_dict).__name__}")
+
+        def check(group: dict[str, Any]) -> None:
+            check_options(group)
+            self.check_group(group)
+
+        with reading(self, Policy(KEPT, check)):
             super().load_state_dict(state_dict)
-            self.__dict__.pop("_plans", None)  # which hold on to the states there were
-        finally:
-            box.remove()
-            unbox.remove()
+        self.__dict__.pop("_plans", None)  # which hold on to the states there were
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:
@@ -328,67 +344,3 @@ def _check_grad(param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
     if grad.shape != param.shape:
         raise RuntimeError(f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
-
-
-class _Boxed:
-    """A loaded tensor that torch.optim shall not cast."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _box_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks the states of a state dict against the parameters, and boxes them."""
-    for number, saved in enumerate(state_dict["param_groups"]):
-        missing = sorted(set(optimizer.defaults) - set(saved))
-        if missing:
-            kind = type(optimizer).__name__
-            raise ValueError(f"parameter group {number} is not one of {kind}: it has no {', '.join(missing)}")
-        check_options(saved)
-    params = _params_by_index(optimizer.param_groups, state_dict["param_groups"])
-    states = {}
-    for index, state in state_dict["state"].items():
-        if index in params:
-            param, group = params[index]
-            _check_state(f"parameter {index}", param, group, state)
-        states[index] = {name: _Boxed(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-    return {**state_dict, "state": states}
-
-
-def _unbox_states(optimizer: torch.optim.Optimizer) -> None:
-    for param, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, _Boxed):
-                device = "cpu" if name == "step" else param.device
-                state[name] = value.tensor.detach().to(device).clone(memory_format=torch.contiguous_format)
-
-
-def _params_by_index(
-    groups: Iterable[dict[str, Any]], saved_groups: Iterable[dict[str, Any]]
-) -> dict[Any, tuple[Tensor, dict[str, Any]]]:
-    pairs = zip(groups, saved_groups, strict=False)
-    return {
-        index: (param, saved)
-        for group, saved in pairs
-        for index, param in zip(saved["params"], group["params"], strict=False)
-    }
-
-
-def _check_state(where: str, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{where}: state {name!r} must be a tensor, got {type(value).__name__}")
-        if name == "step":
-            expected, dtypes = torch.Size(), (torch.float32,)
-        elif name.endswith("_absmax"):
-            view = block_view(param.shape, group["block_size"])
-            expected, dtypes = torch.Size(view.absmax_shape), (torch.float32,)
-        elif f"{name}_absmax" in state:
-            expected, dtypes = param.shape, (torch.uint8,)
-        else:
-            expected, dtypes = param.shape, (torch.promote_types(param.dtype, torch.float32),)
-        if value.shape != expected or value.dtype not in dtypes:
-            raise ValueError(
-                f"{where}: state {name!r} must have shape {tuple(expected)} and be {dtypes[0]}, "
-                f"got {tuple(value.shape)} and {value.dtype}"
-            )

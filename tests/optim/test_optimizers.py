@@ -364,68 +364,6 @@ def test_training_continues_bit_for_bit(stateful: Case, dtype: torch.dtype) -> N
             assert torch.equal(other.state[other_param][key], value), (name, key)
 
 
-def test_loading_leaves_the_state_dict_alone_and_calls_hooks() -> None:
-    param = parameter()
-    optimizer = opt8bit.AdamW8bit([param])
-    train(optimizer, param, gradients(1))
-    saved = optimizer.state_dict()
-    kept = copy.deepcopy(saved)
-    calls = []
-    optimizer.register_load_state_dict_pre_hook(
-        lambda _, state_dict: calls.append(state_dict["state"][0]["exp_avg"].dtype)
-    )
-    optimizer.register_load_state_dict_post_hook(lambda loaded: calls.append(loaded.state[param]["exp_avg"].dtype))
-    optimizer.load_state_dict(saved)
-    train(optimizer, param, gradients(2))
-    assert calls == [torch.uint8, torch.uint8]
-    for name, value in kept["state"][0].items():
-        assert torch.equal(saved["state"][0][name], value)
-
-
-def damage(name: str, value: Any) -> Any:
-    def change(state_dict: dict[str, Any]) -> None:
-        state_dict["state"][0][name] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            damage("exp_avg", torch.zeros(32, 299, dtype=torch.uint8)),
-            r"'exp_avg' must have shape \(32, 300\)",
-        ),
-        (damage("exp_avg", torch.zeros(SHAPE)), "'exp_avg' must .* be torch.uint8, got .* torch.float32"),
-        (damage("exp_avg_absmax", torch.zeros(32, 1)), r"'exp_avg_absmax' must have shape \(32, 2\)"),
-        (damage("step", torch.zeros(3)), "'step' must have shape"),
-        (damage("exp_avg_sq", 3), "'exp_avg_sq' must be a tensor, got int"),
-    ],
-)
-def test_a_damaged_state_is_refused_and_nothing_changes(change: Any, message: str) -> None:
-    param = parameter()
-    optimizer = opt8bit.AdamW8bit([param])
-    train(optimizer, param, gradients(2))
-    before = copy.deepcopy(optimizer.state_dict())
-    damaged = copy.deepcopy(before)
-    change(damaged)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(damaged)
-    after = optimizer.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for name, value in before["state"][0].items():
-        assert torch.equal(after["state"][0][name], value)
-    optimizer.load_state_dict(before)
-
-
-def test_a_foreign_state_is_refused() -> None:
-    param = parameter()
-    theirs = torch.optim.AdamW([param])
-    train(theirs, param, gradients(1))
-    with pytest.raises(ValueError, match="parameter group 0 is not one of AdamW8bit: it has no block_size"):
-        opt8bit.AdamW8bit([param]).load_state_dict(theirs.state_dict())
-
-
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
@@ -509,12 +447,11 @@ def test_a_block_size_beyond_the_kernels_is_refused_wherever_it_comes_from() -> 
     param = parameter()
     optimizer = opt8bit.AdamW8bit([param])
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["block_size"] = 2**20
-    with pytest.raises(ValueError, match="from 16 to 16384, got 1048576"):
-        optimizer.load_state_dict(saved)
     optimizer.param_groups[0]["block_size"] = 2**20
     with pytest.raises(ValueError, match="from 16 to 16384, got 1048576"):
         train(optimizer, param, gradients(1))
+    with pytest.raises(ValueError, match="from 16 to 16384, got 1048576"):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(

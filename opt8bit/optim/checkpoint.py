@@ -1,0 +1,190 @@
+"""Loading of state dicts: all of one is read, checked and stored as the optimizer would, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import Rule
+from opt8bit.optim.dialects import Place, dialect_of, family
+from opt8bit.optim.groups import Policy, merged_group, states_of
+from opt8bit.optim.reading import Coded, Read, described
+from opt8bit.optim.states import CODEBOOKS, COMPENSATION, Spec, is_8bit, is_compensated, specs
+from opt8bit.quant import block_view, quantize_blockwise
+
+if TYPE_CHECKING:
+    from opt8bit.optim.base import Optimizer8bit
+
+StateDict = dict[str, Any]
+
+
+@contextmanager
+def reading(optimizer: Optimizer8bit, policy: Policy) -> Iterator[None]:
+    """While it is open, torch.optim's own ``load_state_dict`` loads what :func:`read` makes of a state dict.
+
+    The hooks are registered only now, so that hooks of the user's run before and after them and see plain tensors.
+    """
+    box = optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: read(optimizer, state_dict, policy))
+    unbox = optimizer.register_load_state_dict_post_hook(_unbox, prepend=True)
+    try:
+        yield
+    finally:
+        box.remove()
+        unbox.remove()
+
+
+class _Boxed:
+    """A loaded tensor that torch.optim shall not cast to its parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _unbox(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.tensor if isinstance(value, _Boxed) else value
+
+
+@torch.no_grad()
+def read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> StateDict:
+    """A state dict of any dialect as the optimizer's own: its groups with the hyper-parameters of the saved ones,
+    its states new tensors, boxed.
+
+    Raises:
+        TypeError: it is not a dict.
+        ValueError: it does not belong to the optimizer; the message names the parameter and what was expected.
+    """
+    saved_groups, saved_states = _sections(state_dict)
+    params = _params_by_key(optimizer, saved_groups)
+    strangers = [key for key in saved_states if key not in params]
+    if strangers:
+        raise ValueError(f"there is a state of a parameter {described(strangers[0])}, but no parameter group lists it")
+    groups, states = [], {}
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        mine = {key: saved_states[key] for key in saved["params"] if key in saved_states}
+        dialect = dialect_of(saved, list(mine.values()))
+        try:
+            hyper = dialect.hyper(family(optimizer.rule(group)), saved)
+            merged = merged_group(optimizer, group, hyper, dialect.unused, dialect.missing, policy)
+        except ValueError as error:
+            raise ValueError(f"parameter group {number}: {error}") from None
+        rule, others = optimizer.rule(merged), states_of(optimizer, merged)
+        for key, state in mine.items():
+            where, param = params[key]
+            found = dialect.states(Place(where, param, rule, others), saved, state) if state else {}
+            if found:
+                stored = _stored(where, param, rule, merged, found)
+                states[key] = {name: _Boxed(tensor) for name, tensor in stored.items()}
+        groups.append(merged)
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _sections(state_dict: StateDict) -> tuple[list[dict[str, Any]], dict[Hashable, dict[str, Any]]]:
+    """The groups and the states of a state dict.
+
+    Raises:
+        TypeError: it is not a dict.
+        ValueError: it is not one with groups of parameters and states by parameter.
+    """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"a state dict must be a dict, got {type(state_dict).__name__}")
+    for section, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(section), kind):
+            found = type(state_dict[section]).__name__ if section in state_dict else "none"
+            raise ValueError(f"a state dict must have a {kind.__name__} {section!r}, got {found}")
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    for number, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"parameter group {number} must be a dict with a list 'params'")
+        if not all(isinstance(key, (int, str)) for key in group["params"]):
+            raise ValueError(f"parameter group {number}: 'params' must be numbers or names of parameters")
+    for key, state in states.items():
+        if not isinstance(state, dict):
+            raise ValueError(f"the state of parameter {described(key)} must be a dict, got {type(state).__name__}")
+    return groups, states
+
+
+def _params_by_key(optimizer: Optimizer8bit, saved_groups: list[dict[str, Any]]) -> dict[Hashable, tuple[str, Tensor]]:
+    """The parameters of the optimizer, in words and themselves, by the keys that a state dict has for them.
+
+    Raises:
+        ValueError: there are not as many groups, or parameters of a group, or a key stands for two parameters.
+    """
+    groups = optimizer.param_groups
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}")
+    params: dict[Hashable, tuple[str, Tensor]] = {}
+    first = 0
+    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        count = len(group["params"])
+        if len(saved["params"]) != count:
+            raise ValueError(
+                f"parameter group {number} of the state dict has {len(saved['params'])} parameters, "
+                f"the optimizer's {count}"
+            )
+        names = _names(number, group, saved)
+        for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            where = f"parameter {names[i]!r}" if names else f"parameter {first + i} (group {number}, number {i})"
+            if key in params and params[key][1] is not param:
+                raise ValueError(f"{where}: its key {key!r} stands for {params[key][0]}, too")
+            params[key] = where, param
+        first += count
+    return params
+
+
+def _names(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Sequence[str]:
+    """The names of a group's parameters, if the state dict or the optimizer has them.
+
+    Raises:
+        ValueError: those of the state dict are not as many names.
+    """
+    if "param_names" not in saved:
+        is_named = all(isinstance(key, str) for key in saved["params"])
+        return saved["params"] if is_named else group.get("param_names", ())
+    names = saved["param_names"]
+    count = len(group["params"])
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_list or len(names) != count:
+        raise ValueError(f"parameter group {number}: 'param_names' must be {count} names, got {described(names)}")
+    return names
+
+
+def _stored(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], found: Read) -> dict[str, Tensor]:
+    """The state of a parameter as the optimizer stores it, in tensors of its own.
+
+    Raises:
+        ValueError: a number that has no code; a compensation that is not one.
+    """
+    coded, compensated = is_8bit(param, group), is_compensated(param, group)
+    block_size = group["block_size"]
+    parts: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if coded and name in rule.states:
+            codes, absmax = _codes(where, name, value, block_size, rule.states[name])
+            parts |= {name: codes, f"{name}_absmax": absmax}
+        else:
+            parts[name] = value.decoded() if isinstance(value, Coded) else value
+    if compensated and COMPENSATION not in parts:
+        parts[COMPENSATION] = torch.zeros((), dtype=torch.int16).expand(param.shape)
+    expected = specs(param, rule, block_size, coded, compensated)
+    return {name: _own(parts[name], spec) for name, spec in expected.items()}
+
+
+def _codes(where: str, name: str, value: Tensor | Coded, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """A state in codes; bit for bit the same if it was in blocks of this size."""
+    if isinstance(value, Coded):
+        if value.view == block_view(value.codes.shape, block_size):
+            return value.codes, value.absmax
+        value = value.decoded()
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{where}: state {name!r} must be finite to be stored in 8 bits")
+    return quantize_blockwise(value, CODEBOOKS[signed], block_size)
+
+
+def _own(tensor: Tensor, spec: Spec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device).copy_(tensor)

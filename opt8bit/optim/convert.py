@@ -1,0 +1,117 @@
+"""Writing of state dicts that torch.optim loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import Rule
+from opt8bit.optim.adagrad import Adagrad8bit
+from opt8bit.optim.adam import Adam8bit, AdamW8bit
+from opt8bit.optim.base import KEPT, Optimizer8bit
+from opt8bit.optim.dialects import family
+from opt8bit.optim.dialects.torch_optim import STEPLESS, parts
+from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.rmsprop import RMSprop8bit
+from opt8bit.optim.sgd import SGD8bit
+from opt8bit.optim.states import CODEBOOKS, check
+from opt8bit.quant import dequantize_blockwise
+
+COUNTERPARTS = {  # in torch.optim, by name: not every version of torch has each of them
+    AdamW8bit: "AdamW",
+    Adam8bit: "Adam",
+    SGD8bit: "SGD",
+    RMSprop8bit: "RMSprop",
+    Adagrad8bit: "Adagrad",
+    Muon8bit: "Muon",
+}
+
+
+@torch.no_grad()
+def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
+    """The state dict that the optimizer's counterpart in torch.optim would have: float32 states, its groups.
+
+    ``torch.optim.AdamW(params).load_state_dict(to_torch_state_dict(optimizer))`` then continues where an
+    ``AdamW8bit`` of the same parameters is. The states are the exact values of their codes; what ``compensation``
+    keeps of a parameter beyond its bfloat16 bits is left out.
+
+    Args:
+        optimizer: one of :data:`COUNTERPARTS`, stepped or not.
+
+    Returns:
+        New tensors on the parameters' devices, numbered as by :meth:`torch.optim.Optimizer.state_dict`.
+
+    Raises:
+        TypeError: torch.optim has no counterpart.
+        ValueError: a group has a hyper-parameter that the counterpart cannot honour; or a state is not of its
+            parameter's shape, or was made with another block size.
+    """
+    counterpart = _counterpart(type(optimizer))
+    defaults = getattr(torch.optim, counterpart)([torch.zeros(1, 1)]).defaults
+    groups: list[dict[str, Any]] = []
+    states: dict[int, dict[str, Tensor]] = {}
+    first = 0
+    for number, group in enumerate(optimizer.param_groups):
+        groups.append(_group(optimizer, number, defaults, counterpart, first))
+        rule, initial = optimizer.rule(group), optimizer.initial(group)
+        for index, param in enumerate(group["params"], first):
+            state = optimizer.state.get(param)
+            if state and (not rule.states or set(state) & set(rule.states)):  # else it begins anew with momentum
+                check(f"parameter {index}", param, rule, group, state)
+                states[index] = _state(param, rule, group, state)
+            elif initial:  # states that torch's Adagrad makes in its constructor, and not when it steps
+                states[index] = _initial(param, initial)
+        first += len(group["params"])
+    return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
+
+
+def _counterpart(kind: type[Optimizer8bit]) -> str:
+    names = [COUNTERPARTS[base] for base in kind.__mro__ if base in COUNTERPARTS]
+    if not names or not hasattr(torch.optim, names[0]):
+        raise TypeError(f"torch.optim has no counterpart of {kind.__name__}")
+    return names[0]
+
+
+def _group(
+    optimizer: Optimizer8bit, number: int, defaults: Mapping[str, Any], counterpart: str, first: int
+) -> dict[str, Any]:
+    """A parameter group as the counterpart has it, with what users and schedulers have added."""
+    group = optimizer.param_groups[number]
+    kept = {name: value for name, value in group.items() if name not in KEPT and name != "params"}
+    alien = [name for name in kept if name in optimizer.defaults and name not in defaults]
+    for name in alien:
+        if kept.pop(name):
+            raise ValueError(f"parameter group {number}: torch.optim.{counterpart} has no {name}, got {group[name]!r}")
+    copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
+    return {**defaults, **copied, "params": list(range(first, first + len(group["params"])))}
+
+
+def _state(param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a parameter as the counterpart has it."""
+    values = {name: _full(state, name, signed, group["block_size"]) for name, signed in rule.states.items()}
+    if "variance" in values:
+        square = parts(values["grad_avg"]).square() + parts(values["variance"])
+        square = torch.view_as_complex(square) if param.is_complex() else square
+        values = {"square_avg": square, **{name: value for name, value in values.items() if name != "variance"}}
+    if family(rule) in STEPLESS:
+        return values if state["step"] > 0 else {}  # before the first step, torch's SGD has no buffer
+    return {"step": state["step"].clone(), **values}
+
+
+def _full(state: Mapping[str, Tensor], name: str, signed: bool, block_size: int) -> Tensor:
+    absmax = state.get(f"{name}_absmax")
+    if absmax is None:
+        return state[name].clone()
+    return dequantize_blockwise(state[name], absmax, CODEBOOKS[signed], block_size)
+
+
+def _initial(param: Tensor, initial: Mapping[str, float]) -> dict[str, Tensor]:
+    full = torch.promote_types(param.dtype, torch.float32)
+    state = {"step": torch.zeros(())}
+    for name, value in initial.items():
+        number = complex(value, value) if param.is_complex() else value
+        state[name] = torch.full(param.shape, number, dtype=full, device=param.device)
+    return state

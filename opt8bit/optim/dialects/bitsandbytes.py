@@ -1,0 +1,140 @@
+"""bitsandbytes' dialect: ``state1`` and ``state2``, in float32 or as codes in blocks of the flattened tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, refuse_unknown, value_of
+from opt8bit.optim.reading import (
+    REAL_DTYPES,
+    Read,
+    check_absmax,
+    check_not_negative,
+    check_tensor,
+    described,
+    read_step,
+)
+from opt8bit.quant import dequantize_blockwise
+
+NESTED = "__bnb_optimizer_quant_state__"  # where all tensors are; older versions have them beside the step
+NORMS = ("unorm_vec", "gnorm_vec")  # of the last step: nothing that the next one needs
+BLOCK_SIZES = (256, 2048)  # now, and in older versions
+CODING_ERROR = 2**-15  # in units of absmax: a cell of the table of 65,536 that it codes by
+
+# By rule: what state1 and state2 hold, stacked where it is several. LARS is not here: its buffer there holds
+# gradients, and in our rule (as in the paper) steps, whose learning rates the state dict does not tell.
+SLOTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "adam": (("exp_avg",), ("exp_avg_sq",)),
+    "adamw": (("exp_avg",), ("exp_avg_sq",)),
+    "lamb": (("exp_avg",), ("exp_avg_sq",)),
+    "ademamix": (("exp_avg", "exp_avg_slow"), ("exp_avg_sq",)),
+    "lion": (("exp_avg",),),
+    "sgd_momentum": (("momentum_buffer",),),
+    "rmsprop": (("square_avg",),),
+    "adagrad": (("sum",),),
+}
+
+HYPER: dict[str, dict[str, Callable[[Group], Any]]] = {  # by family: what is there by another name, or unsaid
+    "adam": {"decoupled_weight_decay": lambda group: True},
+    "sgd": {"momentum": lambda group: group["betas"][0]},
+    "rmsprop": {"alpha": lambda group: group["betas"][0]},
+    "ademamix": {name: lambda group, name=name: group.get(name) or 0 for name in ("t_alpha", "t_beta3")},
+}
+
+
+def _is_bitsandbytes(group: Group, states: Sequence[State]) -> bool:
+    if any(states):
+        return any(NESTED in state or "state1" in state for state in states)
+    return {"betas", "eps"} <= set(group) and not {"amsgrad", "foreach"} & set(group)
+
+
+def _hyper(family: str, group: Group) -> Group:
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or not betas:
+        raise ValueError(f"betas must be numbers, got {described(betas)}")
+    return {**group, **{name: read(group) for name, read in HYPER.get(family, {}).items()}}
+
+
+def _states(place: Place, group: Group, state: State) -> Read:
+    where, rule = place.where, place.rule
+    if rule.name not in SLOTS:
+        raise ValueError(f"{where}: states of bitsandbytes can be loaded for {', '.join(SLOTS)}, not for {rule.name}")
+    nested = state.get(NESTED, {})
+    if not isinstance(nested, dict):
+        raise ValueError(f"{where}: state {NESTED!r} must be a dict, got {type(nested).__name__}")
+    state = {**{name: value for name, value in state.items() if name != NESTED}, **nested}
+    slots = SLOTS[rule.name]
+    keys = [f"{key}{number}" for number in range(1, len(slots) + 1) for key in ("state", "qmap", "absmax")]
+    refuse_unknown(place, state, {"step", *keys, *NORMS})
+    read: Read = {"step": read_step(where, value_of(place, state, "step"))}
+    for number, names in enumerate(slots, 1):
+        stacked = _slot(place, state, number, len(names), signed=rule.states[names[0]])
+        read |= zip(names, stacked, strict=True)
+    return read
+
+
+def _slot(place: Place, state: State, number: int, count: int, signed: bool) -> Tensor:
+    """What ``state1`` or ``state2`` holds: (count, *shape of the parameter), of full precision."""
+    name, shape = f"state{number}", place.param.shape
+    if place.param.is_complex():
+        raise ValueError(f"{place.where}: state {name!r} must be complex as the parameter is")
+    is_coded = f"absmax{number}" in state or f"qmap{number}" in state
+    stacked_shape = shape if count == 1 else torch.Size((count, *shape))
+    dtypes = (torch.uint8,) if is_coded else REAL_DTYPES
+    stacked = check_tensor(place.where, name, value_of(place, state, name), stacked_shape, dtypes)
+    stacked = stacked.to(place.param.device).reshape(count, *shape)
+    if is_coded:
+        stacked = _decoded(place, state, number, stacked, signed)
+    elif not signed:
+        check_not_negative(place.where, name, stacked)
+    return stacked.to(torch.promote_types(place.param.dtype, torch.float32))
+
+
+def _decoded(
+    place: Place,
+    state: State,
+    number: int,
+    codes: Tensor,  # (count, *shape of the parameter)
+    signed: bool,
+) -> Tensor:
+    where, count, numel = place.where, codes.shape[0], place.param.numel()
+    codebook = check_tensor(
+        where, f"qmap{number}", value_of(place, state, f"qmap{number}"), torch.Size([256]), REAL_DTYPES[:1]
+    )
+    name = f"absmax{number}"
+    value = value_of(place, state, name)
+    sizes = {-(-numel // size): size for size in reversed(BLOCK_SIZES)}  # by the number of blocks
+    blocks = value.shape[-1] if isinstance(value, Tensor) and not value.is_nested and value.dim() else 0
+    blocks = blocks if blocks in sizes else -(-numel // BLOCK_SIZES[0])
+    shape = torch.Size([blocks] if count == 1 else [count, blocks])
+    absmax = check_tensor(where, name, value, shape, REAL_DTYPES[:1])
+    check_absmax(where, name, absmax)
+    try:
+        values = dequantize_blockwise(
+            codes.reshape(count, numel),
+            absmax.reshape(count, blocks).to(codes.device),
+            codebook,
+            sizes[blocks],
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: state 'qmap{number}': {error}") from None
+    if not signed and numel:
+        check_not_negative(where, f"state{number}", values + CODING_ERROR * absmax.max())
+        values.clamp_(min=0)
+    return values.reshape(codes.shape)
+
+
+BITSANDBYTES = Dialect(
+    _is_bitsandbytes,
+    _hyper,
+    _states,
+    unused=("betas", "eps", "weight_decay", "alpha", "t_alpha", "t_beta3"),
+    missing=(
+        *("maximize", "amsgrad", "decoupled_weight_decay", "dampening", "nesterov", "momentum", "centered"),
+        *("lr_decay", "initial_accumulator_value", "bias_correction", "adapt", "trust_coefficient"),
+    ),
+)

@@ -1,0 +1,56 @@
+"""torch.optim's dialect: states in full, by the names of our rules but for one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, family, refuse_unknown, value_of
+from opt8bit.optim.reading import Read, read_full, read_step
+
+STEPLESS = ("sgd", "muon", "lion")  # families whose states count no steps there
+VARIANCE_OF = {"square_avg": False, "grad_avg": True}  # what centered RMSprop keeps there: whether it can be negative
+
+
+def _is_torchs(group: Group, states: Sequence[State]) -> bool:
+    return True  # or of no optimizer at all, which shows in what it lacks
+
+
+def _states(place: Place, group: Group, state: State) -> Read:
+    state = {name: value for name, value in state.items() if value is not None}  # a buffer that SGD has not begun
+    refuse_unknown(place, state, {"step", *place.rule.states, *place.others, *VARIANCE_OF})
+    is_stepless = family(place.rule) in STEPLESS
+    if is_stepless and not set(state) & set(place.rule.states):
+        return {}
+    # SGD does not dampen the first gradient, and here tells it by the step: where there is a buffer, it has passed.
+    step = state.get("step", 1) if is_stepless else value_of(place, state, "step")
+    read: Read = {"step": read_step(place.where, step)}
+    for name, signed in place.rule.states.items():
+        read[name] = _variance(place, state) if name == "variance" else _full(place, state, name, signed)
+    return read
+
+
+def _full(place: Place, state: State, name: str, signed: bool) -> Tensor:
+    return read_full(place.where, name, value_of(place, state, name), place.param, signed)
+
+
+def _variance(place: Place, state: State) -> Tensor:
+    mean_square, mean = (parts(_full(place, state, name, signed)) for name, signed in VARIANCE_OF.items())
+    variance = (mean_square - mean * mean).clamp_(min=0)  # the difference of two rounded numbers may be negative
+    return torch.view_as_complex(variance) if place.param.is_complex() else variance
+
+
+def parts(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+TORCH = Dialect(
+    _is_torchs,
+    lambda family, group: group,
+    _states,
+    unused=("decoupled_weight_decay",),
+    missing=("decoupled_weight_decay", "maximize"),
+)

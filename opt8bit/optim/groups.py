@@ -1,0 +1,111 @@
+"""The parameter groups of a state dict: which hyper-parameters an optimizer takes from them, and of what kind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from opt8bit.optim.reading import STEP_DTYPES, described, flaw, is_number
+
+if TYPE_CHECKING:
+    from opt8bit.optim.base import Optimizer8bit
+
+
+class Policy(NamedTuple):
+    """What of a parameter group a state dict cannot change, and what it must pass."""
+
+    kept: Collection[str]  # options that stay the optimizer's: how states are stored and computed
+    check: Callable[[dict[str, Any]], None]  # raises ValueError for a group that the optimizer cannot have
+
+
+def merged_group(
+    optimizer: Optimizer8bit,
+    group: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    unused: Collection[str],
+    missing: Collection[str],
+    policy: Policy,
+) -> dict[str, Any]:
+    """A group with the saved hyper-parameters, the optimizer's options of storage, and what else was saved.
+
+    Raises:
+        ValueError: a hyper-parameter is missing, of another kind than the optimizer's, or out of range.
+    """
+    defaults = optimizer.defaults
+    hyper = [name for name in defaults if name not in policy.kept]
+    lacking = [name for name in hyper if name not in saved and name not in missing]
+    if lacking:
+        raise ValueError(f"it is not one of {type(optimizer).__name__}: it has no {', '.join(lacking)}")
+    taken = {name: value for name, value in saved.items() if name in defaults or name not in unused}
+    for name in hyper:
+        if name in taken:
+            _check_kind(name, taken[name], defaults[name])
+    merged = {name: _copied(name, value) for name, value in taken.items() if name not in policy.kept}
+    merged = {**{name: group[name] for name in hyper}, **merged, **{name: group[name] for name in policy.kept}}
+    policy.check(merged)
+    return merged
+
+
+TENSORS = ("lr", "betas")  # what may be in tensors of one element, as torch.optim has it for torch.compile's sake
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if name in TENSORS and isinstance(value, Tensor):
+        return not flaw(value) and value.numel() == 1 and value.dtype in STEP_DTYPES and is_number(value.item())
+    return is_number(value)
+
+
+def _are_numbers(name: str, value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(_is_number(name, item) for item in value)
+
+
+KINDS: tuple[tuple[Any, Callable[[str, Any], bool], str], ...] = (  # by the type of a default: what may stand for it
+    (bool, lambda name, value: isinstance(value, int) and value in (0, 1), "True or False"),
+    ((Real, Tensor), _is_number, "a finite number"),
+    ((tuple, list), _are_numbers, "finite numbers"),
+    ((str, type(None)), lambda name, value: value is None or isinstance(value, str), "a string or None"),
+)
+
+
+def _check_kind(name: str, value: object, default: object) -> None:
+    """Raises ValueError where a hyper-parameter is of another kind than its default."""
+    for types, is_one, kind in KINDS:
+        if isinstance(default, types):
+            if not is_one(name, value):
+                raise ValueError(f"{name} must be {kind}, got {described(value)}")
+            return
+
+
+def _copied(name: str, value: Any) -> Any:
+    """A copy; of a tensor, its value alone.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    if isinstance(value, Tensor):
+        found = flaw(value)
+        if found:
+            raise ValueError(f"{name} must be a dense tensor, got {found}")
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be copied: {error}") from None
+
+
+SETTINGS = {"amsgrad": (False, True), "centered": (False, True), "momentum": (0, 0.9)}  # that rules depend on
+
+
+def states_of(optimizer: Optimizer8bit, group: Mapping[str, Any]) -> set[str]:
+    """The states that an optimizer has with some setting or other.
+
+    Those that it has no use for now are left where they were when it was switched, and are not loaded.
+    """
+    settings = {name: values for name, values in SETTINGS.items() if name in group}
+    variants = (dict(zip(settings, values, strict=True)) for values in product(*settings.values()))
+    return {name for variant in variants for name in optimizer.rule({**group, **variant}).states}
