@@ -43,6 +43,13 @@ int64_t units(const BlockView& view) {
   return (view.blocks() + per_unit - 1) / per_unit;
 }
 
+TorchFunctions torch_functions(const void* const* addresses) {
+  TorchFunctions torch;
+  static_assert(sizeof torch == 9 * sizeof *addresses, "one address a function");
+  std::memcpy(&torch, addresses, sizeof torch);
+  return torch;
+}
+
 // Calls function(first_block, last_block) on the runs of blocks that make up a view.
 template <class Function>
 void parallel_blocks(const BlockView& view, int64_t threads, Function function) {
@@ -61,11 +68,13 @@ const Kernels* opt8bit_kernels(const char* instruction_set) { return find_kernel
 void opt8bit_use_torch_threads(TorchParallelFor parallel_for) { use_torch_threads(parallel_for); }
 
 void opt8bit_describe(const void* const* functions, const void* const* tensors, int64_t count, int64_t max_dim,
-                      int64_t* rows, int64_t threads) {
-  TorchFunctions torch;
-  static_assert(sizeof torch == 9 * sizeof *functions, "one address a function");
-  std::memcpy(&torch, functions, sizeof torch);
-  describe(torch, tensors, count, max_dim, rows, static_cast<int>(threads));
+                      int64_t* rows) {
+  describe(torch_functions(functions), tensors, count, max_dim, rows);
+}
+
+int64_t opt8bit_addresses(const void* const* functions, const void* const* tensors, int64_t count, int64_t max_dim,
+                          const int64_t* rows, int64_t* result, int64_t threads) {
+  return addresses(torch_functions(functions), tensors, count, max_dim, rows, result, static_cast<int>(threads));
 }
 
 int64_t opt8bit_rule(const char* name) {

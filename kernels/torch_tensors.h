@@ -20,11 +20,14 @@ struct TorchFunctions {
   int32_t (*strided)();  // the layout of dense tensors
 };
 
-constexpr int64_t kDescribed = 5;  // address, dtype, device type, device index, dim; then sizes and strides
+constexpr int64_t kDescribed = 4;  // dtype, device type, device index, dim; then sizes and strides
 
 // Row i of `rows`, kDescribed + 2 * max_dim numbers, describes the tensor whose only pointer is tensors[i]. Sizes and
 // strides beyond its own are 0. All are -1 for a tensor that is not strided or has more than max_dim dimensions.
-void describe(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim, int64_t* rows,
-              int threads);
+void describe(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim, int64_t* rows);
+
+// Where the data of each tensor lie; false if some tensor is not as `rows` describe it.
+bool addresses(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim,
+               const int64_t* rows, int64_t* addresses, int threads);
 
 }  // namespace opt8bit

@@ -13,16 +13,16 @@ import warnings
 import torch
 
 from opt8bit.backends import native
-from opt8bit.backends.description import ADDRESS, describe
+from opt8bit.backends.description import addresses, describe
 from opt8bit.backends.interface import Backend, Batch, GroupUpdate, Rule
 from opt8bit.backends.reference import Reference
 
 __all__ = [
-    "ADDRESS",
     "Backend",
     "Batch",
     "GroupUpdate",
     "Rule",
+    "addresses",
     "available",
     "backend_for",
     "describe",

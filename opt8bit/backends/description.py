@@ -19,8 +19,7 @@ from opt8bit.backends import native
 
 Rows = NDArray[numpy.int64]
 
-ADDRESS = 0  # the first column of a description; then dtype, device type, device index, dim; sizes; strides
-FIXED_COLUMNS = 5
+FIXED_COLUMNS = 4  # of a description: dtype, device type, device index, dim; then sizes and strides
 TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
     "aoti_torch_get_layout",
     "aoti_torch_get_data_ptr",
@@ -35,7 +34,7 @@ TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
 
 
 def describe(tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """(n, 5 + 2 * max_dim): address, dtype, device type and index, dim, sizes and strides, each as a number.
+    """(n, 4 + 2 * max_dim): dtype, device type and index, dim, sizes and strides, each as a number.
 
     Two descriptions are equal only if the tensors are alike in all of that. A row is -1 throughout where the
     tensor is not strided or has more than ``max_dim`` dimensions.
@@ -43,9 +42,22 @@ def describe(tensors: Sequence[Tensor], max_dim: int) -> Rows:
     functions = _torch_functions()
     if functions is None:
         return describe_in_python(tensors, max_dim)
-    # The tensor in C++ that a tensor in Python stands for: torch.utils.swap_tensors changes it.
-    handles = numpy.fromiter(map(attrgetter("_cdata"), tensors), numpy.int64, len(tensors))
-    return _describe(functions, handles, max_dim)
+    return _describe(functions, tensors, max_dim)
+
+
+def addresses(tensors: Sequence[Tensor], described: Rows) -> Rows | None:
+    """(n,): where the data of each tensor lie; None if they are not as :func:`describe` found them once."""
+    functions = _torch_functions()
+    if len(tensors) != len(described):
+        return None
+    if functions is None:
+        return addresses_in_python(tensors, described)
+    lib = native.library()
+    assert lib is not None
+    handles, result = _handles(tensors), numpy.empty(len(tensors), numpy.int64)
+    inputs = functions.ctypes.data, handles.ctypes.data, len(handles), _max_dim(described), described.ctypes.data
+    is_alike = lib.opt8bit_addresses(*inputs, result.ctypes.data, torch.get_num_threads())
+    return result if is_alike else None
 
 
 def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
@@ -57,18 +69,35 @@ def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
             continue
         device = tensor.device
         index = -1 if device.index is None else device.index
-        row[:FIXED_COLUMNS] = tensor.data_ptr(), id(tensor.dtype), hash(device.type), index, tensor.dim()
+        row[:FIXED_COLUMNS] = id(tensor.dtype), hash(device.type), index, tensor.dim()
         row[FIXED_COLUMNS : FIXED_COLUMNS + tensor.dim()] = tensor.shape
         row[FIXED_COLUMNS + max_dim : FIXED_COLUMNS + max_dim + tensor.dim()] = tensor.stride()
     return rows
 
 
-def _describe(functions: Rows, handles: Rows, max_dim: int) -> Rows:
+def addresses_in_python(tensors: Sequence[Tensor], described: Rows) -> Rows | None:
+    """What :func:`addresses` returns where torch or the kernels cannot be asked."""
+    rows = describe_in_python(tensors, _max_dim(described))
+    if (rows[:, 0] == -1).any() or not numpy.array_equal(rows, described):
+        return None
+    return numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
+
+
+def _max_dim(described: Rows) -> int:
+    return (described.shape[1] - FIXED_COLUMNS) // 2
+
+
+def _handles(tensors: Sequence[Tensor]) -> Rows:
+    """The tensors in C++ that those in Python stand for; torch.utils.swap_tensors changes them."""
+    return numpy.fromiter(map(attrgetter("_cdata"), tensors), numpy.int64, len(tensors))
+
+
+def _describe(functions: Rows, tensors: Sequence[Tensor], max_dim: int) -> Rows:
     lib = native.library()
     assert lib is not None
-    rows = numpy.empty((len(handles), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
-    addresses = functions.ctypes.data, handles.ctypes.data
-    lib.opt8bit_describe(*addresses, len(handles), max_dim, rows.ctypes.data, torch.get_num_threads())
+    handles = _handles(tensors)
+    rows = numpy.empty((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
+    lib.opt8bit_describe(functions.ctypes.data, handles.ctypes.data, len(tensors), max_dim, rows.ctypes.data)
     return rows
 
 
@@ -80,7 +109,5 @@ def _torch_functions() -> Rows | None:
         return None
     functions = numpy.array(found, numpy.int64)
     probes = [torch.zeros(2, 3, 5).permute(2, 0, 1)[1:], torch.zeros((), dtype=torch.uint8), torch.zeros(7)[::2]]
-    handles = numpy.array([probe._cdata for probe in probes], numpy.int64)
-    is_same = _describe(functions, handles, 3)[:, [ADDRESS, *range(4, 11)]]
-    expected = describe_in_python(probes, 3)[:, [ADDRESS, *range(4, 11)]]
-    return functions if numpy.array_equal(is_same, expected) else None
+    is_same = numpy.array_equal(_describe(functions, probes, 3)[:, 3:], describe_in_python(probes, 3)[:, 3:])
+    return functions if is_same else None

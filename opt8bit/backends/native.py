@@ -37,7 +37,8 @@ def library() -> ctypes.CDLL | None:
         "opt8bit_instruction_sets": (text, []),
         "opt8bit_kernels": (pointer, [text]),
         "opt8bit_use_torch_threads": (None, [pointer]),
-        "opt8bit_describe": (None, [pointer, pointer, integer, integer, pointer, integer]),
+        "opt8bit_describe": (None, [pointer, pointer, integer, integer, pointer]),
+        "opt8bit_addresses": (integer, [pointer, pointer, integer, integer, pointer, pointer, integer]),
         "opt8bit_rule": (integer, [text]),
         "opt8bit_dynamic_map": (None, [integer, pointer]),
         "opt8bit_quantize_blockwise": (

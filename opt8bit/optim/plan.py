@@ -7,19 +7,21 @@ is made once, and each step only compares it with what it was made from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends import ADDRESS, Backend, Batch, GroupUpdate, Rule, backend_for, describe, get
+from opt8bit.backends import Backend, Batch, GroupUpdate, Rule, addresses, backend_for, describe, get
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
 OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed")  # of a group, that plans depend on
 
+T = TypeVar("T")
 State = Mapping[Tensor, Mapping[str, Tensor]]  # of an optimizer
 States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
 
@@ -85,7 +87,7 @@ class Plan:
         states = [state[param] for param in asked.params]
         tensors = _tensors(asked.params, states)
         # A tensor that gets more dimensions than there are now is noticed as a change.
-        self.max_dim = max((tensor.dim() for tensor in tensors), default=0)
+        max_dim = max((tensor.dim() for tensor in tensors), default=0)
         self.types = set(map(type, asked.grads))
         overlapping = _overlapping(asked.params)
         kinds: dict[_Kind, list[int]] = {}
@@ -94,31 +96,26 @@ class Plan:
             backend, is_staged = _backend(asked, param, grad, index in overlapping)
             coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
             kinds.setdefault(_Kind(backend, is_staged, param.dtype, coded, compensated), []).append(index)
-        first = numpy.cumsum([0, *(1 + len(each) for each in states)])
+        first = len(states) + numpy.cumsum([0, *map(len, states)])
         self.parts = [_part(kind, indices, asked, states, first) for kind, indices in kinds.items()]
-        self.described = describe(tensors, self.max_dim)[:, ADDRESS + 1 :]
-        self.grads_described = describe(asked.grads, self.max_dim)[:, ADDRESS + 1 :]
+        self.described = describe(tensors, max_dim)
+        self.grads_described = describe(asked.grads, max_dim)
 
     def work(self, asked: Asked, state: State) -> list[Work] | None:
         """The work of one step; None where a plan made for it would be another one."""
         if asked.key() != self.key or set(map(type, asked.grads)) != self.types:
             return None
         states = [state[param] for param in asked.params]
-        described = describe(_tensors(asked.params, states), self.max_dim)
-        grads_described = describe(asked.grads, self.max_dim)
-        if not numpy.array_equal(described[:, ADDRESS + 1 :], self.described):
+        now = addresses(_tensors(asked.params, states), self.described)
+        grads_now = addresses(asked.grads, self.grads_described)
+        if now is None or grads_now is None:
             return None
-        if not numpy.array_equal(grads_described[:, ADDRESS + 1 :], self.grads_described):
-            return None
-        return [
-            _work(part, asked, states, described[part.places, ADDRESS], grads_described[part.indices, ADDRESS])
-            for part in self.parts
-        ]
+        return [_work(part, asked, states, now[part.places], grads_now[part.indices]) for part in self.parts]
 
 
 def _tensors(params: Sequence[Tensor], states: States) -> list[Tensor]:
-    """Each parameter, followed by its states."""
-    return [tensor for param, state in zip(params, states, strict=True) for tensor in (param, *state.values())]
+    """The parameters, then the states of the first of them, of the second, ..."""
+    return [*params, *chain.from_iterable(state.values() for state in states)]
 
 
 def _columns(rule: Rule, kind: _Kind) -> dict[str, list[str]]:
@@ -135,8 +132,8 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
     params = [asked.params[i] for i in indices]
     views = [block_view(param.shape, asked.group["block_size"]) for param in params]
     names = [name for names in _columns(asked.rule, kind).values() for name in names]
-    order = [list(states[i]) for i in indices]
-    places = [[0, *(1 + stored.index(name) for name in names)] for stored in order]
+    order = [(i, list(states[i])) for i in indices]
+    places = [[i, *(first[i] + stored.index(name) for name in names)] for i, stored in order]
     stochastic = asked.group["stochastic_rounding"]
     batch = Batch(
         rule=asked.rule,
@@ -150,34 +147,37 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
         extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
         codebooks=[CODEBOOKS[signed] for signed in asked.rule.states.values()],
     )
-    return _Part(kind, list(indices), first[indices][:, None] + numpy.array(places), batch)
+    return _Part(kind, list(indices), numpy.array(places, numpy.int64), batch)
 
 
 def _work(
-    part: _Part, asked: Asked, states: States, addresses: NDArray[numpy.int64], grad_addresses: NDArray[numpy.int64]
+    part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64], grads_found: NDArray[numpy.int64]
 ) -> Work:
-    params = [asked.params[i] for i in part.indices]
-    grads = [asked.grads[i] for i in part.indices]
+    params, grads = _of_part(part, asked.params), _of_part(part, asked.grads)
     copies: list[tuple[Tensor, Tensor]] = []
     given = params
     if part.kind.is_staged:
         grads = [grad.contiguous() for grad in grads]
         given = [param.contiguous() for param in params]
         copies = [pair for pair in zip(params, given, strict=True) if pair[0] is not pair[1]]
-        addresses[:, 0], grad_addresses = _addresses(given), _addresses(grads)
+        found[:, 0], grads_found = _data_ptrs(given), _data_ptrs(grads)
     update = GroupUpdate(
         batch=part.batch,
         hyper=asked.hyper,
         grad_scale=asked.grad_scale,
         params=given,
         grads=grads,
-        state=[states[i] for i in part.indices],
-        addresses=numpy.insert(addresses, 1, grad_addresses, axis=1),
+        state=_of_part(part, states),
+        addresses=numpy.insert(found, 1, grads_found, axis=1),
     )
     return Work(part.kind.backend, update, copies)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> NDArray[numpy.int64]:
+def _of_part(part: _Part, column: Sequence[T]) -> Sequence[T]:
+    return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
+
+
+def _data_ptrs(tensors: Sequence[Tensor]) -> NDArray[numpy.int64]:
     return numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
 
 

@@ -178,7 +178,7 @@ void test_describe() {
   Exact<int64_t> rows(count * width);
   const void* functions[9];
   std::memcpy(functions, &torch, sizeof torch);
-  opt8bit_describe(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data, 2);
+  opt8bit_describe(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data);
   for (int64_t i = 0; i < count; ++i) {
     const FakeTensor& kind = kinds[i % 5];
     const int64_t* const row = rows.data + i * width;
@@ -186,10 +186,20 @@ void test_describe() {
       for (int64_t k = 0; k < width; ++k) check(row[k] == -1, "a tensor that cannot be described");
       continue;
     }
-    check(row[0] == reinterpret_cast<int64_t>(&kind) && row[1] == 6 && row[2] == 0 && row[3] == -1, "what it is");
-    check(row[4] == kind.dim, "dim");
+    check(row[0] == 6 && row[1] == 0 && row[2] == -1 && row[3] == kind.dim, "what it is");
     for (int64_t k = 0; k < kind.dim; ++k)
-      check(row[5 + k] == kind.sizes[k] && row[7 + k] == kind.strides[k], "sizes and strides");
+      check(row[4 + k] == kind.sizes[k] && row[6 + k] == kind.strides[k], "sizes and strides");
+  }
+  for (bool is_alike : {true, false}) {
+    for (int64_t i = 0; i < count; ++i) tensors.data[i] = &kinds[i % 3];
+    opt8bit_describe(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data);
+    if (!is_alike) rows.data[count * width - 1] += 1;
+    Exact<int64_t> found(count);
+    check(opt8bit_addresses(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data,
+                            found.data, 2) == is_alike,
+          "whether tensors are as they were");
+    for (int64_t i = 0; is_alike && i < count; ++i)
+      check(found.data[i] == reinterpret_cast<int64_t>(&kinds[i % 3]), "where data lie");
   }
 }
 
