@@ -9,7 +9,7 @@
 namespace opt8bit {
 namespace {
 
-constexpr int64_t kTensorsPerUnit = 256;
+constexpr int64_t kTensorsPerUnit = 1024;  // fewer are not worth waking a thread for
 
 bool read(const TorchFunctions& torch, const void* tensor, int64_t max_dim, int64_t* row) {
   int32_t layout, dtype, device_type, device_index;

@@ -65,7 +65,7 @@ class _Kind(NamedTuple):
 class _Part(NamedTuple):
     kind: _Kind
     indices: list[int]  # n: of the parameters among those of the plan
-    places: NDArray[numpy.int64]  # (n, columns): of each param, its step, states, ... among the tensors of the plan
+    places: NDArray[numpy.int64]  # (n, columns): of each param, its grad, step, states, ... among all tensors
     batch: Batch
 
 
@@ -85,7 +85,7 @@ class Plan:
     def __init__(self, asked: Asked, state: State) -> None:
         self.key = asked.key()
         states = [state[param] for param in asked.params]
-        tensors = _tensors(asked.params, states)
+        tensors = _tensors(asked, states)
         # A tensor that gets more dimensions than there are now is noticed as a change.
         max_dim = max((tensor.dim() for tensor in tensors), default=0)
         self.types = set(map(type, asked.grads))
@@ -96,26 +96,24 @@ class Plan:
             backend, is_staged = _backend(asked, param, grad, index in overlapping)
             coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
             kinds.setdefault(_Kind(backend, is_staged, param.dtype, coded, compensated), []).append(index)
-        first = len(states) + numpy.cumsum([0, *map(len, states)])
+        first = 2 * len(states) + numpy.cumsum([0, *map(len, states)])
         self.parts = [_part(kind, indices, asked, states, first) for kind, indices in kinds.items()]
         self.described = describe(tensors, max_dim)
-        self.grads_described = describe(asked.grads, max_dim)
 
     def work(self, asked: Asked, state: State) -> list[Work] | None:
         """The work of one step; None where a plan made for it would be another one."""
         if asked.key() != self.key or set(map(type, asked.grads)) != self.types:
             return None
         states = [state[param] for param in asked.params]
-        now = addresses(_tensors(asked.params, states), self.described)
-        grads_now = addresses(asked.grads, self.grads_described)
-        if now is None or grads_now is None:
+        found = addresses(_tensors(asked, states), self.described)
+        if found is None:
             return None
-        return [_work(part, asked, states, now[part.places], grads_now[part.indices]) for part in self.parts]
+        return [_work(part, asked, states, found[part.places]) for part in self.parts]
 
 
-def _tensors(params: Sequence[Tensor], states: States) -> list[Tensor]:
-    """The parameters, then the states of the first of them, of the second, ..."""
-    return [*params, *chain.from_iterable(state.values() for state in states)]
+def _tensors(asked: Asked, states: States) -> list[Tensor]:
+    """The parameters, their gradients, then the states of the first of them, of the second, ..."""
+    return [*asked.params, *asked.grads, *chain.from_iterable(state.values() for state in states)]
 
 
 def _columns(rule: Rule, kind: _Kind) -> dict[str, list[str]]:
@@ -133,7 +131,7 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
     views = [block_view(param.shape, asked.group["block_size"]) for param in params]
     names = [name for names in _columns(asked.rule, kind).values() for name in names]
     order = [(i, list(states[i])) for i in indices]
-    places = [[i, *(first[i] + stored.index(name) for name in names)] for i, stored in order]
+    places = [[i, len(states) + i, *(first[i] + stored.index(name) for name in names)] for i, stored in order]
     stochastic = asked.group["stochastic_rounding"]
     batch = Batch(
         rule=asked.rule,
@@ -150,9 +148,7 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
     return _Part(kind, list(indices), numpy.array(places, numpy.int64), batch)
 
 
-def _work(
-    part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64], grads_found: NDArray[numpy.int64]
-) -> Work:
+def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]) -> Work:
     params, grads = _of_part(part, asked.params), _of_part(part, asked.grads)
     copies: list[tuple[Tensor, Tensor]] = []
     given = params
@@ -160,7 +156,7 @@ def _work(
         grads = [grad.contiguous() for grad in grads]
         given = [param.contiguous() for param in params]
         copies = [pair for pair in zip(params, given, strict=True) if pair[0] is not pair[1]]
-        found[:, 0], grads_found = _data_ptrs(given), _data_ptrs(grads)
+        found[:, 0], found[:, 1] = _data_ptrs(given), _data_ptrs(grads)
     update = GroupUpdate(
         batch=part.batch,
         hyper=asked.hyper,
@@ -168,7 +164,7 @@ def _work(
         params=given,
         grads=grads,
         state=_of_part(part, states),
-        addresses=numpy.insert(found, 1, grads_found, axis=1),
+        addresses=found,
     )
     return Work(part.kind.backend, update, copies)
 
