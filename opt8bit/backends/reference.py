@@ -64,7 +64,8 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
         states = [_real(state[name]) for name in names]
     step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
-    grad = _real(group.grads[i].to(compute)) * (1 / group.grad_scale)
+    grad = _real(group.grads[i].to(compute))
+    grad = grad if group.grad_scale == 1 else grad * (1 / group.grad_scale)
     value = _real(param.to(compute)) if compensation is None else compensated(param, compensation)
     new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **group.hyper)
 
@@ -77,9 +78,10 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
         _real(param).copy_(new_param)
     for name, book, new in zip(names, books, new_states, strict=True):
         if batch.coded:
-            # An infinity, as the largest of its block, would weigh on the others from then on.
-            finite = torch.where(new.isfinite(), new, 0).contiguous()
-            coder.quantize_blockwise(finite, book, view, state[name], state[f"{name}_absmax"])
+            if not new.abs().amax().isfinite():
+                # An infinity, as the largest of its block, would weigh on the others from then on.
+                new = torch.where(new.isfinite(), new, 0)
+            coder.quantize_blockwise(new.contiguous(), book, view, state[name], state[f"{name}_absmax"])
         else:
             _real(state[name]).copy_(new)
     state["step"].add_(1)

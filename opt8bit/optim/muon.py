@@ -65,7 +65,7 @@ def muon(
     grad = -grad if maximize else grad
     momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
-    direction = orthogonalized(direction, ns_coefficients, ns_steps, eps)
+    direction = orthogonalized(direction, ns_coefficients, ns_steps, eps).to(param.dtype)
     adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*param.shape)
     return (param * (1 - lr * weight_decay)).add(direction, alpha=-adjusted_lr), momentum_buffer
 
