@@ -103,13 +103,15 @@ class CodedState {
     run_absmax_ = tensor_absmax_ + block;
     stride_ = (block_length + kChunk - 1) / kChunk * kChunk;
   }
-  void open(int64_t slot, int64_t offset) {
+  void open(int64_t slot, int64_t offset, int64_t n) {
+    constexpr int64_t kLine = 64;
     codes_ = tensor_codes_ + offset;
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(codes_ + i + kAhead / 4, 1);
     buffer_ = memory_ + slot * stride_;
     scale_ = Simd::broadcast(run_absmax_[slot]);
     magnitude_ = Simd::broadcast(0.0f);
   }
-  void prefetch(int64_t i) const { __builtin_prefetch(codes_ + i + kAhead / 4, 1); }
+  void prefetch(int64_t) const {}  // a block at a time, as a vector takes a part of a line only
   Scaled load(int64_t i) const { return {decode_(codes_ + i), scale_}; }
   Scaled load_tail(int64_t i, int64_t n) const {
     uint8_t tail[Simd::kLanes] = {};
@@ -156,7 +158,7 @@ class PlainState {
   PlainState(const Tensor& tensor, int s, float*) : tensor_values_(static_cast<float*>(tensor.states[s])) {}
 
   void open_run(int64_t, int64_t, int64_t) {}
-  void open(int64_t, int64_t offset) { values_ = tensor_values_ + offset; }
+  void open(int64_t, int64_t offset, int64_t) { values_ = tensor_values_ + offset; }
   void prefetch(int64_t i) const { __builtin_prefetch(reinterpret_cast<const char*>(values_ + i) + kAhead, 1); }
   Scaled load(int64_t i) const { return {Simd::load(values_ + i), Simd::broadcast(1.0f)}; }
   Scaled load_tail(int64_t i, int64_t n) const {
@@ -240,7 +242,7 @@ void update_blocks(const Rule rule, Param param, Grad grad, const BlockView& vie
     if (slot == 0) (states.open_run(block, offset, block_length), ...);
     param.open(offset);
     grad.open(offset);
-    (states.open(slot, offset), ...);
+    (states.open(slot, offset, n), ...);
     update_block(rule, param, grad, n, indices, states...);
     (states.close(slot, n), ...);
     lengths[slot++] = n;
@@ -263,7 +265,7 @@ void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& vi
     (states.open_run(block, offset, n), ...);
     param.open(offset);
     grad.open(offset);
-    (states.open(0, offset), ...);
+    (states.open(0, offset, n), ...);
     int64_t i = 0;
     for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
       rule.measure(param.load(i), grad.load(i), states.load(i)..., x);
