@@ -23,22 +23,14 @@ template <class T>
 void load_padded(const T* x, int64_t n, float* values) {
   int64_t i = 0;
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(values + i, Simd::load(x + i));
-  if (i < n) {
-    T tail[Simd::kLanes] = {};
-    std::memcpy(tail, x + i, (n - i) * sizeof(T));
-    Simd::store(values + i, Simd::load(tail));
-  }
+  if (i < n) Simd::store(values + i, load_first(x + i, n - i));
 }
 
 template <class T>
 void store_prefix(T* x, int64_t n, const float* values) {
   int64_t i = 0;
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(x + i, Simd::load(values + i));
-  if (i < n) {
-    T tail[Simd::kLanes];
-    Simd::store(tail, Simd::load(values + i));
-    std::memcpy(x + i, tail, (n - i) * sizeof(T));
-  }
+  if (i < n) store_first(x + i, n - i, Simd::load(values + i));
 }
 
 int64_t piece_length(int64_t begin, int64_t n) { return n - begin < kPiece ? n - begin : kPiece; }
@@ -161,17 +153,9 @@ class PlainState {
   void open(int64_t, int64_t offset, int64_t) { values_ = tensor_values_ + offset; }
   void prefetch(int64_t i) const { __builtin_prefetch(reinterpret_cast<const char*>(values_ + i) + kAhead, 1); }
   Scaled load(int64_t i) const { return {Simd::load(values_ + i), Simd::broadcast(1.0f)}; }
-  Scaled load_tail(int64_t i, int64_t n) const {
-    float tail[Simd::kLanes] = {};
-    std::memcpy(tail, values_ + i, (n - i) * sizeof(float));
-    return {Simd::load(tail), Simd::broadcast(1.0f)};
-  }
+  Scaled load_tail(int64_t i, int64_t n) const { return {load_first(values_ + i, n - i), Simd::broadcast(1.0f)}; }
   void store(int64_t i, Simd::Floats x) { Simd::store(values_ + i, x); }
-  void store_tail(int64_t i, int64_t n, Simd::Floats x) {
-    float tail[Simd::kLanes];
-    Simd::store(tail, x);
-    std::memcpy(values_ + i, tail, (n - i) * sizeof(float));
-  }
+  void store_tail(int64_t i, int64_t n, Simd::Floats x) { store_first(values_ + i, n - i, x); }
   void close(int64_t, int64_t) {}
   void close_run(const int64_t*, int64_t) {}
 
@@ -190,11 +174,7 @@ class Grad {
 
   void open(int64_t offset) { values_ = tensor_ + offset; }
   Simd::Floats load(int64_t i) const { return Simd::load(values_ + i) * scale_; }
-  Simd::Floats load_tail(int64_t i, int64_t n) const {
-    T tail[Simd::kLanes] = {};
-    std::memcpy(tail, values_ + i, (n - i) * sizeof(T));
-    return Simd::load(tail) * scale_;
-  }
+  Simd::Floats load_tail(int64_t i, int64_t n) const { return load_first(values_ + i, n - i) * scale_; }
   const T* values() const { return values_; }
 
  private:
@@ -274,10 +254,9 @@ void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& vi
     if (i < n) {
       rule.measure(param.load_tail(i, n), grad.load_tail(i, n), states.load_tail(i, n)..., x);
       for (int k = 0; k < kNorms; ++k) {
-        float tail[Simd::kLanes];
-        Simd::store(tail, x[k]);
-        for (int64_t lane = n - i; lane < Simd::kLanes; ++lane) tail[lane] = 0;
-        Simd::add_squares(sums[k] + i % kSums, Simd::load(tail));
+        float all[Simd::kLanes];
+        Simd::store(all, x[k]);
+        Simd::add_squares(sums[k] + i % kSums, load_first(all, n - i));
       }
     }
   });

@@ -45,6 +45,20 @@ class RandomBits {
   Simd::Ints low_key_, high_key_;
 };
 
+// The first n of a vector's lanes, 0 < n < kLanes; the others are zero.
+template <class T>
+Simd::Floats load_first(const T* x, int64_t n) {
+  T tail[Simd::kLanes] = {};
+  std::memcpy(tail, x, n * sizeof(T));
+  return Simd::load(tail);
+}
+template <class T>
+void store_first(T* x, int64_t n, Simd::Floats a) {
+  T tail[Simd::kLanes];
+  Simd::store(tail, a);
+  std::memcpy(x, tail, n * sizeof(T));
+}
+
 template <class T, Rounding rounding>
 class Param {
  public:
@@ -53,16 +67,8 @@ class Param {
   void open(int64_t offset) { values_ = tensor_ + offset; }
   Simd::Floats load(int64_t i) const { return Simd::load(values_ + i); }
   void store(int64_t i, Simd::Floats p) { Simd::store(values_ + i, p); }
-  Simd::Floats load_tail(int64_t i, int64_t n) const {
-    T tail[Simd::kLanes] = {};
-    std::memcpy(tail, values_ + i, (n - i) * sizeof(T));
-    return Simd::load(tail);
-  }
-  void store_tail(int64_t i, int64_t n, Simd::Floats p) {
-    T tail[Simd::kLanes];
-    Simd::store(tail, p);
-    std::memcpy(values_ + i, tail, (n - i) * sizeof(T));
-  }
+  Simd::Floats load_tail(int64_t i, int64_t n) const { return load_first(values_ + i, n - i); }
+  void store_tail(int64_t i, int64_t n, Simd::Floats p) { store_first(values_ + i, n - i, p); }
   const T* values() const { return values_; }
 
  private:

@@ -13,9 +13,9 @@ import warnings
 import torch
 
 from opt8bit.backends import native
-from opt8bit.backends.description import addresses, describe
+from opt8bit.backends.description import addresses, data_ptrs, describe
 from opt8bit.backends.interface import Backend, Batch, GroupUpdate, Rule
-from opt8bit.backends.reference import Reference
+from opt8bit.backends.reference import Reference, as_real
 
 __all__ = [
     "Backend",
@@ -23,8 +23,10 @@ __all__ = [
     "GroupUpdate",
     "Rule",
     "addresses",
+    "as_real",
     "available",
     "backend_for",
+    "data_ptrs",
     "describe",
     "get",
     "wanted_backend",

@@ -80,6 +80,11 @@ def addresses_in_python(tensors: Sequence[Tensor], described: Rows) -> Rows | No
     rows = describe_in_python(tensors, _max_dim(described))
     if (rows[:, 0] == -1).any() or not numpy.array_equal(rows, described):
         return None
+    return data_ptrs(tensors)
+
+
+def data_ptrs(tensors: Sequence[Tensor]) -> Rows:
+    """(n,): where the data of each tensor lie, asked of it through Python."""
     return numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
 
 

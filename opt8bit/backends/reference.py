@@ -61,12 +61,12 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
         for name, book, decoded in zip(names, books, states, strict=True):
             coder.dequantize_blockwise(state[name], state[f"{name}_absmax"], book, view, decoded)
     else:
-        states = [_real(state[name]) for name in names]
+        states = [as_real(state[name]) for name in names]
     step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
-    grad = _real(group.grads[i].to(compute))
+    grad = as_real(group.grads[i].to(compute))
     grad = grad if group.grad_scale == 1 else grad * (1 / group.grad_scale)
-    value = _real(param.to(compute)) if compensation is None else compensated(param, compensation)
+    value = as_real(param.to(compute)) if compensation is None else compensated(param, compensation)
     new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **group.hyper)
 
     # All that may fail has been done: from here on, tensors are written.
@@ -75,7 +75,7 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
     elif batch.rounding == "stochastic" and param.dtype == torch.bfloat16:
         param.copy_(stochastically_rounded(new_param, batch.seed, int(step), int(batch.numbers[i])))
     else:
-        _real(param).copy_(new_param)
+        as_real(param).copy_(new_param)
     for name, book, new in zip(names, books, new_states, strict=True):
         if batch.coded:
             if not new.abs().amax().isfinite():
@@ -83,11 +83,11 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
                 new = torch.where(new.isfinite(), new, 0)
             coder.quantize_blockwise(new.contiguous(), book, view, state[name], state[f"{name}_absmax"])
         else:
-            _real(state[name]).copy_(new)
+            as_real(state[name]).copy_(new)
     state["step"].add_(1)
 
 
-def _real(x: Tensor) -> Tensor:
+def as_real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 

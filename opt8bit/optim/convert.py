@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Rule
+from opt8bit.backends import Rule, as_real
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.base import KEPT, Optimizer8bit
 from opt8bit.optim.dialects import family
-from opt8bit.optim.dialects.torch_optim import STEPLESS, parts
+from opt8bit.optim.dialects.torch_optim import STEPLESS
 from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
@@ -93,7 +93,7 @@ def _state(param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[s
     """The state of a parameter as the counterpart has it."""
     values = {name: _full(state, name, signed, group["block_size"]) for name, signed in rule.states.items()}
     if "variance" in values:
-        square = parts(values["grad_avg"]).square() + parts(values["variance"])
+        square = as_real(values["grad_avg"]).square() + as_real(values["variance"])
         square = torch.view_as_complex(square) if param.is_complex() else square
         values = {"square_avg": square, **{name: value for name, value in values.items() if name != "variance"}}
     if family(rule) in STEPLESS:

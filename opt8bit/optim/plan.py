@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends import Backend, Batch, GroupUpdate, Rule, addresses, backend_for, describe, get
+from opt8bit.backends import Backend, Batch, GroupUpdate, Rule, addresses, backend_for, data_ptrs, describe, get
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
@@ -116,20 +116,16 @@ def _tensors(asked: Asked, states: States) -> list[Tensor]:
     return [*asked.params, *asked.grads, *chain.from_iterable(state.values() for state in states)]
 
 
-def _columns(rule: Rule, kind: _Kind) -> dict[str, list[str]]:
-    """Names of the states of one parameter, by the field of Batch that lists them."""
-    return {
-        "steps": ["step"],
-        "states": list(rule.states),
-        "absmaxes": [f"{name}_absmax" for name in rule.states] if kind.coded else [],
-        "compensations": [COMPENSATION] if kind.compensated else [],
-    }
+def _names(rule: Rule, kind: _Kind) -> list[str]:
+    """Of the states of one parameter, in the order of their addresses in GroupUpdate."""
+    absmaxes = [f"{name}_absmax" for name in rule.states] if kind.coded else []
+    return ["step", *rule.states, *absmaxes, *([COMPENSATION] if kind.compensated else [])]
 
 
 def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, first: NDArray[numpy.int64]) -> _Part:
     params = [asked.params[i] for i in indices]
     views = [block_view(param.shape, asked.group["block_size"]) for param in params]
-    names = [name for names in _columns(asked.rule, kind).values() for name in names]
+    names = _names(asked.rule, kind)
     order = [(i, list(states[i])) for i in indices]
     places = [[i, len(states) + i, *(first[i] + stored.index(name) for name in names)] for i, stored in order]
     stochastic = asked.group["stochastic_rounding"]
@@ -156,7 +152,7 @@ def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]
         grads = [grad.contiguous() for grad in grads]
         given = [param.contiguous() for param in params]
         copies = [pair for pair in zip(params, given, strict=True) if pair[0] is not pair[1]]
-        found[:, 0], found[:, 1] = _data_ptrs(given), _data_ptrs(grads)
+        found[:, 0], found[:, 1] = data_ptrs(given), data_ptrs(grads)
     update = GroupUpdate(
         batch=part.batch,
         hyper=asked.hyper,
@@ -171,10 +167,6 @@ def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]
 
 def _of_part(part: _Part, column: Sequence[T]) -> Sequence[T]:
     return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
-
-
-def _data_ptrs(tensors: Sequence[Tensor]) -> NDArray[numpy.int64]:
-    return numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
 
 
 def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) -> tuple[Backend, bool]:
@@ -198,13 +190,13 @@ def _overlapping(params: Sequence[Tensor]) -> set[int]:
     for index, param in enumerate(params):
         if param.numel() == 0:
             continue
-        strides = [(size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)]
+        reach = [(size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)]
         if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
             raise RuntimeError(
                 f"several elements of a parameter of shape {tuple(param.shape)} and strides {param.stride()} are one "
                 "number in memory: it cannot be updated in place"
             )
-        end = param.data_ptr() + (sum(strides) + 1) * param.element_size()
+        end = param.data_ptr() + (sum(reach) + 1) * param.element_size()
         spans.append((str(param.device), param.data_ptr(), end, index))
     result: set[int] = set()
     furthest = ("", 0, 0, -1)  # the span that ends last, of those that begin before

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opt8bit.backends import as_real
 from opt8bit.optim.states import CODEBOOKS
 from opt8bit.quant import BlockView, block_view, dequantize_blockwise
 
@@ -133,7 +134,7 @@ def check_absmax(where: str, name: str, absmax: Tensor) -> None:
 
 def check_not_negative(where: str, name: str, tensor: Tensor) -> None:
     """Raises ValueError where a number is negative, in either part of a complex one."""
-    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    parts = as_real(tensor)
     if bool((parts < 0).any()):
         raise ValueError(f"{where}: state {name!r} must not be negative, got {parts.min().item()}")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opt8bit.backends import as_real
 from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, family, refuse_unknown, value_of
 from opt8bit.optim.reading import Read, read_full, read_step
 
@@ -37,14 +38,9 @@ def _full(place: Place, state: State, name: str, signed: bool) -> Tensor:
 
 
 def _variance(place: Place, state: State) -> Tensor:
-    mean_square, mean = (parts(_full(place, state, name, signed)) for name, signed in VARIANCE_OF.items())
+    mean_square, mean = (as_real(_full(place, state, name, signed)) for name, signed in VARIANCE_OF.items())
     variance = (mean_square - mean * mean).clamp_(min=0)  # the difference of two rounded numbers may be negative
     return torch.view_as_complex(variance) if place.param.is_complex() else variance
-
-
-def parts(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 TORCH = Dialect(
