@@ -11,7 +11,8 @@ import opt8bit
 
 PACKAGE = Path(opt8bit.__file__).parent
 LAYERS = {  # each may import itself and what it names
-    "cli": {"optim", "nn", "quant", "backends"},
+    "cli": {"ptq", "optim", "nn", "quant", "backends"},
+    "ptq": {"quant", "backends"},
     "optim": {"quant", "backends"},
     "nn": {"quant", "backends"},
     "quant": {"backends"},

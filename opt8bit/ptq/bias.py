@@ -1,0 +1,75 @@
+"""Bias Compensation: the bias that makes up for what rounding did to a layer's mean or median output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opt8bit.ptq.statistics import Statistics
+
+CORRECTIONS = ("none", "local", "sequential", "joint")
+
+
+def mean_shift(
+    weight: Tensor,  # (out, in)
+    rounded: Tensor,  # (out, in)
+    statistics: Statistics,
+    *,
+    local: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``W E[x] - Ŵ E[x̂]``, the constant that leaves the least squared output error; ``local`` has x for x̂.
+
+    The mean squared error falls by the square of the constant, channel by channel, and never rises.
+
+    Returns:
+        The shift, (out,), and its standard error, (out,): tokens of one sequence go together, so that it is told from
+        how the sequences differ. Infinite where there is only one.
+
+    Source: Minimize Quantization Output Error with Bias Compensation, equation 6.
+    """
+    sum_x_hat = statistics.sum_x if local else statistics.sum_x_hat
+    dtype = statistics.sum_x.dtype
+    shifts = statistics.sum_x @ weight.to(dtype).T - sum_x_hat @ rounded.to(dtype).T  # (sequences, out), over tokens
+    shift = shifts.sum(0) / statistics.count
+    return shift, _standard_error(shifts, statistics.tokens, shift)
+
+
+def _standard_error(sums: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
+    """Of a mean over tokens whose sequences are independent: a ratio estimator's, by its residuals."""
+    sequences = int((tokens > 0).sum())
+    if sequences < 2:
+        return torch.full_like(mean, torch.inf)
+    residuals = sums - tokens[:, None] * mean
+    return (residuals.square().sum(0) * sequences / (sequences - 1)).sqrt() / tokens.sum()
+
+
+def median_shift(
+    weight: Tensor,  # (out, in)
+    rounded: Tensor,  # (out, in)
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor | None]],  # x, x̂ (sequences, length, in) and mask of each batch
+    *,
+    local: bool = False,
+    channels: int = 64,
+) -> Tensor:
+    """The median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error, (out,).
+
+    Source: Minimize Quantization Output Error with Bias Compensation, section 3, with the absolute error.
+    """
+    pairs = []
+    for x, x_hat, mask in inputs:
+        counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        pairs.append((x[counts], (x if local else x_hat)[counts]))
+    shifts = []
+    for start in range(0, len(weight), channels):
+        part = slice(start, start + channels)
+        errors = [x @ weight[part].T.to(x) - x_hat @ rounded[part].T.to(x) for x, x_hat in pairs]
+        shifts.append(torch.cat(errors).median(0).values)
+    return torch.cat(shifts)
+
+
+def shrunk(shift: Tensor, standard_error: Tensor) -> Tensor:
+    """A shift times ``1 - (standard error / shift)²``, or 0 where that is negative: what its data can support."""
+    noise = (standard_error / shift).square()
+    return torch.where(noise < 1, shift * (1 - noise), 0)

@@ -1,0 +1,89 @@
+"""QuantEase: cyclic coordinate descent on the layer objective, one column after another, until nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from opt8bit.ptq.methods.method import Format, Method, Rounded, by_column, pieces
+from opt8bit.ptq.methods.rtn import RTN
+from opt8bit.quant.grid import Scales
+
+
+@dataclass(frozen=True)
+class QuantEase(Method):
+    """Each weight in turn becomes the grid value that is best while all others of its row stay as they are.
+
+    That value is the one nearest to ``β = Ŵ_ij + [(W - Ŵ) H]_ij / H_jj``, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` never
+    rises; where no weight changes, none can be changed alone for the better. The grid stays as ``start`` fitted it.
+
+    Args:
+        sweeps: over all columns, at most; rows in which nothing changed are left out of the next one.
+        start: the method whose result is improved; what it leaves as outliers stays as it is.
+
+    Raises:
+        ValueError: ``sweeps`` is not a positive integer.
+
+    Source: QuantEase: Optimization-based Quantization for Language Models, algorithm 1.
+    """
+
+    sweeps: int = 25
+    start: Method = field(default_factory=RTN)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise ValueError(f"sweeps must be a positive integer, got {self.sweeps!r}")
+
+    def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
+        begun = self.start.round(weight, hessian, format)
+        kept = begun.dequantize() - begun.on_grid()  # of the outliers
+        on_grid = descend(weight - kept, begun.on_grid(), hessian, begun.scales, format, self.sweeps)
+        return Rounded.of(on_grid, begun.scales, format, begun.outliers)
+
+
+def descend(
+    weight: Tensor,  # (out, in), the target W
+    on_grid: Tensor,  # (out, in), where to start
+    hessian: Tensor,  # (in, in)
+    scales: Scales,  # (out, groups)
+    format: Format,
+    sweeps: int,
+) -> Tensor:
+    """Coordinate descent on a fixed grid; returns the weight (out, in), of which every value lies on the grid."""
+    group_size = format.groups_of(weight)
+    hessian = hessian.to(weight.dtype)
+    result = on_grid.clone()
+    active = torch.arange(len(weight), device=weight.device)
+    for _ in range(sweeps):
+        before = result[active]
+        after = _sweep(weight[active], before, hessian, by_column(scales.at(active), group_size), format, group_size)
+        result[active] = after
+        active = active[(after != before).any(1)]
+        if not len(active):
+            break
+    return result
+
+
+def _sweep(weight: Tensor, on_grid: Tensor, hessian: Tensor, scales: Scales, format: Format, group_size: int) -> Tensor:
+    """One pass over all columns; returns the weight (out, in) after it."""
+    rounded = on_grid.T.contiguous()  # (in, out): a column of the weight is a row here
+    residual = hessian @ (weight.T - rounded)  # [(W - Ŵ) H]ᵀ
+    for start, stop in pieces(len(rounded), group_size):
+        piece = slice(start, stop)
+        before = rounded[piece].clone()
+        _sweep_piece(rounded[piece], residual[piece], hessian[piece, piece], scales.at(piece), format)
+        residual[stop:].addmm_(hessian[stop:, piece], before.sub_(rounded[piece]))
+    return rounded.T
+
+
+def _sweep_piece(rounded: Tensor, residual: Tensor, hessian: Tensor, scales: Scales, format: Format) -> None:
+    """The columns of one piece, (n, out) each; ``residual`` is kept up to date inside it."""
+    for j, curvature in enumerate(hessian.diagonal().tolist()):
+        if curvature <= 0:
+            continue  # no input reaches this column
+        value = format.grid.nearest(torch.add(rounded[j], residual[j], alpha=1 / curvature), scales.at(j))
+        change = rounded[j] - value
+        rounded[j] = value
+        residual[j + 1 :].addcmul_(hessian[j + 1 :, j, None], change)

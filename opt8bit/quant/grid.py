@@ -1,0 +1,191 @@
+"""Grids: the values that the weights of one block can take. A grid fits its scales to a block, encodes, decodes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opt8bit.quant.codebook import check_codebook
+
+RANGES = ("minmax", "mse")
+# The fractions of a block's full range that the search tries. Below a fifth, clipping costs more than it gains.
+FRACTIONS = torch.linspace(1.0, 0.2, 41).tolist()
+
+
+class Scales(NamedTuple):
+    """What a grid keeps per block, of a shape that broadcasts against the block: (..., 1)."""
+
+    scale: Tensor  # positive
+    zero_point: Tensor  # integers; 0 where a grid has none
+
+    def at(self, index: object) -> Scales:
+        return Scales(self.scale[index], self.zero_point[index])  # type: ignore[index]
+
+
+class Grid(ABC):
+    """The values of one block: ``decode(code, scales)`` for every code below ``2^bits``."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits of one code."""
+
+    @property
+    @abstractmethod
+    def bits_per_block(self) -> int:
+        """Bits that the scales of one block take when they are stored: 16 for a scale, ``bits`` for a zero point."""
+
+    @abstractmethod
+    def fit(
+        self,
+        block: Tensor,  # (..., g)
+        importance: Tensor | None = None,  # (..., g) or (g,)
+    ) -> Scales:
+        """Scales for blocks of weights; errors of ``block[..., k]`` weigh by ``importance[..., k]`` (default 1)."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+        """The codes of the grid values nearest to ``x``, as uint8 of its shape."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
+        """The values of ``codes``, in the dtype of the scales."""
+
+    @abstractmethod
+    def nearest(self, x: Tensor, scales: Scales) -> Tensor:
+        """``decode(encode(x, scales), scales)``, without the codes."""
+
+
+class UniformGrid(Grid):
+    """Evenly spaced values: ``(q - zero_point) * scale`` for q = 0 .. 2^bits - 1, zero among them.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: the zero point is ``2^(bits-1)`` in every block and none is stored; otherwise it is fitted.
+        range: "minmax" spans a block's smallest and largest weight (and zero); "mse" tries fractions of that
+            range and takes the one of least squared error, clipping what lies beyond it.
+
+    Raises:
+        ValueError: an argument is not one of these.
+    """
+
+    def __init__(self, bits: int, *, symmetric: bool = False, range: str = "minmax") -> None:
+        if isinstance(bits, bool) or bits not in (2, 3, 4, 5, 6, 7, 8):
+            raise ValueError(f"bits must be 2 to 8, got {bits!r}")
+        self._bits = bits
+        self.symmetric = symmetric
+        self.range = _checked_range(range)
+
+    def __repr__(self) -> str:
+        return f"UniformGrid({self._bits}, symmetric={self.symmetric}, range={self.range!r})"
+
+    @property
+    def bits(self) -> int:
+        return self._bits
+
+    @property
+    def bits_per_block(self) -> int:
+        return 16 if self.symmetric else 16 + self._bits
+
+    @property
+    def _largest(self) -> int:
+        return 2**self._bits - 1
+
+    def fit(self, block: Tensor, importance: Tensor | None = None) -> Scales:
+        low = block.amin(-1, keepdim=True).clamp(max=0)
+        high = block.amax(-1, keepdim=True).clamp(min=0)
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        full = self._spanning(low, high)
+        if self.range == "minmax":
+            return full
+        return _best(self, block, importance, (self._spanning(low * part, high * part) for part in FRACTIONS), full)
+
+    def _spanning(self, low: Tensor, high: Tensor) -> Scales:
+        scale = (high - low) / self._largest
+        scale = torch.where(scale > 0, scale, 1)  # a block of zeros
+        middle = torch.full_like(scale, 2 ** (self._bits - 1))
+        return Scales(scale, middle if self.symmetric else (-low / scale).round())
+
+    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+        return (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self._largest).to(torch.uint8)
+
+    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
+        return (codes - scales.zero_point) * scales.scale
+
+    def nearest(self, x: Tensor, scales: Scales) -> Tensor:
+        steps = (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self._largest)
+        return steps.sub_(scales.zero_point).mul_(scales.scale)
+
+
+class CodebookGrid(Grid):
+    """Any values: ``codebook[q] * scale``, as the optimizer states are stored; the scale is the block's ``absmax``.
+
+    Args:
+        codebook: (n,) float32, ascending, 2 to 256 values: :func:`normal_float`, :func:`dynamic_map` ...
+        range: "minmax" scales by the largest magnitude; "mse" by the fraction of it that has the least squared error.
+
+    Raises:
+        TypeError, ValueError: ``codebook`` or ``range`` is not one.
+    """
+
+    def __init__(self, codebook: Tensor, *, range: str = "minmax") -> None:
+        check_codebook(codebook)
+        self.codebook = codebook
+        self.range = _checked_range(range)
+
+    def __repr__(self) -> str:
+        return f"CodebookGrid({self.codebook.numel()} values, range={self.range!r})"
+
+    @property
+    def bits(self) -> int:
+        return (self.codebook.numel() - 1).bit_length()
+
+    @property
+    def bits_per_block(self) -> int:
+        return 16
+
+    def fit(self, block: Tensor, importance: Tensor | None = None) -> Scales:
+        absmax = block.abs().amax(-1, keepdim=True) / self.codebook.abs().max().to(block)
+        absmax = torch.where(absmax > 0, absmax, 1)
+        full = Scales(absmax, torch.zeros_like(absmax))
+        if self.range == "minmax":
+            return full
+        return _best(self, block, importance, (Scales(absmax * part, full.zero_point) for part in FRACTIONS), full)
+
+    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+        values = self.codebook.to(device=x.device, dtype=torch.float64)
+        middles = ((values[1:] + values[:-1]) / 2).to(x.dtype)
+        return torch.bucketize(x / scales.scale, middles).to(torch.uint8)
+
+    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
+        return self.codebook.to(scales.scale)[codes.long()] * scales.scale
+
+    def nearest(self, x: Tensor, scales: Scales) -> Tensor:
+        return self.decode(self.encode(x, scales), scales)
+
+
+def _checked_range(range: str) -> str:
+    if range not in RANGES:
+        raise ValueError(f"range must be one of {', '.join(RANGES)}, got {range!r}")
+    return range
+
+
+def _best(grid: Grid, block: Tensor, importance: Tensor | None, candidates, full: Scales) -> Scales:
+    """The candidate of least squared error, block by block; ties go to the earlier one."""
+    least = torch.full_like(full.scale, torch.inf)
+    scale, zero_point = full
+    for candidate in candidates:
+        error = (grid.nearest(block, candidate) - block).square_()
+        if importance is not None:
+            error *= importance
+        total = error.sum(-1, keepdim=True)
+        better = total < least
+        least = torch.where(better, total, least)
+        scale = torch.where(better, candidate.scale, scale)
+        zero_point = torch.where(better, candidate.zero_point, zero_point)
+    return Scales(scale, zero_point)
