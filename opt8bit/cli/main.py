@@ -6,8 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from opt8bit.cli import demo, info, memory
+from opt8bit.cli import compress, demo, evaluate, info, memory
+from opt8bit.cli.models import CommandError
 from opt8bit.optim.base import DEFAULTS
+from opt8bit.ptq.bias import CORRECTIONS, SHIFTS
+from opt8bit.ptq.export import FORMATS
+from opt8bit.ptq.methods.outliers import STRUCTURES
+from opt8bit.quant.grid import RANGES
 
 
 def positive(text: str) -> int:
@@ -18,7 +23,7 @@ def positive(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="opt8bit", description="Optimizers whose states take 8 bits.")
+    top = argparse.ArgumentParser(prog="opt8bit", description="8-bit optimizer states; compressed, corrected weights.")
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print version, processor and which backend serves each device")
     train = commands.add_parser(
@@ -40,7 +45,52 @@ def parser() -> argparse.ArgumentParser:
     block_size, least = DEFAULTS.get("block_size"), DEFAULTS.get("min_8bit_size")
     sizes.add_argument("--block-size", type=int, default=block_size, help="elements per block of an 8-bit state")
     sizes.add_argument("--min-8bit-size", type=int, default=least, help="smaller tensors keep their states in full")
+    add_compress(commands)
+    test = commands.add_parser(
+        "evaluate",
+        help="print the perplexity of a language model on a text",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    test.add_argument("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of the hub")
+    test.add_argument("--text", type=Path, required=True, help="file to predict, in UTF-8")
+    test.add_argument(
+        "--sequence-length", type=positive, default=512, help="tokens of a window; windows do not overlap"
+    )
+    test.add_argument("--samples", type=positive, default=20, help="windows, from the start of the text")
+    test.add_argument("--json", action="store_true", help="print one line of JSON")
+    test.add_argument("--trust-remote-code", action="store_true", help="run Python files that come with the model")
     return top
+
+
+def add_compress(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "compress",
+        help="round a trained language model's weights to 2-8 bits, correct its outputs, and write it",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of a model on the hub")
+    add("--calibration", type=Path, required=True, help="file of text, in UTF-8, like what the model is for")
+    add("--output", type=Path, required=True, help="folder to write; it must not exist")
+    add("--method", choices=compress.METHODS, default="gptq", help="that rounds")
+    add("--bits", type=int, choices=range(2, 9), default=4, help="of a weight")
+    add("--group-size", type=int, default=64, help="weights of a row that share a scale; 0 for whole rows")
+    add("--symmetric", action="store_true", help="grids with a fixed zero point")
+    add("--range", choices=RANGES, help="of a grid (default: mse; minmax for rtn)")
+    add("--correct", choices=CORRECTIONS, default="none", help="inputs that Bias Compensation takes the errors from")
+    add("--statistic", choices=SHIFTS[:2], default="mean", help="of the errors")
+    polish = "coordinate descent after rounding (default: but for rtn)"
+    add("--polish", action=argparse.BooleanOptionalAction, help=polish)
+    add("--outliers", type=float, default=0.0, metavar="F", help="fraction of the weights to keep exact")
+    add("--outlier-structure", choices=STRUCTURES, default="unstructured", help="single weights, or whole inputs")
+    add("--act-order", action="store_true", help="GPTQ by falling second moment of the inputs")
+    strength = "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn)"
+    add("--error-propagation", type=float, metavar="ALPHA", help=strength)
+    add("--samples", type=positive, default=64, help="windows of the calibration text")
+    add("--sequence-length", type=positive, default=512, help="tokens of a window")
+    add("--format", choices=FORMATS, default="dense", help="of the checkpoint")
+    add("--seed", type=int, default=0, help="of the choice of windows; 0 takes the first ones")
+    add("--trust-remote-code", action="store_true", help="run Python files that come with the model")
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -55,7 +105,23 @@ def run_memory(options: argparse.Namespace) -> None:
     print(memory.report(options.model, options.dtype, options.block_size, options.min_8bit_size))
 
 
-COMMANDS = {"info": run_info, "demo": run_demo, "memory": run_memory}
+def run_compress(options: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    compress.run(compress.Settings(**given))
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    length, samples = options.sequence_length, options.samples
+    print(evaluate.report(options.model, options.text, length, samples, options.json, options.trust_remote_code))
+
+
+COMMANDS = {
+    "info": run_info,
+    "demo": run_demo,
+    "memory": run_memory,
+    "compress": run_compress,
+    "evaluate": run_evaluate,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         COMMANDS[options.command](options)
-    except (demo.DemoError, memory.ModelError) as error:
+    except (CommandError, demo.DemoError, memory.ModelError) as error:
         print(f"opt8bit {options.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,0 +1,23 @@
+"""Compress and correct: round a trained model's weights, and correct its outputs by Bias Compensation."""
+
+from opt8bit.ptq.compress import compress
+from opt8bit.ptq.evaluate import mean_loss, perplexity
+from opt8bit.ptq.export import export
+from opt8bit.ptq.layer import Recipe
+from opt8bit.ptq.methods import GPTQ, RTN, Format, OutlierQuantEase, QuantEase
+from opt8bit.ptq.pipeline import LayerReport, Result
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "Format",
+    "LayerReport",
+    "OutlierQuantEase",
+    "QuantEase",
+    "Recipe",
+    "Result",
+    "compress",
+    "export",
+    "mean_loss",
+    "perplexity",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 from opt8bit.ptq.statistics import Statistics
 
 CORRECTIONS = ("none", "local", "sequential", "joint")
+SHIFTS = ("mean", "median", "position")
 
 
 def mean_shift(
@@ -67,6 +68,37 @@ def median_shift(
         errors = [x @ weight[part].T.to(x) - x_hat @ rounded[part].T.to(x) for x, x_hat in pairs]
         shifts.append(torch.cat(errors).median(0).values)
     return torch.cat(shifts)
+
+
+def position_shift(
+    weight: Tensor,  # (out, in)
+    rounded: Tensor,  # (out, in)
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor | None]],  # x, x̂ (sequences, length, in) and mask of each batch
+    *,
+    local: bool = False,
+) -> Tensor:
+    """``W E[x_t] - Ŵ E[x̂_t]`` at each position t of a sequence, (length, out): 0 where no token counts.
+
+    Takes ``length`` times the memory of a bias, and no server applies it: for comparison.
+
+    Raises:
+        ValueError: the batches' sequences differ in length.
+
+    Source: Minimize Quantization Output Error with Bias Compensation, section 3, where the bias has the output's shape.
+    """
+    lengths = {x.shape[1] for x, _, _ in inputs}
+    if len(lengths) != 1:
+        raise ValueError(f"a bias by position takes sequences of one length, got {sorted(lengths)}")
+    length, features = lengths.pop(), weight.shape[1]
+    sum_x, sum_x_hat = weight.new_zeros(length, features), weight.new_zeros(length, features)
+    tokens = weight.new_zeros(length)
+    for x, x_hat, mask in inputs:
+        counts = torch.ones_like(x[..., 0]) if mask is None else mask.to(x)
+        sum_x += torch.einsum("sl,sld->ld", counts, x)
+        sum_x_hat += torch.einsum("sl,sld->ld", counts, x if local else x_hat)
+        tokens += counts.sum(0)
+    sums = sum_x @ weight.T - sum_x_hat @ rounded.T
+    return sums / tokens.clamp(min=1)[:, None]
 
 
 def shrunk(shift: Tensor, standard_error: Tensor) -> Tensor:

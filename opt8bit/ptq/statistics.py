@@ -48,7 +48,7 @@ class Statistics:
         x_hat: Tensor,  # (sequences, length, d)
         mask: Tensor | None = None,  # (sequences, length), true where a token counts
     ) -> None:
-        """Adds a batch. ``x_hat`` may be ``x`` itself, which saves two of the three products.
+        """Adds a batch.
 
         Raises:
             ValueError: the shapes do not agree, or an input that counts is not finite.
@@ -58,29 +58,20 @@ class Statistics:
             raise ValueError(f"x and x_hat must both be {expected}, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        tokens = torch.full(x.shape[:1], x.shape[1], device=x.device)
         if mask is not None:
             counts = mask.bool().unsqueeze(-1)
-            same = x_hat is x
-            x = torch.where(counts, x, 0)
-            x_hat = x if same else torch.where(counts, x_hat, 0)
             tokens = counts.sum((1, 2))
-        else:
-            tokens = torch.full(x.shape[:1], x.shape[1], device=x.device)
-        sum_x = x.sum(1, dtype=self.sum_x.dtype)
-        sum_x_hat = sum_x if x_hat is x else x_hat.sum(1, dtype=self.sum_x.dtype)
+            # Not a product: what does not count may be infinite.
+            x, x_hat = torch.where(counts, x, 0), torch.where(counts, x_hat, 0)
+        sum_x, sum_x_hat = (stream.sum(1, dtype=self.sum_x.dtype) for stream in (x, x_hat))
         if not bool((sum_x.isfinite() & sum_x_hat.isfinite()).all()):
             raise ValueError("an input is not finite")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
         self.sum_x = torch.cat([self.sum_x, sum_x])
         self.sum_x_hat = torch.cat([self.sum_x_hat, sum_x_hat])
-        rows = x.reshape(-1, x.shape[-1])
-        own = gram(rows)
-        self.sum_xx += own
-        if x_hat is x:
-            self.sum_cross += own
-            self.sum_x_hat_x_hat += own
-            return
-        rows_hat = x_hat.reshape(-1, x.shape[-1])
+        rows, rows_hat = x.flatten(0, 1), x_hat.flatten(0, 1)
+        self.sum_xx += gram(rows)
         self.sum_cross += rows.T @ rows_hat
         self.sum_x_hat_x_hat += gram(rows_hat)
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-_this = threading.local()
 
 
 class Walk:
-    """One forward pass, in a thread of its own; it runs only while :meth:`advance` waits for it.
+    """One forward pass that stands still until :meth:`advance` or :meth:`finish` lets it go on.
 
     Many batches can so stand before the same layer at once, each having run what lies before it exactly once, with
     nothing kept but what their passes still need.
 
     Args:
         forward: makes the pass and returns its result.
+
+    Raises:
+        ImportError: greenlet is not installed.
     """
 
     def __init__(self, forward: Callable[[], Tensor]) -> None:
-        self._forward = forward
-        self._go = threading.Semaphore(0)
-        self._halted = threading.Semaphore(0)
-        self._input: Tensor | None = None
-        self._output: Tensor | None = None
-        self._error: BaseException | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._greenlet = _greenlets().greenlet(forward)
 
     def advance(self) -> Tensor:
         """Lets the pass run up to the next halt; returns the input of the layer it stands before.
@@ -39,10 +32,10 @@ class Walk:
         Raises:
             RuntimeError: the pass ended without another halt.
         """
-        self._resume()
-        if self._input is None:
-            raise RuntimeError("the forward pass took another way than before: a layer was not reached")
-        return self._input
+        x = self._greenlet.switch()
+        if self._greenlet.dead:
+            raise RuntimeError("a forward pass took another way than before: a layer was not reached")
+        return x
 
     def finish(self) -> Tensor:
         """Lets the pass run to its end; returns its result.
@@ -50,48 +43,21 @@ class Walk:
         Raises:
             RuntimeError: it halts once more.
         """
-        self._resume()
-        if self._output is None:
-            raise RuntimeError("the forward pass took another way than before: a layer was reached again")
-        return self._output
+        result = self._greenlet.switch()
+        if not self._greenlet.dead:
+            raise RuntimeError("a forward pass took another way than before: a layer was reached again")
+        return result
 
     def close(self) -> None:
         """Ends the pass wherever it stands."""
-        self._closed = True
-        self._go.release()
-        self._thread.join()
-
-    def _resume(self) -> None:
-        self._input = None
-        self._go.release()
-        self._halted.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        self._go.acquire()
-        _this.walk = self
-        try:
-            if not self._closed:
-                with torch.no_grad():
-                    self._output = self._forward()
-        except _Closed:
-            pass
-        except BaseException as error:  # raised again where the pass is waited for
-            self._error = error
-        finally:
-            self._halted.release()
-
-    def _halt(self, x: Tensor) -> None:
-        self._input = x
-        self._halted.release()
-        self._go.acquire()
-        if self._closed:
-            raise _Closed
+        self._greenlet.throw()
 
 
-class _Closed(BaseException):
-    """Ends the thread of a pass that nobody waits for."""
+def _greenlets() -> Any:
+    try:
+        return importlib.import_module("greenlet")
+    except ImportError as error:
+        raise ImportError("greenlet is missing: pip install 'opt8bit[compress]'") from error
 
 
 @contextmanager
@@ -99,7 +65,7 @@ def halting(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, every :class:`Walk` halts before each of the layers."""
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _this.walk._halt(inputs[0])
+        _greenlets().getcurrent().parent.switch(inputs[0])
 
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     try:

@@ -2,7 +2,26 @@
 
 from opt8bit.ptq.methods.gptq import GPTQ
 from opt8bit.ptq.methods.method import Format, Method, Outliers, Rounded, objective
+from opt8bit.ptq.methods.outliers import OutlierQuantEase
 from opt8bit.ptq.methods.quantease import QuantEase
 from opt8bit.ptq.methods.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "Format", "Method", "Outliers", "QuantEase", "Rounded", "objective"]
+METHODS: dict[str, type[Method]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "quantease": QuantEase,
+    "outlier_quantease": OutlierQuantEase,
+}
+
+__all__ = [
+    "GPTQ",
+    "METHODS",
+    "RTN",
+    "Format",
+    "Method",
+    "OutlierQuantEase",
+    "Outliers",
+    "QuantEase",
+    "Rounded",
+    "objective",
+]

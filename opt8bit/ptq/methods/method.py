@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -45,11 +46,18 @@ class Outliers:
     rows: Tensor  # (k,) int64
     columns: Tensor  # (k,) int64
     values: Tensor  # (k,)
+    whole_columns: bool = False  # then one index a column is enough
+
+    @property
+    def bits(self) -> int:
+        """Of the values, at 16 bits, and of the indices that say where they stand, at 32 bits."""
+        indices = len(self.columns.unique()) if self.whole_columns else self.values.numel()
+        return 16 * self.values.numel() + 32 * indices
 
     def rows_from(self, start: int, stop: int) -> Outliers:
         """Those of rows ``start`` to ``stop``, counted from ``start``."""
         inside = (self.rows >= start) & (self.rows < stop)
-        return Outliers(self.rows[inside] - start, self.columns[inside], self.values[inside])
+        return Outliers(self.rows[inside] - start, self.columns[inside], self.values[inside], self.whole_columns)
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,15 @@ class Rounded:
         grid, weights = self.format.grid, self.codes.numel()
         stored = weights * grid.bits + self.scales.scale.numel() * grid.bits_per_block
         if self.outliers is not None:
-            stored += self.outliers.values.numel() * (16 + 32)
+            stored += self.outliers.bits
         return stored / weights
 
 
 class Method(ABC):
     """Decides which grid value each weight becomes."""
+
+    rowwise: ClassVar[bool] = True  # whether a row's result depends on no other row
+    uses_hessian: ClassVar[bool] = True
 
     @abstractmethod
     def round(

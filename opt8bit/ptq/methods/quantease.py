@@ -33,14 +33,22 @@ class QuantEase(Method):
     start: Method = field(default_factory=RTN)
 
     def __post_init__(self) -> None:
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
-            raise ValueError(f"sweeps must be a positive integer, got {self.sweeps!r}")
+        check_sweeps("sweeps", self.sweeps)
 
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         begun = self.start.round(weight, hessian, format)
         kept = begun.dequantize() - begun.on_grid()  # of the outliers
         on_grid = descend(weight - kept, begun.on_grid(), hessian, begun.scales, format, self.sweeps)
         return Rounded.of(on_grid, begun.scales, format, begun.outliers)
+
+
+def check_sweeps(name: str, value: int) -> None:
+    """
+    Raises:
+        ValueError: ``value`` is not a positive integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def descend(

@@ -16,5 +16,7 @@ class RTN(Method):
     The range "mse" that serves other methods hurts this one: what it clips is what matters most.
     """
 
+    uses_hessian = False
+
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         return Rounded.of(weight, fit_groups(weight, format), format)

@@ -1,0 +1,29 @@
+"""``opt8bit evaluate``: the perplexity of a language model on a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from opt8bit.cli.models import CommandError, load, tokens
+from opt8bit.ptq import perplexity
+from opt8bit.ptq.evaluate import windows
+
+
+def report(model: str, text: Path, length: int, samples: int, as_json: bool, trust_remote_code: bool) -> str:
+    """The text that ``opt8bit evaluate`` prints.
+
+    Raises:
+        CommandError: the model or the text cannot be loaded, or the text is too short.
+    """
+    network, tokenizer = load(model, trust_remote_code=trust_remote_code)
+    try:
+        samples_of_text = windows(tokens(text, tokenizer), length, samples)
+    except ValueError as error:
+        raise CommandError(f"{text}: {error}") from error
+    value = perplexity(network, samples_of_text)
+    dtype = str(network.dtype).removeprefix("torch.")
+    if as_json:
+        found = {"model": model, "text": str(text), "sequence_length": length, "samples": samples, "dtype": dtype}
+        return json.dumps({**found, "perplexity": value})
+    return f"perplexity {value:.3f} of {model} on {samples} windows of {length} tokens of {text}, in {dtype}"

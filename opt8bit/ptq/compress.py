@@ -1,0 +1,107 @@
+"""``compress``: the front door. Everything is checked here, before hours are spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
+from opt8bit.ptq.layer import Recipe
+from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
+from opt8bit.ptq.pipeline import LayerReport, Result, run
+from opt8bit.quant.grid import Grid, UniformGrid
+
+Calibration = Tensor | Iterable[Mapping[str, Tensor]]
+DEFAULT_METHOD = QuantEase(start=GPTQ())
+ERROR_PROPAGATION = 0.5
+
+
+def compress(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    method: Method = DEFAULT_METHOD,
+    bits: int = 4,
+    group_size: int | None = 64,
+    symmetric: bool = False,
+    range: str | None = None,
+    grid: Grid | None = None,
+    correct: str = "none",
+    statistic: str = "mean",
+    error_propagation: float | None = None,
+    batch_size: int = 8,
+    see: Callable[[LayerReport, int], None] | None = None,
+) -> Result:
+    """Rounds the weights of a language model's blocks, block by block, and corrects its outputs.
+
+    Args:
+        model: with its blocks in an ``nn.ModuleList``, called as ``model(input_ids=...)``, such as a causal language
+            model of transformers. It is not changed.
+        calibration: token ids (samples, length), int64; or batches for ``model(**batch)``, each with ``input_ids``
+            and, where there is padding, ``attention_mask``.
+        method: rounds; see :mod:`opt8bit.ptq.methods`.
+        bits: of a weight, 2 to 8.
+        group_size: weights of a row that share a scale; it divides every layer's inputs. None for whole rows.
+        symmetric: whether the grid's zero point is fixed in its middle.
+        range: "minmax" or "mse"; by default "mse", and "minmax" for RTN, which it hurts. See :class:`UniformGrid`.
+        grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
+            its own and must be left as they are.
+        correct: "none", "local", "sequential" or "joint"; see :class:`Recipe`.
+        statistic: "mean", "median" or "position".
+        error_propagation: strength of the asymmetric target, 0 to 1; by default 0.5, and 0 for RTN, which looks at
+            no inputs and cannot follow it.
+        batch_size: sequences that go through a block together, where ``calibration`` is a tensor.
+        see: called after each layer with its report and the number of layers.
+
+    Returns:
+        The compressed layers and a report; ``result.compressed_model()`` is the model, :func:`export` writes it.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; ``group_size`` does not divide a layer; a weight, or what
+            a layer sees, is not finite; no blocks are found. The message names the layer.
+    """
+    format = Format(_grid(method, bits, symmetric, range, grid), group_size)
+    if error_propagation is None:
+        error_propagation = ERROR_PROPAGATION if method.uses_hessian else 0.0
+    recipe = Recipe(method, format, correct, statistic, error_propagation)
+    _check_layers(model, format)
+    batches = _batches(calibration, batch_size, model)
+    return run(model, batches, recipe, see or (lambda report, layers: None))
+
+
+def _grid(method: Method, bits: int, symmetric: bool, range: str | None, grid: Grid | None) -> Grid:
+    if grid is None:
+        return UniformGrid(bits, symmetric=symmetric, range=range or ("mse" if method.uses_hessian else "minmax"))
+    if (bits, symmetric, range) != (4, False, None):
+        raise ValueError(f"bits, symmetric and range are those of grid={grid!r}: leave them out")
+    return grid
+
+
+def _check_layers(model: nn.Module, format: Format) -> None:
+    prefix, blocks = find_blocks(model)
+    for i, block in enumerate(blocks):
+        for name, layer in linear_layers(block).items():
+            weight = matrix(layer)
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{prefix}.{i}.{name}: a weight is not finite")
+            try:
+                format.groups_of(weight)
+            except ValueError as error:
+                raise ValueError(f"{prefix}.{i}.{name}: {error}") from error
+
+
+def _batches(calibration: Calibration, batch_size: int, model: nn.Module) -> list[dict[str, Tensor]]:
+    device = next(model.parameters()).device
+    if isinstance(calibration, Tensor):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if calibration.dim() != 2 or calibration.dtype != torch.int64 or not calibration.numel():
+            found = f"{calibration.dtype} of shape {tuple(calibration.shape)}"
+            raise ValueError(f"calibration must be int64 token ids (samples, length), got {found}")
+        return [{"input_ids": part.to(device)} for part in calibration.split(batch_size)]
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in calibration]
+    if not batches or any("input_ids" not in batch for batch in batches):
+        raise ValueError("calibration must be token ids (samples, length) or batches that have input_ids")
+    return batches
