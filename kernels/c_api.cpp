@@ -58,6 +58,15 @@ void parallel_blocks(const BlockView& view, int64_t threads, Function function) 
            [&](int64_t begin, int64_t end) { function(begin * per_unit, std::min(end * per_unit, view.blocks())); });
 }
 
+// Calls function(first_row) on the batches of rows of a weight.
+template <class Function>
+void parallel_rows(const Kernels* kernels, const WeightRounding& layer, int64_t threads, Function function) {
+  const int64_t batch = kernels->rows_at_once;
+  parallel((layer.rows + batch - 1) / batch, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) function(index * batch);
+  });
+}
+
 }  // namespace
 }  // namespace opt8bit
 
@@ -156,4 +165,16 @@ void opt8bit_step(const Kernels* kernels, const Tensor* tensors, int64_t count, 
     });
   });
   for (const Tensor* tensor = tensors; tensor < tensors + count; ++tensor) *tensor->step += 1;
+}
+
+void opt8bit_fit_grids(const Kernels* kernels, const WeightRounding* layer, int64_t threads) {
+  parallel_rows(kernels, *layer, threads, [&](int64_t first) { kernels->fit_grids(*layer, first); });
+}
+
+void opt8bit_gptq(const Kernels* kernels, const WeightRounding* layer, int64_t fits, int64_t threads) {
+  parallel_rows(kernels, *layer, threads, [&](int64_t first) { kernels->gptq(*layer, first, fits != 0); });
+}
+
+void opt8bit_coordinate_descent(const Kernels* kernels, const WeightRounding* layer, int64_t sweeps, int64_t threads) {
+  parallel_rows(kernels, *layer, threads, [&](int64_t first) { kernels->coordinate_descent(*layer, first, sweeps); });
 }

@@ -38,3 +38,12 @@ OPT8BIT_EXPORT void opt8bit_dequantize_blockwise(const opt8bit::Kernels* kernels
                                                  void* x, int64_t dtype, int64_t threads);
 OPT8BIT_EXPORT void opt8bit_step(const opt8bit::Kernels* kernels, const opt8bit::Tensor* tensors, int64_t count,
                                  const opt8bit::Group* groups, int64_t threads);
+
+// See weight_rounding.h: grids for every group; GPTQ, with its grids fitted on the way if `fits` is not 0; and at most
+// `sweeps` sweeps of coordinate descent.
+OPT8BIT_EXPORT void opt8bit_fit_grids(const opt8bit::Kernels* kernels, const opt8bit::WeightRounding* layer,
+                                      int64_t threads);
+OPT8BIT_EXPORT void opt8bit_gptq(const opt8bit::Kernels* kernels, const opt8bit::WeightRounding* layer, int64_t fits,
+                                 int64_t threads);
+OPT8BIT_EXPORT void opt8bit_coordinate_descent(const opt8bit::Kernels* kernels, const opt8bit::WeightRounding* layer,
+                                               int64_t sweeps, int64_t threads);

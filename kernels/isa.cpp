@@ -10,6 +10,7 @@
 #include "optimizer_step.h"
 #include "rounding.h"
 #include "update_rules.h"
+#include "weight_rounding_simd.h"
 
 namespace opt8bit {
 namespace {
@@ -424,6 +425,14 @@ void dequantize(const uint8_t* codes, const float* absmax, const BlockView& view
 }  // namespace
 
 extern const Kernels OPT8BIT_KERNELS;
-const Kernels OPT8BIT_KERNELS = {OPT8BIT_NAME, step, measure, quantize, dequantize};
+const Kernels OPT8BIT_KERNELS = {OPT8BIT_NAME,
+                                 step,
+                                 measure,
+                                 quantize,
+                                 dequantize,
+                                 weight_rounding::kRows,
+                                 weight_rounding::fit_grids,
+                                 weight_rounding::gptq,
+                                 weight_rounding::coordinate_descent};
 
 }  // namespace opt8bit

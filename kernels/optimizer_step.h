@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "codebook.h"
+#include "weight_rounding.h"
 
 namespace opt8bit {
 
@@ -105,6 +106,12 @@ struct Kernels {
                    float* absmax, int64_t first_block, int64_t last_block);
   void (*dequantize)(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook,
                      void* x, DType dtype, int64_t first_block, int64_t last_block);
+
+  // Each on the batch of `rows_at_once` rows that starts at `first`.
+  int64_t rows_at_once;
+  void (*fit_grids)(const WeightRounding& layer, int64_t first);
+  void (*gptq)(const WeightRounding& layer, int64_t first, bool fits);
+  void (*coordinate_descent)(const WeightRounding& layer, int64_t first, int64_t sweeps);
 };
 
 }  // namespace opt8bit

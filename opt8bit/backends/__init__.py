@@ -29,6 +29,7 @@ __all__ = [
     "data_ptrs",
     "describe",
     "get",
+    "rounding_kernels",
     "wanted_backend",
     "why",
 ]
@@ -76,6 +77,12 @@ def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
     if not wanted and torch.device(device).type == "cpu" and native.library() is None:
         _warn_once(NO_KERNELS)
     return get(wanted or names[0])
+
+
+def rounding_kernels(device: torch.device | str) -> native.Native | None:
+    """The compiled kernels that round weights on a device; None where plain torch does."""
+    backend = backend_for(device)
+    return backend if isinstance(backend, native.Native) else None
 
 
 def why(device: str) -> str:

@@ -50,6 +50,9 @@ def library() -> ctypes.CDLL | None:
             [pointer, pointer, pointer, *[integer] * 3, pointer, integer, pointer, integer, integer],
         ),
         "opt8bit_step": (None, [pointer, pointer, integer, pointer, integer]),
+        "opt8bit_fit_grids": (None, [pointer, pointer, integer]),
+        "opt8bit_gptq": (None, [pointer, pointer, integer, integer]),
+        "opt8bit_coordinate_descent": (None, [pointer, pointer, integer, integer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -79,6 +82,27 @@ def instruction_sets() -> list[str]:
     """Those with kernels that this processor can run, fastest first; none without the library."""
     lib = library()
     return lib.opt8bit_instruction_sets().decode().split() if lib else []
+
+
+class WeightRounding(ctypes.Structure):
+    """``WeightRounding`` of kernels/weight_rounding.h, which says what the fields are."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group_of", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("zero_point", ctypes.c_void_p),
+        ("largest", ctypes.c_float),
+        ("is_symmetric", ctypes.c_int64),
+        ("fractions", ctypes.c_void_p),
+        ("fraction_count", ctypes.c_int64),
+        ("importance", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("rounded", ctypes.c_void_p),
+    )
 
 
 class Native:
@@ -135,6 +159,15 @@ class Native:
         for group, number in zip(groups, numbers, strict=True):
             if number < 0:  # a rule that works on matrices: torch multiplies them, the kernels code the states
                 step_group(group, self)
+
+    def fit_grids(self, layer: WeightRounding) -> None:
+        self._lib.opt8bit_fit_grids(self._kernels, ctypes.byref(layer), torch.get_num_threads())
+
+    def gptq(self, layer: WeightRounding, *, fits: bool) -> None:
+        self._lib.opt8bit_gptq(self._kernels, ctypes.byref(layer), fits, torch.get_num_threads())
+
+    def coordinate_descent(self, layer: WeightRounding, sweeps: int) -> None:
+        self._lib.opt8bit_coordinate_descent(self._kernels, ctypes.byref(layer), sweeps, torch.get_num_threads())
 
 
 def group_row(group: GroupUpdate, number: int) -> Words:

@@ -91,7 +91,8 @@ class UniformGrid(Grid):
         return 16 if self.symmetric else 16 + self._bits
 
     @property
-    def _largest(self) -> int:
+    def largest(self) -> int:
+        """The largest code."""
         return 2**self._bits - 1
 
     def fit(self, block: Tensor, importance: Tensor | None = None) -> Scales:
@@ -106,19 +107,19 @@ class UniformGrid(Grid):
         return _best(self, block, importance, (self._spanning(low * part, high * part) for part in FRACTIONS), full)
 
     def _spanning(self, low: Tensor, high: Tensor) -> Scales:
-        scale = (high - low) / self._largest
+        scale = (high - low) / self.largest
         scale = torch.where(scale > 0, scale, 1)  # a block of zeros
         middle = torch.full_like(scale, 2 ** (self._bits - 1))
         return Scales(scale, middle if self.symmetric else (-low / scale).round())
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
-        return (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self._largest).to(torch.uint8)
+        return (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self.largest).to(torch.uint8)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         return (codes - scales.zero_point) * scales.scale
 
     def nearest(self, x: Tensor, scales: Scales) -> Tensor:
-        steps = (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self._largest)
+        steps = (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self.largest)
         return steps.sub_(scales.zero_point).mul_(scales.scale)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.linear_algebra import check_damping, inverse_factor
-from opt8bit.ptq.methods.method import Format, Method, Rounded, by_column, fit_groups, pieces
-from opt8bit.quant.grid import Scales
+from opt8bit.ptq.methods.kernels import kernels_for
+from opt8bit.ptq.methods.method import Format, Method, Rounded, by_column, fit_groups, group_numbers, pieces
+from opt8bit.quant.grid import Grid, Scales
 
 
 @dataclass(frozen=True)
@@ -42,40 +43,60 @@ class GPTQ(Method):
         check_damping(self.damping)
 
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
-        group_size = format.groups_of(weight)
+        group_of = group_numbers(weight, format.groups_of(weight))
         order = torch.arange(len(hessian), device=hessian.device)
         if self.act_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        _, factor = inverse_factor(hessian[order][:, order], self.damping)
-        importance = factor.diagonal().square().reciprocal().to(weight.dtype)
         back = torch.argsort(order)
-        scales = fit_groups(weight, format, importance[back])
-        columns = by_column(scales, group_size).at(order)
-        rounded = weight.T[order].contiguous()  # (in, out): a column of the weight is a row here
+        _, factor = inverse_factor(hessian[order][:, order], self.damping)
         factor = factor.to(weight.dtype)
-        for start, stop in pieces(len(rounded), group_size):
-            if not self.act_order and start % group_size == 0:
-                group = slice(start, start + group_size)
-                fitted = format.grid.fit(rounded[group].T, importance[group])
-                columns.scale[group], columns.zero_point[group] = fitted.scale.T, fitted.zero_point.T
-            errors = _round_piece(
-                rounded[start:stop], factor[start:stop, start:stop], columns.at(slice(start, stop)), format
-            )
-            rounded[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        by_group = columns.at(back).at(slice(None, None, group_size))
-        return Rounded.of(rounded[back].T, Scales(*(part.T.contiguous() for part in by_group)), format)
+        importance = factor.diagonal().square().reciprocal()
+        scales = fit_groups(weight, format, importance[back]) if self.act_order else None
+        kernels = kernels_for(weight, format.grid)
+        if kernels is not None:
+            rounded, scales = kernels.gptq(weight[:, order], factor, importance, group_of[order], scales)
+        else:
+            rounded, scales = round_columns(weight[:, order], factor, importance, group_of[order], scales, format.grid)
+        return Rounded.of(rounded[:, back], scales, format)
+
+
+def round_columns(
+    weight: Tensor,  # (out, in), columns in the order in which they are rounded
+    factor: Tensor,  # (in, in), U
+    importance: Tensor,  # (in,)
+    group_of: Tensor,  # (in,)
+    scales: Scales | None,  # (out, groups); fitted on the way where None: columns then go group by group
+    grid: Grid,
+) -> tuple[Tensor, Scales]:
+    """The rounded weight, (out, in), and its scales, (out, groups)."""
+    fits = scales is None
+    if scales is None:
+        shape = (weight.shape[0], int(group_of.max()) + 1)
+        scales = Scales(weight.new_empty(shape), weight.new_empty(shape))
+    free = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the weight is a row here
+    reached = -1
+    for start, stop in pieces(group_of) if fits else pieces(torch.zeros_like(group_of)):
+        if fits and int(group_of[start]) != reached:
+            reached = int(group_of[start])
+            columns = group_of == reached
+            fitted = grid.fit(free[columns].T, importance[columns])
+            scales.scale[:, reached], scales.zero_point[:, reached] = fitted.scale[:, 0], fitted.zero_point[:, 0]
+        own = by_column(scales, group_of[start:stop])
+        errors = _round_piece(free[start:stop], factor[start:stop, start:stop], own, grid)
+        free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return free.T, scales
 
 
 def _round_piece(
     piece: Tensor,  # (n, out), rounded in place
     factor: Tensor,  # (n, n)
     scales: Scales,  # (n, out)
-    format: Format,
+    grid: Grid,
 ) -> Tensor:
     """Rounds the columns of one piece, each after the errors of those before it; returns ``e``, (n, out)."""
     errors = torch.empty_like(piece)
     for j in range(len(piece)):
-        value = format.grid.nearest(piece[j], scales.at(j))
+        value = grid.nearest(piece[j], scales.at(j))
         errors[j] = (piece[j] - value) / factor[j, j]
         piece[j] = value
         piece[j + 1 :].addcmul_(factor[j, j + 1 :, None], errors[j], value=-1)

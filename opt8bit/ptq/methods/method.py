@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from opt8bit.ptq.methods.kernels import kernels_for
 from opt8bit.quant.grid import Grid, Scales
 
 PIECE = 128  # columns that are rounded before those behind them are brought up to date
@@ -135,20 +137,31 @@ def objective(
 
 
 def fit_groups(weight: Tensor, format: Format, importance: Tensor | None = None) -> Scales:
-    """Scales (out, groups) of a whole weight (out, in); ``importance`` (in,) weighs its columns."""
-    groups = weight.unflatten(1, (-1, format.groups_of(weight)))
+    """Scales (out, groups) of a whole weight (out, in); ``importance`` (in,) weighs the errors of its columns."""
+    group_size = format.groups_of(weight)
+    kernels = kernels_for(weight, format.grid)
+    if kernels is not None:
+        return kernels.fit(weight, group_size, weight.new_ones(weight.shape[1]) if importance is None else importance)
+    groups = weight.unflatten(1, (-1, group_size))
     if importance is not None:
         importance = importance.to(weight.dtype).unflatten(0, groups.shape[1:])
     return format.grid.fit(groups, importance).at((..., 0))
 
 
-def by_column(scales: Scales, group_size: int) -> Scales:
+def group_numbers(weight: Tensor, group_size: int) -> Tensor:
+    """The group that each column of a weight (out, in) belongs to, (in,)."""
+    return torch.arange(weight.shape[1], device=weight.device) // group_size
+
+
+def by_column(scales: Scales, group_of: Tensor) -> Scales:
     """Scales (out, groups) laid out column by column of the weight, (in, out)."""
-    return Scales(*(part.T.repeat_interleave(group_size, 0) for part in scales))
+    return Scales(*(part.T[group_of] for part in scales))
 
 
-def pieces(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
+def pieces(group_of: Tensor) -> Iterator[tuple[int, int]]:
     """Cuts columns into runs of at most 128 that never cross from one group into the next."""
-    for group in range(0, columns, group_size):
-        for start in range(group, group + group_size, PIECE):
-            yield start, min(start + PIECE, group + group_size)
+    start = 0
+    for length in torch.unique_consecutive(group_of, return_counts=True)[1].tolist():
+        for first in range(start, start + length, PIECE):
+            yield first, min(first + PIECE, start + length)
+        start += length

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.methods.method import Format, Method, Rounded, by_column, pieces
+from opt8bit.ptq.methods.kernels import kernels_for
+from opt8bit.ptq.methods.method import PIECE, Format, Method, Rounded, by_column, group_numbers
 from opt8bit.ptq.methods.rtn import RTN
-from opt8bit.quant.grid import Scales
+from opt8bit.quant.grid import Grid, Scales
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,16 @@ def descend(
     sweeps: int,
 ) -> Tensor:
     """Coordinate descent on a fixed grid; returns the weight (out, in), of which every value lies on the grid."""
-    group_size = format.groups_of(weight)
+    group_of = group_numbers(weight, format.groups_of(weight))
     hessian = hessian.to(weight.dtype)
+    kernels = kernels_for(weight, format.grid)
+    if kernels is not None:
+        return kernels.coordinate_descent(weight, on_grid, hessian, group_of, scales, sweeps)
     result = on_grid.clone()
     active = torch.arange(len(weight), device=weight.device)
     for _ in range(sweeps):
         before = result[active]
-        after = _sweep(weight[active], before, hessian, by_column(scales.at(active), group_size), format, group_size)
+        after = _sweep(weight[active], before, hessian, by_column(scales.at(active), group_of), format.grid)
         result[active] = after
         active = active[(after != before).any(1)]
         if not len(active):
@@ -74,24 +78,30 @@ def descend(
     return result
 
 
-def _sweep(weight: Tensor, on_grid: Tensor, hessian: Tensor, scales: Scales, format: Format, group_size: int) -> Tensor:
+def _sweep(
+    weight: Tensor,  # (out, in)
+    on_grid: Tensor,  # (out, in)
+    hessian: Tensor,  # (in, in)
+    scales: Scales,  # (in, out)
+    grid: Grid,
+) -> Tensor:
     """One pass over all columns; returns the weight (out, in) after it."""
     rounded = on_grid.T.contiguous()  # (in, out): a column of the weight is a row here
     residual = hessian @ (weight.T - rounded)  # [(W - Ŵ) H]ᵀ
-    for start, stop in pieces(len(rounded), group_size):
-        piece = slice(start, stop)
+    for start in range(0, len(rounded), PIECE):
+        piece = slice(start, start + PIECE)
         before = rounded[piece].clone()
-        _sweep_piece(rounded[piece], residual[piece], hessian[piece, piece], scales.at(piece), format)
-        residual[stop:].addmm_(hessian[stop:, piece], before.sub_(rounded[piece]))
+        _sweep_piece(rounded[piece], residual[piece], hessian[piece, piece], scales.at(piece), grid)
+        residual[start + PIECE :].addmm_(hessian[start + PIECE :, piece], before.sub_(rounded[piece]))
     return rounded.T
 
 
-def _sweep_piece(rounded: Tensor, residual: Tensor, hessian: Tensor, scales: Scales, format: Format) -> None:
+def _sweep_piece(rounded: Tensor, residual: Tensor, hessian: Tensor, scales: Scales, grid: Grid) -> None:
     """The columns of one piece, (n, out) each; ``residual`` is kept up to date inside it."""
     for j, curvature in enumerate(hessian.diagonal().tolist()):
         if curvature <= 0:
             continue  # no input reaches this column
-        value = format.grid.nearest(torch.add(rounded[j], residual[j], alpha=1 / curvature), scales.at(j))
+        value = grid.nearest(torch.add(rounded[j], residual[j], alpha=1 / curvature), scales.at(j))
         change = rounded[j] - value
         rounded[j] = value
         residual[j + 1 :].addcmul_(hessian[j + 1 :, j, None], change)
