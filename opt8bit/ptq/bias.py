@@ -61,11 +61,11 @@ def median_shift(
     pairs = []
     for x, x_hat, mask in inputs:
         counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        pairs.append((x[counts], (x if local else x_hat)[counts]))
+        pairs.append((x[counts].to(weight.dtype), (x if local else x_hat)[counts].to(weight.dtype)))
     shifts = []
     for start in range(0, len(weight), channels):
         part = slice(start, start + channels)
-        errors = [x @ weight[part].T.to(x) - x_hat @ rounded[part].T.to(x) for x, x_hat in pairs]
+        errors = [x @ weight[part].T - x_hat @ rounded[part].T for x, x_hat in pairs]
         shifts.append(torch.cat(errors).median(0).values)
     return torch.cat(shifts)
 
@@ -93,7 +93,7 @@ def position_shift(
     sum_x, sum_x_hat = weight.new_zeros(length, features), weight.new_zeros(length, features)
     tokens = weight.new_zeros(length)
     for x, x_hat, mask in inputs:
-        counts = torch.ones_like(x[..., 0]) if mask is None else mask.to(x)
+        counts = x.new_ones(x.shape[:2]) if mask is None else mask.to(x)
         sum_x += torch.einsum("sl,sld->ld", counts, x)
         sum_x_hat += torch.einsum("sl,sld->ld", counts, x if local else x_hat)
         tokens += counts.sum(0)

@@ -77,11 +77,12 @@ def compress_stage(
     Raises:
         ValueError: an input is not finite.
     """
-    weights = {name: matrix(layer).float() for name, layer in layers.items()}
-    first = next(iter(weights.values()))
+    first = matrix(next(iter(layers.values())))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
     statistics = Statistics(first.shape[1], device=first.device)
     for x, x_hat, mask in inputs:
-        statistics.update(x.float(), x_hat.float(), mask)
+        statistics.update(x.to(dtype), x_hat.to(dtype), mask)
     moments = Moments(statistics, centred=False)
     rounded = {}
     for with_bias in (True, False):
@@ -95,7 +96,7 @@ def compress_stage(
         dense = rounded[name].dequantize()
         had: Tensor | None = layers[name].bias  # type: ignore[assignment]
         shift = _shift(weight, dense, statistics, inputs, recipe) if name in corrected else None
-        bias = None if had is None else had.detach().float()
+        bias = None if had is None else had.detach().to(dtype)
         if shift is not None:
             bias = shift if bias is None else bias + shift
         result[name] = Compressed(
@@ -124,14 +125,14 @@ def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict
 
 
 def _shift(weight: Tensor, rounded: Tensor, statistics: Statistics, inputs: Inputs, recipe: Recipe) -> Tensor:
-    """What Bias Compensation adds to a layer's bias, float32."""
+    """What Bias Compensation adds to a layer's bias, in the dtype of the weight."""
     local = recipe.correct == "local"
     if recipe.statistic == "position":
-        return compensation.position_shift(weight, rounded, inputs, local=local).float()
+        return compensation.position_shift(weight, rounded, inputs, local=local)
     shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local)
     if recipe.statistic == "median":
         shift = compensation.median_shift(weight, rounded, inputs, local=local)
-    return compensation.shrunk(shift, noise).float()
+    return compensation.shrunk(shift, noise).to(weight.dtype)
 
 
 def _output_error(

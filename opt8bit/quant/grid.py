@@ -12,7 +12,7 @@ from opt8bit.quant.codebook import check_codebook
 
 RANGES = ("minmax", "mse")
 # The fractions of a block's full range that the search tries. Below a fifth, clipping costs more than it gains.
-FRACTIONS = torch.linspace(1.0, 0.2, 41).tolist()
+FRACTIONS = torch.linspace(1.0, 0.2, 41, dtype=torch.float64).tolist()
 
 
 class Scales(NamedTuple):
@@ -73,7 +73,7 @@ class UniformGrid(Grid):
     """
 
     def __init__(self, bits: int, *, symmetric: bool = False, range: str = "minmax") -> None:
-        if isinstance(bits, bool) or bits not in (2, 3, 4, 5, 6, 7, 8):
+        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {bits!r}")
         self._bits = bits
         self.symmetric = symmetric
@@ -161,7 +161,7 @@ class CodebookGrid(Grid):
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         values = self.codebook.to(device=x.device, dtype=torch.float64)
         middles = ((values[1:] + values[:-1]) / 2).to(x.dtype)
-        return torch.bucketize(x / scales.scale, middles).to(torch.uint8)
+        return torch.bucketize((x / scales.scale).contiguous(), middles).to(torch.uint8)
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         return self.codebook.to(scales.scale)[codes.long()] * scales.scale

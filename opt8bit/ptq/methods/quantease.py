@@ -36,6 +36,10 @@ class QuantEase(Method):
     def __post_init__(self) -> None:
         check_sweeps("sweeps", self.sweeps)
 
+    @property
+    def rowwise(self) -> bool:  # type: ignore[override]
+        return self.start.rowwise
+
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         begun = self.start.round(weight, hessian, format)
         kept = begun.dequantize() - begun.on_grid()  # of the outliers
@@ -86,7 +90,7 @@ def _sweep(
     grid: Grid,
 ) -> Tensor:
     """One pass over all columns; returns the weight (out, in) after it."""
-    rounded = on_grid.T.contiguous()  # (in, out): a column of the weight is a row here
+    rounded = on_grid.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the weight is a row here
     residual = hessian @ (weight.T - rounded)  # [(W - Ŵ) H]ᵀ
     for start in range(0, len(rounded), PIECE):
         piece = slice(start, start + PIECE)

@@ -1,0 +1,279 @@
+"""The pipeline on small random models of each type: what it finds, what it leaves alone, what it refuses."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from toys import MODELS, PLACES, token_ids
+
+from opt8bit import ptq
+from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix, stages
+from opt8bit.ptq.layer import Compressed
+from opt8bit.ptq.pipeline import install
+from opt8bit.quant import CodebookGrid, normal_float
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for module in model.modules():
+        assert not module._forward_pre_hooks and "forward" not in module.__dict__
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, **more).logits
+
+
+@every_model
+def test_every_linear_layer_of_the_blocks_is_compressed(name: str) -> None:
+    model = MODELS[name]()
+    before = parameters(model)
+    result = ptq.compress(model, token_ids(), bits=4, group_size=16, batch_size=4)
+    assert_untouched(model, before)
+    prefix, blocks = find_blocks(model)
+    expected = {f"{prefix}.{i}.{layer}" for i, block in enumerate(blocks) for layer in linear_layers(block)}
+    assert len(blocks) == 2 and result.layers.keys() == expected == {row.name for row in result.report}
+    compressed = dict(result.compressed_model().named_modules())
+    for layer in expected:
+        assert torch.equal(matrix(compressed[layer]), result.layers[layer].rounded.dequantize())
+    changed = {key for key, value in compressed[""].named_parameters() if not torch.equal(value, before[key])}
+    assert changed == {f"{layer}.weight" for layer in expected}
+
+
+@every_model
+def test_fewer_bits_are_worse_and_eight_are_nearly_exact(name: str) -> None:
+    model, ids = MODELS[name](), token_ids()
+    exact = logits(model, ids)
+    errors = []
+    for bits in (2, 4, 8):
+        result = ptq.compress(model, ids, bits=bits, group_size=16)
+        errors.append(float((logits(result.compressed_model(), ids) - exact).norm() / exact.norm()))
+    assert errors[2] < 0.02 and errors[2] < errors[1] < errors[0]
+
+
+@every_model
+def test_biases_go_where_the_architecture_holds_them(name: str) -> None:
+    result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, correct="sequential")
+    for row in result.report:
+        parent, _, last = row.name.rpartition(".")
+        expected = PLACES[name].get(last, "own")
+        assert row.bias_place == (expected and expected.replace("through ", f"through {parent}."))
+        assert (row.bias_norm > 0) == (expected is not None)
+        assert bool(row.note) == (expected is None)
+        assert row.error_corrected <= row.error_rounded
+
+
+@every_model
+def test_batches_of_any_size_give_the_same(name: str) -> None:
+    model, ids = MODELS[name]().double(), token_ids()
+    results = [ptq.compress(model, ids, bits=3, group_size=16, batch_size=size) for size in (1, 10)]
+    for layer, first in results[0].layers.items():
+        assert torch.equal(first.rounded.codes, results[1].layers[layer].rounded.codes)
+
+
+@every_model
+def test_padding_does_not_count(name: str) -> None:
+    """Sequences with tokens behind them that are masked compress like the sequences alone."""
+    model, ids = MODELS[name]().double(), token_ids()
+    padded = torch.cat([ids, torch.full((10, 4), 7)], 1)
+    mask = torch.ones_like(padded)
+    mask[:, 24:] = 0
+    alone = ptq.compress(model, [{"input_ids": ids, "attention_mask": mask[:, :24]}], bits=3, group_size=16)
+    with_padding = ptq.compress(model, [{"input_ids": padded, "attention_mask": mask}], bits=3, group_size=16)
+    for layer, first in alone.layers.items():
+        assert torch.equal(first.rounded.codes, with_padding.layers[layer].rounded.codes)
+
+
+@pytest.mark.parametrize("correct", ["local", "sequential", "joint"])
+def test_correcting_lowers_the_error_of_every_layer(correct: str) -> None:
+    result = ptq.compress(MODELS["opt"](), token_ids(), bits=2, group_size=None, correct=correct, error_propagation=0.0)
+    for row in result.report:
+        assert row.error_corrected <= row.error_rounded * (1 if correct != "local" else 1.05)
+    assert sum(row.error_corrected for row in result.report) < sum(row.error_rounded for row in result.report)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) -> None:
+    """Value biases that went through the output projection do what a bias on the values would have done."""
+    model, ids = MODELS["gpt_neo"](), token_ids()
+    result = ptq.compress(model, ids, bits=3, group_size=16, correct="sequential", statistic=statistic)
+    hooked = copy.deepcopy(model)
+    modules = dict(hooked.named_modules())
+    folded = 0
+    with torch.no_grad():
+        for name, layer in result.layers.items():
+            install(modules[name], layer)
+        for name, place in result.places.items():
+            if place and place.startswith("through "):
+                output = modules[place.removeprefix("through ")]
+                shift = torch.randn(32, generator=torch.Generator().manual_seed(3))
+                before = logits(hooked, ids)
+                handle = modules[name].register_forward_hook(lambda module, args, out, shift=shift: out + shift)
+                with_hook = logits(hooked, ids)
+                handle.remove()
+                output.bias += matrix(output) @ shift
+                torch.testing.assert_close(logits(hooked, ids), with_hook, rtol=1e-4, atol=1e-5)
+                assert not torch.allclose(before, with_hook)
+                assert result.layers[name].bias is None and result.layers[place[8:]].bias is not None
+                folded += 1
+    assert folded == 2
+
+
+def test_by_position_applies_a_bias_at_each_position_and_counts_its_bytes() -> None:
+    model, ids = MODELS["llama"](), token_ids()
+    result = ptq.compress(model, ids, bits=2, group_size=16, correct="sequential", statistic="position")
+    row = result.report[0]
+    assert row.bias_bytes == 24 * row.shape[0] * 4
+    bias = result.layers[row.name].bias
+    assert bias is not None and bias.shape == (24, row.shape[0])
+    module = dict(result.compressed_model().named_modules())[row.name]
+    x = torch.randn(2, 24, row.shape[1])
+    torch.testing.assert_close(module(x), x @ matrix(module).T + bias)
+
+
+def test_layers_that_read_the_same_input_go_together() -> None:
+    from opt8bit.ptq.blocks import block_calls, evaluating
+
+    model = MODELS["llama"]()
+    _, blocks = find_blocks(model)
+    with evaluating(model):
+        call = block_calls(model, blocks, {"input_ids": token_ids()})[0]
+        found = stages(blocks[0], call)
+    attention, mlp = "self_attn.", "mlp."
+    assert found == [
+        [attention + part for part in ("q_proj", "k_proj", "v_proj")],
+        [attention + "o_proj"],
+        [mlp + "gate_proj", mlp + "up_proj"],
+        [mlp + "down_proj"],
+    ]
+
+
+def test_the_report_is_given_as_layers_are_done() -> None:
+    seen: list[tuple[str, int]] = []
+    result = ptq.compress(
+        MODELS["llama"](), token_ids(), group_size=16, see=lambda row, count: seen.append((row.name, count))
+    )
+    assert seen == [(row.name, 14) for row in result.report]
+
+
+def test_a_codebook_serves_as_a_grid() -> None:
+    result = ptq.compress(
+        MODELS["llama"](), token_ids(), method=ptq.GPTQ(), grid=CodebookGrid(normal_float(4)), group_size=16
+    )
+    assert all(row.bits_per_weight == 5 for row in result.report)
+
+
+def test_training_mode_and_gradients_are_as_before() -> None:
+    model = MODELS["opt"]().train()
+    model.model.decoder.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    ptq.compress(model, token_ids(), group_size=16)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_bfloat16_models_keep_their_dtype() -> None:
+    model = MODELS["llama"]().bfloat16()
+    result = ptq.compress(model, token_ids(), bits=4, group_size=16, correct="sequential")
+    assert {param.dtype for param in result.compressed_model().parameters()} == {torch.bfloat16}
+
+
+def model_with(change: str) -> nn.Module:
+    model = MODELS["llama"]()
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight[3, 4] = {"nan": float("nan"), "inf": float("inf"), "": weight[3, 4]}[change]
+    if change == "":
+        model.model.layers[0].post_attention_layernorm.weight.data[5] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("change", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_done(change: str) -> None:
+    seen: list[object] = []
+    with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: a weight is not finite"):
+        ptq.compress(model_with(change), token_ids(), group_size=16, see=lambda *row: seen.append(row))
+    assert not seen
+
+
+def test_activations_that_are_not_finite_name_their_layer() -> None:
+    model = model_with("")
+    before = [name for name, module in model.named_modules() if module.training]
+    with pytest.raises(ValueError, match=r"^model.layers.0.mlp.gate_proj: an input is not finite"):
+        ptq.compress(model, token_ids(), group_size=16)
+    assert before == [name for name, module in model.named_modules() if module.training]
+    for module in model.modules():
+        assert not module._forward_pre_hooks and "forward" not in module.__dict__
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 48}, r"^model.layers.0.self_attn.q_proj: group_size must be a positive divisor of the 32"),
+        ({"bits": 9}, "bits must be 2 to 8, got 9"),
+        ({"range": "full"}, "range must be one of minmax, mse, got 'full'"),
+        ({"correct": "global"}, "correct must be one of none, local, sequential, joint, got 'global'"),
+        ({"statistic": "mode", "correct": "local"}, "statistic must be one of mean, median, position, got 'mode'"),
+        ({"statistic": "median"}, "statistic='median' has no bias to serve: correct is 'none'"),
+        ({"statistic": "median", "correct": "joint"}, "correct='joint' is least squares"),
+        ({"error_propagation": 1.5}, "error_propagation must be from 0 to 1, got 1.5"),
+        ({"error_propagation": 0.5, "method": ptq.RTN()}, "looks at no inputs: error_propagation must be 0"),
+        ({"grid": CodebookGrid(normal_float(4)), "bits": 3}, "bits, symmetric and range are those of grid="),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+    ],
+)
+def test_arguments_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ptq.compress(MODELS["llama"](), token_ids(), **{"group_size": 16, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [torch.zeros(0, 8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64), torch.zeros(2, 8), [], [{}]],
+)
+def test_calibration_is_checked(calibration: object) -> None:
+    with pytest.raises(ValueError, match=r"calibration must be (int64 )?token ids \(samples, length\)"):
+        ptq.compress(MODELS["llama"](), calibration, group_size=16)  # type: ignore[arg-type]
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no blocks found in Sequential: expected an nn.ModuleList"):
+        ptq.compress(nn.Sequential(nn.Linear(4, 4)), token_ids())
+
+
+def test_a_plain_model_of_ones_own_is_compressed() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(16, 32, bias=False), nn.Linear(32, 16)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + self.outer(self.inner(hidden).relu())
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(input_ids)
+            for block in self.blocks:
+                hidden = block(hidden)
+            return self.head(hidden)
+
+    result = ptq.compress(Model(), token_ids() % 50, bits=4, group_size=16, correct="sequential")
+    assert len(result.layers) == 6
+    assert {row.bias_place for row in result.report} == {"own", None}
+    with pytest.raises(TypeError, match="only models of transformers can be exported, got Model"):
+        ptq.export(result, Path("never"))
+    assert isinstance(next(iter(result.layers.values())), Compressed)

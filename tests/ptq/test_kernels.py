@@ -1,0 +1,109 @@
+"""The compiled kernels against the plain torch they stand for, on every instruction set of this machine."""
+
+import itertools
+
+import pytest
+import torch
+from test_methods import layer
+
+from opt8bit import backends
+from opt8bit.backends.native import Native
+from opt8bit.ptq.linear_algebra import inverse_factor
+from opt8bit.ptq.methods import GPTQ, RTN, Format, QuantEase, Rounded, objective
+from opt8bit.ptq.methods.kernels import LayerKernels, kernels_for
+from opt8bit.quant import CodebookGrid, UniformGrid, normal_float
+
+# A sum in another order may round a number that lies in the middle of two codes to the other one; what follows in the
+# row then differs, too. Both are as good.
+SAME_OBJECTIVE = 2e-3
+SHAPES = [(1, 16, 16), (5, 48, 16), (70, 96, None), (130, 160, 32), (64, 128, 128)]
+GRIDS = [
+    UniformGrid(2, range="mse"),
+    UniformGrid(3),
+    UniformGrid(4, symmetric=True),
+    UniformGrid(4, symmetric=True, range="mse"),
+    UniformGrid(8),
+]
+
+
+def both(method: object, kernels: str, shape: tuple[int, int, int | None], grid: UniformGrid, monkeypatch):
+    weight, hessian = layer(shape[0], shape[1], torch.float32)
+    results: list[Rounded] = []
+    for name in ("reference", kernels):
+        monkeypatch.setenv(backends.ENVIRONMENT, name)
+        results.append(method.round(weight, hessian.double(), Format(grid, shape[2])))  # type: ignore[attr-defined]
+    return weight, hessian, *results
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("method", [RTN(), GPTQ(), GPTQ(act_order=True), QuantEase(), QuantEase(3, GPTQ())], ids=str)
+def test_kernels_do_what_the_reference_does(method, grid, shape, kernels: str, monkeypatch) -> None:
+    weight, hessian, reference, native = both(method, kernels, shape, grid, monkeypatch)
+    assert (reference.codes == native.codes).float().mean() > 0.97
+    torch.testing.assert_close(
+        objective(weight, native.dequantize(), hessian),
+        objective(weight, reference.dequantize(), hessian),
+        rtol=SAME_OBJECTIVE,
+        atol=0,
+    )
+    again = Rounded.of(native.on_grid(), native.scales, native.format)
+    assert torch.equal(again.codes, native.codes)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_fits_are_the_same_bits_but_for_the_search(grid: UniformGrid, kernels: str) -> None:
+    weight, hessian = layer(70, 96, torch.float32)
+    importance = hessian.diagonal()
+    fitted = LayerKernels(Native(kernels), grid).fit(weight, 32, importance)
+    expected = grid.fit(weight.unflatten(1, (-1, 32)), importance.unflatten(0, (-1, 32)))
+    same = (fitted.scale == expected.scale[..., 0]) & (fitted.zero_point == expected.zero_point[..., 0])
+    assert same.all() if grid.range == "minmax" else same.float().mean() > 0.99
+
+
+def test_threads_change_no_bit(kernels: str, monkeypatch) -> None:
+    monkeypatch.setenv(backends.ENVIRONMENT, kernels)
+    weight, hessian = layer(200, 96, torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(QuantEase(start=GPTQ()).round(weight, hessian, Format(UniformGrid(3), 32)))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in itertools.pairwise(found):
+        assert torch.equal(a.codes, b.codes) and torch.equal(a.scales.scale, b.scales.scale)
+
+
+def test_coordinate_descent_never_raises_the_objective(kernels: str, monkeypatch) -> None:
+    monkeypatch.setenv(backends.ENVIRONMENT, kernels)
+    weight, hessian = layer(64, 96, torch.float32)
+    format = Format(UniformGrid(3), 32)
+    found = [
+        objective(weight, method.round(weight, hessian, format).dequantize(), hessian.double())
+        for method in (RTN(), *(QuantEase(sweeps) for sweeps in (1, 2, 4, 50)))
+    ]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(found))
+
+
+def test_gptq_error_identity(kernels: str, monkeypatch) -> None:
+    monkeypatch.setenv(backends.ENVIRONMENT, kernels)
+    weight, hessian = layer(20, 96, torch.float32)
+    dense = GPTQ().round(weight, hessian, Format(UniformGrid(3), 32)).dequantize().double()
+    damped, factor = inverse_factor(hessian.double(), GPTQ().damping)
+    free, total = weight.double(), torch.zeros(())
+    for j in range(96):
+        error = (free[:, j] - dense[:, j]) / factor[j, j]
+        total = total + error.square().sum()
+        free -= error[:, None] * factor[j]
+    torch.testing.assert_close(total, objective(weight, dense, damped), rtol=1e-5, atol=0)
+
+
+def test_they_serve_float32_on_even_grids(kernels: str, monkeypatch) -> None:
+    monkeypatch.setenv(backends.ENVIRONMENT, kernels)
+    weight = torch.zeros(2, 2)
+    assert kernels_for(weight, UniformGrid(4)) is not None
+    assert kernels_for(weight.double(), UniformGrid(4)) is None
+    assert kernels_for(weight, CodebookGrid(normal_float(4))) is None
+    monkeypatch.setenv(backends.ENVIRONMENT, "reference")
+    assert kernels_for(weight, UniformGrid(4)) is None

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from opt8bit.ptq.statistics import TRIANGLE, Moments, Statistics, gram
+
+
+def streams(sequences: int = 6, length: int = 5, features: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sequences, length, features, generator=generator, dtype=torch.float64)
+    return x, x + torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+
+def seen(*batches: tuple[torch.Tensor, ...]) -> Statistics:
+    statistics = Statistics(batches[0][0].shape[-1])
+    for batch in batches:
+        statistics.update(*batch)
+    return statistics
+
+
+def assert_same(a: Statistics, b: Statistics) -> None:
+    for name, value in vars(a).items():
+        torch.testing.assert_close(value, getattr(b, name), rtol=1e-12, atol=1e-12)
+
+
+def test_moments_are_those_of_the_tokens() -> None:
+    x, x_hat = streams()
+    statistics = seen((x, x_hat))
+    rows, rows_hat = x.flatten(0, 1), x_hat.flatten(0, 1)
+    assert int(statistics.count) == len(rows)
+    torch.testing.assert_close(statistics.mean_x, rows.mean(0))
+    torch.testing.assert_close(statistics.mean_x_hat, rows_hat.mean(0))
+    moments = Moments(statistics, centred=False)
+    torch.testing.assert_close(moments.xx, rows.T @ rows / len(rows))
+    torch.testing.assert_close(moments.cross, rows.T @ rows_hat / len(rows))
+    torch.testing.assert_close(moments.x_hat_x_hat, rows_hat.T @ rows_hat / len(rows))
+    centred = Moments(statistics, centred=True)
+    torch.testing.assert_close(centred.xx, rows.T.cov(correction=0))
+    torch.testing.assert_close(centred.x_hat_x_hat, rows_hat.T.cov(correction=0))
+    both = torch.cat([rows, rows_hat], 1).T.cov(correction=0)
+    torch.testing.assert_close(centred.cross, both[:4, 4:])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_batches_of_any_size_come_to_the_same(size: int) -> None:
+    x, x_hat = streams()
+    assert_same(seen((x, x_hat)), seen(*zip(x.split(size), x_hat.split(size), strict=True)))
+
+
+def test_merging_is_seeing_both() -> None:
+    x, x_hat = streams()
+    first, second = seen((x[:2], x_hat[:2])), seen((x[2:], x_hat[2:]))
+    first.merge(second)
+    assert_same(first, seen((x, x_hat)))
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e30, float("inf"), float("nan")])
+def test_what_is_masked_does_not_count(padding: float) -> None:
+    x, x_hat = streams()
+    mask = torch.ones(6, 5)
+    mask[1, 3:] = mask[4, :2] = 0
+    padded, padded_hat = x.clone(), x_hat.clone()
+    padded[mask == 0] = padded_hat[mask == 0] = padding
+    expected = Statistics(4)
+    for i in range(6):
+        kept = mask[i].bool()
+        expected.update(x[i, kept][None], x_hat[i, kept][None])
+    assert_same(seen((padded, padded_hat, mask)), expected)
+
+
+def test_float32_sums_keep_float64_batches_apart() -> None:
+    x, x_hat = streams()
+    statistics = Statistics(4, dtype=torch.float32)
+    statistics.update(x.float(), x_hat.float())
+    assert statistics.sum_xx.dtype == torch.float32
+    torch.testing.assert_close(statistics.sum_xx.double(), seen((x, x_hat)).sum_xx, rtol=1e-5, atol=1e-4)
+
+
+def test_gram_of_more_columns_than_one_piece() -> None:
+    rows = torch.randn(3, 2 * TRIANGLE + 7, dtype=torch.float64)
+    torch.testing.assert_close(gram(rows), rows.T @ rows)
+
+
+def test_what_is_not_finite_is_refused_and_changes_nothing() -> None:
+    x, x_hat = streams()
+    statistics, expected = seen((x, x_hat)), seen((x, x_hat))
+    bad = x.clone()
+    bad[0, 0, 0] = float("nan")
+    for pair in ((bad, x_hat), (x, bad)):
+        with pytest.raises(ValueError, match="not finite"):
+            statistics.update(*pair)
+    assert_same(statistics, expected)
+
+
+def test_shapes_and_dtypes_are_checked() -> None:
+    x, x_hat = streams()
+    with pytest.raises(ValueError, match=r"must both be \(sequences, length, 4\), got \(6, 5, 4\) and \(6, 5, 3\)"):
+        Statistics(4).update(x, x_hat[..., :3])
+    with pytest.raises(ValueError, match=r"mask must be \(6, 5\), got \(6, 4\)"):
+        Statistics(4).update(x, x_hat, torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.float64, got torch.bfloat16"):
+        Statistics(4, dtype=torch.bfloat16)

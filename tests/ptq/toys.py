@@ -1,0 +1,81 @@
+"""Small random language models, one of each type, by name."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+VOCABULARY = 96
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
+GATED = {**SIZES, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
+
+
+def _make(architecture: str, **config: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transformers' own, on import
+            import transformers
+
+            transformers.logging.set_verbosity_error()
+            name = f"{architecture}Config"
+            model_class = architecture + ("LMHeadModel" if architecture == "GPT2" else "ForCausalLM")
+            torch.manual_seed(0)
+            model = getattr(transformers, model_class)(getattr(transformers, name)(**config)).eval()
+        for param in model.parameters():  # biases and norms as a trained model has them
+            if param.dim() == 1:
+                param.data += 0.1 * torch.randn_like(param)
+        return model
+
+    return make
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "opt": _make("OPT", **SIZES, ffn_dim=64, num_hidden_layers=2, max_position_embeddings=64, word_embed_proj_dim=32),
+    "bloom": _make("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "llama": _make("Llama", **GATED),
+    "mistral": _make("Mistral", **GATED, sliding_window=8),
+    "qwen2": _make("Qwen2", **GATED),
+    "qwen3": _make("Qwen3", **GATED, head_dim=8),
+    "falcon": _make("Falcon", **SIZES, num_hidden_layers=2),
+    "falcon-grouped": _make("Falcon", **SIZES, num_hidden_layers=2, new_decoder_architecture=True, num_kv_heads=2),
+    "gpt2": _make("GPT2", vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neo": _make(
+        "GPTNeo",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        window_size=8,
+    ),
+    "gemma2": _make("Gemma2", **GATED, head_dim=8, sliding_window=8),
+}
+# What holds a bias, by the last part of a layer's name; "own" where it is not named.
+PLACES: dict[str, dict[str, str | None]] = {
+    "opt": {},
+    "bloom": {},
+    "llama": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_bias"),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp_bias"),
+    },
+    "mistral": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "qwen2": dict.fromkeys(("o_proj", "gate_proj", "up_proj", "down_proj")),
+    "qwen3": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_bias"),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj")),
+    },
+    "falcon": dict.fromkeys(("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), "bias"),
+    "falcon-grouped": dict.fromkeys(("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), "bias"),
+    "gpt2": {},
+    "gpt_neo": {"q_proj": None, "k_proj": None, "v_proj": "through out_proj"},
+    "gemma2": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_bias"),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj")),
+    },
+}
+
+
+def token_ids(samples: int = 10, length: int = 24) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1))

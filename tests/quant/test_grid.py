@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
+from opt8bit.quant.grid import Grid, Scales
+
+GRIDS = {
+    **{f"uniform{bits}": UniformGrid(bits) for bits in range(2, 9)},
+    **{f"symmetric{bits}": UniformGrid(bits, symmetric=True) for bits in range(2, 9)},
+    "uniform3-mse": UniformGrid(3, range="mse"),
+    "symmetric2-mse": UniformGrid(2, symmetric=True, range="mse"),
+    "normal4": CodebookGrid(normal_float(4)),
+    "normal3-mse": CodebookGrid(normal_float(3), range="mse"),
+    "dynamic8": CodebookGrid(dynamic_map()),
+}
+
+
+def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def all_values(grid: Grid, scales: Scales) -> torch.Tensor:
+    """Every value of the grid of each block, (..., codes)."""
+    count = 2**grid.bits if isinstance(grid, UniformGrid) else grid.codebook.numel()  # type: ignore[attr-defined]
+    codes = torch.arange(count, dtype=torch.uint8).expand(*scales.scale.shape[:-1], count)
+    return grid.decode(codes, scales)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_takes_the_nearest_of_its_values(name: str, dtype: torch.dtype) -> None:
+    grid, x = GRIDS[name], blocks(dtype)
+    scales = grid.fit(x)
+    values = all_values(grid, scales)
+    best = (x[..., None] - values[..., None, :]).abs().amin(-1)
+    rounded = grid.nearest(x, scales)
+    assert rounded.dtype == dtype
+    torch.testing.assert_close((x - rounded).abs(), best, rtol=1e-5, atol=1e-6)
+    assert (rounded[..., None] == values[..., None, :]).any(-1).all()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_codes_are_the_values(name: str) -> None:
+    grid, x = GRIDS[name], blocks()
+    scales = grid.fit(x)
+    codes = grid.encode(x, scales)
+    assert codes.dtype == torch.uint8 and int(codes.max()) < 2**grid.bits
+    rounded = grid.decode(codes, scales)
+    assert torch.equal(rounded, grid.nearest(x, scales))
+    assert torch.equal(grid.encode(rounded, scales), codes)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_zeros_stay_zero(name: str) -> None:
+    grid = GRIDS[name]
+    zeros = torch.zeros(2, 8)
+    assert torch.equal(grid.nearest(zeros, grid.fit(zeros)), zeros)
+    x = blocks()
+    x[..., ::2] = 0
+    assert (grid.nearest(x, grid.fit(x))[..., ::2] == 0).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_minmax_spans_the_block(bits: int) -> None:
+    x = blocks()
+    scales = UniformGrid(bits).fit(x)
+    assert (UniformGrid(bits).nearest(x, scales) - x).abs().max() <= scales.scale.max() * 1.001
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_finds_what_trying_all_fractions_finds(bits: int, symmetric: bool) -> None:
+    x, importance = blocks(torch.float64), torch.rand(32, dtype=torch.float64)
+    full, searched = (UniformGrid(bits, symmetric=symmetric, range=name) for name in ("minmax", "mse"))
+
+    def error(scales: Scales) -> torch.Tensor:
+        return ((full.nearest(x, scales) - x).square() * importance).sum(-1)
+
+    found = error(searched.fit(x, importance))
+    assert (found <= error(full.fit(x))).all()
+    assert found.sum() < 0.95 * error(full.fit(x)).sum()
+    # What clips at any single fraction of the range is never better.
+    for fraction in torch.linspace(0.2, 1, 41, dtype=torch.float64):
+        clipped = torch.minimum(torch.maximum(x, fraction * x.amin(-1, True)), fraction * x.amax(-1, True))
+        if symmetric:
+            clipped = x.clamp(-fraction * x.abs().amax(-1, True), fraction * x.abs().amax(-1, True))
+        assert (found <= error(full.fit(clipped)) * (1 + 1e-9)).all()
+
+
+def test_importance_moves_the_range() -> None:
+    x = torch.cat([torch.randn(1, 31, generator=torch.Generator().manual_seed(1)), torch.tensor([[8.0]])], 1)
+    grid = UniformGrid(3, range="mse")
+    outlier_matters, others_matter = torch.ones(32), torch.ones(32)
+    outlier_matters[-1], others_matter[-1] = 1e6, 1e-6
+    assert grid.fit(x, outlier_matters).scale > 1.5 * grid.fit(x, others_matter).scale
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True, "4"])
+def test_bits_are_checked(bits: object) -> None:
+    with pytest.raises(ValueError, match=r"bits must be 2 to 8, got"):
+        UniformGrid(bits)  # type: ignore[arg-type]
+
+
+def test_ranges_are_checked() -> None:
+    with pytest.raises(ValueError, match="range must be one of minmax, mse, got 'best'"):
+        UniformGrid(4, range="best")
+    with pytest.raises(ValueError, match="range must be one of minmax, mse, got 'best'"):
+        CodebookGrid(normal_float(), range="best")
+
+
+def test_stored_bits() -> None:
+    assert UniformGrid(3).bits_per_block == 19 and UniformGrid(3, symmetric=True).bits_per_block == 16
+    assert CodebookGrid(normal_float(4)).bits == 4 and CodebookGrid(normal_float(4)).bits_per_block == 16
