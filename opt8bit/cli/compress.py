@@ -16,7 +16,9 @@ import torch
 from opt8bit import ptq
 from opt8bit.cli.models import CommandError, load, tokens
 from opt8bit.ptq.evaluate import windows
+from opt8bit.ptq.export import new_folder, write
 from opt8bit.ptq.methods import Method
+from opt8bit.ptq.methods.outliers import STRUCTURES
 
 METHODS = ("rtn", "gptq", "quantease")
 
@@ -37,7 +39,7 @@ class Settings:
     statistic: str
     polish: bool | None
     outliers: float
-    outlier_structure: str
+    outlier_structure: str | None
     act_order: bool
     error_propagation: float | None
     samples: int
@@ -54,41 +56,48 @@ def run(settings: Settings) -> None:
         CommandError: something the user can mend; nothing has been written.
     """
     started = time.perf_counter()
-    if settings.output.exists():
-        raise CommandError(f"{settings.output} exists: give the name of a folder that does not")
     try:
         method = _method(settings)
-        model, tokenizer = load(settings.model, trust_remote_code=settings.trust_remote_code)
-        calibration = _calibration(settings, tokenizer)
-        with _progress() as see:
-            result = ptq.compress(
-                model,
-                calibration,
-                method=method,
-                bits=settings.bits,
-                group_size=settings.group_size or None,
-                symmetric=settings.symmetric,
-                range=settings.range,
-                correct=settings.correct,
-                statistic=settings.statistic,
-                error_propagation=settings.error_propagation,
-                see=see,
-            )
-        ptq.export(result, settings.output, format=settings.format, tokenizer=tokenizer)
+        # Made first: a folder that cannot be written is known before hours are spent.
+        with new_folder(settings.output) as folder:
+            model, tokenizer = load(settings.model, trust_remote_code=settings.trust_remote_code)
+            calibration = _calibration(settings, tokenizer)
+            with _progress() as see:
+                result = ptq.compress(
+                    model,
+                    calibration,
+                    method=method,
+                    bits=settings.bits,
+                    group_size=settings.group_size or None,
+                    symmetric=settings.symmetric,
+                    range=settings.range,
+                    correct=settings.correct,
+                    statistic=settings.statistic,
+                    error_propagation=settings.error_propagation,
+                    see=see,
+                )
+            write(result, folder, settings.format, tokenizer)
     except (ValueError, TypeError, OSError) as error:
         raise CommandError(str(error)) from error
     print(summary(result, settings.output, time.perf_counter() - started))
 
 
 def _method(settings: Settings) -> Method:
+    """
+    Raises:
+        CommandError, ValueError: options contradict each other.
+    """
     if settings.act_order and settings.method != "gptq":
         raise CommandError(f"--act-order is GPTQ's: it has no meaning for {settings.method}")
+    descends = settings.method == "quantease" or settings.outliers
+    if descends and settings.polish is False:
+        raise CommandError("quantease, and outliers, are coordinate descent: --no-polish leaves nothing of it")
+    if settings.outlier_structure is not None and not settings.outliers:
+        raise CommandError("--outlier-structure says how the outliers of --outliers F stand: give F, too")
     start: Method = ptq.GPTQ(act_order=settings.act_order) if settings.method == "gptq" else ptq.RTN()
     if settings.outliers:
-        return ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure, start=start)
+        return ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure or STRUCTURES[0], start=start)
     polish = settings.method != "rtn" if settings.polish is None else settings.polish
-    if settings.method == "quantease" and not polish:
-        raise CommandError("quantease is coordinate descent: --no-polish leaves nothing of it")
     return ptq.QuantEase(start=start) if polish else start
 
 

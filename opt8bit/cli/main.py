@@ -82,7 +82,8 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     polish = "coordinate descent after rounding (default: but for rtn)"
     add("--polish", action=argparse.BooleanOptionalAction, help=polish)
     add("--outliers", type=float, default=0.0, metavar="F", help="fraction of the weights to keep exact")
-    add("--outlier-structure", choices=STRUCTURES, default="unstructured", help="single weights, or whole inputs")
+    structure = "single weights, or whole inputs (default: unstructured)"
+    add("--outlier-structure", choices=STRUCTURES, help=structure)
     add("--act-order", action="store_true", help="GPTQ by falling second moment of the inputs")
     strength = "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn)"
     add("--error-propagation", type=float, metavar="ALPHA", help=strength)

@@ -43,10 +43,15 @@ def export(result: Result, path: str | Path, *, format: str = "dense", tokenizer
     if result.recipe.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
     with new_folder(Path(path)) as folder:
-        FORMATS[format](result, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write(result, folder, format, tokenizer)
     return Path(path)
+
+
+def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> None:
+    """Writes the checkpoint's files into a folder, arguments as in :func:`export`."""
+    FORMATS[format](result, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""``opt8bit compress`` and ``opt8bit evaluate`` on a small random model, and what they refuse before they begin."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import MODELS
+
+from opt8bit import ptq
+from opt8bit.cli.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer of one token per byte, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("models")
+    model: Any = MODELS["llama"]()
+    model.save_pretrained(path / "llama")
+    words = {f"{number}": number for number in range(96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path / "llama")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(96, (600,), generator=generator).tolist()
+    (path / "text.txt").write_text(" ".join(map(str, ids)))
+    return path
+
+
+SMALL = ["--samples", "8", "--sequence-length", "16", "--group-size", "16"]
+
+
+def compress(folder: Path, output: Path, *arguments: str) -> int:
+    text = str(folder / "text.txt")
+    return main(["compress", str(folder / "llama"), "--calibration", text, "--output", str(output), *SMALL, *arguments])
+
+
+def loaded(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_three_arguments_write_a_model_that_loads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(folder, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "14 layers, 18,432 weights at 5.25 bits each, scales counted" in printed
+    assert f"{tmp_path / 'out'} written in" in printed
+    ids = torch.tensor([[int(word) for word in (folder / "text.txt").read_text().split()[:128]]]).view(8, 16)
+    expected = ptq.compress(loaded(folder / "llama"), ids, group_size=16).compressed_model()
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "out")(ids).logits, expected(ids).logits)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        (["--method", "rtn"], {"method": ptq.RTN()}),
+        (["--method", "rtn", "--polish", "--range", "mse"], {"method": ptq.QuantEase(), "range": "mse"}),
+        (["--no-polish"], {"method": ptq.GPTQ()}),
+        (["--act-order", "--no-polish"], {"method": ptq.GPTQ(act_order=True)}),
+        (["--method", "quantease", "--symmetric"], {"method": ptq.QuantEase(), "symmetric": True}),
+        (["--error-propagation", "0"], {"error_propagation": 0.0}),
+        (["--correct", "joint"], {"correct": "joint"}),
+        (["--correct", "local", "--statistic", "median"], {"correct": "local", "statistic": "median"}),
+        (["--outliers", "0.02"], {"method": ptq.OutlierQuantEase(0.02)}),
+        (
+            ["--method", "quantease", "--outliers", "0.1", "--outlier-structure", "column"],
+            {"method": ptq.OutlierQuantEase(0.1, "column", start=ptq.RTN())},
+        ),
+    ],
+    ids=str,
+)
+def test_options_are_those_of_the_library(
+    arguments: list[str], recipe: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    assert compress(folder, tmp_path / "out", "--bits", "3", *arguments) == 0
+    ids = torch.tensor([[int(word) for word in (folder / "text.txt").read_text().split()[:128]]]).view(8, 16)
+    expected = ptq.compress(loaded(folder / "llama"), ids, bits=3, group_size=16, **recipe).compressed_model()
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "out")(ids).logits, expected(ids).logits)
+
+
+def test_a_seed_chooses_other_windows(folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", "0"), ("b", "7"), ("c", "7")):
+        assert compress(folder, tmp_path / name, "--bits", "2", "--seed", seed) == 0
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    same = [all(torch.equal(a[key], b[key]) for key in a) for a, b in ((weights[0], weights[1]), weights[1:])]
+    assert same == [False, True]
+
+
+def test_biases_are_counted_and_named_where_there_is_no_place(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(folder, tmp_path / "out", "--correct", "sequential") == 0
+    assert "14 biases, " in capsys.readouterr().out
+    mistral: Any = MODELS["mistral"]()
+    mistral.save_pretrained(tmp_path / "mistral")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "mistral" / file).write_bytes((folder / "llama" / file).read_bytes())
+    text = str(folder / "text.txt")
+    arguments = ["--calibration", text, "--output", str(tmp_path / "m"), *SMALL, "--correct", "local"]
+    assert main(["compress", str(tmp_path / "mistral"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "0 biases, 0 bytes more" in printed
+    assert printed.count("not corrected: model.layers.1.") == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "1000"], "text.txt: 1000 samples of 16 tokens take 16,000, it has 600"),
+        (["--group-size", "48"], "model.layers.0.self_attn.q_proj: group_size must be a positive divisor of the 32"),
+        (["--act-order", "--method", "rtn"], "--act-order is GPTQ's: it has no meaning for rtn"),
+        (["--method", "quantease", "--no-polish"], "--no-polish leaves nothing of it"),
+        (["--method", "rtn", "--error-propagation", "0.5"], "looks at no inputs: error_propagation must be 0"),
+        (["--outliers", "1.5"], "fraction must be from 0 to 1, got 1.5"),
+        (["--outliers", "0.1", "--no-polish"], "--no-polish"),
+        (["--outlier-structure", "column"], "--outlier-structure"),
+        (["--statistic", "median"], "statistic='median' has no bias to serve"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said_before_anything_is_done(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(folder, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_left_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert compress(folder, tmp_path / "out") == 2
+    assert "exists: give the name of a folder that does not" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_made_is_said_at_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert compress(folder, tmp_path / "file" / "out") == 2
+    captured = capsys.readouterr()
+    assert "file" in captured.err and "error" not in captured.out
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", None])
+def test_texts_are_checked(
+    text: bytes | None, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "bad.txt").write_bytes(text)
+    file = str(tmp_path / "bad.txt")
+    for command in (["compress", "--calibration", file, "--output", str(tmp_path / "out")], ["evaluate", "--text", file]):
+        assert main([command[0], str(folder / "llama"), *command[1:]]) == 2
+        assert "bad.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (folder / "llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = math.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    text = str(folder / "text.txt")
+    arguments = ["--calibration", text, "--output", str(tmp_path / "out"), *SMALL]
+    assert main(["compress", str(tmp_path), *arguments]) == 2
+    assert "model.layers.1.mlp.down_proj: a weight is not finite" in capsys.readouterr().err
+
+
+def test_no_pickle_is_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (folder / "llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["evaluate", str(tmp_path), "--text", str(folder / "text.txt")]) == 2
+    assert "cannot load" in capsys.readouterr().err
+
+
+def test_evaluate_prints_the_perplexity(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(folder / "text.txt")
+    arguments = ["evaluate", str(folder / "llama"), "--text", text, "--sequence-length", "16", "--samples", "5"]
+    ids = torch.tensor([[int(word) for word in Path(text).read_text().split()[:80]]]).view(5, 16)
+    expected = ptq.perplexity(loaded(folder / "llama"), ids)
+    assert main(arguments) == 0
+    assert f"perplexity {expected:.3f} of" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"] == pytest.approx(expected)
+    assert (found["samples"], found["sequence_length"], found["dtype"]) == (5, 16, "float32")
+    assert main([*arguments[:-1], "500"]) == 2
+    assert "500 samples of 16 tokens take 8,000, the text has 600" in capsys.readouterr().err
