@@ -3,9 +3,9 @@
     pip install ".[compress]"
     python benchmarks/compress.py MODEL --calibration FILE --test FILE [--bits 3 4] [--recipes gptq default]
 
-Perplexity on windows of the test text, which nothing was chosen by, and on windows of the calibration text behind those
-that calibrate; seconds of rounding and correcting; bits per weight with the scales counted. Every run is one line of the
-rows' file as soon as it is done. Groups of 64, asymmetric grids.
+Perplexity on windows of the test text, which nothing was chosen by, and on windows of the calibration text behind
+those that calibrate; seconds of rounding and correcting; bits per weight with the scales counted. Every run is one
+line of the rows' file as soon as it is done. Groups of 64, asymmetric grids.
 """
 
 from __future__ import annotations

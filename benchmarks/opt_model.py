@@ -2,8 +2,8 @@
 
     pip install ".[compress]" && python benchmarks/opt_model.py FOLDER
 
-A trained model with biases and LayerNorm, as in the paper on Bias Compensation, where no weights can be downloaded. FOLDER
-gets the checkpoint in ``model``, and two texts that it was not trained on: ``calibration.txt`` and ``test.txt``.
+A trained model with biases and LayerNorm, as in the paper on Bias Compensation, where no weights can be downloaded.
+FOLDER gets the checkpoint in ``model``, and two texts that it was not trained on: ``calibration.txt``, ``test.txt``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def train(ids: torch.Tensor, steps: int, seed: int) -> Any:
         optimizer.zero_grad()
         schedule.step()
         if step % 50 == 0 or step == steps:
-            print(f"step {step} of {steps}, loss {float(loss.detach()):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"step {step} of {steps}, loss {float(loss.detach()):.3f}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 

@@ -15,6 +15,13 @@ from opt8bit.ptq.methods.outliers import STRUCTURES
 from opt8bit.quant.grid import RANGES
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -29,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "demo",
         help="train a small GPT twice, with torch.optim.AdamW and with opt8bit.AdamW8bit, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     train.add_argument("--text", type=Path, help="file to train on (default: Python's standard library)")
     train.add_argument("--steps", type=positive, default=demo.Settings.steps, help="training steps of each run")
@@ -38,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     sizes = commands.add_parser(
         "memory",
         help="print what a model's weights, gradients and optimizer states take, at 32 and at 8 bits",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     sizes.add_argument("model", metavar="MODEL", help="folder with a config.json, or id of a model on the hub")
     sizes.add_argument("--dtype", choices=memory.DTYPES, default="config", help="of the parameters")
@@ -49,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
     test = commands.add_parser(
         "evaluate",
         help="print the perplexity of a language model on a text",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     test.add_argument("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of the hub")
-    test.add_argument("--text", type=Path, required=True, help="file to predict, in UTF-8")
+    test.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to predict, in UTF-8")
     test.add_argument(
         "--sequence-length", type=positive, default=512, help="tokens of a window; windows do not overlap"
     )
@@ -66,20 +73,20 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compress",
         help="round a trained language model's weights to 2-8 bits, correct its outputs, and write it",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = command.add_argument
     add("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of a model on the hub")
-    add("--calibration", type=Path, required=True, help="file of text, in UTF-8, like what the model is for")
-    add("--output", type=Path, required=True, help="folder to write; it must not exist")
+    add("--calibration", type=Path, required=True, metavar="FILE", help="text, in UTF-8, like what the model is for")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
     add("--method", choices=compress.METHODS, default="gptq", help="that rounds")
-    add("--bits", type=int, choices=range(2, 9), default=4, help="of a weight")
-    add("--group-size", type=int, default=64, help="weights of a row that share a scale; 0 for whole rows")
+    add("--bits", type=int, choices=range(2, 9), default=4, metavar="N", help="of a weight, 2 to 8")
+    add("--group-size", type=int, default=64, metavar="N", help="weights of a row that share a scale; 0 for whole rows")
     add("--symmetric", action="store_true", help="grids with a fixed zero point")
     add("--range", choices=RANGES, help="of a grid (default: mse; minmax for rtn)")
     add("--correct", choices=CORRECTIONS, default="none", help="inputs that Bias Compensation takes the errors from")
     add("--statistic", choices=SHIFTS[:2], default="mean", help="of the errors")
-    polish = "coordinate descent after rounding (default: but for rtn)"
+    polish = "coordinate descent after rounding (default: for all but rtn)"
     add("--polish", action=argparse.BooleanOptionalAction, help=polish)
     add("--outliers", type=float, default=0.0, metavar="F", help="fraction of the weights to keep exact")
     structure = "single weights, or whole inputs (default: unstructured)"
@@ -87,10 +94,10 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--act-order", action="store_true", help="GPTQ by falling second moment of the inputs")
     strength = "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn)"
     add("--error-propagation", type=float, metavar="ALPHA", help=strength)
-    add("--samples", type=positive, default=64, help="windows of the calibration text")
-    add("--sequence-length", type=positive, default=512, help="tokens of a window")
+    add("--samples", type=positive, default=64, metavar="N", help="windows of the calibration text")
+    add("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a window")
     add("--format", choices=FORMATS, default="dense", help="of the checkpoint")
-    add("--seed", type=int, default=0, help="of the choice of windows; 0 takes the first ones")
+    add("--seed", type=int, default=0, metavar="N", help="of the choice of windows; 0 takes the first ones")
     add("--trust-remote-code", action="store_true", help="run Python files that come with the model")
 
 

@@ -142,9 +142,7 @@ def test_what_cannot_work_is_said_before_anything_is_done(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_exists_is_left_alone(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_that_exists_is_left_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
     assert compress(folder, tmp_path / "out") == 2
     assert "exists: give the name of a folder that does not" in capsys.readouterr().err
@@ -168,7 +166,10 @@ def test_texts_are_checked(
     if text is not None:
         (tmp_path / "bad.txt").write_bytes(text)
     file = str(tmp_path / "bad.txt")
-    for command in (["compress", "--calibration", file, "--output", str(tmp_path / "out")], ["evaluate", "--text", file]):
+    for command in (
+        ["compress", "--calibration", file, "--output", str(tmp_path / "out")],
+        ["evaluate", "--text", file],
+    ):
         assert main([command[0], str(folder / "llama"), *command[1:]]) == 2
         assert "bad.txt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

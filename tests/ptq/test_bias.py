@@ -67,7 +67,7 @@ def test_by_position_removes_the_mean_error_of_each_position() -> None:
 
 
 def test_the_joint_objective_is_the_error_after_the_best_bias() -> None:
-    weight, _, x, x_hat, statistics = problem()
+    weight, _, _, x_hat, statistics = problem()
     centred = Moments(statistics, centred=True)
     for method in (GPTQ(), QuantEase()):
         rounded = method.round(weight, centred.x_hat_x_hat, Format(UniformGrid(3))).dequantize()

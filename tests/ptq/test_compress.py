@@ -246,7 +246,7 @@ def test_calibration_is_checked(calibration: object) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="no blocks found in Sequential: expected an nn.ModuleList"):
+    with pytest.raises(ValueError, match=r"no blocks found in Sequential: expected an nn\.ModuleList"):
         ptq.compress(nn.Sequential(nn.Linear(4, 4)), token_ids())
 
 
