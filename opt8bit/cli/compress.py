@@ -15,6 +15,7 @@ import torch
 
 from opt8bit import ptq
 from opt8bit.cli.models import CommandError, load, tokens
+from opt8bit.ptq.compress import polished
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import new_folder, write
 from opt8bit.ptq.methods import Method
@@ -98,7 +99,7 @@ def _method(settings: Settings) -> Method:
     if settings.outliers:
         return ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure or STRUCTURES[0], start=start)
     polish = settings.method != "rtn" if settings.polish is None else settings.polish
-    return ptq.QuantEase(start=start) if polish else start
+    return polished(start) if polish else start
 
 
 def _calibration(settings: Settings, tokenizer: Any) -> torch.Tensor:

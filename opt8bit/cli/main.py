@@ -86,7 +86,7 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--range", choices=RANGES, help="of a grid (default: mse; minmax for rtn)")
     add("--correct", choices=CORRECTIONS, default="none", help="inputs that Bias Compensation takes the errors from")
     add("--statistic", choices=SHIFTS[:2], default="mean", help="of the errors")
-    polish = "coordinate descent after rounding (default: for all but rtn)"
+    polish = "coordinate descent and refitted scales after rounding (default: for all but rtn)"
     add("--polish", action=argparse.BooleanOptionalAction, help=polish)
     add("--outliers", type=float, default=0.0, metavar="F", help="fraction of the weights to keep exact")
     structure = "single weights, or whole inputs (default: unstructured)"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.statistics import Statistics
+from opt8bit.ptq.statistics import Inputs, Statistics
 
 CORRECTIONS = ("none", "local", "sequential", "joint")
 SHIFTS = ("mean", "median", "position")
@@ -19,10 +19,12 @@ def mean_shift(
     statistics: Statistics,
     *,
     local: bool = False,
+    drifted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``W E[x] - Ŵ E[x̂]``, the constant that leaves the least squared output error; ``local`` has x for x̂.
 
-    The mean squared error falls by the square of the constant, channel by channel, and never rises.
+    The mean squared error falls by the square of the constant, channel by channel, and never rises. For a layer whose
+    output is added to hidden states that have ``drifted`` by δ, the error is that of the sum, with ``E[δ]`` in it.
 
     Returns:
         The shift, (out,), and its standard error, (out,): tokens of one sequence go together, so that it is told from
@@ -33,6 +35,8 @@ def mean_shift(
     sum_x_hat = statistics.sum_x if local else statistics.sum_x_hat
     dtype = statistics.sum_x.dtype
     shifts = statistics.sum_x @ weight.to(dtype).T - sum_x_hat @ rounded.to(dtype).T  # (sequences, out), over tokens
+    if drifted:
+        shifts = shifts + statistics.sum_drift
     shift = shifts.sum(0) / statistics.count
     return shift, _standard_error(shifts, statistics.tokens, shift)
 
@@ -49,23 +53,27 @@ def _standard_error(sums: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
 def median_shift(
     weight: Tensor,  # (out, in)
     rounded: Tensor,  # (out, in)
-    inputs: Sequence[tuple[Tensor, Tensor, Tensor | None]],  # x, x̂ (sequences, length, in) and mask of each batch
+    inputs: Sequence[Inputs],
     *,
     local: bool = False,
+    drifted: bool = False,
     channels: int = 64,
 ) -> Tensor:
     """The median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error, (out,).
 
+    Arguments as of :func:`mean_shift`, with the inputs in place of their sums.
+
     Source: Minimize Quantization Output Error with Bias Compensation, section 3, with the absolute error.
     """
-    pairs = []
-    for x, x_hat, mask in inputs:
-        counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        pairs.append((x[counts].to(weight.dtype), (x if local else x_hat)[counts].to(weight.dtype)))
     shifts = []
     for start in range(0, len(weight), channels):
         part = slice(start, start + channels)
-        errors = [x @ weight[part].T - x_hat @ rounded[part].T for x, x_hat in pairs]
+        errors = []
+        for x, x_hat, mask, drift in inputs:
+            error = x @ weight[part].T - (x if local else x_hat) @ rounded[part].T
+            if drifted and drift is not None:
+                error += drift[..., part]
+            errors.append(error.flatten(0, 1) if mask is None else error[mask.bool()])
         shifts.append(torch.cat(errors).median(0).values)
     return torch.cat(shifts)
 
@@ -73,31 +81,33 @@ def median_shift(
 def position_shift(
     weight: Tensor,  # (out, in)
     rounded: Tensor,  # (out, in)
-    inputs: Sequence[tuple[Tensor, Tensor, Tensor | None]],  # x, x̂ (sequences, length, in) and mask of each batch
+    inputs: Sequence[Inputs],
     *,
     local: bool = False,
+    drifted: bool = False,
 ) -> Tensor:
     """``W E[x_t] - Ŵ E[x̂_t]`` at each position t of a sequence, (length, out): 0 where no token counts.
 
-    Takes ``length`` times the memory of a bias, and no server applies it: for comparison.
+    Arguments as of :func:`mean_shift`, with the inputs in place of their sums. Takes ``length`` times the memory of a
+    bias, and no server applies it: for comparison.
 
     Raises:
         ValueError: the batches' sequences differ in length.
 
     Source: Minimize Quantization Output Error with Bias Compensation, section 3, where the bias has the output's shape.
     """
-    lengths = {x.shape[1] for x, _, _ in inputs}
+    lengths = {batch.x.shape[1] for batch in inputs}
     if len(lengths) != 1:
         raise ValueError(f"a bias by position takes sequences of one length, got {sorted(lengths)}")
-    length, features = lengths.pop(), weight.shape[1]
-    sum_x, sum_x_hat = weight.new_zeros(length, features), weight.new_zeros(length, features)
-    tokens = weight.new_zeros(length)
-    for x, x_hat, mask in inputs:
+    length = lengths.pop()
+    sums, tokens = weight.new_zeros(length, len(weight)), weight.new_zeros(length)
+    for x, x_hat, mask, drift in inputs:
         counts = x.new_ones(x.shape[:2]) if mask is None else mask.to(x)
-        sum_x += torch.einsum("sl,sld->ld", counts, x)
-        sum_x_hat += torch.einsum("sl,sld->ld", counts, x if local else x_hat)
+        sum_x, sum_x_hat = (torch.einsum("sl,sld->ld", counts, part) for part in (x, x if local else x_hat))
+        sums += sum_x @ weight.T - sum_x_hat @ rounded.T
+        if drifted and drift is not None:
+            sums += torch.einsum("sl,slh->lh", counts, drift)
         tokens += counts.sum(0)
-    sums = sum_x @ weight.T - sum_x_hat @ rounded.T
     return sums / tokens.clamp(min=1)[:, None]
 
 

@@ -81,6 +81,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def stream_writers(block: nn.Module, call: Call) -> set[str]:
+    """The linear layers whose output is added to the hidden states as it is, such as ``o_proj`` and ``down_proj``.
+
+    Told by trial: with all other layers silent, the block returns its input plus what the layer puts out.
+    """
+    layers = linear_layers(block)
+    features = call.hidden.shape[-1]
+    found: set[str] = set()
+    for name in (name for name, layer in layers.items() if matrix(layer).shape[0] == features):
+        trial = torch.randn(features, generator=torch.Generator().manual_seed(0)).to(call.hidden)
+        with _replaced(layers, lambda other, x, name=name, trial=trial: trial if other == name else x.new_zeros(())):
+            if torch.allclose(call.of(block), call.hidden + trial):
+                found.add(name)
+    return found
+
+
+@contextmanager
+def _replaced(layers: dict[str, nn.Module], output: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, a layer gives ``output(name, input)``, repeated over tokens and features as its own would be."""
+
+    def forward(name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        features = matrix(layer).shape[0]
+        return lambda x: output(name, x).expand(*x.shape[:-1], features).clone()
+
+    for name, layer in layers.items():
+        layer.__dict__["forward"] = forward(name, layer)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.__dict__["forward"]
+
+
 def stages(block: nn.Module, call: Call) -> list[list[str]]:
     """The names of a block's linear layers in the order they are called; those that read one tensor go together.
 
@@ -162,12 +195,20 @@ class _AllCalled(Exception):
     """The last block has been reached; the rest of the forward pass need not run."""
 
 
+def one_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The least batch of its kind: it tells what a block is made of as well as a large one, and costs nothing."""
+    first = {name: value[:1, :1] for name, value in batch.items()}
+    if "attention_mask" in first:
+        first["attention_mask"] = torch.ones_like(first["attention_mask"])
+    return first
+
+
 def _returns_tuple(model: nn.Module, block: nn.Module, batch: dict[str, Tensor]) -> bool:
-    """Whether a block gives its hidden states alone or as the first of several: one token tells."""
+    """Whether a block gives its hidden states alone or as the first of several."""
     found: list[bool] = []
     handle = block.register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
     try:
-        model(**{name: value[:1, :1] for name, value in batch.items()}, **_no_cache(model))
+        model(**one_token(batch), **_no_cache(model))
     finally:
         handle.remove()
     return bool(found and found[0])

@@ -14,8 +14,15 @@ from opt8bit.ptq.pipeline import LayerReport, Result, run
 from opt8bit.quant.grid import Grid, UniformGrid
 
 Calibration = Tensor | Iterable[Mapping[str, Tensor]]
-DEFAULT_METHOD = QuantEase(start=GPTQ())
 ERROR_PROPAGATION = 0.5
+
+
+def polished(start: Method) -> QuantEase:
+    """A method with the polish that the default recipe has: a little descent, and the scales refitted, in turn."""
+    return QuantEase(sweeps=5, start=start, refits=3)
+
+
+DEFAULT_METHOD = polished(GPTQ())
 
 
 def compress(

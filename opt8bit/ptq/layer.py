@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 from opt8bit.ptq import bias as compensation
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.methods import Format, Method, Rounded
-from opt8bit.ptq.statistics import Moments, Statistics
+from opt8bit.ptq.statistics import Inputs, Moments, Statistics
 from opt8bit.ptq.target import asymmetric_target
-
-Inputs = Sequence[tuple[Tensor, Tensor, Tensor | None]]  # x, x̂ (sequences, length, in) and mask of each batch
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,26 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A layer's rounded weight and its whole bias: what it had, and what corrects it. Errors are of its output against
-    the float model's, squared, relative to that output's own square."""
+    """A layer's rounded weight, its whole bias, and what of it is there to correct: (out,), or (length, out) where it
+    goes by position."""
 
     rounded: Rounded
-    bias: Tensor | None  # (out,), or (length, out) where it goes by position
-    shift_norm: float
-    error_rounded: float
-    error_corrected: float
+    bias: Tensor | None
+    shift: Tensor | None
 
 
 def compress_stage(
-    layers: dict[str, nn.Module], inputs: Inputs, recipe: Recipe, corrected: set[str]
+    layers: dict[str, nn.Module],
+    inputs: Sequence[Inputs],
+    recipe: Recipe,
+    corrected: set[str],
+    writers: set[str],
 ) -> dict[str, Compressed]:
     """Rounds the layers of a stage and corrects those that are named.
+
+    Args:
+        corrected: names of the layers that get a bias.
+        writers: names of those whose output is added to the hidden states; they make up for the drift in ``inputs``.
 
     Raises:
         ValueError: an input is not finite.
@@ -80,70 +85,72 @@ def compress_stage(
     first = matrix(next(iter(layers.values())))
     dtype = torch.promote_types(first.dtype, torch.float32)
     weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
-    statistics = Statistics(first.shape[1], device=first.device)
-    for x, x_hat, mask in inputs:
-        statistics.update(x.to(dtype), x_hat.to(dtype), mask)
-    moments = Moments(statistics, centred=False)
+    inputs = [Inputs(*(part if part is None else part.to(dtype) for part in batch)) for batch in inputs]
+    statistics = _statistics(inputs, recipe)
     rounded = {}
     for with_bias in (True, False):
         part = {name: weight for name, weight in weights.items() if (name in corrected) == with_bias}
         if part:
             # Where a bias will take the mean error, only the rest is the weights' to keep small.
-            joint = with_bias and recipe.correct == "joint"
-            rounded |= _round(part, Moments(statistics, centred=True) if joint else moments, recipe)
+            moments = Moments(statistics, centred=with_bias and recipe.correct == "joint")
+            rounded |= _round(part, moments, recipe, writers)
     result = {}
     for name, weight in weights.items():
-        dense = rounded[name].dequantize()
         had: Tensor | None = layers[name].bias  # type: ignore[assignment]
-        shift = _shift(weight, dense, statistics, inputs, recipe) if name in corrected else None
-        bias = None if had is None else had.detach().to(dtype)
-        if shift is not None:
+        bias, shift = None if had is None else had.detach().to(dtype), None
+        if name in corrected:
+            shift = _shift(weight, rounded[name].dequantize(), statistics, inputs, recipe, name in writers)
             bias = shift if bias is None else bias + shift
-        result[name] = Compressed(
-            rounded[name],
-            bias,
-            0.0 if shift is None else float(shift.norm()),
-            _output_error(weight, dense, None, statistics, moments),
-            _output_error(weight, dense, shift, statistics, moments),
-        )
+        result[name] = Compressed(rounded[name], bias, shift)
     return result
 
 
-def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict[str, Rounded]:
+def _statistics(inputs: Sequence[Inputs], recipe: Recipe) -> Statistics:
+    x, _, _, drift = inputs[0]
+    statistics = Statistics(
+        x.shape[-1],
+        hessian=recipe.method.uses_hessian,
+        cross=recipe.error_propagation > 0,
+        drift=0 if drift is None else drift.shape[-1],
+        device=x.device,
+    )
+    for batch in inputs:
+        statistics.update(*batch)
+    return statistics
+
+
+def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe, writers: set[str]) -> dict[str, Rounded]:
     """Rounds the weights of a stage, all rows together where the method goes row by row."""
-    together = torch.cat(list(weights.values()))
-    target = asymmetric_target(together, moments, recipe.error_propagation)
-    parts = dict(zip(weights, target.split([len(weight) for weight in weights.values()]), strict=True))
-    if not recipe.method.rowwise:
-        return {name: recipe.method.round(part, moments.x_hat_x_hat, recipe.format) for name, part in parts.items()}
-    whole = recipe.method.round(target, moments.x_hat_x_hat, recipe.format)
-    result, start = {}, 0
-    for name, part in parts.items():
-        result[name] = whole.rows_from(start, start + len(part))
-        start += len(part)
-    return result
+    target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
+    if recipe.error_propagation:
+        wanted = target.to(moments.cross.dtype) @ moments.cross
+        for name, rows in zip(weights, wanted.split(sizes), strict=True):
+            if name in writers:
+                rows += moments.drift_cross
+        target = asymmetric_target(target, wanted, moments.x_hat_x_hat, recipe.error_propagation)
+    method, hessian = recipe.method, moments.x_hat_x_hat
+    if not method.rowwise:
+        parts = zip(weights, target.split(sizes), strict=True)
+        return {name: method.round(part, hessian, recipe.format) for name, part in parts}
+    whole = method.round(target, hessian, recipe.format)
+    ends = list(itertools.accumulate(sizes))
+    return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
 
 
-def _shift(weight: Tensor, rounded: Tensor, statistics: Statistics, inputs: Inputs, recipe: Recipe) -> Tensor:
+def _shift(
+    weight: Tensor,
+    rounded: Tensor,
+    statistics: Statistics,
+    inputs: Sequence[Inputs],
+    recipe: Recipe,
+    writes: bool,
+) -> Tensor:
     """What Bias Compensation adds to a layer's bias, in the dtype of the weight."""
     local = recipe.correct == "local"
+    drifted = writes and not local
     if recipe.statistic == "position":
-        return compensation.position_shift(weight, rounded, inputs, local=local)
-    shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local)
+        return compensation.position_shift(weight, rounded, inputs, local=local, drifted=drifted)
+    shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local, drifted=drifted)
     if recipe.statistic == "median":
-        shift = compensation.median_shift(weight, rounded, inputs, local=local)
+        shift = compensation.median_shift(weight, rounded, inputs, local=local, drifted=drifted)
     return compensation.shrunk(shift, noise).to(weight.dtype)
-
-
-def _output_error(
-    weight: Tensor, rounded: Tensor, shift: Tensor | None, statistics: Statistics, moments: Moments
-) -> float:
-    """``E|W x - Ŵ x̂ - b|² / E|W x|²``; a shift by position counts by its mean, which leaves the error a bound."""
-    weight, rounded = weight.to(moments.xx), rounded.to(moments.xx)
-    signal = ((weight @ moments.xx) * weight).sum()
-    error = signal - 2 * ((weight @ moments.cross) * rounded).sum() + ((rounded @ moments.x_hat_x_hat) * rounded).sum()
-    if shift is not None:
-        shift = shift if shift.dim() == 1 else shift.mean(0)
-        mean = weight @ statistics.mean_x - rounded @ statistics.mean_x_hat
-        error = error - 2 * (shift * mean).sum() + shift.square().sum()
-    return float(error / signal) if signal > 0 else 0.0

@@ -7,13 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import Call, block_calls, evaluating, find_blocks, linear_layers, matrix, stages
-from opt8bit.ptq.layer import Compressed, Inputs, Recipe, compress_stage
+from opt8bit.ptq.blocks import (
+    Call,
+    block_calls,
+    evaluating,
+    find_blocks,
+    linear_layers,
+    matrix,
+    one_token,
+    stages,
+    stream_writers,
+)
+from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
+from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.placement import Places, bias_places, value_bias_through
+from opt8bit.ptq.statistics import Inputs
 from opt8bit.ptq.walk import halting, walks
 
 
@@ -93,11 +106,13 @@ def run(
     result = Result(model, recipe, bias_places(model, names))
     with evaluating(model):
         calls = [block_calls(model, blocks, batch) for batch in batches]
+        probes = block_calls(model, blocks, one_token(batches[0]))
         masks = [batch.get("attention_mask") for batch in batches]
         hidden = hidden_hat = [of_batch[0].hidden for of_batch in calls]
         for i, block in enumerate(blocks):
             here = [of_batch[i] for of_batch in calls]
-            task = _BlockTask(f"{prefix}.{i}", block, result, masks, lambda report: see(report, len(names)))
+            name = f"{prefix}.{i}"
+            task = _BlockTask(name, block, probes[i], result, masks, lambda report: see(report, len(names)))
             hidden, hidden_hat = task.run(
                 [call._replace(hidden=x) for call, x in zip(here, hidden, strict=True)],
                 [call._replace(hidden=x) for call, x in zip(here, hidden_hat, strict=True)],
@@ -106,80 +121,138 @@ def run(
     return result
 
 
-@dataclass
 class _BlockTask:
-    """Compresses one block, in the order in which it calls its layers."""
+    """Compresses one block, in the order in which it calls its layers.
 
-    name: str
-    block: nn.Module
-    result: Result
-    masks: Sequence[Tensor | None]
-    see: Callable[[LayerReport], None]
+    Args:
+        name: of the block in the model.
+        block: of the float model; it is left as it is.
+        probe: how the model calls it with one token.
+        result: gets the layers and their reports.
+        masks: of each batch.
+        see: gets each report.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        probe: Call,
+        result: Result,
+        masks: Sequence[Tensor | None],
+        see: Callable[[LayerReport], None],
+    ) -> None:
+        self.name, self.block, self.result, self.masks, self.see = name, block, result, masks, see
+        self.compressed = copy.deepcopy(block)
+        self.order = stages(block, probe)
+        # Only the asymmetric target asks what the hidden states have drifted by, and who can make up for it.
+        self.writers = stream_writers(block, probe) if result.recipe.error_propagation else set()
+        self.drifts: list[Tensor] = []
+        self.pending: _Stage | None = None
 
     def run(self, calls: list[Call], calls_hat: list[Call]) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the hidden states after the block: the float model's, and the compressed one's."""
-        compressed = copy.deepcopy(self.block)
-        order = stages(self.block, calls[0])
+        self.drifts = [call.hidden - call_hat.hidden for call, call_hat in zip(calls, calls_hat, strict=True)]
         with ExitStack() as stack:
-            for block in (self.block, compressed):
+            for block in (self.block, self.compressed):
                 layers = linear_layers(block)
-                stack.enter_context(halting(layers[names[0]] for names in order))
+                stack.enter_context(halting(layers[names[0]] for names in self.order))
             passes = stack.enter_context(walks([_pass(call, self.block) for call in calls]))
-            passes_hat = stack.enter_context(walks([_pass(call, compressed) for call in calls_hat]))
-            for names in order:
-                inputs = [
-                    _by_sequence(walk.advance(), walk_hat.advance(), call.hidden, mask)
-                    for walk, walk_hat, call, mask in zip(passes, passes_hat, calls, self.masks, strict=True)
-                ]
-                self._compress(names, inputs, compressed)
-            return [walk.finish() for walk in passes], [walk.finish() for walk in passes_hat]
+            passes_hat = stack.enter_context(walks([_pass(call, self.compressed) for call in calls_hat]))
+            pairs = list(zip(passes, passes_hat, strict=True))
+            for names in self.order:
+                inputs = []
+                for i, (walk, walk_hat) in enumerate(pairs):
+                    x, x_hat = walk.advance(), walk_hat.advance()
+                    self._compare(i)
+                    inputs.append(self._inputs(i, x, x_hat, writes=not self.writers.isdisjoint(names)))
+                self._report()
+                self.pending = self._compress(names, inputs)
+                stack.callback(self.pending.errors.close)
+            ends = []
+            for i, (walk, walk_hat) in enumerate(pairs):
+                ends.append((walk.finish(), walk_hat.finish()))
+                self._compare(i)
+            self._report()
+        return [end for end, _ in ends], [end_hat for _, end_hat in ends]
 
-    def _compress(self, names: list[str], inputs: Inputs, compressed: nn.Module) -> None:
-        started = time.perf_counter()
-        recipe, places = self.result.recipe, self.result.places
-        layers = {name: linear_layers(self.block)[name] for name in names}
-        corrected = set() if recipe.correct == "none" else {n for n in names if places[f"{self.name}.{n}"]}
-        try:
-            done = compress_stage(layers, inputs, recipe, corrected)
-        except ValueError as error:
-            raise ValueError(f"{self.name}.{names[0]}: {error}") from error
-        seconds = (time.perf_counter() - started) / len(names)
-        for name, layer in done.items():
-            full = f"{self.name}.{name}"
-            install(linear_layers(compressed)[name], layer)
-            self.result.layers[full] = layer
-            report = _report(full, layers[name], layer, places[full], name in corrected, recipe, seconds)
+    def _inputs(self, i: int, x: Tensor, x_hat: Tensor, writes: bool) -> Inputs:
+        shape = (*self.drifts[i].shape[:2], x.shape[-1])  # some models put all tokens of a batch into one dimension
+        drift = self.drifts[i] if writes else None
+        return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], drift)
+
+    def _compare(self, i: int) -> None:
+        """Takes what the pending stage put out for batch i."""
+        if self.pending is None:
+            return
+        differences = self.pending.errors.compare(self.drifts[i].shape[:2], self.masks[i])
+        for name in self.writers & differences.keys():
+            self.drifts[i] = self.drifts[i] + differences[name]
+
+    def _report(self) -> None:
+        """Reports on the pending stage: all batches have gone through it."""
+        if self.pending is None:
+            return
+        stage, self.pending = self.pending, None
+        stage.errors.close()
+        for name, layer in stage.layers.items():
+            had = linear_layers(self.block)[name]
+            full, seconds = f"{self.name}.{name}", stage.seconds / len(stage.layers)
+            place = self.result.places[full]
+            report = _layer_report(full, had, layer, stage.errors.relative(name), place, self.result.recipe, seconds)
             self.result.report.append(report)
             self.see(report)
 
+    def _compress(self, names: list[str], inputs: Sequence[Inputs]) -> _Stage:
+        started = time.perf_counter()
+        recipe, places = self.result.recipe, self.result.places
+        layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
+        corrected = set() if recipe.correct == "none" else {n for n in names if places[f"{self.name}.{n}"]}
+        try:
+            done = compress_stage(layers, inputs, recipe, corrected, self.writers)
+        except ValueError as error:
+            raise ValueError(f"{self.name}.{names[0]}: {error}") from error
+        for name, layer in done.items():
+            install(layers_hat[name], layer)
+            self.result.layers[f"{self.name}.{name}"] = layer
+        errors = OutputErrors(layers, layers_hat, {name: layer.shift for name, layer in done.items()})
+        return _Stage(done, errors, time.perf_counter() - started)
 
-def _by_sequence(x: Tensor, x_hat: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs as (sequences, length, in): some models put all tokens of a batch into one dimension on the way."""
-    shape = (*hidden.shape[:2], x.shape[-1])
-    return x.reshape(shape), x_hat.reshape(shape), mask
+
+class _Stage(NamedTuple):
+    """Layers that are compressed, while the passes go through them."""
+
+    layers: dict[str, Compressed]
+    errors: OutputErrors
+    seconds: float
 
 
 def _pass(call: Call, block: nn.Module) -> Callable[[], Tensor]:
     return lambda: call.of(block)
 
 
-def _report(
-    name: str, had: nn.Module, layer: Compressed, place: str | None, corrected: bool, recipe: Recipe, seconds: float
+def _layer_report(
+    name: str,
+    had: nn.Module,
+    layer: Compressed,
+    errors: tuple[float, float],
+    place: str | None,
+    recipe: Recipe,
+    seconds: float,
 ) -> LayerReport:
-    weight = matrix(had)
-    stored = 0
-    if corrected and layer.bias is not None:
-        stored = layer.bias.numel() - (0 if had.bias is None else weight.shape[0])
+    weight, shift = matrix(had), layer.shift
+    stored = 0 if shift is None or layer.bias is None else layer.bias.numel() - (0 if had.bias is None else len(weight))
+    missing = recipe.correct != "none" and shift is None
     return LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         bits_per_weight=layer.rounded.bits_per_weight,
-        error_rounded=layer.error_rounded,
-        error_corrected=layer.error_corrected,
-        bias_norm=layer.shift_norm,
+        error_rounded=errors[0],
+        error_corrected=errors[1],
+        bias_norm=0.0 if shift is None else float(shift.norm()),
         bias_bytes=stored * weight.element_size(),
-        bias_place=place if corrected else None,
-        note="" if corrected or recipe.correct == "none" else "the architecture has no place for a bias here",
+        bias_place=None if shift is None else place,
+        note="the architecture has no place for a bias here" if missing else "",
         seconds=seconds,
     )
 

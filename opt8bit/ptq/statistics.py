@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 TRIANGLE = 192  # columns of one piece of a symmetric product: small enough to leave most of the upper half out
+
+
+class Inputs(NamedTuple):
+    """What a layer sees of one batch, in the float model and in the one that is quantized so far."""
+
+    x: Tensor  # (sequences, length, d)
+    x_hat: Tensor  # (sequences, length, d)
+    mask: Tensor | None = None  # (sequences, length), true where a token counts
+    drift: Tensor | None = None  # (sequences, length, h), δ: the float model's hidden states minus the other's
 
 
 class Statistics:
@@ -13,10 +24,13 @@ class Statistics:
 
     Both streams see the same tokens in the same order. A batch is multiplied in the streams' own dtype and added
     in ``dtype``, so that batches of any size come to the same sums up to rounding. Means are kept per sequence: how
-    much they differ says how far the mean of all tokens can be trusted.
+    much they differ says how far the mean of all tokens can be trusted. Sums that are not asked for stay empty.
 
     Args:
         features: length d of an input.
+        hessian: whether ``Σ x̂ x̂ᵀ`` is kept. (Where both streams are one, that is ``Σ x xᵀ``.)
+        cross: whether ``Σ x x̂ᵀ`` is kept.
+        drift: length h of the hidden states whose drift is kept, too; 0 for none.
         dtype: of the sums: float64 or float32.
         device: of the sums.
 
@@ -25,17 +39,28 @@ class Statistics:
     """
 
     def __init__(
-        self, features: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+        self,
+        features: int,
+        *,
+        hessian: bool = True,
+        cross: bool = True,
+        drift: int = 0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        square = (features, features)
-        self.tokens = torch.zeros(0, dtype=dtype, device=device)  # (sequences,)
-        self.sum_x = torch.zeros(0, features, dtype=dtype, device=device)  # (sequences, d)
-        self.sum_x_hat = torch.zeros(0, features, dtype=dtype, device=device)  # (sequences, d)
-        self.sum_xx = torch.zeros(square, dtype=dtype, device=device)  # Σ x xᵀ
-        self.sum_cross = torch.zeros(square, dtype=dtype, device=device)  # Σ x x̂ᵀ
-        self.sum_x_hat_x_hat = torch.zeros(square, dtype=dtype, device=device)  # Σ x̂ x̂ᵀ
+
+        def zeros(*shape: int, kept: bool = True) -> Tensor:
+            return torch.zeros(shape if kept else (0, 0), dtype=dtype, device=device)
+
+        self.tokens = zeros(0)  # (sequences,)
+        self.sum_x = zeros(0, features)  # (sequences, d)
+        self.sum_x_hat = zeros(0, features)  # (sequences, d)
+        self.sum_drift = zeros(0, drift)  # (sequences, h)
+        self.sum_x_hat_x_hat = zeros(features, features, kept=hessian)  # Σ x̂ x̂ᵀ
+        self.sum_cross = zeros(features, features, kept=cross)  # Σ x x̂ᵀ
+        self.sum_drift_cross = zeros(drift, features)  # Σ δ x̂ᵀ
 
     @property
     def count(self) -> Tensor:
@@ -47,42 +72,56 @@ class Statistics:
         x: Tensor,  # (sequences, length, d)
         x_hat: Tensor,  # (sequences, length, d)
         mask: Tensor | None = None,  # (sequences, length), true where a token counts
+        drift: Tensor | None = None,  # (sequences, length, h)
     ) -> None:
-        """Adds a batch.
+        """Adds a batch of :class:`Inputs`.
 
         Raises:
             ValueError: the shapes do not agree, or an input that counts is not finite.
         """
-        if x.dim() != 3 or x.shape != x_hat.shape or x.shape[-1] != self.sum_xx.shape[0]:
-            expected = f"(sequences, length, {self.sum_xx.shape[0]})"
-            raise ValueError(f"x and x_hat must both be {expected}, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        self._check(x, x_hat, mask, drift)
         tokens = torch.full(x.shape[:1], x.shape[1], device=x.device)
+        streams = [x, x_hat, x[..., :0] if drift is None else drift]
         if mask is not None:
             counts = mask.bool().unsqueeze(-1)
             tokens = counts.sum((1, 2))
             # Not a product: what does not count may be infinite.
-            x, x_hat = torch.where(counts, x, 0), torch.where(counts, x_hat, 0)
-        sum_x, sum_x_hat = (stream.sum(1, dtype=self.sum_x.dtype) for stream in (x, x_hat))
-        if not bool((sum_x.isfinite() & sum_x_hat.isfinite()).all()):
+            streams = [torch.where(counts, stream, 0) for stream in streams]
+        sums = [stream.sum(1, dtype=self.sum_x.dtype) for stream in streams]
+        if not all(bool(part.isfinite().all()) for part in sums):
             raise ValueError("an input is not finite")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
-        self.sum_x = torch.cat([self.sum_x, sum_x])
-        self.sum_x_hat = torch.cat([self.sum_x_hat, sum_x_hat])
-        rows, rows_hat = x.flatten(0, 1), x_hat.flatten(0, 1)
-        self.sum_xx += gram(rows)
-        self.sum_cross += rows.T @ rows_hat
-        self.sum_x_hat_x_hat += gram(rows_hat)
+        self.sum_x = torch.cat([self.sum_x, sums[0]])
+        self.sum_x_hat = torch.cat([self.sum_x_hat, sums[1]])
+        self.sum_drift = torch.cat([self.sum_drift, sums[2]])
+        rows, rows_hat, rows_drift = (stream.flatten(0, 1) for stream in streams)
+        if self.sum_x_hat_x_hat.numel():
+            self.sum_x_hat_x_hat += gram(rows_hat)
+        if self.sum_cross.numel():
+            self.sum_cross += rows.T @ rows_hat
+        self.sum_drift_cross += rows_drift.T @ rows_hat
+
+    def _check(self, x: Tensor, x_hat: Tensor, mask: Tensor | None, drift: Tensor | None) -> None:
+        features, drift_features = self.sum_x.shape[1], self.sum_drift.shape[1]
+        if x.dim() != 3 or x.shape != x_hat.shape or x.shape[-1] != features:
+            expected = f"(sequences, length, {features})"
+            raise ValueError(f"x and x_hat must both be {expected}, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        found = None if drift is None else tuple(drift.shape)
+        expected = (*x.shape[:2], drift_features) if drift_features else None
+        if found != expected:
+            raise ValueError(f"drift must be {expected}, got {found}")
 
     def merge(self, other: Statistics) -> None:
-        """Adds what another one has seen of other tokens."""
+        """Adds what another one, of the same sums, has seen of other tokens."""
         self.tokens = torch.cat([self.tokens, other.tokens])
         self.sum_x = torch.cat([self.sum_x, other.sum_x])
         self.sum_x_hat = torch.cat([self.sum_x_hat, other.sum_x_hat])
-        self.sum_xx += other.sum_xx
-        self.sum_cross += other.sum_cross
+        self.sum_drift = torch.cat([self.sum_drift, other.sum_drift])
         self.sum_x_hat_x_hat += other.sum_x_hat_x_hat
+        self.sum_cross += other.sum_cross
+        self.sum_drift_cross += other.sum_drift_cross
 
     @property
     def mean_x(self) -> Tensor:
@@ -94,20 +133,25 @@ class Statistics:
         """E[x̂], (d,)."""
         return self.sum_x_hat.sum(0) / self.count
 
+    @property
+    def mean_drift(self) -> Tensor:
+        """E[δ], (h,)."""
+        return self.sum_drift.sum(0) / self.count
+
 
 class Moments:
-    """Second moments per token, (d, d), about zero or about the means."""
+    """Second moments per token, (d, d) or (h, d), about zero or about the means; empty where their sums are."""
 
     def __init__(self, statistics: Statistics, *, centred: bool) -> None:
-        count = statistics.count
-        self.xx = statistics.sum_xx / count  # E[x xᵀ]
-        self.cross = statistics.sum_cross / count  # E[x x̂ᵀ]
-        self.x_hat_x_hat = statistics.sum_x_hat_x_hat / count  # E[x̂ x̂ᵀ]
-        if centred:
-            mean, mean_hat = statistics.mean_x, statistics.mean_x_hat
-            self.xx = self.xx - torch.outer(mean, mean)
-            self.cross = self.cross - torch.outer(mean, mean_hat)
-            self.x_hat_x_hat = self.x_hat_x_hat - torch.outer(mean_hat, mean_hat)
+        mean_hat = statistics.mean_x_hat
+
+        def moment(total: Tensor, mean: Tensor) -> Tensor:
+            per_token = total / statistics.count
+            return per_token - torch.outer(mean, mean_hat) if centred and total.numel() else per_token
+
+        self.x_hat_x_hat = moment(statistics.sum_x_hat_x_hat, mean_hat)  # E[x̂ x̂ᵀ]
+        self.cross = moment(statistics.sum_cross, statistics.mean_x)  # E[x x̂ᵀ]
+        self.drift_cross = moment(statistics.sum_drift_cross, statistics.mean_drift)  # E[δ x̂ᵀ]
 
 
 def gram(rows: Tensor) -> Tensor:

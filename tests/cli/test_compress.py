@@ -12,6 +12,7 @@ from toys import MODELS
 
 from opt8bit import ptq
 from opt8bit.cli.main import main
+from opt8bit.ptq.compress import polished
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -68,10 +69,10 @@ def test_three_arguments_write_a_model_that_loads(
     ("arguments", "recipe"),
     [
         (["--method", "rtn"], {"method": ptq.RTN()}),
-        (["--method", "rtn", "--polish", "--range", "mse"], {"method": ptq.QuantEase(), "range": "mse"}),
+        (["--method", "rtn", "--polish", "--range", "mse"], {"method": polished(ptq.RTN()), "range": "mse"}),
         (["--no-polish"], {"method": ptq.GPTQ()}),
         (["--act-order", "--no-polish"], {"method": ptq.GPTQ(act_order=True)}),
-        (["--method", "quantease", "--symmetric"], {"method": ptq.QuantEase(), "symmetric": True}),
+        (["--method", "quantease", "--symmetric"], {"method": polished(ptq.RTN()), "symmetric": True}),
         (["--error-propagation", "0"], {"error_propagation": 0.0}),
         (["--correct", "joint"], {"correct": "joint"}),
         (["--correct", "local", "--statistic", "median"], {"correct": "local", "statistic": "median"}),

@@ -3,7 +3,7 @@ import torch
 
 from opt8bit.ptq.bias import mean_shift, median_shift, position_shift, shrunk
 from opt8bit.ptq.methods import GPTQ, Format, QuantEase, objective
-from opt8bit.ptq.statistics import Moments, Statistics
+from opt8bit.ptq.statistics import Inputs, Moments, Statistics
 from opt8bit.quant import UniformGrid
 
 SEQUENCES, LENGTH, INPUTS, OUTPUTS = 8, 16, 12, 5
@@ -37,7 +37,7 @@ def test_the_gain_is_the_square_of_the_mean_error(local: bool) -> None:
 @pytest.mark.parametrize("local", [True, False])
 def test_the_median_is_the_constant_of_least_absolute_error(local: bool) -> None:
     weight, rounded, x, x_hat, _ = problem()
-    batches = [(x[:3], x_hat[:3], None), (x[3:], x_hat[3:], None)]
+    batches = [Inputs(x[:3], x_hat[:3]), Inputs(x[3:], x_hat[3:])]
     shift = median_shift(weight, rounded, batches, local=local, channels=2)
     error = (x @ weight.T - (x if local else x_hat) @ rounded.T).flatten(0, 1)
     least = (error - shift).abs().mean(0)
@@ -52,18 +52,18 @@ def test_masked_tokens_do_not_count_in_a_median_or_by_position() -> None:
     spoiled = x.clone()
     spoiled[:, 10:] = 1e6
     for shift in (median_shift, position_shift):
-        found = shift(weight, rounded, [(spoiled, x_hat, mask)])
-        expected = shift(weight, rounded, [(x[:, :10], x_hat[:, :10], None)])
+        found = shift(weight, rounded, [Inputs(spoiled, x_hat, mask)])
+        expected = shift(weight, rounded, [Inputs(x[:, :10], x_hat[:, :10])])
         torch.testing.assert_close(found[:10] if found.dim() == 2 else found, expected)
 
 
 def test_by_position_removes_the_mean_error_of_each_position() -> None:
     weight, rounded, x, x_hat, _ = problem()
-    shift = position_shift(weight, rounded, [(x[:2], x_hat[:2], None), (x[2:], x_hat[2:], None)])
+    shift = position_shift(weight, rounded, [Inputs(x[:2], x_hat[:2]), Inputs(x[2:], x_hat[2:])])
     assert shift.shape == (LENGTH, OUTPUTS)
     torch.testing.assert_close(shift, (x @ weight.T - x_hat @ rounded.T).mean(0))
     with pytest.raises(ValueError, match=r"sequences of one length, got \[4, 16\]"):
-        position_shift(weight, rounded, [(x, x_hat, None), (x[:, :4], x_hat[:, :4], None)])
+        position_shift(weight, rounded, [Inputs(x, x_hat), Inputs(x[:, :4], x_hat[:, :4])])
 
 
 def test_the_joint_objective_is_the_error_after_the_best_bias() -> None:
@@ -112,3 +112,18 @@ def test_shrinking_pays_where_data_are_few() -> None:
         harm += float(shift.square().sum())
         harm_shrunk += float(shrunk(shift, noise).square().sum())
     assert harm_shrunk < 0.6 * harm
+
+
+def test_a_drift_of_the_hidden_states_is_part_of_the_error() -> None:
+    weight, rounded, x, x_hat, _ = problem()
+    drift = torch.randn(SEQUENCES, LENGTH, OUTPUTS, generator=torch.Generator().manual_seed(1)).double() + 0.4
+    statistics = Statistics(INPUTS, drift=OUTPUTS)
+    statistics.update(x, x_hat, None, drift)
+    inputs = [Inputs(x[:3], x_hat[:3], None, drift[:3]), Inputs(x[3:], x_hat[3:], None, drift[3:])]
+    error = x @ weight.T - x_hat @ rounded.T + drift
+    mean, noise = mean_shift(weight, rounded, statistics, drifted=True)
+    torch.testing.assert_close(mean, error.flatten(0, 1).mean(0))
+    torch.testing.assert_close(noise, error.mean(1).std(0) / SEQUENCES**0.5)
+    median = median_shift(weight, rounded, inputs, drifted=True, channels=2)
+    torch.testing.assert_close(median, error.flatten(0, 1).median(0).values)
+    torch.testing.assert_close(position_shift(weight, rounded, inputs, drifted=True), error.mean(0))

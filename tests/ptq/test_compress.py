@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from toys import MODELS, PLACES, token_ids
+from toys import MODELS, PLACES, WRITERS, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix, stages
+from opt8bit.ptq.blocks import (
+    block_calls,
+    evaluating,
+    find_blocks,
+    linear_layers,
+    matrix,
+    one_token,
+    stages,
+    stream_writers,
+)
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.pipeline import install
 from opt8bit.quant import CodebookGrid, normal_float
@@ -63,7 +72,8 @@ def test_fewer_bits_are_worse_and_eight_are_nearly_exact(name: str) -> None:
 
 @every_model
 def test_biases_go_where_the_architecture_holds_them(name: str) -> None:
-    result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, correct="sequential")
+    recipe = {"bits": 3, "group_size": 16, "correct": "sequential", "error_propagation": 0.0}
+    result = ptq.compress(MODELS[name](), token_ids(), **recipe)
     for row in result.report:
         parent, _, last = row.name.rpartition(".")
         expected = PLACES[name].get(last, "own")
@@ -142,8 +152,6 @@ def test_by_position_applies_a_bias_at_each_position_and_counts_its_bytes() -> N
 
 
 def test_layers_that_read_the_same_input_go_together() -> None:
-    from opt8bit.ptq.blocks import block_calls, evaluating
-
     model = MODELS["llama"]()
     _, blocks = find_blocks(model)
     with evaluating(model):
@@ -156,6 +164,60 @@ def test_layers_that_read_the_same_input_go_together() -> None:
         [mlp + "gate_proj", mlp + "up_proj"],
         [mlp + "down_proj"],
     ]
+
+
+@every_model
+def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> None:
+    model = MODELS[name]()
+    before = parameters(model)
+    _, blocks = find_blocks(model)
+    with evaluating(model):
+        calls = block_calls(model, blocks, one_token({"input_ids": token_ids()}))
+        for block, call in zip(blocks, calls, strict=True):
+            found = stream_writers(block, call)
+            layers = linear_layers(block)
+            assert found == {layer for layer in layers if layer.rpartition(".")[2] in WRITERS[name]}
+            assert found <= layers.keys()
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "falcon"])
+def test_the_hidden_states_drift_less_where_their_drift_is_made_up_for(name: str, monkeypatch) -> None:
+    """Against the same target without the drift: the streams are closer after the last block."""
+    model, ids = MODELS[name](), token_ids(40)
+    errors = []
+    for writers in (None, lambda block, call: set()):
+        if writers is not None:
+            monkeypatch.setattr("opt8bit.ptq.pipeline.stream_writers", writers)
+        result = ptq.compress(model, ids, bits=2, group_size=16, error_propagation=1.0)
+        errors.append(float((logits(result.compressed_model(), ids) - logits(model, ids)).norm()))
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_reported_errors_are_those_of_the_outputs() -> None:
+    """With all layers but one exact, the error of that one is the error of its output, with the bias and without."""
+    model, ids = MODELS["opt"](), token_ids()
+    mask = torch.ones_like(ids)
+    mask[2, 10:] = 0
+    batches = [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in torch.arange(10).split(4)]
+    result = ptq.compress(model, batches, bits=2, group_size=16, correct="sequential", error_propagation=0.0)
+    outputs: list[dict[str, torch.Tensor]] = []
+    for network in (model, result.compressed_model()):
+        seen: dict[str, torch.Tensor] = {}
+        for name, module in network.named_modules():
+            if name in result.layers:
+                module.register_forward_hook(
+                    lambda module, args, output, name=name, seen=seen: seen.update({name: output})
+                )
+        logits(network, ids, attention_mask=mask)
+        outputs.append({name: output.view(*ids.shape, -1)[mask.bool()] for name, output in seen.items()})
+    for row in result.report:
+        y, y_hat = (seen[row.name] for seen in outputs)
+        shift = result.layers[row.name].shift
+        assert shift is not None
+        signal = y.square().sum()
+        assert row.error_corrected == pytest.approx(float((y - y_hat).square().sum() / signal), rel=1e-3)
+        assert row.error_rounded == pytest.approx(float((y - y_hat + shift).square().sum() / signal), rel=1e-3)
 
 
 def test_the_report_is_given_as_layers_are_done() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from opt8bit.ptq.linear_algebra import inverse_factor
 from opt8bit.ptq.methods import GPTQ, METHODS, RTN, Format, Method, OutlierQuantEase, QuantEase, Rounded, objective
+from opt8bit.ptq.methods.scales import refit_scales
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
 
 METHODS_UNDER_TEST: dict[str, Method] = {
@@ -16,6 +17,7 @@ METHODS_UNDER_TEST: dict[str, Method] = {
     "gptq-act_order": GPTQ(act_order=True),
     "quantease": QuantEase(),
     "gptq-quantease": QuantEase(start=GPTQ()),
+    "gptq-quantease-refits": QuantEase(5, GPTQ(), refits=2),
     "outliers": OutlierQuantEase(0.02),
     "outlier-columns": OutlierQuantEase(0.1, "column"),
     "outliers-quantease": QuantEase(start=OutlierQuantEase(0.02)),
@@ -223,6 +225,43 @@ def test_gptq_then_quantease_is_better_than_either_start() -> None:
         assert both < 0.98 * gptq
 
 
+@pytest.mark.parametrize("grid", ["asymmetric2", "symmetric4", "normal4"])
+def test_refitted_scales_are_those_of_least_squares(grid: str) -> None:
+    weight, hessian = layer()
+    rounded = GPTQ().round(weight, hessian, Format(GRIDS[grid], GROUP))
+    refitted = refit_scales(weight, rounded, hessian)
+    assert torch.equal(refitted.codes, rounded.codes)
+    root = torch.linalg.cholesky(hessian).T
+    for i in range(OUTPUTS):
+        ratio = rounded.on_grid()[i].view(-1, GROUP) / rounded.scales.scale[i, :, None]
+        columns = torch.block_diag(*(part[:, None] for part in ratio))  # (in, groups): one group's values in each
+        best = torch.linalg.lstsq(root @ columns, (root @ weight[i])[:, None]).solution[:, 0]
+        torch.testing.assert_close(refitted.scales.scale[i], best, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("start", [RTN(), GPTQ(), OutlierQuantEase(0.02)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refits_never_raise_the_objective(start: Method, dtype: torch.dtype) -> None:
+    weight, hessian = layer(dtype=dtype)
+    format = Format(UniformGrid(2, range="mse"), GROUP)
+    found = [
+        objective(weight, QuantEase(50, start, refits).round(weight, hessian, format).dequantize(), hessian.double())
+        for refits in (0, 1, 2, 8)
+    ]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(found))
+    assert found[-1] < 0.97 * found[0]
+
+
+def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
+    weight, hessian = layer()
+    rounded = RTN().round(weight, hessian, Format(UniformGrid(3), GROUP))
+    assert torch.equal(refit_scales(-weight, rounded, hessian).scales.scale, rounded.scales.scale)
+    hessian[:GROUP] = hessian[:, :GROUP] = 0
+    refitted = refit_scales(weight, rounded, hessian).scales.scale
+    assert torch.equal(refitted[:, 0], rounded.scales.scale[:, 0])
+    assert not torch.equal(refitted[:, 1:], rounded.scales.scale[:, 1:])
+
+
 def all_codes(columns: int, values: int) -> Iterator[torch.Tensor]:
     for codes in itertools.product(range(values), repeat=columns):
         yield torch.tensor([codes], dtype=torch.uint8)
@@ -300,11 +339,12 @@ def test_bits_per_weight_counts_everything() -> None:
     [
         (lambda: GPTQ(damping=0), "damping must be a positive number, got 0"),
         (lambda: GPTQ(damping=float("nan")), "damping must be a positive number, got nan"),
-        (lambda: QuantEase(sweeps=0), "sweeps must be a positive integer, got 0"),
-        (lambda: QuantEase(sweeps=1.5), "sweeps must be a positive integer, got 1.5"),  # type: ignore[arg-type]
+        (lambda: QuantEase(sweeps=0), "sweeps must be an integer of at least 1, got 0"),
+        (lambda: QuantEase(sweeps=1.5), "sweeps must be an integer of at least 1, got 1.5"),  # type: ignore[arg-type]
+        (lambda: QuantEase(refits=-1), "refits must be an integer of at least 0, got -1"),
         (lambda: OutlierQuantEase(1.1), "fraction must be from 0 to 1, got 1.1"),
         (lambda: OutlierQuantEase(0.1, "row"), "structure must be one of unstructured, column, got 'row'"),
-        (lambda: OutlierQuantEase(rounds=0), "rounds must be a positive integer, got 0"),
+        (lambda: OutlierQuantEase(rounds=0), "rounds must be an integer of at least 1, got 0"),
         (lambda: OutlierQuantEase(start=OutlierQuantEase()), "start must be a method without outliers of its own"),
     ],
 )

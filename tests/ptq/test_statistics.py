@@ -30,11 +30,9 @@ def test_moments_are_those_of_the_tokens() -> None:
     torch.testing.assert_close(statistics.mean_x, rows.mean(0))
     torch.testing.assert_close(statistics.mean_x_hat, rows_hat.mean(0))
     moments = Moments(statistics, centred=False)
-    torch.testing.assert_close(moments.xx, rows.T @ rows / len(rows))
     torch.testing.assert_close(moments.cross, rows.T @ rows_hat / len(rows))
     torch.testing.assert_close(moments.x_hat_x_hat, rows_hat.T @ rows_hat / len(rows))
     centred = Moments(statistics, centred=True)
-    torch.testing.assert_close(centred.xx, rows.T.cov(correction=0))
     torch.testing.assert_close(centred.x_hat_x_hat, rows_hat.T.cov(correction=0))
     both = torch.cat([rows, rows_hat], 1).T.cov(correction=0)
     torch.testing.assert_close(centred.cross, both[:4, 4:])
@@ -71,8 +69,42 @@ def test_float32_sums_keep_float64_batches_apart() -> None:
     x, x_hat = streams()
     statistics = Statistics(4, dtype=torch.float32)
     statistics.update(x.float(), x_hat.float())
-    assert statistics.sum_xx.dtype == torch.float32
-    torch.testing.assert_close(statistics.sum_xx.double(), seen((x, x_hat)).sum_xx, rtol=1e-5, atol=1e-4)
+    assert statistics.sum_cross.dtype == torch.float32
+    torch.testing.assert_close(statistics.sum_cross.double(), seen((x, x_hat)).sum_cross, rtol=1e-5, atol=1e-4)
+
+
+def test_the_drift_has_sums_of_its_own() -> None:
+    x, x_hat = streams()
+    drift = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.ones(6, 5)
+    mask[2, 3:] = 0
+    statistics = Statistics(4, drift=3)
+    statistics.update(x[:4], x_hat[:4], mask[:4], drift[:4])
+    other = Statistics(4, drift=3)
+    other.update(x[4:], x_hat[4:], mask[4:], drift[4:])
+    statistics.merge(other)
+    counts = mask.bool()
+    rows_hat, rows = x_hat[counts], drift[counts]
+    torch.testing.assert_close(statistics.mean_drift, rows.mean(0))
+    moments, centred = (Moments(statistics, centred=c) for c in (False, True))
+    torch.testing.assert_close(moments.drift_cross, rows.T @ rows_hat / len(rows))
+    both = torch.cat([rows, rows_hat], 1).T.cov(correction=0)
+    torch.testing.assert_close(centred.drift_cross, both[:3, 3:])
+    for bad in (None, drift[..., :2]):
+        with pytest.raises(ValueError, match=r"drift must be \(6, 5, 3\), got"):
+            statistics.update(x, x_hat, mask, bad)
+    with pytest.raises(ValueError, match=r"drift must be None, got \(6, 5, 3\)"):
+        Statistics(4).update(x, x_hat, mask, drift)
+
+
+def test_sums_that_are_not_asked_for_stay_empty() -> None:
+    x, x_hat = streams()
+    statistics, expected = Statistics(4, hessian=False, cross=False), seen((x, x_hat))
+    statistics.update(x, x_hat)
+    assert not statistics.sum_x_hat_x_hat.numel() and not statistics.sum_cross.numel()
+    torch.testing.assert_close(statistics.mean_x_hat, expected.mean_x_hat)
+    for centred in (True, False):
+        assert not Moments(statistics, centred=centred).x_hat_x_hat.numel()
 
 
 def test_gram_of_more_columns_than_one_piece() -> None:

@@ -75,6 +75,15 @@ PLACES: dict[str, dict[str, str | None]] = {
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj")),
     },
 }
+# The layers that add to the hidden states, by the last part of their names. Gemma 2 has a norm behind them.
+WRITERS: dict[str, set[str]] = {
+    **{name: {"o_proj", "down_proj"} for name in ("llama", "mistral", "qwen2", "qwen3")},
+    **{name: {"dense", "dense_4h_to_h"} for name in ("bloom", "falcon", "falcon-grouped")},
+    "opt": {"out_proj", "fc2"},
+    "gpt2": {"c_proj"},
+    "gpt_neo": {"out_proj", "c_proj"},
+    "gemma2": set(),
+}
 
 
 def token_ids(samples: int = 10, length: int = 24) -> torch.Tensor:

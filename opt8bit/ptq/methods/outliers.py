@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opt8bit.ptq.methods.gptq import GPTQ
 from opt8bit.ptq.methods.method import Format, Method, Outliers, Rounded
-from opt8bit.ptq.methods.quantease import check_sweeps, descend
+from opt8bit.ptq.methods.quantease import check_count, descend
 
 STRUCTURES = ("unstructured", "column")
 
@@ -48,8 +48,8 @@ class OutlierQuantEase(Method):
             raise ValueError(f"fraction must be from 0 to 1, got {self.fraction!r}")
         if self.structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
-        check_sweeps("rounds", self.rounds)
-        check_sweeps("sweeps", self.sweeps)
+        check_count("rounds", self.rounds)
+        check_count("sweeps", self.sweeps)
         if not self.start.rowwise:
             raise ValueError(f"start must be a method without outliers of its own, got {self.start!r}")
 

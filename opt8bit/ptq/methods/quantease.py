@@ -10,6 +10,7 @@ from torch import Tensor
 from opt8bit.ptq.methods.kernels import kernels_for
 from opt8bit.ptq.methods.method import PIECE, Format, Method, Rounded, by_column, group_numbers
 from opt8bit.ptq.methods.rtn import RTN
+from opt8bit.ptq.methods.scales import refit_scales
 from opt8bit.quant.grid import Grid, Scales
 
 
@@ -18,42 +19,51 @@ class QuantEase(Method):
     """Each weight in turn becomes the grid value that is best while all others of its row stay as they are.
 
     That value is the one nearest to ``β = Ŵ_ij + [(W - Ŵ) H]_ij / H_jj``, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` never
-    rises; where no weight changes, none can be changed alone for the better. The grid stays as ``start`` fitted it.
+    rises; where no weight changes, none can be changed alone for the better. In the paper the grid stays as ``start``
+    fitted it; with ``refits``, descent alternates with the scales of least objective for the codes found so far, which
+    never raise it either.
 
     Args:
         sweeps: over all columns, at most; rows in which nothing changed are left out of the next one.
         start: the method whose result is improved; what it leaves as outliers stays as it is.
+        refits: of the scales, each followed by up to ``sweeps`` sweeps.
 
     Raises:
-        ValueError: ``sweeps`` is not a positive integer.
+        ValueError: ``sweeps`` is not a positive integer, or ``refits`` not an integer from 0.
 
     Source: QuantEase: Optimization-based Quantization for Language Models, algorithm 1.
     """
 
     sweeps: int = 25
     start: Method = field(default_factory=RTN)
+    refits: int = 0
 
     def __post_init__(self) -> None:
-        check_sweeps("sweeps", self.sweeps)
+        check_count("sweeps", self.sweeps)
+        check_count("refits", self.refits, least=0)
 
     @property
     def rowwise(self) -> bool:  # type: ignore[override]
         return self.start.rowwise
 
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
-        begun = self.start.round(weight, hessian, format)
-        kept = begun.dequantize() - begun.on_grid()  # of the outliers
-        on_grid = descend(weight - kept, begun.on_grid(), hessian, begun.scales, format, self.sweeps)
-        return Rounded.of(on_grid, begun.scales, format, begun.outliers)
+        rounded = self.start.round(weight, hessian, format)
+        target = weight - (rounded.dequantize() - rounded.on_grid())  # what outliers leave
+        for refit in range(1 + self.refits):
+            if refit:
+                rounded = refit_scales(target, rounded, hessian)
+            on_grid = descend(target, rounded.on_grid(), hessian, rounded.scales, format, self.sweeps)
+            rounded = Rounded.of(on_grid, rounded.scales, format, rounded.outliers)
+        return rounded
 
 
-def check_sweeps(name: str, value: int) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
     """
     Raises:
-        ValueError: ``value`` is not a positive integer.
+        ValueError: ``value`` is not an integer, or below ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def descend(

@@ -1,0 +1,63 @@
+"""The scales of least layer objective for codes that are already chosen: a small linear system for each row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opt8bit.ptq.methods.method import Rounded
+from opt8bit.quant.grid import Scales
+
+ROWS = 256  # whose systems are in memory at once
+
+
+def refit_scales(
+    weight: Tensor,  # (out, in), without what outliers add
+    rounded: Rounded,
+    hessian: Tensor,  # (in, in)
+) -> Rounded:
+    """The same codes with new scales, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is least; no row's share of it rises.
+
+    With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
+    ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones are not all positive.
+    """
+    hessian = hessian.to(weight.dtype)
+    groups = rounded.scales.scale.shape[1]
+    values = rounded.format.grid.decode(rounded.codes.unflatten(1, (groups, -1)), _unit(rounded.scales))
+    scale = rounded.scales.scale.clone()
+    for rows in torch.arange(len(weight), device=weight.device).split(ROWS):
+        scale[rows] = _best(weight[rows], values[rows], hessian, scale[rows])
+    return replace(rounded, scales=rounded.scales._replace(scale=scale))
+
+
+def _unit(scales: Scales) -> Scales:
+    return scales._replace(scale=torch.ones_like(scales.scale)).at((..., None))
+
+
+def _best(
+    weight: Tensor,  # (rows, in)
+    values: Tensor,  # (rows, groups, g)
+    hessian: Tensor,  # (in, in)
+    scale: Tensor,  # (rows, groups)
+) -> Tensor:
+    groups, size = values.shape[1:]
+    right = ((weight @ hessian).unflatten(1, (groups, size)) * values).sum(-1).double()
+    left = torch.stack(
+        [
+            ((values[:, g] @ hessian[g * size : (g + 1) * size]).unflatten(1, (groups, size)) * values).sum(-1)
+            for g in range(groups)
+        ],
+        1,
+    ).double()
+    dead = left.diagonal(dim1=1, dim2=2) <= 0  # all of a group's values are 0, or no input reaches it
+    left.diagonal(dim1=1, dim2=2)[dead] = 1
+    found, failed = torch.linalg.solve_ex(left, right)
+    found = torch.where(dead, scale, found)
+
+    def cost(s: Tensor) -> Tensor:
+        return ((left @ s[..., None])[..., 0] * s).sum(1) - 2 * (right * s).sum(1)
+
+    better = (failed == 0) & (found > 0).all(1) & (cost(found) < cost(scale.double()))
+    return torch.where(better[:, None], found.to(scale.dtype), scale)

@@ -1,0 +1,80 @@
+"""How far the outputs of compressed layers are from the float model's, told while passes go through both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OutputErrors:
+    """Sums of squares over the tokens of all batches, by layer.
+
+    For every batch the float model's pass goes through its layers, then the compressed model's through the layers of
+    the same names, then :meth:`compare` takes what both put out.
+
+    Args:
+        layers: of the float model.
+        layers_hat: of the compressed model.
+        shifts: what Bias Compensation added to each of those, (out,) or (length, out), if anything.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        layers_hat: Mapping[str, nn.Module],
+        shifts: Mapping[str, Tensor | None],
+    ) -> None:
+        self._shifts = shifts
+        self._outputs: dict[str, Tensor] = {}
+        self._outputs_hat: dict[str, Tensor] = {}
+        self._signal = dict.fromkeys(layers, 0.0)
+        self._rounded = dict.fromkeys(layers, 0.0)
+        self._corrected = dict.fromkeys(layers, 0.0)
+        self._hooks = [
+            modules[name].register_forward_hook(_keep(outputs, name))
+            for modules, outputs in ((layers, self._outputs), (layers_hat, self._outputs_hat))
+            for name in layers
+        ]
+
+    def compare(self, shape: torch.Size, mask: Tensor | None) -> dict[str, Tensor]:
+        """The outputs' differences, float minus compressed, (sequences, length, out) each, of the batch just seen.
+
+        Args:
+            shape: (sequences, length): some models put all tokens of a batch into one dimension on the way.
+            mask: (sequences, length), true where a token counts.
+        """
+        differences = {}
+        for name, shift in self._shifts.items():
+            y, y_hat = (outputs.pop(name).reshape(*shape, -1) for outputs in (self._outputs, self._outputs_hat))
+            dtype = torch.promote_types(y.dtype, torch.float32)
+            difference = y.to(dtype) - y_hat.to(dtype)
+            self._signal[name] += _square(y.to(dtype), mask)
+            self._corrected[name] += _square(difference, mask)
+            self._rounded[name] += _square(difference if shift is None else difference + shift, mask)
+            differences[name] = difference
+        return differences
+
+    def relative(self, name: str) -> tuple[float, float]:
+        """``E|y - ŷ|² / E|y|²``, without the shift and with it."""
+        signal = self._signal[name] or 1.0
+        return self._rounded[name] / signal, self._corrected[name] / signal
+
+    def close(self) -> None:
+        """Lets the layers go."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _keep(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    return hook
+
+
+def _square(values: Tensor, mask: Tensor | None) -> float:
+    counted = values if mask is None else values[mask.bool()]
+    return float(counted.square().sum(dtype=torch.float64))
