@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -91,27 +91,31 @@ def stream_writers(block: nn.Module, call: Call) -> set[str]:
     found: set[str] = set()
     for name in (name for name, layer in layers.items() if matrix(layer).shape[0] == features):
         trial = torch.randn(features, generator=torch.Generator().manual_seed(0)).to(call.hidden)
-        with _replaced(layers, lambda other, x, name=name, trial=trial: trial if other == name else x.new_zeros(())):
+        outputs = {other: trial if other == name else trial.new_zeros(len(matrix(layers[other]))) for other in layers}
+        with _replaced({layers[other]: _constant(output) for other, output in outputs.items()}):
             if torch.allclose(call.of(block), call.hidden + trial):
                 found.add(name)
     return found
 
 
+def _constant(output: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: output.expand(*x.shape[:-1], -1).clone()
+
+
 @contextmanager
-def _replaced(layers: dict[str, nn.Module], output: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Inside, a layer gives ``output(name, input)``, repeated over tokens and features as its own would be."""
-
-    def forward(name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        features = matrix(layer).shape[0]
-        return lambda x: output(name, x).expand(*x.shape[:-1], features).clone()
-
-    for name, layer in layers.items():
-        layer.__dict__["forward"] = forward(name, layer)
+def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each module runs the function given for it; afterwards what it ran before."""
+    had = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for layer in layers.values():
-            del layer.__dict__["forward"]
+        for module, forward in had.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
 
 
 def stages(block: nn.Module, call: Call) -> list[list[str]]:
@@ -179,15 +183,11 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor
             raise _AllCalled
         return (hidden,) if as_tuple else hidden
 
-    for block in blocks:
-        block.__dict__["forward"] = record
     try:
-        model(**batch, **_no_cache(model))
+        with _replaced(dict.fromkeys(blocks, record)):
+            model(**batch, **_no_cache(model))
     except _AllCalled:
         return calls
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
     raise ValueError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
 
 

@@ -85,7 +85,7 @@ def compress_stage(
     first = matrix(next(iter(layers.values())))
     dtype = torch.promote_types(first.dtype, torch.float32)
     weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
-    inputs = [Inputs(*(part if part is None else part.to(dtype) for part in batch)) for batch in inputs]
+    inputs = [batch.to(dtype) for batch in inputs]
     statistics = _statistics(inputs, recipe)
     rounded = {}
     for with_bias in (True, False):

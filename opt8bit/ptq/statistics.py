@@ -18,6 +18,10 @@ class Inputs(NamedTuple):
     mask: Tensor | None = None  # (sequences, length), true where a token counts
     drift: Tensor | None = None  # (sequences, length, h), δ: the float model's hidden states minus the other's
 
+    def to(self, dtype: torch.dtype) -> Inputs:
+        drift = None if self.drift is None else self.drift.to(dtype)
+        return Inputs(self.x.to(dtype), self.x_hat.to(dtype), self.mask, drift)
+
 
 class Statistics:
     """Sums over the tokens that one layer has seen: x in the float model, x̂ in the model quantized so far.

@@ -1,6 +1,7 @@
 """The pipeline on small random models of each type: what it finds, what it leaves alone, what it refuses."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,24 @@ def test_the_hidden_states_drift_less_where_their_drift_is_made_up_for(name: str
         result = ptq.compress(model, ids, bits=2, group_size=16, error_propagation=1.0)
         errors.append(float((logits(result.compressed_model(), ids) - logits(model, ids)).norm()))
     assert errors[0] < 0.97 * errors[1]
+
+
+def test_modules_that_run_a_function_of_their_own_go_on_running_it() -> None:
+    """Libraries that move weights between devices put one into the module itself."""
+    model = MODELS["llama"]()
+    block = model.model.layers[0]
+    calls: list[str] = []
+
+    def forward(name, own, *args, **kwargs):
+        calls.append(name)
+        return own(*args, **kwargs)
+
+    for name, module in (("block", block), ("layer", block.mlp.down_proj)):
+        module.forward = functools.partial(forward, name, module.forward)
+    ptq.compress(model, token_ids(), group_size=16)
+    calls.clear()
+    model(token_ids())
+    assert calls == ["block", "layer"]
 
 
 def test_reported_errors_are_those_of_the_outputs() -> None:
