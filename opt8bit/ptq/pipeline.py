@@ -257,6 +257,23 @@ def _layer_report(
     )
 
 
+def with_position_bias(
+    output: Tensor,  # (sequences, length, out), or all tokens in one dimension: (tokens, out)
+    bias: Tensor,  # (length, out)
+) -> Tensor:
+    """
+    Raises:
+        ValueError: the sequences are longer than those the bias is from, or, with all tokens in one dimension, the
+            tokens are no whole number of sequences of that length.
+    """
+    length = len(bias)
+    if output.dim() == 2 and len(output) % length == 0:
+        return (output.unflatten(0, (-1, length)) + bias.to(output)).flatten(0, 1)
+    if output.dim() == 2 or output.shape[1] > length:
+        raise ValueError(f"biases by position are for sequences of {length} tokens, got {tuple(output.shape[:-1])}")
+    return output + bias[: output.shape[1]].to(output)
+
+
 def install(layer: nn.Module, compressed: Compressed) -> None:
     """Puts the rounded weight and the bias into a layer."""
     weight = matrix(layer)
@@ -265,7 +282,7 @@ def install(layer: nn.Module, compressed: Compressed) -> None:
     if bias is None:
         return
     if bias.dim() == 2:
-        layer.register_forward_hook(lambda module, args, output: output + bias[: output.shape[1]].to(output))
+        layer.register_forward_hook(lambda module, args, output: with_position_bias(output, bias))
         layer.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # type: ignore[arg-type]
         return
     layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)

@@ -150,6 +150,11 @@ def test_by_position_applies_a_bias_at_each_position_and_counts_its_bytes() -> N
     module = dict(result.compressed_model().named_modules())[row.name]
     x = torch.randn(2, 24, row.shape[1])
     torch.testing.assert_close(module(x), x @ matrix(module).T + bias)
+    torch.testing.assert_close(module(x[:, :7]), x[:, :7] @ matrix(module).T + bias[:7])
+    torch.testing.assert_close(module(x.flatten(0, 1)).view(2, 24, -1), module(x))
+    for longer in (torch.randn(1, 25, row.shape[1]), torch.randn(25, row.shape[1])):
+        with pytest.raises(ValueError, match="biases by position are for sequences of 24 tokens"):
+            module(longer)
 
 
 def test_layers_that_read_the_same_input_go_together() -> None:
