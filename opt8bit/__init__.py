@@ -1,7 +1,8 @@
-"""opt8bit: optimizers for PyTorch whose states take 8 bits."""
+"""opt8bit: optimizers for PyTorch whose states take 8 bits; trained weights, rounded to few bits and corrected."""
 
 from importlib.metadata import version
 
+from opt8bit import ptq
 from opt8bit.nn import StableEmbedding, replace_embeddings
 from opt8bit.optim import (
     Adagrad8bit,
@@ -33,6 +34,7 @@ __all__ = [
     "SGD8bit",
     "StableEmbedding",
     "memory_report",
+    "ptq",
     "replace_embeddings",
     "state_error",
 ]
