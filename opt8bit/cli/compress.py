@@ -59,26 +59,25 @@ def run(settings: Settings) -> None:
     started = time.perf_counter()
     try:
         method = _method(settings)
-        # Made first: a folder that cannot be written is known before hours are spent.
-        with new_folder(settings.output) as folder:
+        # First what can fail at once: a folder that cannot be written is known before hours are spent.
+        with new_folder(settings.output) as folder, _progress() as see:
             model, tokenizer = load(settings.model, trust_remote_code=settings.trust_remote_code)
             calibration = _calibration(settings, tokenizer)
-            with _progress() as see:
-                result = ptq.compress(
-                    model,
-                    calibration,
-                    method=method,
-                    bits=settings.bits,
-                    group_size=settings.group_size or None,
-                    symmetric=settings.symmetric,
-                    range=settings.range,
-                    correct=settings.correct,
-                    statistic=settings.statistic,
-                    error_propagation=settings.error_propagation,
-                    see=see,
-                )
+            result = ptq.compress(
+                model,
+                calibration,
+                method=method,
+                bits=settings.bits,
+                group_size=settings.group_size or None,
+                symmetric=settings.symmetric,
+                range=settings.range,
+                correct=settings.correct,
+                statistic=settings.statistic,
+                error_propagation=settings.error_propagation,
+                see=see,
+            )
             write(result, folder, settings.format, tokenizer)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise CommandError(str(error)) from error
     print(summary(result, settings.output, time.perf_counter() - started))
 
@@ -90,20 +89,21 @@ def _method(settings: Settings) -> Method:
     """
     if settings.act_order and settings.method != "gptq":
         raise CommandError(f"--act-order is GPTQ's: it has no meaning for {settings.method}")
-    descends = settings.method == "quantease" or settings.outliers
-    if descends and settings.polish is False:
-        raise CommandError("quantease, and outliers, are coordinate descent: --no-polish leaves nothing of it")
+    if settings.method == "quantease" and settings.polish is False:
+        raise CommandError("quantease is coordinate descent: --no-polish leaves nothing of it")
+    if settings.method == "rtn" and settings.outliers:
+        raise CommandError("--outliers are chosen by the inputs, which rtn does not look at: use gptq or quantease")
     if settings.outlier_structure is not None and not settings.outliers:
         raise CommandError("--outlier-structure says how the outliers of --outliers F stand: give F, too")
     start: Method = ptq.GPTQ(act_order=settings.act_order) if settings.method == "gptq" else ptq.RTN()
     if settings.outliers:
-        return ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure or STRUCTURES[0], start=start)
+        start = ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure or STRUCTURES[0], start=start)
     polish = settings.method != "rtn" if settings.polish is None else settings.polish
     return polished(start) if polish else start
 
 
 def _calibration(settings: Settings, tokenizer: Any) -> torch.Tensor:
-    """Windows of the text, one after another; from a random offset where a seed is given."""
+    """Windows of the text: the first ones, or with a seed any."""
     text = tokens(settings.calibration, tokenizer)
     try:
         found = windows(text, settings.sequence_length, len(text) // settings.sequence_length or 1)
@@ -156,7 +156,7 @@ def summary(result: ptq.Result, output: Path, seconds: float) -> str:
     bits = sum(row.bits_per_weight * count for row, count in zip(rows, weights, strict=True)) / sum(weights)
     worst = max(rows, key=lambda row: row.error_corrected)
     lines = [
-        f"{len(rows)} layers, {sum(weights):,} weights at {bits:.2f} bits each, scales counted",
+        f"{len(rows)} layers, {sum(weights):,} weights at {bits:.2f} bits each once packed, scales counted",
         f"largest relative error of an output: {worst.error_corrected:.2%}, {worst.name}",
     ]
     if result.recipe.correct != "none":

@@ -18,10 +18,9 @@ def report(model: str, text: Path, length: int, samples: int, as_json: bool, tru
     """
     network, tokenizer = load(model, trust_remote_code=trust_remote_code)
     try:
-        samples_of_text = windows(tokens(text, tokenizer), length, samples)
+        value = perplexity(network, windows(tokens(text, tokenizer), length, samples))
     except ValueError as error:
         raise CommandError(f"{text}: {error}") from error
-    value = perplexity(network, samples_of_text)
     dtype = str(network.dtype).removeprefix("torch.")
     if as_json:
         found = {"model": model, "text": str(text), "sequence_length": length, "samples": samples, "dtype": dtype}

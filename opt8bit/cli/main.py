@@ -92,7 +92,7 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     structure = "single weights, or whole inputs (default: unstructured)"
     add("--outlier-structure", choices=STRUCTURES, help=structure)
     add("--act-order", action="store_true", help="GPTQ by falling second moment of the inputs")
-    strength = "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn)"
+    strength = "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn and local)"
     add("--error-propagation", type=float, metavar="ALPHA", help=strength)
     add("--samples", type=positive, default=64, metavar="N", help="windows of the calibration text")
     add("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a window")

@@ -5,7 +5,7 @@ from opt8bit.ptq.evaluate import mean_loss, perplexity
 from opt8bit.ptq.export import export
 from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.methods import GPTQ, RTN, Format, OutlierQuantEase, QuantEase
-from opt8bit.ptq.pipeline import LayerReport, Result
+from opt8bit.ptq.result import LayerReport, Result
 
 __all__ = [
     "GPTQ",

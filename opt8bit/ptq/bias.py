@@ -19,12 +19,12 @@ def mean_shift(
     statistics: Statistics,
     *,
     local: bool = False,
-    drifted: bool = False,
+    drift_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``W E[x] - Ŵ E[x̂]``, the constant that leaves the least squared output error; ``local`` has x for x̂.
 
     The mean squared error falls by the square of the constant, channel by channel, and never rises. For a layer whose
-    output is added to hidden states that have ``drifted`` by δ, the error is that of the sum, with ``E[δ]`` in it.
+    output is added to hidden states that have drifted by δ, ``drift_share`` times δ is part of the error.
 
     Returns:
         The shift, (out,), and its standard error, (out,): tokens of one sequence go together, so that it is told from
@@ -35,8 +35,8 @@ def mean_shift(
     sum_x_hat = statistics.sum_x if local else statistics.sum_x_hat
     dtype = statistics.sum_x.dtype
     shifts = statistics.sum_x @ weight.to(dtype).T - sum_x_hat @ rounded.to(dtype).T  # (sequences, out), over tokens
-    if drifted:
-        shifts = shifts + statistics.sum_drift
+    if drift_share:
+        shifts = shifts + drift_share * statistics.sum_drift
     shift = shifts.sum(0) / statistics.count
     return shift, _standard_error(shifts, statistics.tokens, shift)
 
@@ -56,26 +56,42 @@ def median_shift(
     inputs: Sequence[Inputs],
     *,
     local: bool = False,
-    drifted: bool = False,
+    drift_share: float = 0.0,
     channels: int = 64,
-) -> Tensor:
-    """The median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error, (out,).
+) -> tuple[Tensor, Tensor]:
+    """The median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error.
 
     Arguments as of :func:`mean_shift`, with the inputs in place of their sums.
 
+    Returns:
+        The shift, (out,), and its standard error, (out,), told from how the medians of the sequences differ.
+
     Source: Minimize Quantization Output Error with Bias Compensation, section 3, with the absolute error.
     """
-    shifts = []
+    found = []
     for start in range(0, len(weight), channels):
         part = slice(start, start + channels)
-        errors = []
-        for x, x_hat, mask, drift in inputs:
-            error = x @ weight[part].T - (x if local else x_hat) @ rounded[part].T
-            if drifted and drift is not None:
-                error += drift[..., part]
-            errors.append(error.flatten(0, 1) if mask is None else error[mask.bool()])
-        shifts.append(torch.cat(errors).median(0).values)
-    return torch.cat(shifts)
+        errors = [_errors(weight, rounded, batch, part, local, drift_share) for batch in inputs]
+        whole = torch.cat([error.flatten(0, 1) for error in errors]).nanmedian(0).values
+        of_sequences = torch.cat([error.nanmedian(1).values for error in errors])
+        found.append((whole, _spread(of_sequences[~of_sequences.isnan().any(1)])))
+    shifts, noises = zip(*found, strict=True)
+    return torch.cat(shifts), torch.cat(noises)
+
+
+def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
+    """Of a batch, for some of the channels, (sequences, length, channels): NaN where a token does not count."""
+    x, x_hat, mask, drift = batch.to(weight.dtype)
+    error = x @ weight[part].T - (x if local else x_hat) @ rounded[part].T
+    if drift_share and drift is not None:
+        error += drift_share * drift[..., part]
+    return error if mask is None else torch.where(mask.bool().unsqueeze(-1), error, torch.nan)
+
+
+def _spread(of_sequences: Tensor) -> Tensor:
+    """The standard error of what sequences (n, channels) say, each for itself; infinite for a single one."""
+    count = len(of_sequences)
+    return of_sequences.std(0) / count**0.5 if count > 1 else torch.full_like(of_sequences[0], torch.inf)
 
 
 def position_shift(
@@ -84,12 +100,12 @@ def position_shift(
     inputs: Sequence[Inputs],
     *,
     local: bool = False,
-    drifted: bool = False,
+    drift_share: float = 0.0,
 ) -> Tensor:
     """``W E[x_t] - Ŵ E[x̂_t]`` at each position t of a sequence, (length, out): 0 where no token counts.
 
     Arguments as of :func:`mean_shift`, with the inputs in place of their sums. Takes ``length`` times the memory of a
-    bias, and no server applies it: for comparison.
+    bias, is not shrunk, and no server applies it: for comparison.
 
     Raises:
         ValueError: the batches' sequences differ in length.
@@ -101,13 +117,10 @@ def position_shift(
         raise ValueError(f"a bias by position takes sequences of one length, got {sorted(lengths)}")
     length = lengths.pop()
     sums, tokens = weight.new_zeros(length, len(weight)), weight.new_zeros(length)
-    for x, x_hat, mask, drift in inputs:
-        counts = x.new_ones(x.shape[:2]) if mask is None else mask.to(x)
-        sum_x, sum_x_hat = (torch.einsum("sl,sld->ld", counts, part) for part in (x, x if local else x_hat))
-        sums += sum_x @ weight.T - sum_x_hat @ rounded.T
-        if drifted and drift is not None:
-            sums += torch.einsum("sl,slh->lh", counts, drift)
-        tokens += counts.sum(0)
+    for batch in inputs:
+        errors = _errors(weight, rounded, batch, slice(None), local, drift_share)
+        sums += errors.nansum(0)
+        tokens += len(errors) if batch.mask is None else batch.mask.bool().sum(0)
     return sums / tokens.clamp(min=1)[:, None]
 
 

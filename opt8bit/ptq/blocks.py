@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-
-class Call(NamedTuple):
-    """How a model called one of its blocks: the hidden states first, and whatever else it passed."""
-
-    hidden: Tensor  # (sequences, length, d)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def of(self, block: nn.Module) -> Tensor:
-        """The hidden states that ``block`` makes of this call."""
-        output = block(self.hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -45,27 +31,27 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The blocks of a model and their name: of all outermost lists of modules of one class, the one with most weights.
+    """The blocks of a model and their name: of all outermost lists of modules, the one with most weights.
 
     Raises:
-        ValueError: no list of modules has linear layers.
+        ValueError: no list of modules has linear layers in each of them.
     """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and _is_uniform(module):
+        if isinstance(module, nn.ModuleList) and not inside and _are_blocks(module):
             found[name] = module
     if not found:
         raise ValueError(
-            f"no blocks found in {type(model).__name__}: expected an nn.ModuleList of modules of one class that "
-            "have nn.Linear or Conv1D layers"
+            f"no blocks found in {type(model).__name__}: expected an nn.ModuleList of modules that each have "
+            "nn.Linear or Conv1D layers"
         )
     name = max(found, key=lambda name: sum(matrix(layer).numel() for layer in linear_layers(found[name]).values()))
     return name, found[name]
 
 
-def _is_uniform(modules: nn.ModuleList) -> bool:
-    return len({type(module) for module in modules}) == 1 and all(linear_layers(module) for module in modules)
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    return len(modules) > 0 and all(linear_layers(module) and not is_linear(module) for module in modules)
 
 
 @contextmanager
@@ -79,140 +65,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def stream_writers(block: nn.Module, call: Call) -> set[str]:
-    """The linear layers whose output is added to the hidden states as it is, such as ``o_proj`` and ``down_proj``.
-
-    Told by trial: with all other layers silent, the block returns its input plus what the layer puts out.
-    """
-    layers = linear_layers(block)
-    features = call.hidden.shape[-1]
-    found: set[str] = set()
-    for name in (name for name, layer in layers.items() if matrix(layer).shape[0] == features):
-        trial = torch.randn(features, generator=torch.Generator().manual_seed(0)).to(call.hidden)
-        outputs = {other: trial if other == name else trial.new_zeros(len(matrix(layers[other]))) for other in layers}
-        with _replaced({layers[other]: _constant(output) for other, output in outputs.items()}):
-            if torch.allclose(call.of(block), call.hidden + trial):
-                found.add(name)
-    return found
-
-
-def _constant(output: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: output.expand(*x.shape[:-1], -1).clone()
-
-
-@contextmanager
-def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module runs the function given for it; afterwards what it ran before."""
-    had = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, forward in had.items():
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
-
-
-def stages(block: nn.Module, call: Call) -> list[list[str]]:
-    """The names of a block's linear layers in the order they are called; those that read one tensor go together.
-
-    So queries, keys and values are one stage and share their statistics, and so are the two halves of a gated MLP.
-
-    Raises:
-        ValueError: a layer is called twice, or never.
-    """
-    layers = linear_layers(block)
-    order: list[tuple[str, Tensor]] = []
-    with _hooked(layers, lambda name, x: order.append((name, x))):
-        call.of(block)
-    called = [name for name, _ in order]
-    for name in layers:
-        if called.count(name) != 1:
-            raise ValueError(f"{name} is called {called.count(name)} times in one pass of its block, expected once")
-    result: list[list[str]] = []
-    last: Tensor | None = None
-    for name, x in order:
-        if x is not last:
-            result.append([])
-        result[-1].append(name)
-        last = x
-    return result
-
-
-@contextmanager
-def _hooked(layers: dict[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Inside, ``see(name, input)`` runs before each of the layers does."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            see(name, inputs[0])
-
-        return before
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]) -> list[Call]:
-    """How the model calls each of its blocks on a batch; only the first call's hidden states mean anything.
-
-    The blocks do not run: each hands its input on. So what the model computes on the way from the embedding (masks,
-    positions, rotary angles) is seen as every single block gets it, whatever it depends on.
-
-    Raises:
-        ValueError: the model does not call all of its blocks, once each, with the hidden states first.
-    """
-    calls: list[Call] = []
-    as_tuple = _returns_tuple(model, blocks[0], batch)
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states", None)
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-            raise ValueError("a block is not called with hidden states (sequences, length, features) first")
-        calls.append(Call(hidden, args[1:], kwargs))
-        if len(calls) == len(blocks):
-            raise _AllCalled
-        return (hidden,) if as_tuple else hidden
-
-    try:
-        with _replaced(dict.fromkeys(blocks, record)):
-            model(**batch, **_no_cache(model))
-    except _AllCalled:
-        return calls
-    raise ValueError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
-
-
-class _AllCalled(Exception):
-    """The last block has been reached; the rest of the forward pass need not run."""
-
-
-def one_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The least batch of its kind: it tells what a block is made of as well as a large one, and costs nothing."""
-    first = {name: value[:1, :1] for name, value in batch.items()}
-    if "attention_mask" in first:
-        first["attention_mask"] = torch.ones_like(first["attention_mask"])
-    return first
-
-
-def _returns_tuple(model: nn.Module, block: nn.Module, batch: dict[str, Tensor]) -> bool:
-    """Whether a block gives its hidden states alone or as the first of several."""
-    found: list[bool] = []
-    handle = block.register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
-    try:
-        model(**one_token(batch), **_no_cache(model))
-    finally:
-        handle.remove()
-    return bool(found and found[0])
-
-
-def _no_cache(model: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -29,11 +30,38 @@ def windows(
     return tokens[: length * samples].view(samples, length)
 
 
+def check_token_ids(name: str, ids: Tensor, model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: they are not what the model takes: (samples, length), int64, of its vocabulary, no longer than the
+            positions it has, and at least one of them.
+    """
+    if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+        raise ValueError(
+            f"{name} must be int64 token ids (samples, length), got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    config = getattr(model, "config", None)
+    vocabulary, positions = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
+    if isinstance(vocabulary, int) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"{name} must be below the vocabulary's {vocabulary:,}, got {int(ids.min())} to {int(ids.max())}"
+        )
+    if isinstance(positions, int) and ids.shape[1] > positions:
+        raise ValueError(
+            f"{name} may be {positions:,} tokens long, as many as the model has positions, got {ids.shape[1]:,}"
+        )
+
+
 def mean_loss(
     model: nn.Module,
     samples: Tensor,  # (samples, length) token ids
 ) -> float:
-    """Mean cross-entropy, in nats, over the tokens that a window lets predict: all but its first."""
+    """Mean cross-entropy, in nats, over the tokens that a window lets predict: all but its first.
+
+    Raises:
+        ValueError: ``samples`` are not what the model takes.
+    """
+    check_token_ids("samples", samples, model)
     device = next(model.parameters()).device
     total = 0.0
     with evaluating(model):
@@ -47,5 +75,5 @@ def perplexity(
     model: nn.Module,
     samples: Tensor,  # (samples, length) token ids
 ) -> float:
-    """``exp`` of :func:`mean_loss`."""
+    """``exp`` of :func:`mean_loss`, which raises the same."""
     return math.exp(mean_loss(model, samples))

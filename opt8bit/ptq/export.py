@@ -6,15 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from opt8bit.ptq.pipeline import Result
 from opt8bit.ptq.placement import switches, with_switches
+from opt8bit.ptq.result import Result
 
 
 def export(result: Result, path: str | Path, *, format: str = "dense", tokenizer: Any = None) -> Path:
@@ -63,6 +63,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists: give the name of a folder that does not")
+    missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -71,6 +72,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # somebody else has put something there by now
+            for parent in missing:
+                parent.rmdir()
         raise
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ class Recipe:
         correct: the stream that Bias Compensation takes its errors from, of :data:`CORRECTIONS`: "none" for no bias;
             "local" for the float model's inputs, as in the paper; "sequential" for the inputs that the layer will
             see; "joint" for those, with the weights rounded on the centred covariance, so that the bias has its share.
-        statistic: "mean" for least squares, "median" for least absolute error, "position" for a mean at each
-            position of a sequence, which only this package can apply.
-        error_propagation: strength of the asymmetric target, 0 to 1.
+        statistic: "mean" for least squares, "median" for least absolute error, both shrunk to what the data support;
+            "position" for a mean at each position of a sequence, which only this package can apply.
+        error_propagation: strength of the asymmetric target, 0 to 1: see :func:`asymmetric_target`. As much of the
+            drift of the hidden states is in the errors that a bias of "sequential" or "joint" corrects.
 
     Raises:
         ValueError: an argument is not one of these, or they contradict each other.
@@ -36,9 +37,9 @@ class Recipe:
 
     method: Method
     format: Format
+    error_propagation: float
     correct: str = "none"
     statistic: str = "mean"
-    error_propagation: float = 0.5
 
     def __post_init__(self) -> None:
         if self.correct not in compensation.CORRECTIONS:
@@ -50,10 +51,14 @@ class Recipe:
             raise ValueError(f"statistic={self.statistic!r} has no bias to serve: correct is 'none'")
         if self.correct == "joint" and self.statistic != "mean":
             raise ValueError(f"correct='joint' is least squares: statistic must be 'mean', got {self.statistic!r}")
+        if self.correct == "joint" and not self.method.uses_hessian:
+            raise ValueError(f"{self.method!r} looks at no inputs: with correct='joint' it would round as ever")
         if not 0 <= self.error_propagation <= 1:
             raise ValueError(f"error_propagation must be from 0 to 1, got {self.error_propagation!r}")
         if self.error_propagation and not self.method.uses_hessian:
             raise ValueError(f"{self.method!r} looks at no inputs: error_propagation must be 0")
+        if self.error_propagation and self.correct == "local":
+            raise ValueError("correct='local' would undo what the asymmetric target does: error_propagation must be 0")
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,14 @@ class Compressed:
     goes by position."""
 
     rounded: Rounded
+    dtype: torch.dtype  # of the weight in its model
     bias: Tensor | None
     shift: Tensor | None
+
+    @property
+    def installed(self) -> Tensor:
+        """The weight as the model will hold it, (out, in)."""
+        return self.rounded.dequantize().to(self.dtype)
 
 
 def compress_stage(
@@ -85,27 +96,26 @@ def compress_stage(
     first = matrix(next(iter(layers.values())))
     dtype = torch.promote_types(first.dtype, torch.float32)
     weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
-    inputs = [batch.to(dtype) for batch in inputs]
-    statistics = _statistics(inputs, recipe)
+    statistics = _statistics(inputs, recipe, dtype)
     rounded = {}
-    for with_bias in (True, False):
-        part = {name: weight for name, weight in weights.items() if (name in corrected) == with_bias}
+    for centred in (True, False):
+        part = {n: weight for n, weight in weights.items() if (recipe.correct == "joint" and n in corrected) == centred}
         if part:
             # Where a bias will take the mean error, only the rest is the weights' to keep small.
-            moments = Moments(statistics, centred=with_bias and recipe.correct == "joint")
-            rounded |= _round(part, moments, recipe, writers)
+            rounded |= _round(part, Moments(statistics, centred=centred), recipe, writers)
     result = {}
     for name, weight in weights.items():
         had: Tensor | None = layers[name].bias  # type: ignore[assignment]
-        bias, shift = None if had is None else had.detach().to(dtype), None
+        layer = Compressed(rounded[name], first.dtype, None if had is None else had.detach().to(dtype), None)
         if name in corrected:
-            shift = _shift(weight, rounded[name].dequantize(), statistics, inputs, recipe, name in writers)
-            bias = shift if bias is None else bias + shift
-        result[name] = Compressed(rounded[name], bias, shift)
+            share = recipe.error_propagation if name in writers else 0.0
+            shift = _shift(weight, layer.installed.to(dtype), statistics, inputs, recipe, share)
+            layer = replace(layer, bias=shift if layer.bias is None else layer.bias + shift, shift=shift)
+        result[name] = layer
     return result
 
 
-def _statistics(inputs: Sequence[Inputs], recipe: Recipe) -> Statistics:
+def _statistics(inputs: Sequence[Inputs], recipe: Recipe, dtype: torch.dtype) -> Statistics:
     x, _, _, drift = inputs[0]
     statistics = Statistics(
         x.shape[-1],
@@ -115,7 +125,7 @@ def _statistics(inputs: Sequence[Inputs], recipe: Recipe) -> Statistics:
         device=x.device,
     )
     for batch in inputs:
-        statistics.update(*batch)
+        statistics.update(*batch.to(dtype))
     return statistics
 
 
@@ -124,9 +134,8 @@ def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe, writers
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
     if recipe.error_propagation:
         wanted = target.to(moments.cross.dtype) @ moments.cross
-        for name, rows in zip(weights, wanted.split(sizes), strict=True):
-            if name in writers:
-                rows += moments.drift_cross
+        parts = zip(weights, wanted.split(sizes), strict=True)
+        wanted = torch.cat([part + moments.drift_cross if name in writers else part for name, part in parts])
         target = asymmetric_target(target, wanted, moments.x_hat_x_hat, recipe.error_propagation)
     method, hessian = recipe.method, moments.x_hat_x_hat
     if not method.rowwise:
@@ -143,14 +152,14 @@ def _shift(
     statistics: Statistics,
     inputs: Sequence[Inputs],
     recipe: Recipe,
-    writes: bool,
+    drift_share: float,
 ) -> Tensor:
     """What Bias Compensation adds to a layer's bias, in the dtype of the weight."""
     local = recipe.correct == "local"
-    drifted = writes and not local
     if recipe.statistic == "position":
-        return compensation.position_shift(weight, rounded, inputs, local=local, drifted=drifted)
-    shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local, drifted=drifted)
+        return compensation.position_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
     if recipe.statistic == "median":
-        shift = compensation.median_shift(weight, rounded, inputs, local=local, drifted=drifted)
+        shift, noise = compensation.median_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
+    else:
+        shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local, drift_share=drift_share)
     return compensation.shrunk(shift, noise).to(weight.dtype)

@@ -6,85 +6,19 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import (
-    Call,
-    block_calls,
-    evaluating,
-    find_blocks,
-    linear_layers,
-    matrix,
-    one_token,
-    stages,
-    stream_writers,
-)
+from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
+from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
 from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.placement import Places, bias_places, value_bias_through
+from opt8bit.ptq.placement import THROUGH, bias_places, value_bias_through
+from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.statistics import Inputs
 from opt8bit.ptq.walk import halting, walks
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What was done to one layer.
-
-    Attributes:
-        name: of the layer in the model.
-        shape: (out, in).
-        bits_per_weight: everything stored counted, but the bias.
-        error_rounded: of the output against the float model's, squared, relative to the square of that output.
-        error_corrected: the same with the bias.
-        bias_norm: of what Bias Compensation added.
-        bias_bytes: that it takes beyond what the layer had, at the model's dtype.
-        bias_place: what holds it: "own", a switch of the configuration, "through NAME"; None if there is none.
-        note: why there is no correction where one was asked for.
-        seconds: of the layer's stage, shared among its layers.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    error_rounded: float
-    error_corrected: float
-    bias_norm: float
-    bias_bytes: int
-    bias_place: str | None
-    note: str
-    seconds: float
-
-
-@dataclass
-class Result:
-    """A compressed model.
-
-    Attributes:
-        model: the one that was given, unchanged.
-        recipe: what was asked for.
-        layers: the rounded weight and the bias of every compressed layer, by name.
-        report: one row a layer, in the order of compression.
-        places: what lets each layer hold a bias.
-    """
-
-    model: nn.Module
-    recipe: Recipe
-    places: Places
-    layers: dict[str, Compressed] = field(default_factory=dict)
-    report: list[LayerReport] = field(default_factory=list)
-
-    def compressed_model(self) -> nn.Module:
-        """A copy of the model with the compressed weights, as the exported one will be."""
-        result = copy.deepcopy(self.model)
-        modules = dict(result.named_modules())
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                install(modules[name], layer)
-        return result
 
 
 def run(
@@ -103,16 +37,18 @@ def run(
     """
     prefix, blocks = find_blocks(model)
     names = [f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_layers(block)]
-    result = Result(model, recipe, bias_places(model, names))
+    places = bias_places(model, names, recipe.statistic) if recipe.correct != "none" else dict.fromkeys(names)
+    result = Result(model, recipe, places)
     with evaluating(model):
-        calls = [block_calls(model, blocks, batch) for batch in batches]
-        probes = block_calls(model, blocks, one_token(batches[0]))
+        as_tuple = returns_tuple(model, blocks[0], batches[0])
+        parts = _anatomies(prefix, blocks, block_calls(model, blocks, one_token(batches[0]), as_tuple=as_tuple))
+        calls = [block_calls(model, blocks, batch, as_tuple=as_tuple) for batch in batches]
         masks = [batch.get("attention_mask") for batch in batches]
         hidden = hidden_hat = [of_batch[0].hidden for of_batch in calls]
         for i, block in enumerate(blocks):
             here = [of_batch[i] for of_batch in calls]
             name = f"{prefix}.{i}"
-            task = _BlockTask(name, block, probes[i], result, masks, lambda report: see(report, len(names)))
+            task = _BlockTask(name, block, parts[i], result, masks, lambda report: see(report, len(names)))
             hidden, hidden_hat = task.run(
                 [call._replace(hidden=x) for call, x in zip(here, hidden, strict=True)],
                 [call._replace(hidden=x) for call, x in zip(here, hidden_hat, strict=True)],
@@ -121,13 +57,24 @@ def run(
     return result
 
 
+def _anatomies(prefix: str, blocks: nn.ModuleList, calls: Sequence[Call]) -> list[Anatomy]:
+    """Of all blocks, before any is worked on."""
+    found = []
+    for i, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        try:
+            found.append(anatomy(block, call))
+        except ValueError as error:
+            raise ValueError(f"{prefix}.{i}.{error}") from error
+    return found
+
+
 class _BlockTask:
     """Compresses one block, in the order in which it calls its layers.
 
     Args:
         name: of the block in the model.
         block: of the float model; it is left as it is.
-        probe: how the model calls it with one token.
+        parts: what it does with its layers.
         result: gets the layers and their reports.
         masks: of each batch.
         see: gets each report.
@@ -137,22 +84,25 @@ class _BlockTask:
         self,
         name: str,
         block: nn.Module,
-        probe: Call,
+        parts: Anatomy,
         result: Result,
         masks: Sequence[Tensor | None],
         see: Callable[[LayerReport], None],
     ) -> None:
         self.name, self.block, self.result, self.masks, self.see = name, block, result, masks, see
         self.compressed = copy.deepcopy(block)
-        self.order = stages(block, probe)
-        # Only the asymmetric target asks what the hidden states have drifted by, and who can make up for it.
-        self.writers = stream_writers(block, probe) if result.recipe.error_propagation else set()
-        self.drifts: list[Tensor] = []
+        self.order = parts.stages
+        # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for.
+        self.writers = parts.writers if result.recipe.error_propagation else set()
+        self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
+        self.drifts: list[Tensor] = []  # of each batch, if there are writers
         self.pending: _Stage | None = None
 
     def run(self, calls: list[Call], calls_hat: list[Call]) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the hidden states after the block: the float model's, and the compressed one's."""
-        self.drifts = [call.hidden - call_hat.hidden for call, call_hat in zip(calls, calls_hat, strict=True)]
+        self.shapes = [call.hidden.shape[:2] for call in calls]
+        if self.writers:
+            self.drifts = [call.hidden - call_hat.hidden for call, call_hat in zip(calls, calls_hat, strict=True)]
         with ExitStack() as stack:
             for block in (self.block, self.compressed):
                 layers = linear_layers(block)
@@ -177,7 +127,7 @@ class _BlockTask:
         return [end for end, _ in ends], [end_hat for _, end_hat in ends]
 
     def _inputs(self, i: int, x: Tensor, x_hat: Tensor, writes: bool) -> Inputs:
-        shape = (*self.drifts[i].shape[:2], x.shape[-1])  # some models put all tokens of a batch into one dimension
+        shape = (*self.shapes[i], x.shape[-1])  # some models put all tokens of a batch into one dimension
         drift = self.drifts[i] if writes else None
         return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], drift)
 
@@ -185,7 +135,7 @@ class _BlockTask:
         """Takes what the pending stage put out for batch i."""
         if self.pending is None:
             return
-        differences = self.pending.errors.compare(self.drifts[i].shape[:2], self.masks[i])
+        differences = self.pending.errors.compare(self.shapes[i], self.masks[i])
         for name in self.writers & differences.keys():
             self.drifts[i] = self.drifts[i] + differences[name]
 
@@ -241,7 +191,10 @@ def _layer_report(
     seconds: float,
 ) -> LayerReport:
     weight, shift = matrix(had), layer.shift
-    stored = 0 if shift is None or layer.bias is None else layer.bias.numel() - (0 if had.bias is None else len(weight))
+    moved = place is not None and place.startswith(THROUGH)
+    stored = 0
+    if shift is not None and layer.bias is not None and not moved:
+        stored = layer.bias.numel() - (0 if had.bias is None else len(weight))
     missing = recipe.correct != "none" and shift is None
     return LayerReport(
         name=name,
@@ -252,37 +205,6 @@ def _layer_report(
         bias_norm=0.0 if shift is None else float(shift.norm()),
         bias_bytes=stored * weight.element_size(),
         bias_place=None if shift is None else place,
-        note="the architecture has no place for a bias here" if missing else "",
+        note="the checkpoint has no place for a bias here" if missing else "",
         seconds=seconds,
     )
-
-
-def with_position_bias(
-    output: Tensor,  # (sequences, length, out), or all tokens in one dimension: (tokens, out)
-    bias: Tensor,  # (length, out)
-) -> Tensor:
-    """
-    Raises:
-        ValueError: the sequences are longer than those the bias is from, or, with all tokens in one dimension, the
-            tokens are no whole number of sequences of that length.
-    """
-    length = len(bias)
-    if output.dim() == 2 and len(output) % length == 0:
-        return (output.unflatten(0, (-1, length)) + bias.to(output)).flatten(0, 1)
-    if output.dim() == 2 or output.shape[1] > length:
-        raise ValueError(f"biases by position are for sequences of {length} tokens, got {tuple(output.shape[:-1])}")
-    return output + bias[: output.shape[1]].to(output)
-
-
-def install(layer: nn.Module, compressed: Compressed) -> None:
-    """Puts the rounded weight and the bias into a layer."""
-    weight = matrix(layer)
-    weight.copy_(compressed.rounded.dequantize())
-    bias = compressed.bias
-    if bias is None:
-        return
-    if bias.dim() == 2:
-        layer.register_forward_hook(lambda module, args, output: with_position_bias(output, bias))
-        layer.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # type: ignore[arg-type]
-        return
-    layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)

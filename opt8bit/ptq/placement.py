@@ -19,14 +19,14 @@ VALUES, OUTPUTS = "v_proj", ("o_proj", "out_proj")
 Places = dict[str, "str | None"]
 
 
-def bias_places(model: nn.Module, names: Iterable[str]) -> Places:
-    """For each layer, what lets it hold a bias.
+def bias_places(model: nn.Module, names: Iterable[str], statistic: str = "mean") -> Places:
+    """For each layer, what lets it hold a bias of a statistic.
 
     Returns:
         "own" where it has one; the name of the model configuration's switch that gives it one, such as
         ``attention_bias``; "through NAME" for attention values without one whose output projection NAME can hold it:
-        attention weights sum to 1, so a constant passes through them unchanged. None where the architecture has no
-        place for it: whoever loads the checkpoint would drop it.
+        attention weights sum to 1, so a constant passes through them unchanged (one by position does not). None
+        where the architecture has no place for it: whoever loads the checkpoint would drop it.
     """
     modules = dict(model.named_modules())
     places: Places = {name: None if modules[name].bias is None else OWN for name in names}
@@ -35,7 +35,7 @@ def bias_places(model: nn.Module, names: Iterable[str]) -> Places:
             places[name] = places[name] or switch
     for name, place in list(places.items()):
         output = _output_of(name, places)
-        if place is None and output is not None:
+        if place is None and output is not None and statistic != "position":
             places[name] = THROUGH + output
     return places
 
@@ -61,8 +61,11 @@ def _off(model: nn.Module) -> list[str]:
 
 def _enabled_by(model: nn.Module, switch: str) -> set[str]:
     """The layers that gain a bias when the switch is on; none, if anything but linear layers changes with it."""
-    with torch.device("meta"):
-        switched = type(model)(with_switches(model, [switch]))
+    try:
+        with torch.device("meta"):
+            switched = type(model)(with_switches(model, [switch]))
+    except TypeError:  # a class that a configuration alone does not make: no loader makes it, either
+        return set()
     had = {name: param.shape for name, param in model.named_parameters()}
     has = {name: param.shape for name, param in switched.named_parameters()}
     gained = {name.removesuffix(".bias") for name in has.keys() - had.keys()}
@@ -86,7 +89,7 @@ def value_bias_through(places: Places, layers: dict[str, Compressed], model: nn.
         if place is None or not place.startswith(THROUGH) or layer.bias is None:
             continue
         output = layers[place.removeprefix(THROUGH)]
-        weight = output.rounded.dequantize()
+        weight = output.installed
         moved = weight @ _per_query_head(layer.bias, weight.shape[1], model).to(weight)
         bias = moved if output.bias is None else output.bias + moved
         layers[name] = replace(layer, bias=None)

@@ -29,6 +29,9 @@ def asymmetric_target(
         strength: α, from 0 to 1.
         damping: λ as a fraction of the mean of the diagonal.
 
+    Raises:
+        ValueError: ``hessian`` is not finite, or not that of any inputs.
+
     Source: the family of QEP, GPTAQ and Qronos, with the drift of the hidden states beside that of the input.
     """
     _, factor = cholesky(hessian, damping)

@@ -24,7 +24,8 @@ class Walk:
     """
 
     def __init__(self, forward: Callable[[], Tensor]) -> None:
-        self._greenlet = _greenlets().greenlet(forward)
+        self._greenlet = greenlets().greenlet(forward)
+        self._greenlet.is_walk = True
 
     def advance(self) -> Tensor:
         """Lets the pass run up to the next halt; returns the input of the layer it stands before.
@@ -53,7 +54,12 @@ class Walk:
         self._greenlet.throw()
 
 
-def _greenlets() -> Any:
+def greenlets() -> Any:
+    """The package that lets a pass stand still.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         return importlib.import_module("greenlet")
     except ImportError as error:
@@ -62,10 +68,12 @@ def _greenlets() -> Any:
 
 @contextmanager
 def halting(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, every :class:`Walk` halts before each of the layers."""
+    """Inside, every :class:`Walk` halts before each of the layers; other passes go through."""
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _greenlets().getcurrent().parent.switch(inputs[0])
+        current = greenlets().getcurrent()
+        if getattr(current, "is_walk", False):
+            current.parent.switch(inputs[0])
 
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     try:

@@ -124,11 +124,12 @@ class UniformGrid(Grid):
 
 
 class CodebookGrid(Grid):
-    """Any values: ``codebook[q] * scale``, as the optimizer states are stored; the scale is the block's ``absmax``.
+    """Any values: ``codebook[q] * scale``, as the optimizer states are stored.
 
     Args:
         codebook: (n,) float32, ascending, 2 to 256 values: :func:`normal_float`, :func:`dynamic_map` ...
-        range: "minmax" scales by the largest magnitude; "mse" by the fraction of it that has the least squared error.
+        range: "minmax" scales a block's largest magnitude to the codebook's; "mse" a fraction of it, that of the least
+            squared error.
 
     Raises:
         TypeError, ValueError: ``codebook`` or ``range`` is not one.

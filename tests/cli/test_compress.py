@@ -55,7 +55,7 @@ def test_three_arguments_write_a_model_that_loads(
 ) -> None:
     assert compress(folder, tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "14 layers, 18,432 weights at 5.25 bits each, scales counted" in printed
+    assert "14 layers, 18,432 weights at 5.25 bits each once packed, scales counted" in printed
     assert f"{tmp_path / 'out'} written in" in printed
     ids = torch.tensor([[int(word) for word in (folder / "text.txt").read_text().split()[:128]]]).view(8, 16)
     expected = ptq.compress(loaded(folder / "llama"), ids, group_size=16).compressed_model()
@@ -76,10 +76,11 @@ def test_three_arguments_write_a_model_that_loads(
         (["--error-propagation", "0"], {"error_propagation": 0.0}),
         (["--correct", "joint"], {"correct": "joint"}),
         (["--correct", "local", "--statistic", "median"], {"correct": "local", "statistic": "median"}),
-        (["--outliers", "0.02"], {"method": ptq.OutlierQuantEase(0.02)}),
+        (["--outliers", "0.02"], {"method": polished(ptq.OutlierQuantEase(0.02))}),
+        (["--outliers", "0.02", "--no-polish"], {"method": ptq.OutlierQuantEase(0.02)}),
         (
             ["--method", "quantease", "--outliers", "0.1", "--outlier-structure", "column"],
-            {"method": ptq.OutlierQuantEase(0.1, "column", start=ptq.RTN())},
+            {"method": polished(ptq.OutlierQuantEase(0.1, "column", start=ptq.RTN()))},
         ),
     ],
     ids=str,
@@ -129,7 +130,9 @@ def test_biases_are_counted_and_named_where_there_is_no_place(
         (["--method", "quantease", "--no-polish"], "--no-polish leaves nothing of it"),
         (["--method", "rtn", "--error-propagation", "0.5"], "looks at no inputs: error_propagation must be 0"),
         (["--outliers", "1.5"], "fraction must be from 0 to 1, got 1.5"),
-        (["--outliers", "0.1", "--no-polish"], "--no-polish"),
+        (["--method", "rtn", "--outliers", "0.1"], "--outliers are chosen by the inputs, which rtn does not look at"),
+        (["--correct", "local", "--error-propagation", "0.5"], "would undo what the asymmetric target does"),
+        (["--sequence-length", "256", "--samples", "2"], "may be 128 tokens long, as many as the model has positions"),
         (["--outlier-structure", "column"], "--outlier-structure"),
         (["--statistic", "median"], "statistic='median' has no bias to serve"),
     ],

@@ -38,9 +38,11 @@ def test_the_gain_is_the_square_of_the_mean_error(local: bool) -> None:
 def test_the_median_is_the_constant_of_least_absolute_error(local: bool) -> None:
     weight, rounded, x, x_hat, _ = problem()
     batches = [Inputs(x[:3], x_hat[:3]), Inputs(x[3:], x_hat[3:])]
-    shift = median_shift(weight, rounded, batches, local=local, channels=2)
+    shift, noise = median_shift(weight, rounded, batches, local=local, channels=2)
     error = (x @ weight.T - (x if local else x_hat) @ rounded.T).flatten(0, 1)
     least = (error - shift).abs().mean(0)
+    of_sequences = (x @ weight.T - (x if local else x_hat) @ rounded.T).median(1).values
+    torch.testing.assert_close(noise, of_sequences.std(0) / SEQUENCES**0.5)
     for other in (shift + 1e-3, shift - 1e-3, error.mean(0)):
         assert (least <= (error - other).abs().mean(0) + 1e-12).all()
 
@@ -50,11 +52,26 @@ def test_masked_tokens_do_not_count_in_a_median_or_by_position() -> None:
     mask = torch.ones(SEQUENCES, LENGTH)
     mask[:, 10:] = 0
     spoiled = x.clone()
-    spoiled[:, 10:] = 1e6
-    for shift in (median_shift, position_shift):
-        found = shift(weight, rounded, [Inputs(spoiled, x_hat, mask)])
-        expected = shift(weight, rounded, [Inputs(x[:, :10], x_hat[:, :10])])
-        torch.testing.assert_close(found[:10] if found.dim() == 2 else found, expected)
+    spoiled[:, 10:] = float("nan")
+    masked, cut = [Inputs(spoiled, x_hat, mask)], [Inputs(x[:, :10], x_hat[:, :10])]
+    for found, expected in zip(median_shift(weight, rounded, masked), median_shift(weight, rounded, cut), strict=True):
+        torch.testing.assert_close(found, expected)
+    by_position = position_shift(weight, rounded, masked)
+    torch.testing.assert_close(by_position[:10], position_shift(weight, rounded, cut))
+    assert not by_position[10:].any()
+
+
+def test_a_median_is_as_sure_as_the_medians_of_the_sequences_agree() -> None:
+    """Few tokens of huge error say much about the noise of a mean, and nothing about that of a median."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rounded = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+    x = 0.2 + 0.05 * torch.randn(64, 16, 1, generator=generator, dtype=torch.float64)
+    x[:, 0] = 20 * torch.randn(64, 1, generator=generator, dtype=torch.float64)
+    shift, noise = median_shift(weight, rounded, [Inputs(x, x)])
+    assert float(shrunk(shift, noise)) == pytest.approx(0.2, abs=0.01)
+    statistics = Statistics(1)
+    statistics.update(x, x)
+    assert abs(float(shrunk(*mean_shift(weight, rounded, statistics))) - 0.2) > 0.05
 
 
 def test_by_position_removes_the_mean_error_of_each_position() -> None:
@@ -120,10 +137,10 @@ def test_a_drift_of_the_hidden_states_is_part_of_the_error() -> None:
     statistics = Statistics(INPUTS, drift=OUTPUTS)
     statistics.update(x, x_hat, None, drift)
     inputs = [Inputs(x[:3], x_hat[:3], None, drift[:3]), Inputs(x[3:], x_hat[3:], None, drift[3:])]
-    error = x @ weight.T - x_hat @ rounded.T + drift
-    mean, noise = mean_shift(weight, rounded, statistics, drifted=True)
+    error = x @ weight.T - x_hat @ rounded.T + 0.5 * drift
+    mean, noise = mean_shift(weight, rounded, statistics, drift_share=0.5)
     torch.testing.assert_close(mean, error.flatten(0, 1).mean(0))
     torch.testing.assert_close(noise, error.mean(1).std(0) / SEQUENCES**0.5)
-    median = median_shift(weight, rounded, inputs, drifted=True, channels=2)
+    median, _ = median_shift(weight, rounded, inputs, drift_share=0.5, channels=2)
     torch.testing.assert_close(median, error.flatten(0, 1).median(0).values)
-    torch.testing.assert_close(position_shift(weight, rounded, inputs, drifted=True), error.mean(0))
+    torch.testing.assert_close(position_shift(weight, rounded, inputs, drift_share=0.5), error.mean(0))

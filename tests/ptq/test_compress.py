@@ -1,6 +1,7 @@
 """The pipeline on small random models of each type: what it finds, what it leaves alone, what it refuses."""
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -10,18 +11,11 @@ from torch import nn
 from toys import MODELS, PLACES, WRITERS, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.blocks import (
-    block_calls,
-    evaluating,
-    find_blocks,
-    linear_layers,
-    matrix,
-    one_token,
-    stages,
-    stream_writers,
-)
+from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
+from opt8bit.ptq.calls import anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.pipeline import install
+from opt8bit.ptq.placement import value_bias_through
+from opt8bit.ptq.result import install
 from opt8bit.quant import CodebookGrid, normal_float
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -36,7 +30,7 @@ def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     for module in model.modules():
-        assert not module._forward_pre_hooks and "forward" not in module.__dict__
+        assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in module.__dict__
 
 
 @torch.no_grad()
@@ -140,6 +134,46 @@ def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) 
     assert folded == 2
 
 
+def test_a_value_bias_goes_through_heads_that_share_values() -> None:
+    model, ids = MODELS["llama"](), token_ids()
+    result = ptq.compress(model, ids, bits=3, group_size=16, correct="sequential", error_propagation=0.0)
+    values, output = "model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"
+    shift = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    result.layers[values] = dataclasses.replace(result.layers[values], bias=shift)
+    expected = logits(result.compressed_model(), ids)
+    value_bias_through({values: f"through {output}"}, result.layers, model)
+    assert result.layers[values].bias is None
+    torch.testing.assert_close(logits(result.compressed_model(), ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_by_position_do_not_go_through_attention() -> None:
+    result = ptq.compress(
+        MODELS["gpt_neo"](), token_ids(), bits=3, group_size=16, correct="sequential", statistic="position"
+    )
+    values = [row for row in result.report if row.name.endswith("v_proj")]
+    assert values and all(row.bias_place is None and row.note for row in values)
+    logits(result.compressed_model(), token_ids())
+
+
+def test_a_bias_that_another_layer_holds_takes_no_bytes() -> None:
+    result = ptq.compress(MODELS["gpt_neo"](), token_ids(), bits=3, group_size=16, correct="sequential")
+    rows = {row.name.rpartition(".")[2]: row for row in result.report}
+    assert rows["v_proj"].bias_place == "through transformer.h.1.attn.attention.out_proj"
+    assert {row.bias_bytes for row in result.report} == {0}
+
+
+def test_models_that_a_configuration_alone_does_not_make_have_no_switches() -> None:
+    from transformers import LlamaForCausalLM
+
+    class Extended(LlamaForCausalLM):
+        def __init__(self, config, extra) -> None:
+            super().__init__(config)
+
+    model = Extended(MODELS["llama"]().config, "more")
+    result = ptq.compress(model, token_ids(), group_size=16, correct="sequential")
+    assert all(row.bias_place is None and row.note for row in result.report)
+
+
 def test_by_position_applies_a_bias_at_each_position_and_counts_its_bytes() -> None:
     model, ids = MODELS["llama"](), token_ids()
     result = ptq.compress(model, ids, bits=2, group_size=16, correct="sequential", statistic="position")
@@ -161,8 +195,8 @@ def test_layers_that_read_the_same_input_go_together() -> None:
     model = MODELS["llama"]()
     _, blocks = find_blocks(model)
     with evaluating(model):
-        call = block_calls(model, blocks, {"input_ids": token_ids()})[0]
-        found = stages(blocks[0], call)
+        call = block_calls(model, blocks, {"input_ids": token_ids()}, as_tuple=False)[0]
+        found = anatomy(blocks[0], call).stages
     attention, mlp = "self_attn.", "mlp."
     assert found == [
         [attention + part for part in ("q_proj", "k_proj", "v_proj")],
@@ -178,9 +212,10 @@ def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> No
     before = parameters(model)
     _, blocks = find_blocks(model)
     with evaluating(model):
-        calls = block_calls(model, blocks, one_token({"input_ids": token_ids()}))
+        batch = {"input_ids": token_ids()}
+        calls = block_calls(model, blocks, one_token(batch), as_tuple=returns_tuple(model, blocks[0], batch))
         for block, call in zip(blocks, calls, strict=True):
-            found = stream_writers(block, call)
+            found = anatomy(block, call).writers
             layers = linear_layers(block)
             assert found == {layer for layer in layers if layer.rpartition(".")[2] in WRITERS[name]}
             assert found <= layers.keys()
@@ -194,7 +229,7 @@ def test_the_hidden_states_drift_less_where_their_drift_is_made_up_for(name: str
     errors = []
     for writers in (None, lambda block, call: set()):
         if writers is not None:
-            monkeypatch.setattr("opt8bit.ptq.pipeline.stream_writers", writers)
+            monkeypatch.setattr("opt8bit.ptq.calls.stream_writers", writers)
         result = ptq.compress(model, ids, bits=2, group_size=16, error_propagation=1.0)
         errors.append(float((logits(result.compressed_model(), ids) - logits(model, ids)).norm()))
     assert errors[0] < 0.97 * errors[1]
@@ -268,10 +303,34 @@ def test_training_mode_and_gradients_are_as_before() -> None:
     assert all(param.requires_grad for param in model.parameters())
 
 
-def test_bfloat16_models_keep_their_dtype() -> None:
-    model = MODELS["llama"]().bfloat16()
-    result = ptq.compress(model, token_ids(), bits=4, group_size=16, correct="sequential")
-    assert {param.dtype for param in result.compressed_model().parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_16_bits_keep_their_dtype_and_are_corrected_as_they_will_be(dtype: torch.dtype) -> None:
+    """The bias makes up for what the stored weight does, which has been rounded once more."""
+    model = MODELS["opt"]().to(dtype)
+    result = ptq.compress(model, token_ids(40), bits=8, correct="sequential", group_size=16, error_propagation=0.0)
+    assert {param.dtype for param in result.compressed_model().parameters()} == {dtype}
+    name = result.report[0].name
+    inputs: list[torch.Tensor] = []
+    module = dict(model.named_modules())[name]
+    module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].double()))
+    logits(model, token_ids(40))
+    layer = result.layers[name]
+    assert layer.shift is not None and layer.installed.dtype == dtype
+    mean = inputs[0].flatten(0, 1).mean(0) @ (matrix(module).double() - layer.installed.double()).T
+    assert (mean - layer.shift).norm() < 0.5 * mean.norm()
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
+def test_padding_on_the_left_does_not_count(name: str) -> None:
+    model, ids = MODELS[name]().double(), token_ids()
+    padded = torch.cat([torch.full((10, 4), 7), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    batch = {"input_ids": padded, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    alone = ptq.compress(model, [{"input_ids": ids}], bits=3, group_size=16)
+    with_padding = ptq.compress(model, [batch], bits=3, group_size=16)
+    for layer, first in alone.layers.items():
+        assert torch.equal(first.rounded.codes, with_padding.layers[layer].rounded.codes)
 
 
 def model_with(change: str) -> nn.Module:
@@ -314,12 +373,31 @@ def test_activations_that_are_not_finite_name_their_layer() -> None:
         ({"error_propagation": 1.5}, "error_propagation must be from 0 to 1, got 1.5"),
         ({"error_propagation": 0.5, "method": ptq.RTN()}, "looks at no inputs: error_propagation must be 0"),
         ({"grid": CodebookGrid(normal_float(4)), "bits": 3}, "bits, symmetric and range are those of grid="),
+        ({"method": ptq.RTN(), "correct": "joint"}, "looks at no inputs: with correct='joint' it would round as ever"),
+        ({"correct": "local", "error_propagation": 0.5}, "would undo what the asymmetric target does"),
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ptq.compress(MODELS["llama"](), token_ids(), **{"group_size": 16, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.full((2, 8), 96), "calibration must be below the vocabulary's 96, got 96 to 96"),
+        (torch.zeros(2, 129, dtype=torch.int64), "calibration may be 128 tokens long"),
+        ([{"input_ids": torch.zeros(8, dtype=torch.int64)}], r"input_ids of batch 0 must be int64 token ids"),
+        (
+            [{"input_ids": token_ids(2), "attention_mask": torch.zeros(2, 24)}],
+            "attention_mask of batch 0 leaves no token that counts",
+        ),
+    ],
+)
+def test_token_ids_are_checked_against_the_model(calibration: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ptq.compress(MODELS["llama"](), calibration, group_size=16)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +410,9 @@ def test_calibration_is_checked(calibration: object) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no blocks found in Sequential: expected an nn\.ModuleList"):
+    with pytest.raises(
+        ValueError, match=r"no blocks found in Sequential: expected an nn\.ModuleList of modules that each"
+    ):
         ptq.compress(nn.Sequential(nn.Linear(4, 4)), token_ids())
 
 

@@ -73,6 +73,12 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a").iterdir())) == 1
 
 
+def test_folders_made_on_the_way_go_with_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "b" / "c"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
 def test_formats_are_checked(tmp_path: Path) -> None:
     result = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16)
     with pytest.raises(ValueError, match="format must be one of dense, got 'gguf'"):

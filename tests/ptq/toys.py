@@ -8,7 +8,13 @@ from torch import nn
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
-GATED = {**SIZES, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
+GATED = {
+    **SIZES,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
 def _make(architecture: str, **config: object) -> Callable[[], nn.Module]:

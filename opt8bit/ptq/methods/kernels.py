@@ -32,7 +32,7 @@ class LayerKernels:
     ) -> Scales:
         """As ``grid.fit`` of every group: scales (out, groups)."""
         scales = _empty_scales(weight, group_size)
-        group_of = torch.arange(weight.shape[1]) // group_size
+        group_of = torch.arange(weight.shape[1], device=weight.device) // group_size
         layer, kept = self._layer(weight, group_of, scales, importance=importance)
         self._kernels.fit_grids(layer)
         del kept
@@ -82,7 +82,7 @@ class LayerKernels:
         rounded: Tensor | None = None,
     ) -> tuple[WeightRounding, list[Any]]:
         """What the kernels take, and the tensors that must outlive the call."""
-        fractions = torch.tensor(FRACTIONS if self._grid.range == "mse" else [], dtype=torch.float32)
+        fractions = weight.new_tensor(FRACTIONS if self._grid.range == "mse" else [])
         weight, group_of = weight.contiguous(), group_of.contiguous()
         importance, matrix = (None if t is None else t.contiguous() for t in (importance, matrix))
         layer = WeightRounding(
@@ -114,7 +114,7 @@ def kernels_for(weight: Tensor, grid: Grid) -> LayerKernels | None:
 
 def _empty_scales(weight: Tensor, group_size: int) -> Scales:
     shape = (weight.shape[0], weight.shape[1] // group_size)
-    return Scales(torch.empty(shape), torch.empty(shape))
+    return Scales(weight.new_empty(shape), weight.new_empty(shape))
 
 
 def _address(tensor: Tensor | None) -> int | None:

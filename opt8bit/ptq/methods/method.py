@@ -122,7 +122,7 @@ class Method(ABC):
         """A weight Ŵ of the format that makes ``objective(weight, Ŵ, hessian)`` small.
 
         Raises:
-            ValueError: the group size does not divide ``in``.
+            ValueError: the group size does not divide ``in``, or ``hessian`` is not finite or not that of any inputs.
         """
 
 
@@ -159,7 +159,7 @@ def by_column(scales: Scales, group_of: Tensor) -> Scales:
 
 
 def pieces(group_of: Tensor) -> Iterator[tuple[int, int]]:
-    """Cuts columns into runs of at most 128 that never cross from one group into the next."""
+    """Cuts columns into runs of at most ``PIECE`` that never cross from one group into the next."""
     start = 0
     for length in torch.unique_consecutive(group_of, return_counts=True)[1].tolist():
         for first in range(start, start + length, PIECE):

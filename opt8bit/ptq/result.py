@@ -1,0 +1,101 @@
+"""What compression gives: rounded weights and biases by layer, a report on each, and the model that they make."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.blocks import matrix
+from opt8bit.ptq.layer import Compressed, Recipe
+from opt8bit.ptq.placement import Places
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Attributes:
+        name: of the layer in the model.
+        shape: (out, in).
+        bits_per_weight: everything stored counted, but the bias.
+        error_rounded: of the output against the float model's, squared, relative to the square of that output.
+        error_corrected: the same with the bias.
+        bias_norm: of what Bias Compensation added.
+        bias_bytes: that it takes beyond what the layer had, at the model's dtype; 0 where another layer holds it.
+        bias_place: what holds it: "own", a switch of the configuration, "through NAME"; None if there is none.
+        note: why there is no correction where one was asked for.
+        seconds: of the layer's stage, shared among its layers.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    error_rounded: float
+    error_corrected: float
+    bias_norm: float
+    bias_bytes: int
+    bias_place: str | None
+    note: str
+    seconds: float
+
+
+@dataclass
+class Result:
+    """A compressed model.
+
+    Attributes:
+        model: the one that was given, unchanged.
+        recipe: what was asked for.
+        layers: the rounded weight and the bias of every compressed layer, by name.
+        report: one row a layer, in the order of compression.
+        places: what lets each layer hold a bias.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    places: Places
+    layers: dict[str, Compressed] = field(default_factory=dict)
+    report: list[LayerReport] = field(default_factory=list)
+
+    def compressed_model(self) -> nn.Module:
+        """A copy of the model with the compressed weights, as the exported one will be."""
+        result = copy.deepcopy(self.model)
+        modules = dict(result.named_modules())
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                install(modules[name], layer)
+        return result
+
+
+def with_position_bias(
+    output: Tensor,  # (sequences, length, out), or all tokens in one dimension: (tokens, out)
+    bias: Tensor,  # (length, out)
+) -> Tensor:
+    """
+    Raises:
+        ValueError: the sequences are longer than those the bias is from, or, with all tokens in one dimension, the
+            tokens are no whole number of sequences of that length.
+    """
+    length = len(bias)
+    if output.dim() == 2 and len(output) % length == 0:
+        return (output.unflatten(0, (-1, length)) + bias.to(output)).flatten(0, 1)
+    if output.dim() == 2 or output.shape[1] > length:
+        raise ValueError(f"biases by position are for sequences of {length} tokens, got {tuple(output.shape[:-1])}")
+    return output + bias[: output.shape[1]].to(output)
+
+
+def install(layer: nn.Module, compressed: Compressed) -> None:
+    """Puts the rounded weight and the bias into a layer."""
+    weight = matrix(layer)
+    weight.copy_(compressed.installed)
+    bias = compressed.bias
+    if bias is None:
+        return
+    if bias.dim() == 2:
+        layer.register_forward_hook(lambda module, args, output: with_position_bias(output, bias))
+        layer.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # type: ignore[arg-type]
+        return
+    layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
