@@ -21,19 +21,24 @@ struct Simd {
   };
   using Mask = __m256;
 
-  struct Table32 {
-    const float* entries;
-  };
   struct Table16 {
-    const float* entries;
+    __m256 low, high;
   };
-  static Table32 table32(const float* entries) { return {entries}; }
-  static Table16 table16(const float* entries) { return {entries}; }
-  static Floats lookup(Table32 table, Ints index) {
-    return {_mm256_i32gather_ps(table.entries, low_bits<5>(index).v, 4)};
-  }
+  struct Table32 {
+    Table16 low, high;
+  };
+  static Table16 table16(const float* entries) { return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)}; }
+  static Table32 table32(const float* entries) { return {table16(entries), table16(entries + 16)}; }
+
+  // A permute looks at three bits of the index, a blend at the sign: the next bit, moved there. Faster than a gather.
   static Floats lookup(Table16 table, Ints index) {
-    return {_mm256_i32gather_ps(table.entries, low_bits<4>(index).v, 4)};
+    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28));
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index.v),
+                             _mm256_permutevar8x32_ps(table.high, index.v), is_high)};
+  }
+  static Floats lookup(Table32 table, Ints index) {
+    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 27));
+    return {_mm256_blendv_ps(lookup(table.low, index).v, lookup(table.high, index).v, is_high)};
   }
 
   static Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
@@ -137,13 +142,27 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), packed);
   }
 
+  // The map's own arithmetic, as in avx512.h.
   template <bool kSigned>
   struct Decoder {
-    const float* values;
-    explicit Decoder(const Codebook& codebook) : values(codebook.values) {}
+    Table16 slope, intercept;
+    __m256 scale, offset;
+    explicit Decoder(const Codebook& codebook) {
+      const DynamicDecoder& decoder = codebook.dynamic->decoder;
+      const __m256 inverse_scale = _mm256_set1_ps(1 / decoder.scale);
+      slope = table16(decoder.slope);
+      slope = {_mm256_mul_ps(slope.low, inverse_scale), _mm256_mul_ps(slope.high, inverse_scale)};
+      intercept = table16(decoder.intercept);
+      scale = _mm256_set1_ps(decoder.scale);
+      offset = _mm256_set1_ps(decoder.scale * decoder.code_offset);
+    }
     Floats operator()(const uint8_t* codes) const {
-      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-      return {_mm256_i32gather_ps(values, index, 4)};
+      const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+      const Floats c = {_mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale, offset)};
+      const Ints line = exponent(c);
+      Floats start = lookup(intercept, line);
+      if (kSigned) start.v = _mm256_xor_ps(start.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), c.v));
+      return fma(lookup(slope, line), c, start);
     }
   };
 };
