@@ -32,47 +32,65 @@ inline float finite_absmax(float largest, const float* values, int64_t n) {
 
 struct EncoderTables {
   Simd::Table32 line_end;
-  Simd::Table16 slope, intercept;
-  int16_t bias;
+  Simd::Table16 slope, intercept, cap;
 
   explicit EncoderTables(const DynamicEncoder& encoder)
       : line_end(Simd::table32(encoder.line_end)),
         slope(Simd::table16(encoder.slope)),
         intercept(Simd::table16(encoder.intercept)),
-        bias(encoder.bias) {}
+        cap(Simd::table16(encoder.cap)) {}
 };
 
-// Codes of one vector, counted from zero, by the arithmetic of codebook.h. A lane whose `fraction` is under
-// kEncoderSlack may be one off.
+// The first half of a chunk's encoding, by the arithmetic of codebook.h: which lines its values are on.
+struct Chunk {
+  Simd::Floats normalized[4];
+  Simd::Ints line[4];
+};
+
 template <bool kSigned>
-OPT8BIT_INLINE Simd::Ints encode_vector(Simd::Floats x, Simd::Floats reciprocal, const EncoderTables& tables,
-                                        Simd::Floats* fraction) {
-  const Simd::Floats ratio = x * reciprocal, smallest = Simd::broadcast(kSmallestNormalized);
-  const Simd::Floats normalized = kSigned ? Simd::max_abs(ratio, smallest) : Simd::max(ratio, smallest);
-  const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(normalized));
-  const Simd::Ints line =
-      Simd::add_where(Simd::greater(normalized, line_end), Simd::bits(line_end), Simd::broadcast(-1));
-  const Simd::Floats intercept = Simd::lookup(tables.intercept, line);
-  const Simd::Floats t = Simd::fma(normalized, Simd::lookup(tables.slope, line), intercept);
-  *fraction = Simd::fraction(t);
-  const Simd::Floats c = Simd::min(t, intercept * Simd::broadcast(kCapOfIntercept));
-  return Simd::truncate(kSigned ? Simd::times_sign_of(x, c) : c);
+OPT8BIT_INLINE Chunk find_lines(const float* values, Simd::Floats reciprocal, const EncoderTables& tables) {
+  const Simd::Floats smallest = Simd::broadcast(kSmallestNormalized);
+  Chunk chunk;
+  for (int k = 0; k < 4; ++k) {
+    const Simd::Floats ratio = Simd::load(values + k * Simd::kLanes) * reciprocal;
+    chunk.normalized[k] = kSigned ? Simd::max_abs(ratio, smallest) : Simd::max(ratio, smallest);
+    const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(chunk.normalized[k]));
+    chunk.line[k] =
+        Simd::add_where(Simd::greater(chunk.normalized[k], line_end), Simd::bits(line_end), Simd::broadcast(-1));
+  }
+  return chunk;
 }
 
-inline uint32_t uncertain_lanes(Simd::Floats fraction) {
+// The place on its line of each value of one vector: a code and a fraction in fixed point. A value whose fraction is
+// under kEncoderSlack may be one code off.
+OPT8BIT_INLINE Simd::Ints place(const Chunk& chunk, int k, const EncoderTables& tables) {
+  return Simd::bits(Simd::fma(chunk.normalized[k], Simd::lookup(tables.slope, chunk.line[k]),
+                              Simd::lookup(tables.intercept, chunk.line[k])));
+}
+inline Simd::Ints fraction(Simd::Ints place) { return Simd::low_bits<kFractionBits>(place); }
+inline uint32_t uncertain_lanes(Simd::Ints fraction) {
   return Simd::lanes(Simd::less(fraction, Simd::broadcast(kEncoderSlack)));
 }
 
-// Encodes one chunk; says whether some code may be one off.
+// The second half: the codes; says whether some may be one off.
 template <bool kSigned>
-OPT8BIT_INLINE bool encode_chunk(const float* values, Simd::Floats reciprocal, const EncoderTables& tables,
-                                 uint8_t* codes) {
-  Simd::Ints c[4];
-  Simd::Floats fraction[4];
-  for (int k = 0; k < 4; ++k)
-    c[k] = encode_vector<kSigned>(Simd::load(values + k * Simd::kLanes), reciprocal, tables, &fraction[k]);
-  Simd::store_codes(codes, c, tables.bias);
-  return uncertain_lanes(Simd::min(Simd::min(fraction[0], fraction[1]), Simd::min(fraction[2], fraction[3]))) != 0;
+OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const EncoderTables& tables, uint8_t* codes) {
+  const Simd::Ints zero = Simd::shift_right<kFractionBits>(Simd::bits(Simd::broadcast(kEncoderBase)));
+  const Simd::Ints twice_middle = Simd::add(Simd::add(zero, zero), Simd::broadcast(2 * kSignedZeroCode));
+  Simd::Ints code[4], least_fraction = Simd::broadcast(INT32_MAX);
+  for (int k = 0; k < 4; ++k) {
+    const Simd::Ints uncapped = place(chunk, k, tables);
+    least_fraction = Simd::min(least_fraction, fraction(uncapped));
+    // Floats of one sign compare as their bits do.
+    const Simd::Ints capped = Simd::min(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
+    code[k] = Simd::shift_right<kFractionBits>(capped);
+    if (kSigned) {
+      const Simd::Mask is_negative = Simd::is_negative(Simd::load(values + k * Simd::kLanes));
+      code[k] = Simd::max(Simd::select(is_negative, Simd::subtract(twice_middle, code[k]), code[k]), zero);
+    }
+  }
+  Simd::store_low_bytes(codes, code);
+  return uncertain_lanes(least_fraction) != 0;
 }
 
 // Searches the codes of a chunk that are not certain.
@@ -80,17 +98,16 @@ template <bool kSigned>
 OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* codes) {
   const Codebook& codebook = dynamic_map(kSigned);
   const EncoderTables tables(codebook.dynamic->encoder);
-  for (int k = 0; k < kChunk; k += Simd::kLanes) {
-    Simd::Floats fraction;
-    encode_vector<kSigned>(Simd::load(values + k), Simd::broadcast(1 / absmax), tables, &fraction);
-    for (uint32_t lanes = uncertain_lanes(fraction); lanes; lanes &= lanes - 1) {
-      const int lane = k + __builtin_ctz(lanes);
+  const Chunk chunk = find_lines<kSigned>(values, Simd::broadcast(1 / absmax), tables);
+  for (int k = 0; k < 4; ++k) {
+    for (uint32_t lanes = uncertain_lanes(fraction(place(chunk, k, tables))); lanes; lanes &= lanes - 1) {
+      const int lane = k * Simd::kLanes + __builtin_ctz(lanes);
       codes[lane] = nearest_code_from(codes[lane], values[lane], absmax, codebook);
     }
   }
 }
 
-// codes[0 .. n) = the nearest codes of values[0 .. n), behind which there is room up to a whole chunk. No value is
+// codes[0 .. n) = the nearest codes of values[0 .. n), behind which there is room for one more chunk. No value is
 // larger than absmax in magnitude; a NaN is coded as zero.
 template <bool kSigned>
 OPT8BIT_INLINE void encode_block(const float* values, int64_t n, float absmax, const EncoderTables& tables,
@@ -101,13 +118,18 @@ OPT8BIT_INLINE void encode_block(const float* values, int64_t n, float absmax, c
     return;
   }
   const Simd::Floats reciprocal = Simd::broadcast(1 / absmax);
+  // The halves of two chunks alternate, as one alone is a chain that leaves the processor waiting.
+  Chunk chunk = find_lines<kSigned>(values, reciprocal, tables);
   int64_t i = 0;
-  for (; i + kChunk <= n; i += kChunk)
-    if (__builtin_expect(encode_chunk<kSigned>(values + i, reciprocal, tables, codes + i), 0))
+  for (; i + kChunk <= n; i += kChunk) {
+    const Chunk next = find_lines<kSigned>(values + i + kChunk, reciprocal, tables);
+    if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, codes + i), 0))
       decide_chunk<kSigned>(values + i, absmax, codes + i);
+    chunk = next;
+  }
   if (i < n) {
     alignas(64) uint8_t tail[kChunk];
-    if (encode_chunk<kSigned>(values + i, reciprocal, tables, tail)) decide_chunk<kSigned>(values + i, absmax, tail);
+    if (encode_chunk<kSigned>(values + i, chunk, tables, tail)) decide_chunk<kSigned>(values + i, absmax, tail);
     std::memcpy(codes + i, tail, n - i);
   }
 }

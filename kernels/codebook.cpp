@@ -37,36 +37,39 @@ float decode(const DynamicDecoder& decoder, int code) {
   return static_cast<float>(decoder.slope[index] * c + std::copysign(1.0, c) * decoder.intercept[index]);
 }
 
-// x with its low 4 bits replaced, not below x + 4 ulp if it is to be rounded up.
+// x with its low 4 bits replaced; if it is to be rounded up, the least such number from x + 4 ulp on.
 float with_low_bits(float x, uint32_t low_bits, bool round_up) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  bits = (round_up ? (bits + 4 + 15) & ~15u : bits & ~15u) | low_bits;
+  bits = ((round_up ? bits + 4 + 15 - low_bits : bits) & ~15u) | low_bits;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
 DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
-  constexpr double kIntercept = 8.0 / 9 + 4 * 0x1p-23;  // raised by the rounding errors below it
-  const int zero_code = is_signed ? 127 : 0;
+  constexpr double kIntercept = 8.0 / 9;
+  constexpr double kErrors = 0x1p-14;  // bound of the rounding errors that could land below the true sum
+  const int zero_code = is_signed ? kSignedZeroCode : 0;
   const int j_of_first_line = is_signed ? -1 : 0;
 
   DynamicEncoder encoder = {};
-  encoder.bias = is_signed ? 127 : -1;
-  double line_end[kDecades + 1];  // of lines -1 .. 6
+  const double base = kEncoderBase + (is_signed ? 127 : -1);  // code = c + 127 or c - 1
+  double line_end[kDecades + 1];                              // of lines -1 .. 6
   for (int i = -1; i <= kDecades; ++i) {
     const int j = i + 1 + j_of_first_line, entry = 7 - i;
     const double scale = std::ldexp(1.0, j);
-    encoder.intercept[entry] = static_cast<float>(kIntercept * scale);
+    encoder.intercept[entry] = static_cast<float>(base + kIntercept * scale + kErrors);
+    encoder.cap[entry] = static_cast<float>(base + 2 * scale - 0.5);
     if (i == kDecades) break;
     const int last_code = i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j) - 1;
     line_end[i + 1] = codebook.midpoints[last_code];
     encoder.slope[entry] = static_cast<float>(std::pow(10.0, 6 - i) / 0.9 * scale);
   }
-  // The first line is tilted so that it, too, crosses a whole number at its end. The last one, which holds the value 1,
-  // begins inside the last cell of the line below and crosses 2^j at that cell's end.
-  encoder.slope[8] = static_cast<float>(
-      (2 * std::ldexp(1.0, j_of_first_line) + 1 - 8.0 / 9 * std::ldexp(1.0, j_of_first_line)) / line_end[0]);
+  // The first line has one code, zero's: it begins at its cap, and is tilted so that it, too, crosses a whole number at
+  // its end. The last one, which holds the value 1, begins inside the last cell of the line below and crosses 2^j at
+  // that cell's end.
+  encoder.intercept[8] = encoder.cap[8];
+  encoder.slope[8] = static_cast<float>(1.5 / line_end[0]);
   encoder.slope[0] = static_cast<float>(std::ldexp(1 - 8.0 / 9, 8 + j_of_first_line) / line_end[kDecades]);
   line_end[kDecades] = codebook.values[254];
 

@@ -38,7 +38,7 @@ int64_t piece_length(int64_t begin, int64_t n) { return n - begin < kPiece ? n -
 
 template <class T, class Encode>
 void quantize_block(const T* x, int64_t n, const Encode& encode, uint8_t* codes, float* absmax) {
-  alignas(64) float values[kPiece] = {};
+  alignas(64) float values[kPiece + kChunk] = {};
   float largest = 0;
   for (int64_t begin = 0; begin < n; begin += kPiece) {
     const int64_t length = piece_length(begin, n);

@@ -74,16 +74,21 @@ struct Simd {
   static Ints subtract(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   static Ints multiply(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
   static Ints exclusive_or(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  static Ints min(Ints a, Ints b) { return {_mm512_min_epi32(a.v, b.v)}; }
+  static Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
   template <int kBits>
   static Ints shift_right(Ints a) {
     return {_mm512_srli_epi32(a.v, kBits)};
+  }
+  template <int kBits>
+  static Ints low_bits(Ints a) {
+    return {_mm512_and_si512(a.v, _mm512_set1_epi32((1 << kBits) - 1))};
   }
   static Ints high_half(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(INT32_C(-0x10000)))}; }
   static Ints lane_numbers() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
   static Floats floats(Ints bits) { return {_mm512_castsi512_ps(bits.v)}; }
   static Ints add_where(Mask mask, Ints a, Ints b) { return {_mm512_mask_add_epi32(a.v, mask, a.v, b.v)}; }
   static Ints exponent(Floats a) { return {_mm512_srli_epi32(_mm512_castps_si512(a.v), 23)}; }
-  static Ints truncate(Floats a) { return {_mm512_cvttps_epi32(a.v)}; }
 
   static Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.v)}; }
@@ -103,11 +108,13 @@ struct Simd {
     return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(sign.v), _mm512_castps_si512(a.v),
                                                           _mm512_set1_epi32(INT32_MIN), kFirstAndThirdXorSecond))};
   }
-  static Floats fraction(Floats a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_FLOOR)}; }
   static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   static Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+  static Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a.v, b.v); }
+  static Mask is_negative(Floats a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)); }
   static Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
   static Floats select(Mask mask, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, mask, a.v)}; }
+  static Ints select(Mask mask, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, mask, a.v)}; }
   static void add_squares(double* sums, Floats a) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
@@ -118,17 +125,9 @@ struct Simd {
 
   static float horizontal_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
-  // Packing interleaves 128-bit lanes: dword 4 * lane + vector is wanted at 4 * vector + lane.
-  static __m512i transpose_4x4(__m512i dwords) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, dwords);
-  }
-
-  static void store_codes(uint8_t* codes, const Ints (&a)[4], int16_t bias) {
-    const __m512i shift = _mm512_set1_epi16(bias);
-    const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(a[0].v, a[1].v), shift);
-    const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(a[2].v, a[3].v), shift);
-    _mm512_storeu_si512(codes, transpose_4x4(_mm512_packus_epi16(low, high)));
+  static void store_low_bytes(uint8_t* target, const Ints (&a)[4]) {
+    for (int i = 0; i < 4; ++i)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i * kLanes), _mm512_cvtepi32_epi8(a[i].v));
   }
 
   // The map's own arithmetic: the exponent of c picks a line from two permutes, one fused multiply-add follows it.

@@ -63,6 +63,12 @@ struct Simd {
     return {static_cast<int32_t>(static_cast<uint32_t>(a.v) * static_cast<uint32_t>(b.v))};
   }
   static Ints exclusive_or(Ints a, Ints b) { return {a.v ^ b.v}; }
+  static Ints min(Ints a, Ints b) { return a.v < b.v ? a : b; }
+  static Ints max(Ints a, Ints b) { return a.v > b.v ? a : b; }
+  template <int kBits>
+  static Ints low_bits(Ints a) {
+    return {a.v & ((1 << kBits) - 1)};
+  }
   template <int kBits>
   static Ints shift_right(Ints a) {
     return {static_cast<int32_t>(static_cast<uint32_t>(a.v) >> kBits)};
@@ -76,7 +82,6 @@ struct Simd {
   }
   static Ints add_where(Mask mask, Ints a, Ints b) { return mask ? add(a, b) : a; }
   static Ints exponent(Floats a) { return {static_cast<int32_t>(static_cast<uint32_t>(bits(a).v) >> 23)}; }
-  static Ints truncate(Floats a) { return {static_cast<int32_t>(a.v)}; }
 
   static Floats fma(Floats a, Floats b, Floats c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
   static Floats sqrt(Floats a) { return {__builtin_sqrtf(a.v)}; }
@@ -88,24 +93,22 @@ struct Simd {
   static Floats maximum(Floats a, Floats b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
   // The larger magnitude, the other operand where one is NaN.
   static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
-  static Floats times_sign_of(Floats sign, Floats a) { return {__builtin_signbit(sign.v) ? -a.v : a.v}; }
-  static Floats fraction(Floats a) { return {a.v - __builtin_floorf(a.v)}; }
   static Mask greater(Floats a, Floats b) { return a.v > b.v; }
   static Mask less(Floats a, Floats b) { return a.v < b.v; }
+  static Mask less(Ints a, Ints b) { return a.v < b.v; }
+  static Mask is_negative(Floats a) { return __builtin_signbit(a.v); }
   static Mask is_nan(Floats a) { return a.v != a.v; }
   static Floats select(Mask mask, Floats a, Floats b) { return mask ? a : b; }
+  static Ints select(Mask mask, Ints a, Ints b) { return mask ? a : b; }
   // sums[0 .. kLanes) += the squares, in double.
   static void add_squares(double* sums, Floats a) { *sums += static_cast<double>(a.v) * a.v; }
   static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return a.v; }
 
-  // Four vectors of integers, plus `bias`, clamped to 0..255, to 4 * kLanes bytes.
-  static void store_codes(uint8_t* codes, const Ints (&a)[4], int16_t bias) {
-    for (int i = 0; i < 4; ++i) {
-      const int32_t code = a[i].v + bias;
-      codes[i] = static_cast<uint8_t>(code < 0 ? 0 : code > 255 ? 255 : code);
-    }
+  // The low bytes of four vectors of integers.
+  static void store_low_bytes(uint8_t* target, const Ints (&a)[4]) {
+    for (int i = 0; i < 4; ++i) target[i] = static_cast<uint8_t>(a[i].v);
   }
 
   // Values of kLanes codes of a dynamic map.
