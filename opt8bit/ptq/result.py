@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +89,13 @@ def with_position_bias(
     return output + bias[: output.shape[1]].to(output)
 
 
+def _adding_by_position(bias: Tensor) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return with_position_bias(output, bias)
+
+    return hook
+
+
 def install(layer: nn.Module, compressed: Compressed) -> None:
     """Puts the rounded weight and the bias into a layer."""
     weight = matrix(layer)
@@ -95,7 +104,7 @@ def install(layer: nn.Module, compressed: Compressed) -> None:
     if bias is None:
         return
     if bias.dim() == 2:
-        layer.register_forward_hook(lambda module, args, output: with_position_bias(output, bias))
+        layer.register_forward_hook(_adding_by_position(bias))
         layer.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # type: ignore[arg-type]
         return
     layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
