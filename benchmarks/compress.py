@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq, bias local, median": {"method": ptq.GPTQ(), "correct": "local", "statistic": "median", **PAPER},
     "gptq, bias local, by position": {"method": ptq.GPTQ(), "correct": "local", "statistic": "position", **PAPER},
     "gptq, bias sequential": {"method": ptq.GPTQ(), "correct": "sequential", **PAPER},
-    "gptq, act_order": {"method": ptq.GPTQ(act_order=True), **PAPER},
+    "gptq, no act_order": {"method": ptq.GPTQ(act_order=False), **PAPER},
     "quantease": {"method": ptq.QuantEase(), **PAPER},
     "gptq + quantease": {"method": ptq.QuantEase(start=ptq.GPTQ()), **PAPER},
     "gptq, searched range": {"method": ptq.GPTQ(), "range": "mse", "error_propagation": 0.0},

@@ -41,7 +41,7 @@ class Settings:
     polish: bool | None
     outliers: float
     outlier_structure: str | None
-    act_order: bool
+    act_order: bool | None
     error_propagation: float | None
     samples: int
     sequence_length: int
@@ -87,15 +87,15 @@ def _method(settings: Settings) -> Method:
     Raises:
         CommandError, ValueError: options contradict each other.
     """
-    if settings.act_order and settings.method != "gptq":
-        raise CommandError(f"--act-order is GPTQ's: it has no meaning for {settings.method}")
+    if settings.act_order is not None and settings.method != "gptq":
+        raise CommandError(f"--act-order, on or off, is GPTQ's: it has no meaning for {settings.method}")
     if settings.method == "quantease" and settings.polish is False:
         raise CommandError("quantease is coordinate descent: --no-polish leaves nothing of it")
     if settings.method == "rtn" and settings.outliers:
         raise CommandError("--outliers are chosen by the inputs, which rtn does not look at: use gptq or quantease")
     if settings.outlier_structure is not None and not settings.outliers:
         raise CommandError("--outlier-structure says how the outliers of --outliers F stand: give F, too")
-    start: Method = ptq.GPTQ(act_order=settings.act_order) if settings.method == "gptq" else ptq.RTN()
+    start: Method = ptq.GPTQ(act_order=settings.act_order is not False) if settings.method == "gptq" else ptq.RTN()
     if settings.outliers:
         start = ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure or STRUCTURES[0], start=start)
     polish = settings.method != "rtn" if settings.polish is None else settings.polish

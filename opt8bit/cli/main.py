@@ -91,7 +91,8 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--outliers", type=float, default=0.0, metavar="F", help="fraction of the weights to keep exact")
     structure = "single weights, or whole inputs (default: unstructured)"
     add("--outlier-structure", choices=STRUCTURES, help=structure)
-    add("--act-order", action="store_true", help="GPTQ by falling second moment of the inputs")
+    order = "GPTQ by falling second moment of the inputs (default: yes)"
+    add("--act-order", action=argparse.BooleanOptionalAction, help=order)
     strength = "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn and local)"
     add("--error-propagation", type=float, metavar="ALPHA", help=strength)
     add("--samples", type=positive, default=64, metavar="N", help="windows of the calibration text")

@@ -71,7 +71,7 @@ def test_three_arguments_write_a_model_that_loads(
         (["--method", "rtn"], {"method": ptq.RTN()}),
         (["--method", "rtn", "--polish", "--range", "mse"], {"method": polished(ptq.RTN()), "range": "mse"}),
         (["--no-polish"], {"method": ptq.GPTQ()}),
-        (["--act-order", "--no-polish"], {"method": ptq.GPTQ(act_order=True)}),
+        (["--no-act-order", "--no-polish"], {"method": ptq.GPTQ(act_order=False)}),
         (["--method", "quantease", "--symmetric"], {"method": polished(ptq.RTN()), "symmetric": True}),
         (["--error-propagation", "0"], {"error_propagation": 0.0}),
         (["--correct", "joint"], {"correct": "joint"}),
@@ -126,7 +126,7 @@ def test_biases_are_counted_and_named_where_there_is_no_place(
     [
         (["--samples", "1000"], "text.txt: 1000 samples of 16 tokens take 16,000, it has 600"),
         (["--group-size", "48"], "model.layers.0.self_attn.q_proj: group_size must be a positive divisor of the 32"),
-        (["--act-order", "--method", "rtn"], "--act-order is GPTQ's: it has no meaning for rtn"),
+        (["--act-order", "--method", "rtn"], "--act-order, on or off, is GPTQ's: it has no meaning for rtn"),
         (["--method", "quantease", "--no-polish"], "--no-polish leaves nothing of it"),
         (["--method", "rtn", "--error-propagation", "0.5"], "looks at no inputs: error_propagation must be 0"),
         (["--outliers", "1.5"], "fraction must be from 0 to 1, got 1.5"),

@@ -15,15 +15,16 @@ from opt8bit.quant.grid import Grid, Scales
 
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Columns from first to last; each one's error is fed forward to the columns that are still free.
+    """Columns go one after another; each one's error is fed forward to the columns that are still free.
 
     With ``U`` the upper Cholesky factor of ``(H + λI)⁻¹``: round column j to ŵ_j, ``e_j = (w_j - ŵ_j) / U_jj``, and
     take ``e_j U_jk`` from every later column k. Then ``Σ e² = tr((W - Ŵ)(H + λI)(W - Ŵ)ᵀ)``, exactly.
 
-    A group's scales are fitted when its first column is reached, to weights that have taken up all errors so far;
-    where the range is searched, errors weigh as they will cost: ``1 / U_jj²``. With ``act_order`` the columns go by
-    falling ``H_jj`` and scales are fitted beforehand, so that groups stay groups of neighbours and nothing need be
-    looked up when the weight is used.
+    With ``act_order`` the columns go by falling ``H_jj``: what matters most is rounded while most others are free.
+    Scales are fitted beforehand, so that groups stay groups of neighbours and nothing need be looked up when the weight
+    is used. Without it columns go from first to last, and a group's scales are fitted when its first column is reached,
+    to weights that have taken up all errors so far. Where the range is searched, errors weigh as they will cost:
+    ``1 / U_jj²``.
 
     Args:
         damping: λ as a fraction of the mean of H's diagonal, above 0. Raised tenfold as often as it takes where H
@@ -37,7 +38,7 @@ class GPTQ(Method):
     """
 
     damping: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
