@@ -19,7 +19,6 @@ from opt8bit.ptq.compress import polished
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import new_folder, write
 from opt8bit.ptq.methods import Method
-from opt8bit.ptq.methods.outliers import STRUCTURES
 
 METHODS = ("rtn", "gptq", "quantease")
 
@@ -95,11 +94,16 @@ def _method(settings: Settings) -> Method:
         raise CommandError("--outliers are chosen by the inputs, which rtn does not look at: use gptq or quantease")
     if settings.outlier_structure is not None and not settings.outliers:
         raise CommandError("--outlier-structure says how the outliers of --outliers F stand: give F, too")
-    start: Method = ptq.GPTQ(act_order=settings.act_order is not False) if settings.method == "gptq" else ptq.RTN()
+    start: Method = ptq.GPTQ(**_given(act_order=settings.act_order)) if settings.method == "gptq" else ptq.RTN()
     if settings.outliers:
-        start = ptq.OutlierQuantEase(settings.outliers, settings.outlier_structure or STRUCTURES[0], start=start)
+        start = ptq.OutlierQuantEase(settings.outliers, **_given(structure=settings.outlier_structure), start=start)
     polish = settings.method != "rtn" if settings.polish is None else settings.polish
     return polished(start) if polish else start
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were; the library has defaults for the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _calibration(settings: Settings, tokenizer: Any) -> torch.Tensor:

@@ -51,9 +51,10 @@ class OutputErrors:
             y, y_hat = (outputs.pop(name).reshape(*shape, -1) for outputs in (self._outputs, self._outputs_hat))
             dtype = torch.promote_types(y.dtype, torch.float32)
             difference = y.to(dtype) - y_hat.to(dtype)
+            corrected = _square(difference, mask)
             self._signal[name] += _square(y.to(dtype), mask)
-            self._corrected[name] += _square(difference, mask)
-            self._rounded[name] += _square(difference if shift is None else difference + shift, mask)
+            self._corrected[name] += corrected
+            self._rounded[name] += corrected if shift is None else _square(difference + shift, mask)
             differences[name] = difference
         return differences
 
