@@ -1,10 +1,12 @@
-// The two 16-bit float formats as storage: conversions to and from float32, rounding to nearest even.
+// The dtypes of tensors, and the two of 16 bits as storage: conversions to and from float32, rounding to nearest even.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace opt8bit {
+
+enum class DType : int64_t { float32, bfloat16, float16 };
 
 struct bfloat16 {
   uint16_t bits;

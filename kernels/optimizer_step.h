@@ -4,11 +4,11 @@
 #include <cstdint>
 
 #include "codebook.h"
+#include "half.h"
 #include "weight_rounding.h"
 
 namespace opt8bit {
 
-enum class DType : int64_t { float32, bfloat16, float16 };
 enum class Rounding : int64_t { nearest, stochastic, compensated };  // of a bfloat16 parameter
 enum class RuleId : int64_t {
   adam,

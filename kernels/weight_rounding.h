@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "half.h"
+
 namespace opt8bit {
 
 // One weight (rows, columns), in float32 and row-major as everything here.
@@ -17,6 +19,7 @@ struct WeightRounding {
   float* zero_point;  // likewise
   float largest;      // code
   int64_t is_symmetric;
+  DType scale_dtype;  // that fitted scales are rounded to
   const float* fractions;  // of the range to try; none to span it
   int64_t fraction_count;
   const float* importance;  // (columns), of errors in the search

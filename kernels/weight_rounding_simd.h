@@ -102,6 +102,22 @@ inline void store_rows(const float* columns, int64_t rows, int64_t width, int64_
     for (int64_t j = 0; j < width; ++j) matrix[(first + r) * width + j] = columns[j * kRows + r];
 }
 
+// The nearest positive scale that a dtype holds.
+inline float storable(float scale, DType dtype) {
+  if (dtype == DType::bfloat16)
+    return std::clamp(float_from_bfloat16(bfloat16_from_float(scale)), 0x1p-126f, 0x1.fep127f);
+  if (dtype == DType::float16) return std::clamp(float_from_float16(float16_from_float(scale)), 0x1p-24f, 65504.0f);
+  return scale;
+}
+
+inline Column storable(const Column& scales, DType dtype) {
+  if (dtype == DType::float32) return scales;
+  float each[kRows];
+  scales.store(each);
+  for (float& scale : each) scale = storable(scale, dtype);
+  return Column::load(each);
+}
+
 inline Grid spanning(const Column& low, const Column& high, float part, const WeightRounding& layer) {
   const Simd::Floats zero = Simd::broadcast(0.0f), one = Simd::broadcast(1.0f), share = Simd::broadcast(part);
   Grid grid;
@@ -111,6 +127,7 @@ inline Grid spanning(const Column& low, const Column& high, float part, const We
         return Simd::select(Simd::greater(scale, zero), scale, one);  // a group of zeros
       },
       low, high);
+  grid.scale = storable(grid.scale, layer.scale_dtype);
   const Simd::Floats middle = Simd::broadcast((layer.largest + 1) / 2);
   grid.zero_point = Column::map(
       [&](auto low, auto scale) { return layer.is_symmetric ? middle : round((zero - low * share) / scale); }, low,

@@ -97,6 +97,7 @@ class WeightRounding(ctypes.Structure):
         ("zero_point", ctypes.c_void_p),
         ("largest", ctypes.c_float),
         ("is_symmetric", ctypes.c_int64),
+        ("scale_dtype", ctypes.c_int64),
         ("fractions", ctypes.c_void_p),
         ("fraction_count", ctypes.c_int64),
         ("importance", ctypes.c_void_p),

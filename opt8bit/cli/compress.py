@@ -17,7 +17,8 @@ from opt8bit import ptq
 from opt8bit.cli.models import CommandError, load, tokens
 from opt8bit.ptq.compress import polished
 from opt8bit.ptq.evaluate import windows
-from opt8bit.ptq.export import new_folder, write
+from opt8bit.ptq.export import write
+from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.methods import Method
 
 METHODS = ("rtn", "gptq", "quantease")

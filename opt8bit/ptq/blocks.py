@@ -25,6 +25,11 @@ def matrix(layer: nn.Module) -> Tensor:
     return weight.T if _is_conv1d(layer) else weight
 
 
+def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight (out, in) as the layer has its own."""
+    return weight.T if _is_conv1d(layer) else weight
+
+
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Its linear layers by name."""
     return {name: module for name, module in block.named_modules() if is_linear(module)}

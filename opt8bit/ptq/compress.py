@@ -14,7 +14,7 @@ from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
 from opt8bit.ptq.walk import greenlets
-from opt8bit.quant.grid import Grid, UniformGrid
+from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
 
 Calibration = Tensor | Iterable[Mapping[str, Tensor]]
 ERROR_PROPAGATION = 0.5
@@ -79,7 +79,7 @@ def compress(
     if grid is not None and not isinstance(grid, Grid):
         raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {grid!r}")
     greenlets()
-    format = Format(_grid(method, bits, symmetric, range, grid), group_size)
+    format = Format(_grid(method, bits, symmetric, range, grid, model), group_size)
     if error_propagation is None:
         error_propagation = ERROR_PROPAGATION if method.uses_hessian and correct != "local" else 0.0
     recipe = Recipe(method, format, error_propagation, correct, statistic)
@@ -90,12 +90,22 @@ def compress(
     return run(model, batches, recipe, see or (lambda report, layers: None))
 
 
-def _grid(method: Method, bits: int, symmetric: bool, range: str | None, grid: Grid | None) -> Grid:
+def _grid(
+    method: Method, bits: int, symmetric: bool, range: str | None, grid: Grid | None, model: nn.Module
+) -> Grid:
     if grid is None:
-        return UniformGrid(bits, symmetric=symmetric, range=range or ("mse" if method.uses_hessian else "minmax"))
+        range = range or ("mse" if method.uses_hessian else "minmax")
+        return UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=_scale_dtype(model))
     if (bits, symmetric, range) != (4, False, None):
         raise ValueError(f"bits, symmetric and range are those of grid={grid!r}: leave them out")
     return grid
+
+
+def _scale_dtype(model: nn.Module) -> torch.dtype:
+    """Scales are stored in the dtype of the weights, as packed checkpoints have them."""
+    _, blocks = find_blocks(model)
+    dtype = matrix(next(iter(linear_layers(blocks[0]).values()))).dtype
+    return dtype if dtype in SCALE_DTYPES else torch.float32
 
 
 def _check_layers(model: nn.Module, format: Format) -> None:

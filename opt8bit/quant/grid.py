@@ -11,6 +11,7 @@ from torch import Tensor
 from opt8bit.quant.codebook import check_codebook
 
 RANGES = ("minmax", "mse")
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The fractions of a block's full range that the search tries. Below a fifth, clipping costs more than it gains.
 FRACTIONS = torch.linspace(1.0, 0.2, 41, dtype=torch.float64).tolist()
 
@@ -26,7 +27,19 @@ class Scales(NamedTuple):
 
 
 class Grid(ABC):
-    """The values of one block: ``decode(code, scales)`` for every code below ``2^bits``."""
+    """The values of one block: ``decode(code, scales)`` for every code below ``2^bits``.
+
+    Args:
+        scale_dtype: that scales are stored in: float32, bfloat16 or float16. Only what it holds is ever fitted.
+
+    Raises:
+        ValueError: ``scale_dtype`` is another one.
+    """
+
+    def __init__(self, scale_dtype: torch.dtype = torch.float32) -> None:
+        if scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {scale_dtype!r}")
+        self.scale_dtype = scale_dtype
 
     @property
     @abstractmethod
@@ -36,7 +49,7 @@ class Grid(ABC):
     @property
     @abstractmethod
     def bits_per_block(self) -> int:
-        """Bits that the scales of one block take when they are stored: 16 for a scale, ``bits`` for a zero point."""
+        """Bits that the scales of one block take when they are stored: a scale, and ``bits`` for a zero point."""
 
     @abstractmethod
     def fit(
@@ -58,6 +71,14 @@ class Grid(ABC):
     def nearest(self, x: Tensor, scales: Scales) -> Tensor:
         """``decode(encode(x, scales), scales)``, without the codes."""
 
+    def storable(self, scale: Tensor) -> Tensor:
+        """The nearest positive scales that ``scale_dtype`` holds, in the dtype of ``scale``; float32 takes all."""
+        if self.scale_dtype == torch.float32:
+            return scale
+        info = torch.finfo(self.scale_dtype)
+        least = info.tiny * info.eps if self.scale_dtype == torch.float16 else info.tiny  # of float16 subnormals, too
+        return scale.to(self.scale_dtype).to(scale.dtype).clamp(least, info.max)
+
 
 class UniformGrid(Grid):
     """Evenly spaced values: ``(q - zero_point) * scale`` for q = 0 .. 2^bits - 1, zero among them.
@@ -67,12 +88,21 @@ class UniformGrid(Grid):
         symmetric: the zero point is ``2^(bits-1)`` in every block and none is stored; otherwise it is fitted.
         range: "minmax" spans a block's smallest and largest weight (and zero); "mse" tries fractions of that
             range and takes the one of least squared error, clipping what lies beyond it.
+        scale_dtype: see :class:`Grid`.
 
     Raises:
         ValueError: an argument is not one of these.
     """
 
-    def __init__(self, bits: int, *, symmetric: bool = False, range: str = "minmax") -> None:
+    def __init__(
+        self,
+        bits: int,
+        *,
+        symmetric: bool = False,
+        range: str = "minmax",
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(scale_dtype)
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {bits!r}")
         self._bits = bits
@@ -80,7 +110,8 @@ class UniformGrid(Grid):
         self.range = _checked_range(range)
 
     def __repr__(self) -> str:
-        return f"UniformGrid({self._bits}, symmetric={self.symmetric}, range={self.range!r})"
+        scales = "" if self.scale_dtype == torch.float32 else f", scale_dtype={self.scale_dtype}"
+        return f"UniformGrid({self._bits}, symmetric={self.symmetric}, range={self.range!r}{scales})"
 
     @property
     def bits(self) -> int:
@@ -88,7 +119,7 @@ class UniformGrid(Grid):
 
     @property
     def bits_per_block(self) -> int:
-        return 16 if self.symmetric else 16 + self._bits
+        return 8 * self.scale_dtype.itemsize + (0 if self.symmetric else self._bits)
 
     @property
     def largest(self) -> int:
@@ -108,7 +139,7 @@ class UniformGrid(Grid):
 
     def _spanning(self, low: Tensor, high: Tensor) -> Scales:
         scale = (high - low) / self.largest
-        scale = torch.where(scale > 0, scale, 1)  # a block of zeros
+        scale = self.storable(torch.where(scale > 0, scale, 1))  # 1 for a block of zeros
         middle = torch.full_like(scale, 2 ** (self._bits - 1))
         return Scales(scale, middle if self.symmetric else (-low / scale).round())
 
@@ -130,12 +161,16 @@ class CodebookGrid(Grid):
         codebook: (n,) float32, ascending, 2 to 256 values: :func:`normal_float`, :func:`dynamic_map` ...
         range: "minmax" scales a block's largest magnitude to the codebook's; "mse" a fraction of it, that of the least
             squared error.
+        scale_dtype: see :class:`Grid`.
 
     Raises:
-        TypeError, ValueError: ``codebook`` or ``range`` is not one.
+        TypeError, ValueError: ``codebook``, ``range`` or ``scale_dtype`` is not one.
     """
 
-    def __init__(self, codebook: Tensor, *, range: str = "minmax") -> None:
+    def __init__(
+        self, codebook: Tensor, *, range: str = "minmax", scale_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(scale_dtype)
         check_codebook(codebook)
         self.codebook = codebook
         self.range = _checked_range(range)
@@ -149,15 +184,16 @@ class CodebookGrid(Grid):
 
     @property
     def bits_per_block(self) -> int:
-        return 16
+        return 8 * self.scale_dtype.itemsize
 
     def fit(self, block: Tensor, importance: Tensor | None = None) -> Scales:
         absmax = block.abs().amax(-1, keepdim=True) / self.codebook.abs().max().to(block)
         absmax = torch.where(absmax > 0, absmax, 1)
-        full = Scales(absmax, torch.zeros_like(absmax))
+        full = Scales(self.storable(absmax), torch.zeros_like(absmax))
         if self.range == "minmax":
             return full
-        return _best(self, block, importance, (Scales(absmax * part, full.zero_point) for part in FRACTIONS), full)
+        candidates = (Scales(self.storable(absmax * part), full.zero_point) for part in FRACTIONS)
+        return _best(self, block, importance, candidates, full)
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         values = self.codebook.to(device=x.device, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.export import new_folder
+from opt8bit.ptq.export.folder import new_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -23,6 +23,8 @@ GRIDS = [
     UniformGrid(4, symmetric=True),
     UniformGrid(4, symmetric=True, range="mse"),
     UniformGrid(8),
+    UniformGrid(4, symmetric=True, scale_dtype=torch.float16),
+    UniformGrid(3, range="mse", scale_dtype=torch.bfloat16),
 ]
 
 

@@ -262,6 +262,16 @@ def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
     assert not torch.equal(refitted[:, 1:], rounded.scales.scale[:, 1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_refitted_scales_are_storable_and_still_no_worse(dtype: torch.dtype) -> None:
+    weight, hessian = layer()
+    rounded = RTN().round(weight, hessian, Format(UniformGrid(3, scale_dtype=dtype), GROUP))
+    refitted = refit_scales(weight, rounded, hessian)
+    scale = refitted.scales.scale
+    assert torch.equal(scale.to(dtype).to(scale.dtype), scale) and not torch.equal(scale, rounded.scales.scale)
+    assert objective(weight, refitted.dequantize(), hessian) < objective(weight, rounded.dequantize(), hessian)
+
+
 def all_codes(columns: int, values: int) -> Iterator[torch.Tensor]:
     for codes in itertools.product(range(values), repeat=columns):
         yield torch.tensor([codes], dtype=torch.uint8)
@@ -324,14 +334,14 @@ def test_everything_kept_is_exact() -> None:
 
 def test_bits_per_weight_counts_everything() -> None:
     weight, hessian = layer()
-    assert RTN().round(weight, hessian, Format(UniformGrid(3), 16)).bits_per_weight == pytest.approx(3 + (16 + 3) / 16)
+    assert RTN().round(weight, hessian, Format(UniformGrid(3), 16)).bits_per_weight == pytest.approx(3 + (32 + 3) / 16)
     assert RTN().round(weight, hessian, Format(UniformGrid(4, symmetric=True))).bits_per_weight == pytest.approx(
-        4 + 16 / 48
+        4 + 32 / 48
     )
     rounded = OutlierQuantEase(1 / 48).round(weight, hessian, Format(UniformGrid(3), 16))
-    assert rounded.bits_per_weight == pytest.approx(3 + 19 / 16 + 48 / 48)
+    assert rounded.bits_per_weight == pytest.approx(3 + 35 / 16 + 48 / 48)
     rounded = OutlierQuantEase(1 / 48, "column").round(weight, hessian, Format(UniformGrid(3), 16))
-    assert rounded.bits_per_weight == pytest.approx(3 + 19 / 16 + 16 / 48 + 32 / (48 * OUTPUTS))
+    assert rounded.bits_per_weight == pytest.approx(3 + 35 / 16 + 16 / 48 + 32 / (48 * OUTPUTS))
 
 
 @pytest.mark.parametrize(

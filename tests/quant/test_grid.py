@@ -109,5 +109,33 @@ def test_ranges_are_checked() -> None:
 
 
 def test_stored_bits() -> None:
-    assert UniformGrid(3).bits_per_block == 19 and UniformGrid(3, symmetric=True).bits_per_block == 16
-    assert CodebookGrid(normal_float(4)).bits == 4 and CodebookGrid(normal_float(4)).bits_per_block == 16
+    assert UniformGrid(3).bits_per_block == 35 and UniformGrid(3, symmetric=True).bits_per_block == 32
+    assert UniformGrid(3, scale_dtype=torch.bfloat16).bits_per_block == 19
+    assert CodebookGrid(normal_float(4)).bits == 4
+    assert CodebookGrid(normal_float(4), scale_dtype=torch.float16).bits_per_block == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("range", ["minmax", "mse"])
+def test_scales_are_what_their_dtype_holds(dtype: torch.dtype, range: str) -> None:
+    x = torch.cat([blocks(), 1e-6 * blocks(), torch.zeros(1, 7, 32)])
+    for grid in (
+        UniformGrid(3, range=range, scale_dtype=dtype),
+        UniformGrid(4, symmetric=True, range=range, scale_dtype=dtype),
+        CodebookGrid(normal_float(4), range=range, scale_dtype=dtype),
+    ):
+        scales = grid.fit(x)
+        assert torch.equal(scales.scale.to(dtype).to(x.dtype), scales.scale)
+        assert (scales.scale > 0).all() and scales.scale.isfinite().all()
+        assert (x - grid.nearest(x, scales)).abs().max() < 1.7 * scales.scale.max()
+
+
+def test_scales_beyond_a_dtype_take_its_ends() -> None:
+    grid = UniformGrid(4, scale_dtype=torch.float16)
+    assert grid.storable(torch.tensor([1e-12, 1e9])).tolist() == [2**-24, 65504]
+    assert UniformGrid(4, scale_dtype=torch.bfloat16).storable(torch.tensor([3.4e38])).isfinite().all()
+
+
+def test_scale_dtypes_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"scale_dtype must be one of torch.float32, .*, got torch.float64"):
+        UniformGrid(4, scale_dtype=torch.float64)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import rounding_kernels
+from opt8bit.backends.interface import DTYPES
 from opt8bit.backends.native import Native, WeightRounding
 from opt8bit.quant.grid import FRACTIONS, Grid, Scales, UniformGrid
 
@@ -95,6 +96,7 @@ class LayerKernels:
             zero_point=_address(scales.zero_point),
             largest=self._grid.largest,
             is_symmetric=self._grid.symmetric,
+            scale_dtype=DTYPES[self._grid.scale_dtype],
             fractions=_address(fractions),
             fraction_count=fractions.numel(),
             importance=_address(importance),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.methods.method import Rounded
-from opt8bit.quant.grid import Scales
+from opt8bit.quant.grid import Grid, Scales
 
 ROWS = 256  # whose systems are in memory at once
 
@@ -28,7 +28,7 @@ def refit_scales(
     values = rounded.format.grid.decode(rounded.codes.unflatten(1, (groups, -1)), _unit(rounded.scales))
     scale = rounded.scales.scale.clone()
     for rows in torch.arange(len(weight), device=weight.device).split(ROWS):
-        scale[rows] = _best(weight[rows], values[rows], hessian, scale[rows])
+        scale[rows] = _best(weight[rows], values[rows], hessian, scale[rows], rounded.format.grid)
     return replace(rounded, scales=rounded.scales._replace(scale=scale))
 
 
@@ -41,6 +41,7 @@ def _best(
     values: Tensor,  # (rows, groups, g)
     hessian: Tensor,  # (in, in)
     scale: Tensor,  # (rows, groups)
+    grid: Grid,
 ) -> Tensor:
     groups, size = values.shape[1:]
     right = ((weight @ hessian).unflatten(1, (groups, size)) * values).sum(-1).double()
@@ -55,9 +56,11 @@ def _best(
     left.diagonal(dim1=1, dim2=2)[dead] = 1
     found, failed = torch.linalg.solve_ex(left, right)
     found = torch.where(dead, scale, found)
+    positive = (failed == 0) & (found > 0).all(1)
+    found = grid.storable(found)
 
     def cost(s: Tensor) -> Tensor:
         return ((left @ s[..., None])[..., 0] * s).sum(1) - 2 * (right * s).sum(1)
 
-    better = (failed == 0) & (found > 0).all(1) & (cost(found) < cost(scale.double()))
+    better = positive & (cost(found) < cost(scale.double()))
     return torch.where(better[:, None], found.to(scale.dtype), scale)

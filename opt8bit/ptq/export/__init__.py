@@ -1,0 +1,122 @@
+"""Writes a compressed model as a checkpoint that transformers and servers load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.export.compressed_tensors import CompressedTensors
+from opt8bit.ptq.export.dense import Dense
+from opt8bit.ptq.export.folder import new_folder
+from opt8bit.ptq.export.gptq import GPTQFormat
+from opt8bit.ptq.export.layout import Layout
+from opt8bit.ptq.export.shards import write_shards
+from opt8bit.ptq.placement import switches, with_switches
+from opt8bit.ptq.result import Result
+
+FORMATS: dict[str, Layout] = {
+    "compressed-tensors": CompressedTensors(),
+    "gptq": GPTQFormat(),
+    "dense": Dense(),
+}
+
+
+def export(result: Result, path: str | Path, *, format: str = "compressed-tensors", tokenizer: Any = None) -> Path:
+    """Writes a model that :func:`compress` made, to be loaded by ``from_pretrained``.
+
+    Args:
+        result: of :func:`compress`, of a model of transformers.
+        path: the folder to make; it must not exist.
+        format: "compressed-tensors" (pack-quantized) and "gptq" hold the codes; "dense" has the rounded weights in the
+            model's own dtype and layout, for anything that loads the original.
+        tokenizer: saved beside the weights, if given.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: there is something at ``path``.
+        TypeError: the model is not one of transformers.
+        ValueError: there is no such format, or it cannot hold a layer, which the message names.
+        OSError: it cannot be written; nothing is left.
+    """
+    with new_folder(Path(path)) as folder:
+        write(result, folder, format, tokenizer)
+    return Path(path)
+
+
+def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> None:
+    """Writes the checkpoint's files into a folder, arguments as in :func:`export`."""
+    layout = checked_layout(result, format)
+    config = _config(result, layout)
+    write_shards(_tensors(result, layout), folder)
+    config.save_pretrained(folder)
+    generation: Any = getattr(result.model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def checked_layout(result: Result, format: str) -> Layout:
+    """The layout of a format, that can hold the result."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if not hasattr(result.model, "save_pretrained"):
+        raise TypeError(f"only models of transformers can be exported, got {type(result.model).__name__}")
+    if result.recipe.statistic == "position":
+        raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
+    modules = dict(result.model.named_modules())
+    for name, layer in result.layers.items():
+        try:
+            FORMATS[format].check(layer, modules[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return FORMATS[format]
+
+
+def _config(result: Result, layout: Layout) -> Any:
+    model: Any = result.model
+    config = with_switches(model, _switched(result))
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    quantization = layout.config(result)
+    if quantization is not None:
+        config.quantization_config = quantization
+    return config
+
+
+def _switched(result: Result) -> list[str]:
+    return switches(result.places) if result.recipe.correct != "none" else []
+
+
+def _tensors(result: Result, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Everything that the checkpoint has, by name."""
+    modules: dict[str, Any] = dict(result.model.named_modules())
+    on = set(_switched(result))
+    for name, tensor in _stored(result.model):
+        owner, _, kind = name.rpartition(".")
+        if owner not in result.layers:
+            yield name, tensor
+        elif kind == "weight":
+            layer, module = result.layers[owner], modules[owner]
+            for suffix, part in layout.weight(layer, module).items():
+                yield f"{owner}.{suffix}", part
+            if layer.bias is not None:
+                yield f"{owner}.bias", layer.bias.to(layer.dtype)
+            elif result.places[owner] in on:
+                # Whoever loads the checkpoint makes a bias for every layer that a switch gives one.
+                yield f"{owner}.bias", torch.zeros(layer.rounded.codes.shape[0], dtype=layer.dtype)
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters and buffers as a checkpoint has them: what is shared once, under its first name."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            yield name, tensor
