@@ -6,10 +6,12 @@ from opt8bit.ptq.export import export
 from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.methods import GPTQ, RTN, Format, OutlierQuantEase, QuantEase
 from opt8bit.ptq.result import LayerReport, Result
+from opt8bit.ptq.source import Checkpoint
 
 __all__ = [
     "GPTQ",
     "RTN",
+    "Checkpoint",
     "Format",
     "LayerReport",
     "OutlierQuantEase",

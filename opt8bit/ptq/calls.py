@@ -34,11 +34,18 @@ def one_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def returns_tuple(model: nn.Module, block: nn.Module, batch: dict[str, Tensor]) -> bool:
-    """Whether a block gives its hidden states alone or as the first of several."""
+    """Whether a block gives its hidden states alone or as the first of several. No other block need be able to run."""
     found: list[bool] = []
-    handle = block.register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(isinstance(output, tuple))
+        raise _Seen
+
+    handle = block.register_forward_hook(after)
     try:
-        model(**one_token(batch), **_no_cache(model))
+        model(**one_token(batch), **no_cache(model))
+    except _Seen:
+        pass
     finally:
         handle.remove()
     return bool(found and found[0])
@@ -67,22 +74,22 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor
             )
         calls.append(Call(hidden, args[1:], kwargs))
         if len(calls) == len(blocks):
-            raise _AllCalled
+            raise _Seen
         return (hidden,) if as_tuple else hidden
 
     try:
-        with _replaced(dict.fromkeys(blocks, record)):
-            model(**batch, **_no_cache(model))
-    except _AllCalled:
+        with replaced(dict.fromkeys(blocks, record)):
+            model(**batch, **no_cache(model))
+    except _Seen:
         return calls
     raise ValueError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
 
 
-class _AllCalled(Exception):
-    """The last block has been reached; the rest of the forward pass need not run."""
+class _Seen(Exception):
+    """What was looked for is found: the rest of the forward pass need not run."""
 
 
-def _no_cache(model: nn.Module) -> dict[str, Any]:
+def no_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
@@ -169,7 +176,7 @@ def stream_writers(block: nn.Module, call: Call) -> set[str]:
     for name in (name for name, layer in layers.items() if matrix(layer).shape[0] == features):
         trial = torch.randn(features, generator=torch.Generator().manual_seed(0)).to(call.hidden)
         outputs = {other: trial if other == name else trial.new_zeros(len(matrix(layers[other]))) for other in layers}
-        with _replaced({layers[other]: _constant(output) for other, output in outputs.items()}):
+        with replaced({layers[other]: _constant(output) for other, output in outputs.items()}):
             if torch.allclose(call.of(block), call.hidden + trial):
                 found.add(name)
     return found
@@ -180,7 +187,7 @@ def _constant(output: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, each module runs the function given for it; afterwards what it ran before."""
     had = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
 from opt8bit.ptq.evaluate import check_token_ids
-from opt8bit.ptq.layer import Recipe
+from opt8bit.ptq.export import check_format
+from opt8bit.ptq.layer import Override, Recipe
 from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
+from opt8bit.ptq.source import InMemory, Source, digest
 from opt8bit.ptq.walk import greenlets
+from opt8bit.ptq.work import Work
 from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
 
 Calibration = Tensor | Iterable[Mapping[str, Tensor]]
@@ -29,7 +36,7 @@ DEFAULT_METHOD = polished(GPTQ())
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | Source,
     calibration: Calibration,
     *,
     method: Method = DEFAULT_METHOD,
@@ -41,14 +48,19 @@ def compress(
     correct: str = "none",
     statistic: str = "mean",
     error_propagation: float | None = None,
+    overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+    held_out: Calibration | None = None,
     batch_size: int = 8,
+    work: str | Path | None = None,
+    checkpoint_format: str | None = None,
     see: Callable[[LayerReport, int], None] | None = None,
 ) -> Result:
     """Rounds the weights of a language model's blocks, block by block, and corrects its outputs.
 
     Args:
         model: with its blocks in an ``nn.ModuleList``, called as ``model(input_ids=...)``, such as a causal language
-            model of transformers. It is not changed.
+            model of transformers. It is not changed. Or a :class:`opt8bit.ptq.Checkpoint`, of which only the block that
+            is worked on is in memory.
         calibration: token ids (samples, length), int64; or batches for ``model(**batch)``, each with ``input_ids``
             and, where there is padding, ``attention_mask``.
         method: rounds; see :mod:`opt8bit.ptq.methods`.
@@ -62,7 +74,13 @@ def compress(
         statistic: "mean", "median" or "position".
         error_propagation: strength of the asymmetric target, 0 to 1; by default 0.5, and 0 where it has no place:
             for RTN, which looks at no inputs, and for ``correct="local"``, which would undo it.
+        overrides: for layers by the pattern of their names (``*``, ``?`` and ``[...]`` as a shell has them): any of
+            ``method``, ``bits``, ``group_size``, ``symmetric``, ``range`` and ``grid``, the others as above; or None to
+            leave the layers as they are. The last pattern that fits is the one.
+        held_out: as ``calibration``: text to tell by how good the result is, of which nothing is learned.
         batch_size: sequences that go through a block together, where ``calibration`` is a tensor.
+        work: a folder for what is finished, so that the same call goes on from there if it did not end.
+        checkpoint_format: of :func:`export`, if the result is meant for it: refused at once what it cannot hold.
         see: called after each layer with its report and the number of layers.
 
     Returns:
@@ -74,31 +92,82 @@ def compress(
             are found, or a model's use of them is not understood. The message names the layer.
         ImportError: greenlet is not installed.
     """
+    greenlets()
+    source = model if isinstance(model, Source) else InMemory(model)
+    options: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "range": range,
+        "grid": grid,
+    }
+    scale_dtype = _scale_dtype(source.model)
+    format = _format(scale_dtype, **options)
+    if error_propagation is None:
+        error_propagation = ERROR_PROPAGATION if method.uses_hessian and correct != "local" else 0.0
+    others = tuple(_override(pattern, given, options, scale_dtype) for pattern, given in (overrides or {}).items())
+    recipe = Recipe(method, format, error_propagation, correct, statistic, others)
+    batches = _batches("calibration", calibration, batch_size, source.model)
+    kept = [] if held_out is None else _batches("held_out", held_out, batch_size, source.model)
+    if correct != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
+        raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
+    if checkpoint_format is not None:
+        check_format(checkpoint_format, source.model, recipe)
+    _check_layers(source, recipe)
+    begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
+    return run(source, batches, recipe, see or (lambda report, layers: None), held_out=kept, work=begun)
+
+
+def _format(
+    scale_dtype: torch.dtype,
+    *,
+    method: Method,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    range: str | None,
+    grid: Grid | None,
+) -> Format:
     if not isinstance(method, Method):
         raise TypeError(f"method must be one of opt8bit.ptq, such as GPTQ(), got {method!r}")
     if grid is not None and not isinstance(grid, Grid):
         raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {grid!r}")
-    greenlets()
-    format = Format(_grid(method, bits, symmetric, range, grid, model), group_size)
-    if error_propagation is None:
-        error_propagation = ERROR_PROPAGATION if method.uses_hessian and correct != "local" else 0.0
-    recipe = Recipe(method, format, error_propagation, correct, statistic)
-    _check_layers(model, format)
-    batches = _batches(calibration, batch_size, model)
-    if correct != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
-        raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
-    return run(model, batches, recipe, see or (lambda report, layers: None))
-
-
-def _grid(
-    method: Method, bits: int, symmetric: bool, range: str | None, grid: Grid | None, model: nn.Module
-) -> Grid:
     if grid is None:
         range = range or ("mse" if method.uses_hessian else "minmax")
-        return UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=_scale_dtype(model))
+        return Format(UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=scale_dtype), group_size)
     if (bits, symmetric, range) != (4, False, None):
         raise ValueError(f"bits, symmetric and range are those of grid={grid!r}: leave them out")
-    return grid
+    return Format(grid, group_size)
+
+
+def _override(
+    pattern: str, given: Mapping[str, Any] | None, options: Mapping[str, Any], scale_dtype: torch.dtype
+) -> Override:
+    if given is None:
+        return Override(pattern, None, _format(scale_dtype, **options))
+    unknown = sorted(given.keys() - options.keys())
+    if unknown:
+        allowed = ", ".join(options)
+        raise ValueError(f"overrides[{pattern!r}] may have {allowed}, got {unknown[0]!r}")
+    base = {**options, **({"grid": None} if given.keys() & {"bits", "symmetric", "range"} else {})}
+    merged = {**base, **given}
+    try:
+        return Override(pattern, merged["method"], _format(scale_dtype, **merged))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"overrides[{pattern!r}]: {error}") from error
+
+
+def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -> dict[str, str]:
+    """What the result depends on, told from other runs'."""
+    tokens = [digest(tensor for batch in text for _, tensor in sorted(batch.items())) for text in texts]
+    return {
+        "options": repr(recipe),
+        "model": digest(tensor for _, tensor in source.tensors()),
+        "calibration text": tokens[0],
+        "held-out text": tokens[1],
+        "version": version("opt8bit"),
+    }
 
 
 def _scale_dtype(model: nn.Module) -> torch.dtype:
@@ -108,33 +177,42 @@ def _scale_dtype(model: nn.Module) -> torch.dtype:
     return dtype if dtype in SCALE_DTYPES else torch.float32
 
 
-def _check_layers(model: nn.Module, format: Format) -> None:
-    prefix, blocks = find_blocks(model)
+def _check_layers(source: Source, recipe: Recipe) -> None:
+    prefix, blocks = find_blocks(source.model)
+    layers = {f"{prefix}.{i}.{n}": layer for i, block in enumerate(blocks) for n, layer in linear_layers(block).items()}
+    for override in recipe.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in layers):
+            raise ValueError(f"overrides[{override.pattern!r}] fits no layer; there is {min(layers)}, for example")
+    if all(recipe.of(name) is None for name in layers):
+        raise ValueError("overrides leave every layer as it is")
     owners: dict[int, str] = {}
-    for i, block in enumerate(blocks):
-        for name, layer in linear_layers(block).items():
-            full, weight = f"{prefix}.{i}.{name}", matrix(layer)
-            owner = owners.setdefault(weight.data_ptr(), full)
-            if owner != full:
-                raise ValueError(f"{full}: shares its weight with {owner}: it cannot be rounded for both")
-            if not bool(torch.isfinite(weight).all()):
-                raise ValueError(f"{full}: a weight is not finite")
-            try:
-                format.groups_of(weight)
-            except ValueError as error:
-                raise ValueError(f"{full}: {error}") from error
+    for name, layer in layers.items():
+        weight, own = matrix(layer), recipe.of(name)
+        owner = owners.setdefault(id(layer.weight) if weight.is_meta else weight.data_ptr(), name)
+        if owner != name:
+            raise ValueError(f"{name}: shares its weight with {owner}: it cannot be rounded for both")
+        try:
+            if own is not None:
+                own.format.groups_of(weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for i in range(len(blocks)):
+        with source.block(f"{prefix}.{i}") as block:
+            for name, layer in linear_layers(block).items():
+                if not bool(torch.isfinite(matrix(layer)).all()):
+                    raise ValueError(f"{prefix}.{i}.{name}: a weight is not finite")
 
 
-def _batches(calibration: Calibration, batch_size: int, model: nn.Module) -> list[dict[str, Tensor]]:
+def _batches(name: str, calibration: Calibration, batch_size: int, model: nn.Module) -> list[dict[str, Tensor]]:
     device = next(model.parameters()).device
     if isinstance(calibration, Tensor):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-        check_token_ids("calibration", calibration, model)
+        check_token_ids(name, calibration, model)
         return [{"input_ids": part.to(device)} for part in calibration.split(batch_size)]
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in calibration]
     if not batches or any("input_ids" not in batch for batch in batches):
-        raise ValueError("calibration must be token ids (samples, length) or batches that have input_ids")
+        raise ValueError(f"{name} must be token ids (samples, length) or batches that have input_ids")
     for i, batch in enumerate(batches):
         check_token_ids(f"input_ids of batch {i}", batch["input_ids"], model)
         if "attention_mask" in batch and not bool(batch["attention_mask"].any()):

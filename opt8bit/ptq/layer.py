@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,21 @@ from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.methods import Format, Method, Rounded
 from opt8bit.ptq.statistics import Inputs, Moments, Statistics
 from opt8bit.ptq.target import asymmetric_target
+
+
+@dataclass(frozen=True)
+class Override:
+    """What becomes of the layers of a name otherwise.
+
+    Args:
+        pattern: of names, with ``*``, ``?`` and ``[...]`` as a shell has them.
+        method: rounds them; None leaves them as they are.
+        format: of the rounded weights.
+    """
+
+    pattern: str
+    method: Method | None
+    format: Format
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Recipe:
             "position" for a mean at each position of a sequence, which only this package can apply.
         error_propagation: strength of the asymmetric target, 0 to 1: see :func:`asymmetric_target`. As much of the
             drift of the hidden states is in the errors that a bias of "sequential" or "joint" corrects.
+        overrides: for layers by name; the last whose pattern fits is the one.
 
     Raises:
         ValueError: an argument is not one of these, or they contradict each other.
@@ -40,6 +57,21 @@ class Recipe:
     error_propagation: float
     correct: str = "none"
     statistic: str = "mean"
+    overrides: tuple[Override, ...] = ()
+
+    def of(self, name: str) -> Recipe | None:
+        """The recipe for one layer; None where it stays as it is."""
+        for override in reversed(self.overrides):
+            if fnmatchcase(name, override.pattern):
+                method = override.method
+                if method is None:
+                    return None
+                correct = self.correct if method.uses_hessian or self.correct != "joint" else "sequential"
+                strength = self.error_propagation if method.uses_hessian else 0.0
+                return replace(
+                    self, method=method, format=override.format, error_propagation=strength, correct=correct, overrides=()
+                )
+        return replace(self, overrides=())
 
     def __post_init__(self) -> None:
         if self.correct not in compensation.CORRECTIONS:

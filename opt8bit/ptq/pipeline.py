@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,55 +14,88 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
+from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.placement import THROUGH, bias_places, value_bias_through
 from opt8bit.ptq.result import LayerReport, Result, install
+from opt8bit.ptq.source import Source
 from opt8bit.ptq.statistics import Inputs
 from opt8bit.ptq.walk import halting, walks
+from opt8bit.ptq.work import Work
 
 
 def run(
-    model: nn.Module,
+    source: Source,
     batches: Sequence[dict[str, Tensor]],
     recipe: Recipe,
     see: Callable[[LayerReport, int], None],
+    *,
+    held_out: Sequence[dict[str, Tensor]] = (),
+    work: Work | None = None,
 ) -> Result:
-    """Compresses every linear layer in the model's blocks; ``see`` gets each layer's report and the number of layers.
+    """Compresses the linear layers in the model's blocks; ``see`` gets each layer's report and the number of layers.
 
     Two streams go through the blocks side by side: the float model's hidden states, and those of the model as it has
-    been compressed so far. Only one block is held twice.
+    been compressed so far. Only one block is held twice. What is ``held_out`` goes along, and nothing is learned from
+    it: it tells how good the result is. With ``work``, finished blocks are kept on disk, and those there not done again.
 
     Raises:
         ValueError: a weight or an input is not finite, or a block does not call each of its layers once.
     """
+    model = source.model
     prefix, blocks = find_blocks(model)
-    names = [f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_layers(block)]
-    places = bias_places(model, names, recipe.statistic) if recipe.correct != "none" else dict.fromkeys(names)
-    result = Result(model, recipe, places)
+    everywhere = [f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_layers(block)]
+    places = bias_places(model, everywhere, recipe.statistic) if recipe.correct != "none" else dict.fromkeys(everywhere)
+    layers = sum(recipe.of(name) is not None for name in everywhere)
+    result = Result(source, recipe, places)
+    everything = [*batches, *held_out]
     with evaluating(model):
-        as_tuple = returns_tuple(model, blocks[0], batches[0])
-        parts = _anatomies(prefix, blocks, block_calls(model, blocks, one_token(batches[0]), as_tuple=as_tuple))
-        calls = [block_calls(model, blocks, batch, as_tuple=as_tuple) for batch in batches]
+        with source.block(f"{prefix}.0") as block:
+            as_tuple = returns_tuple(model, block, batches[0])
+        parts = _anatomies(source, prefix, block_calls(model, blocks, one_token(batches[0]), as_tuple=as_tuple))
+        calls = [block_calls(model, blocks, batch, as_tuple=as_tuple) for batch in everything]
         masks = [batch.get("attention_mask") for batch in batches]
-        hidden = hidden_hat = [of_batch[0].hidden for of_batch in calls]
-        for i, block in enumerate(blocks):
-            here = [of_batch[i] for of_batch in calls]
+        streams = Streams(*([of_batch[0].hidden for of_batch in calls] for _ in range(2)))
+        first = work.finished if work else 0
+        if work and first:
+            saved = work.streams()
+            streams = Streams(saved[: len(calls)], saved[len(calls) :])
+            for report in work.reports():
+                result.report.append(report)
+                see(report, layers)
+        for i in range(first, len(blocks)):
             name = f"{prefix}.{i}"
-            task = _BlockTask(name, block, parts[i], result, masks, lambda report: see(report, len(names)))
-            hidden, hidden_hat = task.run(
-                [call._replace(hidden=x) for call, x in zip(here, hidden, strict=True)],
-                [call._replace(hidden=x) for call, x in zip(here, hidden_hat, strict=True)],
-            )
-    value_bias_through(result.places, result.layers, model)
+            here = Streams(*([of[i]._replace(hidden=x) for of, x in zip(calls, s, strict=True)] for s in streams))
+            with source.block(name) as block:
+                task = _BlockTask(name, block, parts[i], result, masks, lambda report: see(report, layers))
+                streams = task.run(here)
+            value_bias_through(places, task.done, model)
+            if work:
+                work.save(i, task.done, task.reports, [*streams.exact, *streams.compressed])
+            else:
+                result.layers = {**result.layers, **task.done}
+        if work:
+            result.layers = work.layers(recipe)
+        ends = ModelEnd(model, blocks, as_tuple)
+        result.probe = probe(ends, batches[0], streams.compressed[0])
+        result.quality = quality(ends, held_out, *(stream[len(batches) :] for stream in streams))
     return result
 
 
-def _anatomies(prefix: str, blocks: nn.ModuleList, calls: Sequence[Call]) -> list[Anatomy]:
+class Streams(NamedTuple):
+    """Of every batch, in the float model and in the one that is compressed so far: hidden states, or a block's call."""
+
+    exact: list[Any]
+    compressed: list[Any]
+
+
+def _anatomies(source: Source, prefix: str, calls: Sequence[Call]) -> list[Anatomy]:
     """Of all blocks, before any is worked on."""
     found = []
-    for i, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+    for i, call in enumerate(calls):
         try:
-            found.append(anatomy(block, call))
+            with source.block(f"{prefix}.{i}") as block:
+                found.append(anatomy(block, call))
         except ValueError as error:
             raise ValueError(f"{prefix}.{i}.{error}") from error
     return found
@@ -76,8 +109,12 @@ class _BlockTask:
         block: of the float model; it is left as it is.
         parts: what it does with its layers.
         result: gets the layers and their reports.
-        masks: of each batch.
+        masks: of each batch that is learned from; those behind them only go through.
         see: gets each report.
+
+    Attributes:
+        done: the compressed layers.
+        reports: on them.
     """
 
     def __init__(
@@ -91,15 +128,28 @@ class _BlockTask:
     ) -> None:
         self.name, self.block, self.result, self.masks, self.see = name, block, result, masks, see
         self.compressed = copy.deepcopy(block)
-        self.order = parts.stages
+        self.done: dict[str, Compressed] = {}
+        self.reports: list[LayerReport] = []
+        kept = [[n for n in names if self._recipe(n) is not None] for names in parts.stages]
+        self.order = [names for names in kept if names]
         # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for.
         self.writers = parts.writers if result.recipe.error_propagation else set()
         self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
         self.drifts: list[Tensor] = []  # of each batch, if there are writers
         self.pending: _Stage | None = None
 
-    def run(self, calls: list[Call], calls_hat: list[Call]) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the hidden states after the block: the float model's, and the compressed one's."""
+    def _recipe(self, layer: str) -> Recipe | None:
+        return self.result.recipe.of(f"{self.name}.{layer}")
+
+    def run(self, calls: Streams) -> Streams:
+        """Returns the hidden states after the block."""
+        learned = len(self.masks)
+        exact, compressed = self._compress_block(*(of[:learned] for of in calls))
+        exact += [call.of(self.block) for call in calls.exact[learned:]]
+        compressed += [call.of(self.compressed) for call in calls.compressed[learned:]]
+        return Streams(exact, compressed)
+
+    def _compress_block(self, calls: list[Call], calls_hat: list[Call]) -> tuple[list[Tensor], list[Tensor]]:
         self.shapes = [call.hidden.shape[:2] for call in calls]
         if self.writers:
             self.drifts = [call.hidden - call_hat.hidden for call, call_hat in zip(calls, calls_hat, strict=True)]
@@ -149,24 +199,40 @@ class _BlockTask:
             had = linear_layers(self.block)[name]
             full, seconds = f"{self.name}.{name}", stage.seconds / len(stage.layers)
             place = self.result.places[full]
-            report = _layer_report(full, had, layer, stage.errors.relative(name), place, self.result.recipe, seconds)
+            errors = stage.errors.relative(name)
+            report = _layer_report(full, had, layer, errors, place, self.result.recipe, seconds)
+            self.reports.append(report)
             self.result.report.append(report)
             self.see(report)
 
     def _compress(self, names: list[str], inputs: Sequence[Inputs]) -> _Stage:
         started = time.perf_counter()
-        recipe, places = self.result.recipe, self.result.places
+        places = self.result.places
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
-        corrected = set() if recipe.correct == "none" else {n for n in names if places[f"{self.name}.{n}"]}
-        try:
-            done = compress_stage(layers, inputs, recipe, corrected, self.writers)
-        except ValueError as error:
-            raise ValueError(f"{self.name}.{names[0]}: {error}") from error
+        done: dict[str, Compressed] = {}
+        for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
+            corrected = set() if recipe.correct == "none" else {n for n in group if places[f"{self.name}.{n}"]}
+            try:
+                done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected, self.writers)
+            except ValueError as error:
+                raise ValueError(f"{self.name}.{group[0]}: {error}") from error
         for name, layer in done.items():
             install(layers_hat[name], layer)
-            self.result.layers[f"{self.name}.{name}"] = layer
+            self.done[f"{self.name}.{name}"] = layer
         errors = OutputErrors(layers, layers_hat, {name: layer.shift for name, layer in done.items()})
         return _Stage(done, errors, time.perf_counter() - started)
+
+
+def _by_recipe(recipes: dict[str, Recipe | None]) -> list[tuple[Recipe, list[str]]]:
+    """Layers of a stage that go together."""
+    groups: list[tuple[Recipe, list[str]]] = []
+    for name, recipe in recipes.items():
+        group = next((names for other, names in groups if other == recipe), None)
+        if group is not None:
+            group.append(name)
+        elif recipe is not None:
+            groups.append((recipe, [name]))
+    return groups
 
 
 class _Stage(NamedTuple):

@@ -84,8 +84,8 @@ def _output_of(name: str, places: Places) -> str | None:
 
 def value_bias_through(places: Places, layers: dict[str, Compressed], model: nn.Module) -> None:
     """Moves the biases of attention values that have no place of their own into the output projections, exactly."""
-    for name, place in places.items():
-        layer = layers[name]
+    for name, layer in list(layers.items()):
+        place = places.get(name)
         if place is None or not place.startswith(THROUGH) or layer.bias is None:
             continue
         output = layers[place.removeprefix(THROUGH)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import matrix
+from opt8bit.ptq.ends import Probe, Quality
 from opt8bit.ptq.layer import Compressed, Recipe
 from opt8bit.ptq.placement import Places
+from opt8bit.ptq.source import Source
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,31 @@ class Result:
     """A compressed model.
 
     Attributes:
-        model: the one that was given, unchanged.
+        source: of the model that was given, unchanged.
         recipe: what was asked for.
+        places: what lets each linear layer of the blocks hold a bias.
         layers: the rounded weight and the bias of every compressed layer, by name.
         report: one row a layer, in the order of compression.
-        places: what lets each layer hold a bias.
+        quality: how well the model predicts text that was held out, before and after.
+        probe: what a written checkpoint is checked by.
     """
 
-    model: nn.Module
+    source: Source
     recipe: Recipe
     places: Places
-    layers: dict[str, Compressed] = field(default_factory=dict)
+    layers: Mapping[str, Compressed] = field(default_factory=dict)
     report: list[LayerReport] = field(default_factory=list)
+    quality: Quality | None = None
+    probe: Probe | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """As it was; where it is read block by block, its blocks' parameters are on the meta device."""
+        return self.source.model
 
     def compressed_model(self) -> nn.Module:
-        """A copy of the model with the compressed weights, as the exported one will be."""
-        result = copy.deepcopy(self.model)
+        """A copy of the model with the compressed weights, as the exported one will be, all in memory."""
+        result = self.source.copy()
         modules = dict(result.named_modules())
         with torch.no_grad():
             for name, layer in self.layers.items():

@@ -291,7 +291,7 @@ def test_a_codebook_serves_as_a_grid() -> None:
     result = ptq.compress(
         MODELS["llama"](), token_ids(), method=ptq.GPTQ(), grid=CodebookGrid(normal_float(4)), group_size=16
     )
-    assert all(row.bits_per_weight == 5 for row in result.report)
+    assert all(row.bits_per_weight == 6 for row in result.report)
 
 
 def test_training_mode_and_gradients_are_as_before() -> None:

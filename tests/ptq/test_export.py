@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.export.folder import new_folder
+from opt8bit.ptq.export.shards import write_shards
+from opt8bit.quant import CodebookGrid, normal_float
+from opt8bit.quant.packing import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -36,10 +40,126 @@ def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [16, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_compressed_tensors_load_bit_for_bit(
+    bits: int, symmetric: bool, group_size: int | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    model: Any = MODELS["llama"]()
+    rotary = model.model.rotary_emb.inv_freq
+    model.to(dtype).model.rotary_emb.inv_freq = rotary  # as loaders have it
+    result = ptq.compress(model, token_ids(), bits=bits, group_size=group_size, symmetric=symmetric, correct="joint")
+    loaded, info = load(ptq.export(result, tmp_path / "out"))
+    assert not any(info.values()) and loaded.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "falcon", "gemma2"])
+@pytest.mark.parametrize("correct", ["none", "sequential"])
+def test_compressed_tensors_of_every_type(name: str, correct: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    result = ptq.compress(MODELS[name](), token_ids(), bits=4, group_size=16, symmetric=True, correct=correct)
+    loaded, info = load(ptq.export(result, tmp_path / "out"))
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_words_are_those_of_the_package(bits: int) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = torch.randint(2**bits, (7, 48), generator=torch.Generator().manual_seed(0))
+    signed = (codes - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(pack(codes.to(torch.uint8), bits), helpers.pack_to_int32(signed, bits))
+
+
+@pytest.mark.parametrize("group_size", [16, None])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptqs_format_holds_the_codes(bits: int, group_size: int | None, tmp_path: Path) -> None:
+    result = ptq.compress(MODELS["llama"](), token_ids(), bits=bits, group_size=group_size, symmetric=True)
+    path = ptq.export(result, tmp_path / "out", format="gptq")
+    tensors = load_file(path / "model.safetensors")
+    expected = {"bits": bits, "group_size": group_size or -1, "sym": True, "desc_act": False}
+    assert json.loads((path / "config.json").read_text())["quantization_config"].items() >= expected.items()
+    for name, layer in result.layers.items():
+        words, zeros, scales, index = (tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx"))
+        outputs = words.shape[1]
+        per_word = 32 // bits
+        shifts = torch.arange(per_word) * bits
+        codes = (words[:, None] >> shifts[:, None] & (2**bits - 1)).flatten(0, 1)  # (in, out)
+        zero = (zeros[..., None] >> shifts & (2**bits - 1)).flatten(1)  # (groups, out)
+        weight = scales[index.long()] * (codes - (zero + 1)[index.long()])
+        assert weight.shape[1] == outputs and torch.equal(weight.T, layer.installed)
+
+
+def test_formats_say_what_they_cannot_hold(tmp_path: Path) -> None:
+    llama, ids = MODELS["llama"](), token_ids()
+    cases: list[tuple[ptq.Result, str, str]] = [
+        (ptq.compress(llama, ids, group_size=16), "gptq", "served at 4 and 8 bits, symmetric, got 4 bits, asymmetric"),
+        (ptq.compress(llama, ids, bits=3, group_size=16, symmetric=True), "gptq", "got 3 bits, symmetric"),
+        (ptq.compress(llama, ids, method=ptq.OutlierQuantEase(), group_size=16), "compressed-tensors", "kept exact"),
+        (
+            ptq.compress(llama, ids, grid=CodebookGrid(normal_float(4)), group_size=16),
+            "compressed-tensors",
+            "evenly spaced values alone",
+        ),
+        (ptq.compress(MODELS["gpt2"](), ids, group_size=16), "compressed-tensors", "nn.Linear alone, got Conv1D"),
+        (
+            ptq.compress(
+                llama, ids, group_size=16, symmetric=True, overrides={"*.down_proj": {"bits": 8}, "*.1.*": None}
+            ),
+            "gptq",
+            "one width and one group size",
+        ),
+    ]
+    mixed = ptq.compress(llama, ids, group_size=16, overrides={"*.down_proj": {"bits": 8}})
+    cases.append((mixed, "compressed-tensors", "several widths or group sizes where all grids are symmetric"))
+    for result, format, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ptq.export(result, tmp_path / "out", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["dense", "compressed-tensors"])
+def test_layers_left_as_they_are_and_mixed_widths_load(format: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    overrides = {"*.down_proj": {"bits": 8, "group_size": 32}, "*.o_proj": None, "*.1.mlp.*": {"method": ptq.RTN()}}
+    result = ptq.compress(
+        MODELS["llama"](), token_ids(), group_size=16, symmetric=True, correct="joint", overrides=overrides
+    )
+    assert not any("o_proj" in name for name in result.layers) and len(result.layers) == 12
+    loaded, info = load(ptq.export(result, tmp_path / "out", format=format))
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
+
+
+@pytest.mark.parametrize("limit", [1, 3000, 20000])
+def test_shards_and_their_index_hold_everything(limit: int, tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((i * 100,), float(i)) for i in range(1, 9)}
+    total = write_shards(iter(tensors.items()), tmp_path, limit)
+    assert total == sum(tensor.numel() * 4 for tensor in tensors.values())
+    index = tmp_path / "model.safetensors.index.json"
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    if limit == 20000:
+        assert files == {"model.safetensors"} and not index.exists()
+    else:
+        where = json.loads(index.read_text())["weight_map"]
+        assert set(where.values()) == files and where.keys() == tensors.keys() and len(files) > 4
+    found = {name: value for file in files for name, value in load_file(tmp_path / file).items()}
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_switches_are_on_only_for_biases_that_are_there(tmp_path: Path) -> None:
     for correct, on in (("none", False), ("joint", True)):
         result = ptq.compress(MODELS["llama"](), token_ids(), bits=3, group_size=16, correct=correct)
-        config = json.loads((ptq.export(result, tmp_path / correct) / "config.json").read_text())
+        path = ptq.export(result, tmp_path / correct, format="dense")
+        config = json.loads((path / "config.json").read_text())
         assert config["attention_bias"] is config["mlp_bias"] is on
 
 
@@ -48,7 +168,7 @@ def test_what_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(FileExistsError, match="out exists: give the name of a folder that does not"):
-        ptq.export(result, tmp_path / "out")
+        ptq.export(result, tmp_path / "out", format="dense")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 
@@ -61,7 +181,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
             raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space left"):
-        ptq.export(result, tmp_path / "out", tokenizer=Tokenizer())
+        ptq.export(result, tmp_path / "out", format="dense", tokenizer=Tokenizer())
     assert not list(tmp_path.iterdir())
 
 
@@ -81,9 +201,9 @@ def test_folders_made_on_the_way_go_with_a_failure(tmp_path: Path) -> None:
 
 def test_formats_are_checked(tmp_path: Path) -> None:
     result = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16)
-    with pytest.raises(ValueError, match="format must be one of dense, got 'gguf'"):
+    with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq, dense, got 'gguf'"):
         ptq.export(result, tmp_path / "out", format="gguf")
     position = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16, correct="local", statistic="position")
     with pytest.raises(ValueError, match="no checkpoint can hold a bias for each position"):
-        ptq.export(position, tmp_path / "out")
+        ptq.export(position, tmp_path / "out", format="dense")
     assert not list(tmp_path.iterdir())

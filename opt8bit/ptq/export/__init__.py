@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
 from opt8bit.ptq.export.compressed_tensors import CompressedTensors
 from opt8bit.ptq.export.dense import Dense
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.gptq import GPTQFormat
-from opt8bit.ptq.export.layout import Layout
+from opt8bit.ptq.export.layout import Layout, Planned
 from opt8bit.ptq.export.shards import write_shards
+from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.placement import switches, with_switches
 from opt8bit.ptq.result import Result
 
@@ -51,7 +53,8 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
 
 def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> None:
     """Writes the checkpoint's files into a folder, arguments as in :func:`export`."""
-    layout = checked_layout(result, format)
+    check_format(format, result.model, result.recipe)
+    layout = FORMATS[format]
     config = _config(result, layout)
     write_shards(_tensors(result, layout), folder)
     config.save_pretrained(folder)
@@ -62,21 +65,22 @@ def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> N
         tokenizer.save_pretrained(folder)
 
 
-def checked_layout(result: Result, format: str) -> Layout:
-    """The layout of a format, that can hold the result."""
+def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
+    """Whether a checkpoint's format can hold what a recipe makes of a model, before it is made.
+
+    Raises:
+        TypeError, ValueError: as :func:`export`.
+    """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if not hasattr(result.model, "save_pretrained"):
-        raise TypeError(f"only models of transformers can be exported, got {type(result.model).__name__}")
-    if result.recipe.statistic == "position":
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"only models of transformers can be exported, got {type(model).__name__}")
+    if recipe.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
-    modules = dict(result.model.named_modules())
-    for name, layer in result.layers.items():
-        try:
-            FORMATS[format].check(layer, modules[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    return FORMATS[format]
+    prefix, blocks = find_blocks(model)
+    layers = {f"{prefix}.{i}.{n}": layer for i, block in enumerate(blocks) for n, layer in linear_layers(block).items()}
+    recipes = {name: recipe.of(name) for name in layers}
+    FORMATS[format].check({name: Planned(layers[name], own.format) for name, own in recipes.items() if own is not None})
 
 
 def _config(result: Result, layout: Layout) -> Any:
@@ -97,26 +101,24 @@ def _switched(result: Result) -> list[str]:
 def _tensors(result: Result, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Everything that the checkpoint has, by name."""
     modules: dict[str, Any] = dict(result.model.named_modules())
-    on = set(_switched(result))
-    for name, tensor in _stored(result.model):
+    switched = set(_switched(result))
+    # Whoever loads the checkpoint makes a bias for every layer that a switch gives one: it must find them all.
+    on = {name for name, place in result.places.items() if place in switched}
+    for name, tensor in result.source.tensors():
         owner, _, kind = name.rpartition(".")
         if owner not in result.layers:
             yield name, tensor
+            if owner in on and kind == "weight":
+                yield f"{owner}.bias", tensor.new_zeros(len(matrix(modules[owner])))
         elif kind == "weight":
             layer, module = result.layers[owner], modules[owner]
-            for suffix, part in layout.weight(layer, module).items():
+            try:
+                parts = layout.weight(layer, module)
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from error
+            for suffix, part in parts.items():
                 yield f"{owner}.{suffix}", part
             if layer.bias is not None:
                 yield f"{owner}.bias", layer.bias.to(layer.dtype)
-            elif result.places[owner] in on:
-                # Whoever loads the checkpoint makes a bias for every layer that a switch gives one.
-                yield f"{owner}.bias", torch.zeros(layer.rounded.codes.shape[0], dtype=layer.dtype)
-
-
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters and buffers as a checkpoint has them: what is shared once, under its first name."""
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or not tensor.numel():
-            seen.add(tensor.data_ptr())
-            yield name, tensor
+            elif owner in on:
+                yield f"{owner}.bias", torch.zeros(len(matrix(module)), dtype=layer.dtype)

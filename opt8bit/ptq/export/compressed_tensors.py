@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.export.layout import Layout
-from opt8bit.ptq.export.uniform import check_uniform, uniform_grid
+from opt8bit.ptq.export.layout import Layout, Planned
+from opt8bit.ptq.export.uniform import check_uniform, refuse_outliers, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.methods import Format
 from opt8bit.ptq.result import Result
+from opt8bit.quant.grid import UniformGrid
 from opt8bit.quant.packing import pack
 
 
@@ -24,12 +25,19 @@ class CompressedTensors(Layout):
     ``weight_shape`` is (out, in). A weight is ``(code - zero_point) * weight_scale``.
     """
 
-    def check(self, layer: Compressed, module: nn.Module) -> None:
-        check_uniform("compressed-tensors", layer, module)
+    def check(self, layers: Mapping[str, Planned]) -> None:
+        grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
+        schemes = {repr(sorted(_scheme(planned.format).items(), key=str)) for planned in layers.values()}
+        if len(schemes) > 1 and _brought_back({planned.module for planned in layers.values()}, grids.values()):
+            raise ValueError(
+                "transformers loads compressed-tensors of several widths or group sizes where all grids are symmetric and "
+                "all layers nn.Linear themselves: use symmetric grids, or format 'dense'"
+            )
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
+        refuse_outliers("compressed-tensors", layer)
         rounded = layer.rounded
-        grid = uniform_grid(rounded)
+        grid = uniform_grid(rounded.format)
         tensors = {
             "weight_packed": pack(rounded.codes, grid.bits),
             "weight_scale": rounded.scales.scale.to(layer.dtype),
@@ -40,35 +48,45 @@ class CompressedTensors(Layout):
         return tensors
 
     def config(self, result: Result) -> dict[str, Any]:
-        names = sorted(result.layers)
-        formats = [(_scheme(result.layers[name].rounded.format), name) for name in names]
+        modules = dict(result.model.named_modules())
         schemes: list[dict[str, Any]] = []
-        for scheme, _ in formats:
+        targets: list[list[str]] = []  # names, by scheme
+        for name in sorted(result.layers):
+            scheme = _scheme(result.layers[name].rounded.format)
             if scheme not in schemes:
                 schemes.append(scheme)
-        targets = [[name for found, name in formats if found == scheme] for scheme in schemes]
+                targets.append([])
+            targets[schemes.index(scheme)].append(name)
+        classes = sorted({type(modules[name]).__name__ for name in result.layers} | {"Linear"})
         if len(schemes) == 1:
-            targets = [["Linear"]]
-        linear = [name for name, module in result.model.named_modules() if isinstance(module, nn.Linear)]
+            targets = [classes]
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        grids = (uniform_grid(layer.rounded.format) for layer in result.layers.values())
+        brought_back = _brought_back((modules[name] for name in result.layers), grids)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{i}": {
-                    "targets": group,
+                    "targets": target,
                     "weights": scheme,
                     "input_activations": None,
                     "output_activations": None,
                     "format": "pack-quantized",
                 }
-                for i, scheme, group in zip(itertools.count(), schemes, targets)
+                for i, (scheme, target) in enumerate(zip(schemes, targets, strict=True))
             },
             "ignore": [name for name in linear if name not in result.layers],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            **({} if all(scheme["symmetric"] for scheme in schemes) else {"dequantize": True}),
+            **({"dequantize": True} if brought_back else {}),
         }
+
+
+def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:
+    """Whether transformers must be told to dequantize on loading: it runs plain nn.Linear and symmetric grids alone."""
+    return not all(type(module) is nn.Linear for module in modules) or not all(grid.symmetric for grid in grids)
 
 
 def _scheme(format: Format) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import as_stored
-from opt8bit.ptq.export.layout import Layout
+from opt8bit.ptq.export.layout import Layout, Planned
 from opt8bit.ptq.layer import Compressed
 
 
 class Dense(Layout):
     """Holds every layer, outliers included."""
 
-    def check(self, layer: Compressed, module: nn.Module) -> None:
+    def check(self, layers: Mapping[str, Planned]) -> None:
         pass
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:

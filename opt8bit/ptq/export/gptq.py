@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.export.layout import Layout
-from opt8bit.ptq.export.uniform import check_uniform, uniform_grid
+from opt8bit.ptq.blocks import matrix
+from opt8bit.ptq.export.layout import Layout, Planned
+from opt8bit.ptq.export.uniform import check_uniform, refuse_outliers, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.result import Result
-from opt8bit.quant.packing import pack
+from opt8bit.quant.packing import WORD, pack
 
 BITS = (4, 8)
 
@@ -20,25 +22,32 @@ class GPTQFormat(Layout):
     """Symmetric integers of 4 or 8 bits, by group or by row, one scheme for all layers: what servers still take.
 
     ``qweight``, int32 (in * bits / 32, out), has the codes of an output in a column; ``qzeros``, int32
-    (groups, out * bits / 32), the zero points less one; ``scales`` (groups, out) are float16, or of the model's dtype
-    where that is bfloat16 or float32; ``g_idx``, int32 (in,), names each input's group.
+    (groups, out * bits / 32), the zero points less one; ``scales`` (groups, out) are of the
+    model's dtype; ``g_idx``, int32 (in,), names each input's group.
     """
 
-    def check(self, layer: Compressed, module: nn.Module) -> None:
-        check_uniform("gptq", layer, module)
-        grid = uniform_grid(layer.rounded)
-        if grid.bits not in BITS or not grid.symmetric:
-            kind = "symmetric" if grid.symmetric else "asymmetric"
-            raise ValueError(
-                f"gptq is served at 4 and 8 bits, symmetric, got {grid.bits} bits, {kind}: use compressed-tensors"
-            )
-        rows, columns = layer.rounded.codes.shape
-        if rows * grid.bits % 32 or columns * grid.bits % 32:
-            raise ValueError(f"gptq packs whole words of 32 bits, got {rows} outputs and {columns} inputs: use dense")
+    def check(self, layers: Mapping[str, Planned]) -> None:
+        for name, planned in layers.items():
+            grid = check_uniform("gptq", name, planned)
+            if grid.bits not in BITS or not grid.symmetric:
+                kind = "symmetric" if grid.symmetric else "asymmetric"
+                raise ValueError(
+                    f"{name}: gptq is served at 4 and 8 bits, symmetric, got {grid.bits} bits, {kind}: "
+                    "use format 'compressed-tensors'"
+                )
+            shape = tuple(matrix(planned.module).shape)
+            if any(length * grid.bits % WORD for length in shape):
+                raise ValueError(
+                    f"{name}: gptq packs whole words of {WORD} bits, got shape {shape}: use format 'compressed-tensors'"
+                )
+        formats = {(uniform_grid(planned.format).bits, planned.format.group_size) for planned in layers.values()}
+        if len(formats) > 1:
+            raise ValueError("gptq has one width and one group size for all layers: use format 'compressed-tensors'")
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
+        refuse_outliers("gptq", layer)
         rounded = layer.rounded
-        bits = uniform_grid(rounded).bits
+        bits = uniform_grid(rounded.format).bits
         zeros = rounded.scales.zero_point.T.to(torch.uint8) - 1
         columns, groups = rounded.codes.shape[1], rounded.scales.scale.shape[1]
         return {
@@ -49,14 +58,11 @@ class GPTQFormat(Layout):
         }
 
     def config(self, result: Result) -> dict[str, Any]:
-        formats = {(uniform_grid(layer.rounded).bits, layer.rounded.format.group_size) for layer in result.layers.values()}
-        if len(formats) > 1:
-            raise ValueError(f"gptq has one width and one group size for all layers, got {sorted(map(str, formats))}")
-        bits, group_size = formats.pop()
+        format = next(iter(result.layers.values())).rounded.format
         return {
             "quant_method": "gptq",
-            "bits": bits,
-            "group_size": group_size or -1,
+            "bits": uniform_grid(format).bits,
+            "group_size": format.group_size or -1,
             "sym": True,
             "desc_act": False,
             "checkpoint_format": "gptq",

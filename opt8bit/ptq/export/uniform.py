@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from torch import nn
 
+from opt8bit.ptq.export.layout import Planned
 from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.methods import Format, Rounded
+from opt8bit.ptq.methods import Format
 from opt8bit.quant.grid import UniformGrid
 
 
-def uniform_grid(of: Format | Rounded) -> UniformGrid:
-    """The grid of a layer that :func:`check_uniform` has let through."""
-    grid = of.grid if isinstance(of, Format) else of.format.grid
-    assert isinstance(grid, UniformGrid)
+def check_uniform(layout: str, name: str, planned: Planned) -> UniformGrid:
+    """The grid of a layer.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    module, grid = planned.module, planned.format.grid
+    if not isinstance(grid, UniformGrid):
+        raise ValueError(f"{name}: {layout} holds evenly spaced values alone, got {grid!r}: use format 'dense'")
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name}: {layout} holds nn.Linear alone, got {type(module).__name__}: use format 'dense'")
+    if module.weight.dtype != grid.scale_dtype:
+        raise ValueError(
+            f"{name}: {layout} holds scales of the weight's dtype, {module.weight.dtype}, got {grid.scale_dtype}"
+        )
     return grid
 
 
-def check_uniform(format: str, layer: Compressed, module: nn.Module) -> None:
+def uniform_grid(format: Format) -> UniformGrid:
+    """The grid of a format that :func:`check_uniform` has let through."""
+    assert isinstance(format.grid, UniformGrid)
+    return format.grid
+
+
+def refuse_outliers(layout: str, layer: Compressed) -> None:
     """
     Raises:
-        ValueError: the layer is none of these.
+        ValueError: some weights are kept exact.
     """
-    rounded = layer.rounded
-    grid = rounded.format.grid
-    if not isinstance(grid, UniformGrid):
-        raise ValueError(f"{format} holds evenly spaced values alone, got {grid!r}: use format='dense'")
-    if rounded.outliers is not None:
-        raise ValueError(f"{format} has no place for weights that are kept exact: use format='dense'")
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"{format} holds nn.Linear alone, got {type(module).__name__}: use format='dense'")
-    if not bool((rounded.scales.scale.to(layer.dtype) == rounded.scales.scale).all()):
-        raise ValueError(f"{format} holds scales of the weight's dtype: round on {grid!r} with scale_dtype={layer.dtype}")
+    if layer.rounded.outliers is not None:
+        raise ValueError(f"{layout} has no place for weights that are kept exact: use format 'dense'")

@@ -1,0 +1,97 @@
+"""From the last block's hidden states to logits, of the float and of the compressed model: how good the result is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax, nll_loss
+
+from opt8bit.ptq.calls import no_cache, replaced
+
+PROBED = 4  # tokens whose logits a checkpoint is checked by
+
+
+class Probe(NamedTuple):
+    """A sequence, and what the compressed model makes of its last tokens."""
+
+    inputs: dict[str, Tensor]  # input_ids (1, length), and what else the model was given
+    logits: Tensor  # (PROBED or fewer, vocabulary), of the last tokens
+
+
+class Quality(NamedTuple):
+    """On text that nothing was learned from.
+
+    Attributes:
+        tokens: that were predicted.
+        perplexity: of the model as it was.
+        perplexity_compressed: of the compressed one.
+        kl_divergence: of the compressed model's predictions from the other's, in nats per token.
+    """
+
+    tokens: int
+    perplexity: float
+    perplexity_compressed: float
+    kl_divergence: float
+
+
+class ModelEnd:
+    """What a model does behind its blocks.
+
+    Args:
+        model: whose blocks need not be able to run.
+        blocks: of it.
+        as_tuple: whether they return their hidden states as the first of several.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, as_tuple: bool) -> None:
+        self._model, self._blocks, self._as_tuple = model, blocks, as_tuple
+
+    def logits(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+        """Of hidden states (sequences, length, d) that the last block puts out; None where the model has none."""
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._as_tuple else hidden
+
+        with replaced(dict.fromkeys(self._blocks, hand_on)):
+            output: Any = self._model(**batch, **no_cache(self._model))
+        return getattr(output, "logits", None)
+
+
+def probe(end: ModelEnd, batch: dict[str, Tensor], hidden: Tensor) -> Probe | None:
+    """Of the batch's first sequence; None where the model puts out no logits."""
+    first = {name: value[:1] for name, value in batch.items()}
+    logits = end.logits(first, hidden[:1])
+    return None if logits is None else Probe(first, logits[0, -PROBED:].float())
+
+
+def quality(
+    end: ModelEnd, batches: Sequence[dict[str, Tensor]], hidden: Sequence[Tensor], hidden_hat: Sequence[Tensor]
+) -> Quality | None:
+    """How well both predict every token of the batches from those before; None where there are none, or no logits."""
+    tokens, losses, losses_hat, divergence = 0, 0.0, 0.0, 0.0
+    for batch, x, x_hat in _sequences(batches, hidden, hidden_hat):
+        logits, logits_hat = end.logits(batch, x), end.logits(batch, x_hat)
+        if logits is None or logits_hat is None:
+            return None
+        counts = batch["attention_mask"][0, 1:].bool() if "attention_mask" in batch else slice(None)
+        targets = batch["input_ids"][0, 1:][counts]
+        exact, ours = (log_softmax(of[0, :-1][counts].float(), -1) for of in (logits, logits_hat))
+        tokens += targets.numel()
+        losses += float(nll_loss(exact, targets, reduction="sum"))
+        losses_hat += float(nll_loss(ours, targets, reduction="sum"))
+        divergence += float(kl_div(ours, exact, reduction="sum", log_target=True))
+    if not tokens:
+        return None
+    return Quality(tokens, math.exp(losses / tokens), math.exp(losses_hat / tokens), divergence / tokens)
+
+
+def _sequences(
+    batches: Sequence[dict[str, Tensor]], *streams: Sequence[Tensor]
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """One sequence at a time: logits are large."""
+    for batch, x, x_hat in zip(batches, *streams, strict=True):
+        for i in range(len(x)):
+            yield {name: value[i : i + 1] for name, value in batch.items()}, x[i : i + 1], x_hat[i : i + 1]

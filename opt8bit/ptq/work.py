@@ -1,0 +1,162 @@
+"""What an unfinished run keeps on disk: every finished block, and the hidden states that go into the next one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.ptq.layer import Compressed, Recipe
+from opt8bit.ptq.methods import Outliers, Rounded
+from opt8bit.ptq.result import LayerReport
+from opt8bit.quant.grid import Scales
+
+MANIFEST, STREAMS = "manifest.json", "streams.safetensors"
+DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+class Work:
+    """The folder of one run. A run that was killed goes on from its last finished block, and ends with the same bytes.
+
+    Args:
+        folder: made, if it is not there.
+        identity: what the result depends on, by name: hashes of the model and the text, the options.
+
+    Raises:
+        ValueError: the folder is of a run whose identity differs; the message says in what.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        manifest = folder / MANIFEST
+        if manifest.is_file():
+            had = json.loads(manifest.read_text())
+            changed = sorted(name for name in identity.keys() | had.keys() if identity.get(name) != had.get(name))
+            if changed:
+                raise ValueError(f"the unfinished run in {folder} had another {' and '.join(changed)}")
+        else:
+            _replace(manifest, lambda path: path.write_text(json.dumps(dict(identity), indent=2)))
+
+    @property
+    def finished(self) -> int:
+        """Blocks that are done."""
+        if not (self.folder / STREAMS).is_file():
+            return 0
+        with _safetensors().safe_open(self.folder / STREAMS, "pt") as file:
+            return int(file.metadata()["finished"])
+
+    def streams(self) -> list[Tensor]:
+        """What was saved with the last finished block."""
+        tensors = _torch_safetensors().load_file(self.folder / STREAMS)
+        return [tensors[f"{i}"] for i in range(len(tensors))]
+
+    def save(
+        self,
+        block: int,
+        layers: Mapping[str, Compressed],
+        reports: Sequence[LayerReport],
+        streams: Sequence[Tensor],
+    ) -> None:
+        """Keeps a block; whenever the process ends, it is kept whole or not at all."""
+        tensors = {f"{name} {key}": part for name, layer in layers.items() for key, part in _parts(layer).items()}
+        about = {
+            "dtypes": {name: str(layer.dtype) for name, layer in layers.items()},
+            "reports": [asdict(report) for report in reports],
+        }
+        save = _torch_safetensors().save_file
+        metadata = {"block": json.dumps(about)}
+        _replace(self._file(block), lambda path: save(tensors, path, metadata=metadata))
+        numbered = {f"{i}": stream.contiguous() for i, stream in enumerate(streams)}
+        metadata = {"finished": str(block + 1)}
+        _replace(self.folder / STREAMS, lambda path: save(numbered, path, metadata=metadata))
+
+    def reports(self) -> list[LayerReport]:
+        """On the layers of all finished blocks."""
+        rows = [row for block in range(self.finished) for row in self._about(block)["reports"]]
+        return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+
+    def layers(self, recipe: Recipe) -> Mapping[str, Compressed]:
+        """The layers of all finished blocks, read when they are asked for."""
+        files = {name: self._file(i) for i in range(self.finished) for name in self._about(i)["dtypes"]}
+        return _SavedLayers(files, recipe)
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:05}.safetensors"
+
+    def _about(self, block: int) -> dict[str, Any]:
+        return _about(self._file(block))
+
+
+class _SavedLayers(Mapping[str, Compressed]):
+    def __init__(self, files: Mapping[str, Path], recipe: Recipe) -> None:
+        self._files = files
+        self._recipe = recipe
+
+    def __getitem__(self, name: str) -> Compressed:
+        file = self._files[name]
+        with _safetensors().safe_open(file, "pt") as opened:
+            keys = [key for key in opened.keys() if key.rpartition(" ")[0] == name]  # noqa: SIM118
+            parts = {key.rpartition(" ")[2]: opened.get_tensor(key).clone() for key in keys}
+        recipe = self._recipe.of(name)
+        assert recipe is not None
+        outliers = None
+        if "rows" in parts:
+            whole = bool(parts["whole_columns"])
+            outliers = Outliers(parts["rows"], parts["columns"], parts["values"], whole)
+        scales = Scales(parts["scale"], parts["zero_point"])
+        rounded = Rounded(parts["codes"], scales, recipe.format, outliers)
+        dtype = DTYPES[_about(file)["dtypes"][name]]
+        return Compressed(rounded, dtype, parts.get("bias"), parts.get("shift"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _parts(layer: Compressed) -> dict[str, Tensor]:
+    rounded, outliers = layer.rounded, layer.rounded.outliers
+    parts: dict[str, Tensor | None] = {
+        "codes": rounded.codes,
+        "scale": rounded.scales.scale,
+        "zero_point": rounded.scales.zero_point,
+        "bias": layer.bias,
+        "shift": layer.shift,
+    }
+    if outliers is not None:
+        parts |= {
+            "rows": outliers.rows,
+            "columns": outliers.columns,
+            "values": outliers.values,
+            "whole_columns": torch.tensor(outliers.whole_columns),
+        }
+    return {key: part.contiguous() for key, part in parts.items() if part is not None}
+
+
+def _about(file: Path) -> dict[str, Any]:
+    with _safetensors().safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["block"])
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _safetensors() -> Any:
+    return importlib.import_module("safetensors")
+
+
+def _torch_safetensors() -> Any:
+    return importlib.import_module("safetensors.torch")
