@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import importlib
-import math
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opt8bit import ptq
-from opt8bit.cli.models import CommandError, load, tokens
+from opt8bit.cli.models import CommandError, load_tokenizer, open_model, tokens
+from opt8bit.cli.recipes import Overrides
+from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
 from opt8bit.ptq.compress import polished
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import write
-from opt8bit.ptq.export.folder import new_folder
+from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.methods import Method
+from opt8bit.ptq.report import FOLDER, as_json, write_report
 
 METHODS = ("rtn", "gptq", "quantease")
+GROUP_SIZES = (64, 32, 16)  # the first that divides all layers is the default
+SERVED_SYMMETRIC = (4, 8)  # bits that servers run on symmetric grids alone
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class Settings:
     output: Path
     method: str
     bits: int
-    group_size: int
-    symmetric: bool
+    group_size: int | None
+    symmetric: bool | None
     range: str | None
     correct: str
     statistic: str
@@ -44,42 +50,105 @@ class Settings:
     act_order: bool | None
     error_propagation: float | None
     samples: int
+    held_out: int
     sequence_length: int
     format: str
     seed: int
+    resume: bool
+    verify: bool
     trust_remote_code: bool
+    overrides: Overrides = ()
+
+
+ABOUT_THE_RUN = ("model", "calibration", "output", "resume", "verify", "trust_remote_code")  # not the recipe
 
 
 def run(settings: Settings) -> None:
-    """Loads, compresses, writes, and says what was done.
+    """Loads, compresses, writes, verifies, and says what was done.
 
     Raises:
-        CommandError: something the user can mend; nothing has been written.
+        CommandError: something the user can mend; nothing has been written, or what is finished is kept to go on from.
     """
     started = time.perf_counter()
     try:
-        method = _method(settings)
+        _method(settings)
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
-        with new_folder(settings.output) as folder, _progress() as see:
-            model, tokenizer = load(settings.model, trust_remote_code=settings.trust_remote_code)
-            calibration = _calibration(settings, tokenizer)
+        with new_folder(settings.output, resume=settings.resume) as folder, _progress() as see:
+            source = open_model(settings.model, trust_remote_code=settings.trust_remote_code)
+            tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+            calibration, held_out = _texts(settings, tokenizer)
+            settings = _with_defaults(settings, source.model)
             result = ptq.compress(
-                model,
+                source,
                 calibration,
-                method=method,
-                bits=settings.bits,
-                group_size=settings.group_size or None,
-                symmetric=settings.symmetric,
-                range=settings.range,
+                **_options(settings),
                 correct=settings.correct,
                 statistic=settings.statistic,
                 error_propagation=settings.error_propagation,
+                overrides={override["layers"]: _override(settings, override) for override in settings.overrides},
+                held_out=held_out,
+                work=folder / WORK,
+                checkpoint_format=settings.format,
                 see=see,
             )
             write(result, folder, settings.format, tokenizer)
+            about = {"model": settings.model, "format": settings.format, "recipe": _recipe(settings)}
+            written = write_report(result, folder, about)
+            (written / RECIPE).write_text(json.dumps(_recipe(settings), indent=2) + "\n")
+            verified = _verified(settings, folder)
     except (ValueError, ImportError, OSError) as error:
         raise CommandError(str(error)) from error
-    print(summary(result, settings.output, time.perf_counter() - started))
+    print(summary(result, settings.output, time.perf_counter() - started, verified))
+
+
+def _verified(settings: Settings, folder: Path) -> str:
+    """What is known of the written checkpoint.
+
+    Raises:
+        ValueError: it is wrong.
+    """
+    if not settings.verify:
+        return "not verified"
+    try:
+        verification = ptq.verify(folder, trust_remote_code=settings.trust_remote_code)
+    except ImportError as error:
+        return f"not verified: {str(error).strip().splitlines()[0]}"
+    if not verification.is_right:
+        raise ValueError(f"what was written does not load as what was made:\n{verification}")
+    return f"loaded back: {verification}"
+
+
+def _with_defaults(settings: Settings, model: torch.nn.Module) -> Settings:
+    """What depends on the model or on other options filled in."""
+    symmetric, group_size = settings.symmetric, settings.group_size
+    if symmetric is None:
+        symmetric = settings.format != "dense" and settings.bits in SERVED_SYMMETRIC
+    if group_size is None:
+        _, blocks = find_blocks(model)
+        inputs = {matrix(layer).shape[1] for block in blocks for layer in linear_layers(block).values()}
+        group_size = next((size for size in GROUP_SIZES if not any(length % size for length in inputs)), 0)
+    return replace(settings, symmetric=symmetric, group_size=group_size)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {
+        "method": _method(settings),
+        "bits": settings.bits,
+        "group_size": settings.group_size or None,
+        "symmetric": bool(settings.symmetric),
+        "range": settings.range,
+    }
+
+
+def _override(settings: Settings, override: Mapping[str, Any]) -> dict[str, Any] | None:
+    if override.get("skip"):
+        return None
+    return _options(replace(settings, **{name: value for name, value in override.items() if name != "layers"}))
+
+
+def _recipe(settings: Settings) -> dict[str, Any]:
+    """What a recipe file says."""
+    return {name: value for name, value in asdict(settings).items() if name not in ABOUT_THE_RUN and value is not None}
 
 
 def _method(settings: Settings) -> Method:
@@ -107,8 +176,9 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _calibration(settings: Settings, tokenizer: Any) -> torch.Tensor:
-    """Windows of the text: the first ones, or with a seed any."""
+def _texts(settings: Settings, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Windows of the text to calibrate on, the first ones, or with a seed any; and of the others, to tell by how good
+    the result is, if some are left."""
     text = tokens(settings.calibration, tokenizer)
     try:
         found = windows(text, settings.sequence_length, len(text) // settings.sequence_length or 1)
@@ -122,7 +192,8 @@ def _calibration(settings: Settings, tokenizer: Any) -> torch.Tensor:
     if settings.seed:
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(settings.seed))
         found = found[order]
-    return found[: settings.samples]
+    held_out = found[settings.samples :][: settings.held_out]
+    return found[: settings.samples], held_out if len(held_out) else None
 
 
 @contextmanager
@@ -154,20 +225,28 @@ def _progress() -> Iterator[Callable[[ptq.LayerReport, int], None]]:
         yield see
 
 
-def summary(result: ptq.Result, output: Path, seconds: float) -> str:
+def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> str:
     """What the command prints at the end."""
-    rows = result.report
-    weights = [math.prod(row.shape) for row in rows]
-    bits = sum(row.bits_per_weight * count for row, count in zip(rows, weights, strict=True)) / sum(weights)
+    rows, sums = result.report, as_json(result, {})
     worst = max(rows, key=lambda row: row.error_corrected)
     lines = [
-        f"{len(rows)} layers, {sum(weights):,} weights at {bits:.2f} bits each once packed, scales counted",
+        f"{len(rows)} layers, {sums['weights']:,} weights at {sums['bits_per_weight']:.2f} bits each, scales counted",
         f"largest relative error of an output: {worst.error_corrected:.2%}, {worst.name}",
     ]
+    costs = [row.symmetry_cost for row in rows if row.symmetry_cost is not None]
+    if costs:
+        mean = sum(costs) / len(costs)
+        lines.append(f"symmetric grids, which servers ask for, raise the error of rounding to nearest by {mean:.0%}")
     if result.recipe.correct != "none":
         placed = [row for row in rows if row.bias_place]
-        lines.append(f"{len(placed)} biases, {sum(row.bias_bytes for row in placed):,} bytes more")
-        without = [row for row in rows if row.note]
-        lines += [f"not corrected: {row.name}: {row.note}" for row in without]
-    lines.append(f"{output} written in {seconds:.0f} s")
+        lines.append(f"{len(placed)} biases, {sums['bias_bytes']:,} bytes more")
+        lines += [f"not corrected: {row.name}: {row.note}" for row in rows if row.note]
+    quality = result.quality
+    if quality is not None:
+        lines.append(
+            f"perplexity on {quality.tokens:,} held-out tokens of the calibration text: {quality.perplexity:.3f} before, "
+            f"{quality.perplexity_compressed:.3f} after; KL divergence {quality.kl_divergence:.4f} nats a token"
+        )
+    lines.append(verified)
+    lines.append(f"{output} written in {seconds:.0f} s; {FOLDER}/report.html shows every layer")
     return "\n".join(lines)

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from opt8bit.cli import compress, demo, evaluate, info, memory
+from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
 from opt8bit.cli.models import CommandError
+from opt8bit.cli.recipes import read_recipe
 from opt8bit.optim.base import DEFAULTS
 from opt8bit.ptq.bias import CORRECTIONS, SHIFTS
 from opt8bit.ptq.export import FORMATS
@@ -53,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--block-size", type=int, default=block_size, help="elements per block of an 8-bit state")
     sizes.add_argument("--min-8bit-size", type=int, default=least, help="smaller tensors keep their states in full")
     add_compress(commands)
+    check = commands.add_parser("verify", help="load a compressed checkpoint, and compare it with what was made")
+    check.add_argument("folder", metavar="DIR", help="that opt8bit compress has written")
+    check.add_argument("--trust-remote-code", action="store_true", help="run Python files that come with the model")
+    look = commands.add_parser("inspect", help="print what is inside a checkpoint")
+    look.add_argument("folder", type=Path, metavar="DIR", help="with a config.json and weights in safetensors")
     test = commands.add_parser(
         "evaluate",
         help="print the perplexity of a language model on a text",
@@ -81,8 +87,10 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
     add("--method", choices=compress.METHODS, default="gptq", help="that rounds")
     add("--bits", type=int, choices=range(2, 9), default=4, metavar="N", help="of a weight, 2 to 8")
-    add("--group-size", type=int, default=64, metavar="N", help="weights of a row that share a scale; 0 for whole rows")
-    add("--symmetric", action="store_true", help="grids with a fixed zero point")
+    groups = "weights of a row that share a scale; 0 for whole rows (default: 64, or less where that divides no layer)"
+    add("--group-size", type=int, metavar="N", help=groups)
+    symmetric = "grids with a fixed zero point (default: at 4 and 8 bits, as servers ask for it, but for dense)"
+    add("--symmetric", action=argparse.BooleanOptionalAction, help=symmetric)
     add("--range", choices=RANGES, help="of a grid (default: mse; minmax for rtn)")
     add("--correct", choices=CORRECTIONS, default="none", help="inputs that Bias Compensation takes the errors from")
     add("--statistic", choices=SHIFTS[:2], default="mean", help="of the errors")
@@ -97,8 +105,13 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--error-propagation", type=float, metavar="ALPHA", help=strength)
     add("--samples", type=positive, default=64, metavar="N", help="windows of the calibration text")
     add("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a window")
-    add("--format", choices=FORMATS, default="dense", help="of the checkpoint")
+    kept = "windows of the rest of the calibration text that tell how good the result is"
+    add("--held-out", type=int, default=8, metavar="N", help=kept)
+    add("--format", choices=FORMATS, default="compressed-tensors", help="of the checkpoint")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of windows; 0 takes the first ones")
+    add("--recipe", type=Path, metavar="FILE", help="options in JSON, and others for single layers; flags go first")
+    add("--resume", action="store_true", help="go on with a run that ended before it was done")
+    add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
     add("--trust-remote-code", action="store_true", help="run Python files that come with the model")
 
 
@@ -115,8 +128,16 @@ def run_memory(options: argparse.Namespace) -> None:
 
 
 def run_compress(options: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(options).items() if name != "command"}
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "recipe")}
     compress.run(compress.Settings(**given))
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    verify.run(options.folder, options.trust_remote_code)
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    print(inspect.report(options.folder))
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -130,13 +151,27 @@ COMMANDS = {
     "memory": run_memory,
     "compress": run_compress,
     "evaluate": run_evaluate,
+    "verify": run_verify,
+    "inspect": run_inspect,
 }
+
+
+def with_recipe(options: argparse.Namespace, arguments: list[str]) -> argparse.Namespace:
+    """The options of a recipe file, but where the command line has others."""
+    names = [name for name in vars(options) if name not in (*compress.ABOUT_THE_RUN, "command", "recipe")]
+    words, overrides = read_recipe(options.recipe, names)
+    options = parser().parse_args([arguments[0], *words, *arguments[1:]])
+    options.overrides = overrides
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     try:
+        if getattr(options, "recipe", None) is not None:
+            options = with_recipe(options, arguments)
         COMMANDS[options.command](options)
     except (CommandError, demo.DemoError, memory.ModelError) as error:
         print(f"opt8bit {options.command}: {error}", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt8bit.ptq.source import Checkpoint, InMemory, OtherNames, Source
+
 
 class CommandError(Exception):
     """Something the user can mend."""
@@ -26,7 +28,7 @@ def transformers() -> Any:
 
 
 def load(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model, in its own dtype, and its tokenizer.
+    """A causal language model, in its own dtype and in memory, and its tokenizer.
 
     Args:
         name: a folder with a checkpoint in safetensors, or the id of a model on the hub.
@@ -35,22 +37,73 @@ def load(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     Raises:
         CommandError: it cannot be loaded.
     """
-    library = transformers()
+    model = _loaded(_place(name), name, trust_remote_code)
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
+    """A model whose blocks are read from its files when they are asked for; in memory, where only transformers knows how
+    its files make a model. Arguments and errors as of :func:`load`.
+    """
+    transformers()
+    place = _place(name)
+    folder = Path(place)
+    if not folder.is_dir():
+        try:
+            download = importlib.import_module("huggingface_hub").snapshot_download
+            folder = Path(download(name, allow_patterns=["*.json", "*.safetensors", "*.py"]))
+        except Exception as error:  # of the network, of the hub, of the disk
+            raise _cannot_load(name, error) from error
+    try:
+        return Checkpoint(folder, trust_remote_code=trust_remote_code)
+    except OtherNames:
+        return InMemory(_loaded(place, name, trust_remote_code))
+    except Exception as error:  # a model is anyone's, and so is what transformers raises on it
+        raise _cannot_load(name, error) from error
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """
+    Raises:
+        CommandError: there is none, or it cannot be loaded.
+    """
+    try:
+        return transformers().AutoTokenizer.from_pretrained(_place(name), trust_remote_code=trust_remote_code)
+    except CommandError:
+        raise
+    except Exception as error:
+        raise _cannot_load(f"the tokenizer of {name}", error) from error
+
+
+def _place(name: str) -> str:
+    """Where transformers finds a model: a folder, or a name on the hub.
+
+    Raises:
+        CommandError: it is neither.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CommandError(f"{name!r} has no config.json")
     if not folder.exists() and name.startswith((".", "~", "/")):
         raise CommandError(f"there is no folder {name!r}")
-    where = str(folder) if folder.is_dir() else name
+    return str(folder) if folder.is_dir() else name
+
+
+def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
     try:
-        model = library.AutoModelForCausalLM.from_pretrained(
-            where, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        model = transformers().AutoModelForCausalLM.from_pretrained(
+            place, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = library.AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a model is anyone's, and so is what transformers raises on it
-        lines = str(error).strip().splitlines()
-        raise CommandError(f"cannot load {name!r}: {lines[0] if lines else type(error).__name__}") from error
-    return model.eval(), tokenizer
+    except CommandError:
+        raise
+    except Exception as error:
+        raise _cannot_load(name, error) from error
+    return model.eval()
+
+
+def _cannot_load(name: str, error: Exception) -> CommandError:
+    lines = str(error).strip().splitlines()
+    return CommandError(f"cannot load {name!r}: {lines[0] if lines else type(error).__name__}")
 
 
 def tokens(path: Path, tokenizer: Any) -> Tensor:

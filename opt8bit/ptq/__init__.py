@@ -7,6 +7,7 @@ from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.methods import GPTQ, RTN, Format, OutlierQuantEase, QuantEase
 from opt8bit.ptq.result import LayerReport, Result
 from opt8bit.ptq.source import Checkpoint
+from opt8bit.ptq.verify import Verification, verify
 
 __all__ = [
     "GPTQ",
@@ -18,8 +19,10 @@ __all__ = [
     "QuantEase",
     "Recipe",
     "Result",
+    "Verification",
     "compress",
     "export",
     "mean_loss",
     "perplexity",
+    "verify",
 ]

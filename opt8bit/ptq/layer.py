@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from opt8bit.ptq import bias as compensation
 from opt8bit.ptq.blocks import matrix
-from opt8bit.ptq.methods import Format, Method, Rounded
+from opt8bit.ptq.methods import RTN, Format, Method, Rounded
 from opt8bit.ptq.statistics import Inputs, Moments, Statistics
 from opt8bit.ptq.target import asymmetric_target
+from opt8bit.quant.grid import UniformGrid
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,20 @@ class Compressed:
     def installed(self) -> Tensor:
         """The weight as the model will hold it, (out, in)."""
         return self.rounded.dequantize().to(self.dtype)
+
+
+def symmetry_cost(weight: Tensor, format: Format) -> float | None:
+    """By how much a grid's symmetry raises the squared error of rounding to nearest; None where it is not symmetric."""
+    grid = format.grid
+    if not isinstance(grid, UniformGrid) or not grid.symmetric:
+        return None
+    free = UniformGrid(grid.bits, range=grid.range, scale_dtype=grid.scale_dtype)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    errors = []
+    for each in (grid, free):
+        rounded = RTN().round(weight, weight, replace(format, grid=each)).dequantize()
+        errors.append(float((rounded - weight).square().sum()))
+    return errors[0] / errors[1] - 1 if errors[1] else 0.0
 
 
 def compress_stage(

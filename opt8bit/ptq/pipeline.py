@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, returns_tuple
-from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
+from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.placement import THROUGH, bias_places, value_bias_through
@@ -271,6 +271,7 @@ def _layer_report(
         bias_norm=0.0 if shift is None else float(shift.norm()),
         bias_bytes=stored * weight.element_size(),
         bias_place=None if shift is None else place,
+        symmetry_cost=symmetry_cost(weight, layer.rounded.format),
         note="the checkpoint has no place for a bias here" if missing else "",
         seconds=seconds,
     )

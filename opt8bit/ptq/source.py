@@ -75,13 +75,14 @@ class Checkpoint(Source):
         trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
-        ValueError: a file is damaged, or the weights have other names than the model's.
+        OtherNames: the weights have other names than the model's.
+        ValueError: a file is damaged.
         ImportError: transformers or safetensors is not installed.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
-        self._files = _tensor_files(folder)
+        self._files = tensor_files(folder)
         self.model = _skeleton(folder, self._files, trust_remote_code)
         names = [name for name, _ in _parameters_and_buffers(self.model)]
         self._stored_names = _matched(names, self._files.keys(), getattr(self.model, "base_model_prefix", ""))
@@ -140,7 +141,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """The file that each tensor of a checkpoint is in.
 
     Raises:
@@ -162,6 +163,17 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         if missing:
             raise ValueError(f"{folder / file} lacks {min(missing)}, which {INDEX} says it has")
     return {name: folder / file for name, file in where.items()}
+
+
+def tensor_headers(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
+    """The shape and the bytes of every tensor in a file, by name."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, (tuple(entry["shape"]), end - start)
 
 
 @contextmanager
@@ -223,18 +235,22 @@ def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+class OtherNames(ValueError):
+    """A checkpoint's tensors have other names than the model's; whoever loads it has to know how they go together."""
+
+
 def _matched(names: Iterable[str], stored: Iterable[str], base: str) -> dict[str, str]:
     """The name in the checkpoint of each of the model's: the same, or without or with the base model's prefix.
 
     Raises:
-        ValueError: one is not there.
+        OtherNames: one is not there.
     """
     stored, found = set(stored), {}
     for name in names:
         candidates = (name, name.removeprefix(f"{base}."), f"{base}.{name}")
         match = next((candidate for candidate in candidates if candidate in stored), None)
         if match is None:
-            raise ValueError(f"the checkpoint has no {name}")
+            raise OtherNames(f"the checkpoint has no {name}")
         found[name] = match
     return found
 

@@ -114,7 +114,7 @@ class _SavedLayers(Mapping[str, Compressed]):
         scales = Scales(parts["scale"], parts["zero_point"])
         rounded = Rounded(parts["codes"], scales, recipe.format, outliers)
         dtype = DTYPES[_about(file)["dtypes"][name]]
-        return Compressed(rounded, dtype, parts.get("bias"), parts.get("shift"))
+        return Compressed(rounded, dtype, parts.get("bias"), None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -130,7 +130,6 @@ def _parts(layer: Compressed) -> dict[str, Tensor]:
         "scale": rounded.scales.scale,
         "zero_point": rounded.scales.zero_point,
         "bias": layer.bias,
-        "shift": layer.shift,
     }
     if outliers is not None:
         parts |= {

@@ -4,31 +4,90 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+WORK = "work"  # where a run keeps what it has finished; not part of the result
+LOCK = "lock"
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` to write into; it takes that name at the end, or disappears with an error.
+def new_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
+    """A folder beside ``path`` to write into; it takes that name at the end.
+
+    With an error it disappears, unless its folder :data:`WORK` has something in it: then a later call may go on.
+
+    Args:
+        resume: whether to go on in a folder that an earlier call left, of which only :data:`WORK` is kept.
 
     Raises:
-        FileExistsError: there is something at ``path``.
+        FileExistsError: there is something at ``path``, somebody else is writing to it, or an earlier call has left
+            something and ``resume`` is not set.
     """
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists: give the name of a folder that does not")
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        partial.chmod(0o755)
+        partial.mkdir()
+    except FileExistsError:
+        with _locked(partial):
+            if not resume:
+                raise FileExistsError(
+                    f"{partial} is an unfinished run's: resume it, or delete that folder"
+                ) from None
+    with _locked(partial):
+        for left in partial.iterdir():
+            if left.name not in (WORK, LOCK):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            if path.exists():
+                raise FileExistsError(f"somebody else has made {path} meanwhile; the result is in {partial}")
+        except BaseException:
+            work = partial / WORK
+            if not (work.is_dir() and any(work.glob("block-*"))):
+                shutil.rmtree(partial, ignore_errors=True)
+                with suppress(OSError):  # somebody else has put something there by now
+                    for parent in missing:
+                        parent.rmdir()
+            raise
+        shutil.rmtree(partial / WORK, ignore_errors=True)
+        (partial / LOCK).unlink()
+        _readable(partial)
         os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # somebody else has put something there by now
-            for parent in missing:
-                parent.rmdir()
-        raise
+
+
+def _readable(folder: Path) -> None:
+    """For whom new files are: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Held by one process at a time, and by none that has ended.
+
+    Raises:
+        FileExistsError: another one holds it.
+    """
+    with (folder / LOCK).open("a") as file:
+        _lock(file, folder)
+        yield
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: whoever starts a second run there has to know
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise FileExistsError(f"another run is writing {folder}") from None

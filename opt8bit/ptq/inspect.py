@@ -1,0 +1,123 @@
+"""What is inside a checkpoint, told from its files' headers: layers, widths, biases, size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opt8bit.ptq.source import tensor_files, tensor_headers
+
+PACKED = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx"}
+
+
+@dataclass
+class Layer:
+    """A matrix and what is stored for it.
+
+    Attributes:
+        shape: (out, in).
+        bits: of a code, where the weight is packed.
+        stored_bytes: for the weight: codes, scales, zero points.
+        bias: whether there is one.
+    """
+
+    shape: tuple[int, int]
+    bits: int | None
+    stored_bytes: int = 0
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.stored_bytes / self.weights
+
+
+@dataclass
+class Contents:
+    """A checkpoint.
+
+    Attributes:
+        format: "compressed-tensors", "gptq" ...; "dense" where the configuration names none.
+        layers: its packed matrices by name; of a dense one all matrices.
+        other_bytes: of everything else.
+        original_bytes: of all, with every packed weight at 16 bits.
+    """
+
+    format: str
+    layers: dict[str, Layer] = field(default_factory=dict)
+    other_bytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.other_bytes + sum(layer.stored_bytes for layer in self.layers.values())
+
+    @property
+    def original_bytes(self) -> int:
+        packed = [layer for layer in self.layers.values() if layer.bits]
+        return self.stored_bytes + sum(2 * layer.weights - layer.stored_bytes for layer in packed)
+
+
+def inspect(folder: str | Path) -> Contents:
+    """Reads the headers of a checkpoint's files.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is missing or damaged: {error}") from error
+    quantization = config.get("quantization_config") or {}
+    contents = Contents(quantization.get("quant_method", "dense"))
+    headers = {name: header for file in set(tensor_files(folder).values()) for name, header in tensor_headers(file)}
+    packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in ("weight_packed", "qweight")}
+    for owner, parts in sorted(_by_owner(headers)):
+        stored = {key: size for key, (_, size) in parts.items()}
+        if owner in packed:
+            layer = _packed(parts, quantization)
+            layer.stored_bytes = sum(size for key, size in stored.items() if key in PACKED)
+        elif not packed and len(parts.get("weight", ((), 0))[0]) == 2:
+            rows, columns = parts["weight"][0]
+            layer = Layer((rows, columns), None, stored["weight"])
+        else:
+            contents.other_bytes += sum(stored.values())
+            continue
+        layer.bias = "bias" in parts
+        contents.other_bytes += sum(stored.values()) - layer.stored_bytes
+        contents.layers[owner] = layer
+    return contents
+
+
+Parts = Mapping[str, "tuple[tuple[int, ...], int]"]  # shape and bytes by the last part of the name
+
+
+def _by_owner(headers: Mapping[str, tuple[tuple[int, ...], int]]) -> Iterator[tuple[str, Parts]]:
+    owners: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {}
+    for name, header in headers.items():
+        owner, _, own = name.rpartition(".")
+        owners.setdefault(owner, {})[own] = header
+    yield from owners.items()
+
+
+def _packed(parts: Parts, quantization: Mapping[str, Any]) -> Layer:
+    if "qweight" in parts:
+        bits = int(quantization["bits"])
+        words, rows = parts["qweight"][0]
+        return Layer((rows, words * 32 // bits), bits)
+    rows, words = parts["weight_packed"][0]
+    groups = parts["weight_scale"][0][1]
+    schemes = [group["weights"] for group in quantization["config_groups"].values()]
+    # Of the schemes, the one whose group size and width fit the words that are there.
+    for scheme in schemes:
+        columns = groups * scheme["group_size"] if scheme.get("group_size") else 32 * words // scheme["num_bits"]
+        if -(-columns * scheme["num_bits"] // 32) == words:
+            return Layer((rows, columns), scheme["num_bits"])
+    raise ValueError("quantization_config has no scheme that fits the weights")

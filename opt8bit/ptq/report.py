@@ -1,0 +1,99 @@
+"""What a compression did, for machines and for eyes: JSON, CSV, a picture, and what the checkpoint is checked by."""
+
+from __future__ import annotations
+
+import csv
+import html
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from opt8bit.ptq.result import LayerReport, Result
+
+FOLDER = "opt8bit"  # inside a checkpoint
+REPORT, LAYERS, PICTURE, PROBE = "report.json", "layers.csv", "report.html", "probe.safetensors"
+
+
+def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> Path:
+    """Writes the folder :data:`FOLDER` into a checkpoint; ``about`` goes into the JSON as it is.
+
+    Returns:
+        The folder.
+    """
+    folder = checkpoint / FOLDER
+    folder.mkdir()
+    (folder / REPORT).write_text(json.dumps(as_json(result, about), indent=2) + "\n")
+    with (folder / LAYERS).open("w", newline="") as file:
+        rows = [_row(layer) for layer in result.report]
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / PICTURE).write_text(picture(result.report), encoding="utf-8")
+    if result.probe is not None:
+        tensors = {**result.probe.inputs, "logits": result.probe.logits}
+        save: Any = importlib.import_module("safetensors.torch").save_file
+        save({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PROBE)
+    return folder
+
+
+def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The report: ``about``, sums over all layers, quality on held-out text, and one object a layer."""
+    counts = [math.prod(layer.shape) for layer in result.report]
+    stored = sum(layer.bits_per_weight * count for layer, count in zip(result.report, counts, strict=True))
+    return {
+        "version": version("opt8bit"),
+        **about,
+        "weights": sum(counts),
+        "bits_per_weight": stored / sum(counts),
+        "bias_bytes": sum(layer.bias_bytes for layer in result.report),
+        "seconds": sum(layer.seconds for layer in result.report),
+        "held_out": None if result.quality is None else result.quality._asdict(),
+        "layers": [_row(layer) for layer in result.report],
+    }
+
+
+def _row(layer: LayerReport) -> dict[str, Any]:
+    outputs, inputs = layer.shape
+    row = asdict(layer)
+    del row["shape"]
+    return {"name": row.pop("name"), "outputs": outputs, "inputs": inputs, **row}
+
+
+WIDTH, HEIGHT, LABELS = 480, 14, 330
+STYLE = "body{font:13px sans-serif;margin:2em}text{font:11px monospace}.rounded{fill:#bbb}.corrected{fill:#2a6fb0}"
+
+
+def picture(layers: list[LayerReport]) -> str:
+    """A page with a bar for each layer: the error of its output, on a logarithmic scale."""
+    errors = [error for layer in layers for error in (layer.error_rounded, layer.error_corrected) if error > 0]
+    low = math.floor(math.log10(min(errors))) if errors else -1
+    high = max(math.ceil(math.log10(max(errors))), low + 1) if errors else 0
+
+    def length(error: float) -> float:
+        return WIDTH * max(math.log10(error) - low, 0) / (high - low) if error > 0 else 0.0
+
+    bars = []
+    for i, layer in enumerate(layers):
+        y = (i + 1) * HEIGHT
+        label = f"{layer.name}: {layer.error_rounded:.3%}, corrected {layer.error_corrected:.3%}"
+        bars.append(
+            f"<g><title>{html.escape(label)}</title>"
+            f'<text x="{LABELS - 6}" y="{y + 10}" text-anchor="end">{html.escape(layer.name)}</text>'
+            f'<rect class="rounded" x="{LABELS}" y="{y}" width="{length(layer.error_rounded):.1f}" height="10"/>'
+            f'<rect class="corrected" x="{LABELS}" y="{y + 3}" width="{length(layer.error_corrected):.1f}" height="4"/></g>'
+        )
+    marks = [
+        f'<text x="{LABELS + WIDTH * (power - low) / (high - low):.1f}" y="9" text-anchor="middle">1e{power}</text>'
+        for power in range(low, high + 1)
+    ]
+    size = f'width="{LABELS + WIDTH + 40}" height="{(len(layers) + 2) * HEIGHT}"'
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>opt8bit</title><style>{STYLE}</style>'
+        "<h1>Error of each layer's output</h1><p>Squared, relative to the output of the float model: grey as rounded, "
+        f"blue with its bias.</p><svg {size}>{''.join(marks)}{''.join(bars)}</svg>\n"
+    )

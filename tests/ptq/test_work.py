@@ -1,0 +1,84 @@
+"""Runs that were ended go on from their last finished block, to the same bits; what has changed is noticed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import MODELS, token_ids
+
+from opt8bit import ptq
+from opt8bit.ptq.result import LayerReport
+
+
+class Ended(Exception):
+    pass
+
+
+def ending_after(layers: int) -> Any:
+    seen: list[str] = []
+
+    def see(report: LayerReport, count: int) -> None:
+        seen.append(report.name)
+        if len(seen) == layers:
+            raise Ended
+
+    return see
+
+
+OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 16, "correct": "sequential", "held_out": token_ids(2)}
+
+
+@pytest.mark.parametrize("layers", [1, 7, 8, 13])
+@pytest.mark.parametrize("method", [ptq.GPTQ(), ptq.OutlierQuantEase(0.05, "column")], ids=str)
+def test_an_ended_run_goes_on(layers: int, method: Any, tmp_path: Path) -> None:
+    options = {**OPTIONS, "method": method}
+    expected = ptq.compress(MODELS["llama"](), token_ids(), **options)
+    with pytest.raises(Ended):
+        ptq.compress(MODELS["llama"](), token_ids(), **options, work=tmp_path, see=ending_after(layers))
+    reports: list[LayerReport] = []
+    result = ptq.compress(
+        MODELS["llama"](), token_ids(), **options, work=tmp_path, see=lambda report, count: reports.append(report)
+    )
+    assert [report.name for report in reports] == [report.name for report in expected.report]
+    assert result.report == reports and result.quality == expected.quality
+    assert result.probe is not None and expected.probe is not None
+    assert torch.equal(result.probe.logits, expected.probe.logits)
+    assert result.layers.keys() == expected.layers.keys()
+    for name, layer in expected.layers.items():
+        found = result.layers[name]
+        assert torch.equal(found.rounded.codes, layer.rounded.codes)
+        assert torch.equal(found.installed, layer.installed) and found.dtype == layer.dtype
+        assert torch.equal(found.bias, layer.bias)  # type: ignore[arg-type]
+        assert found.rounded.bits_per_weight == layer.rounded.bits_per_weight
+
+
+def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:
+    with pytest.raises(Ended):
+        ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path, see=ending_after(8))
+    before = (tmp_path / "block-00000.safetensors").stat().st_mtime_ns
+    ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path)
+    assert (tmp_path / "block-00000.safetensors").stat().st_mtime_ns == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+        "manifest.json",
+        "streams.safetensors",
+    ]
+
+
+def test_what_has_changed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Ended):
+        ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path, see=ending_after(8))
+    other: Any = MODELS["llama"]()
+    other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+    for model, ids, options, message in (
+        (MODELS["llama"](), token_ids(), {**OPTIONS, "bits": 4}, "had another options"),
+        (other, token_ids(), OPTIONS, "had another model"),
+        (MODELS["llama"](), token_ids().flip(0), OPTIONS, "had another calibration text"),
+        (MODELS["llama"](), token_ids(), {**OPTIONS, "held_out": token_ids(3)}, "had another held-out text"),
+        (other, token_ids(), {**OPTIONS, "overrides": {"*.q_proj": None}}, "had another model and options"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ptq.compress(model, ids, **options, work=tmp_path)
+    ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path)
