@@ -16,7 +16,7 @@ import torch
 from opt8bit import ptq
 from opt8bit.cli.models import CommandError, load_tokenizer, open_model, tokens
 from opt8bit.cli.recipes import Overrides
-from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
+from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.compress import polished
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import write
@@ -124,8 +124,7 @@ def _with_defaults(settings: Settings, model: torch.nn.Module) -> Settings:
     if symmetric is None:
         symmetric = settings.format != "dense" and settings.bits in SERVED_SYMMETRIC
     if group_size is None:
-        _, blocks = find_blocks(model)
-        inputs = {matrix(layer).shape[1] for block in blocks for layer in linear_layers(block).values()}
+        inputs = {matrix(layer).shape[1] for layer in block_layers(model).values()}
         group_size = next((size for size in GROUP_SIZES if not any(length % size for length in inputs)), 0)
     return replace(settings, symmetric=symmetric, group_size=group_size)
 
@@ -244,8 +243,9 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
     quality = result.quality
     if quality is not None:
         lines.append(
-            f"perplexity on {quality.tokens:,} held-out tokens of the calibration text: {quality.perplexity:.3f} before, "
-            f"{quality.perplexity_compressed:.3f} after; KL divergence {quality.kl_divergence:.4f} nats a token"
+            f"perplexity on {quality.tokens:,} held-out tokens of the calibration text: "
+            f"{quality.perplexity:.3f} before, {quality.perplexity_compressed:.3f} after; "
+            f"KL divergence {quality.kl_divergence:.4f} nats a token"
         )
     lines.append(verified)
     lines.append(f"{output} written in {seconds:.0f} s; {FOLDER}/report.html shows every layer")

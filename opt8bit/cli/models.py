@@ -42,8 +42,8 @@ def load(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
-    """A model whose blocks are read from its files when they are asked for; in memory, where only transformers knows how
-    its files make a model. Arguments and errors as of :func:`load`.
+    """A model whose blocks are read from its files when they are asked for. In memory, where only transformers knows
+    how its files make a model. Arguments and errors as of :func:`load`.
     """
     transformers()
     place = _place(name)

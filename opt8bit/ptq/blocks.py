@@ -55,6 +55,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, found[name]
 
 
+def block_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of all its blocks, by their names in the model.
+
+    Raises:
+        ValueError: it has no blocks.
+    """
+    prefix, blocks = find_blocks(model)
+    return {
+        f"{prefix}.{i}.{name}": layer for i, block in enumerate(blocks) for name, layer in linear_layers(block).items()
+    }
+
+
 def _are_blocks(modules: nn.ModuleList) -> bool:
     return len(modules) > 0 and all(linear_layers(module) and not is_linear(module) for module in modules)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
+from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.export import check_format
 from opt8bit.ptq.layer import Override, Recipe
@@ -178,13 +178,8 @@ def _scale_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _check_layers(source: Source, recipe: Recipe) -> None:
-    prefix, blocks = find_blocks(source.model)
-    layers = {f"{prefix}.{i}.{n}": layer for i, block in enumerate(blocks) for n, layer in linear_layers(block).items()}
-    for override in recipe.overrides:
-        if not any(fnmatchcase(name, override.pattern) for name in layers):
-            raise ValueError(f"overrides[{override.pattern!r}] fits no layer; there is {min(layers)}, for example")
-    if all(recipe.of(name) is None for name in layers):
-        raise ValueError("overrides leave every layer as it is")
+    layers = block_layers(source.model)
+    _check_overrides(recipe, layers)
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         weight, own = matrix(layer), recipe.of(name)
@@ -196,11 +191,20 @@ def _check_layers(source: Source, recipe: Recipe) -> None:
                 own.format.groups_of(weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    prefix, blocks = find_blocks(source.model)
     for i in range(len(blocks)):
         with source.block(f"{prefix}.{i}") as block:
             for name, layer in linear_layers(block).items():
                 if not bool(torch.isfinite(matrix(layer)).all()):
                     raise ValueError(f"{prefix}.{i}.{name}: a weight is not finite")
+
+
+def _check_overrides(recipe: Recipe, layers: Mapping[str, nn.Module]) -> None:
+    for override in recipe.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in layers):
+            raise ValueError(f"overrides[{override.pattern!r}] fits no layer; there is {min(layers)}, for example")
+    if all(recipe.of(name) is None for name in layers):
+        raise ValueError("overrides leave every layer as it is")
 
 
 def _batches(name: str, calibration: Calibration, batch_size: int, model: nn.Module) -> list[dict[str, Tensor]]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opt8bit.ptq.source import tensor_files, tensor_headers
+from opt8bit.ptq import tensor_files
+from opt8bit.ptq.source import files_of
 
 PACKED = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx"}
 
@@ -77,7 +78,7 @@ def inspect(folder: str | Path) -> Contents:
         raise ValueError(f"{folder / 'config.json'} is missing or damaged: {error}") from error
     quantization = config.get("quantization_config") or {}
     contents = Contents(quantization.get("quant_method", "dense"))
-    headers = {name: header for file in set(tensor_files(folder).values()) for name, header in tensor_headers(file)}
+    headers = {name: header for file in set(files_of(folder).values()) for name, header in tensor_files.headers(file)}
     packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in ("weight_packed", "qweight")}
     for owner, parts in sorted(_by_owner(headers)):
         stored = {key: size for key, (_, size) in parts.items()}

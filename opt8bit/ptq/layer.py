@@ -70,7 +70,12 @@ class Recipe:
                 correct = self.correct if method.uses_hessian or self.correct != "joint" else "sequential"
                 strength = self.error_propagation if method.uses_hessian else 0.0
                 return replace(
-                    self, method=method, format=override.format, error_propagation=strength, correct=correct, overrides=()
+                    self,
+                    method=method,
+                    format=override.format,
+                    error_propagation=strength,
+                    correct=correct,
+                    overrides=(),
                 )
         return replace(self, overrides=())
 

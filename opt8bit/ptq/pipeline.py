@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
+from opt8bit.ptq.blocks import block_layers, evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, returns_tuple
-from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.ends import ModelEnd, probe, quality
+from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.placement import THROUGH, bias_places, value_bias_through
 from opt8bit.ptq.result import LayerReport, Result, install
@@ -37,14 +37,14 @@ def run(
 
     Two streams go through the blocks side by side: the float model's hidden states, and those of the model as it has
     been compressed so far. Only one block is held twice. What is ``held_out`` goes along, and nothing is learned from
-    it: it tells how good the result is. With ``work``, finished blocks are kept on disk, and those there not done again.
+    it: it tells how good the result is. With ``work``, finished blocks are kept on disk, and not done again.
 
     Raises:
         ValueError: a weight or an input is not finite, or a block does not call each of its layers once.
     """
     model = source.model
     prefix, blocks = find_blocks(model)
-    everywhere = [f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_layers(block)]
+    everywhere = list(block_layers(model))
     places = bias_places(model, everywhere, recipe.statistic) if recipe.correct != "none" else dict.fromkeys(everywhere)
     layers = sum(recipe.of(name) is not None for name in everywhere)
     result = Result(source, recipe, places)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import html
-import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from opt8bit.ptq import tensor_files
 from opt8bit.ptq.result import LayerReport, Result
 
 FOLDER = "opt8bit"  # inside a checkpoint
@@ -36,8 +36,7 @@ def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> 
     (folder / PICTURE).write_text(picture(result.report), encoding="utf-8")
     if result.probe is not None:
         tensors = {**result.probe.inputs, "logits": result.probe.logits}
-        save: Any = importlib.import_module("safetensors.torch").save_file
-        save({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PROBE)
+        tensor_files.save(tensors, folder / PROBE)
     return folder
 
 
@@ -85,7 +84,8 @@ def picture(layers: list[LayerReport]) -> str:
             f"<g><title>{html.escape(label)}</title>"
             f'<text x="{LABELS - 6}" y="{y + 10}" text-anchor="end">{html.escape(layer.name)}</text>'
             f'<rect class="rounded" x="{LABELS}" y="{y}" width="{length(layer.error_rounded):.1f}" height="10"/>'
-            f'<rect class="corrected" x="{LABELS}" y="{y + 3}" width="{length(layer.error_corrected):.1f}" height="4"/></g>'
+            f'<rect class="corrected" x="{LABELS}" y="{y + 3}" width="{length(layer.error_corrected):.1f}" height="4"/>'
+            "</g>"
         )
     marks = [
         f'<text x="{LABELS + WIDTH * (power - low) / (high - low):.1f}" y="9" text-anchor="middle">1e{power}</text>'

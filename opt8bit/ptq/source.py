@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 import importlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
+from opt8bit.ptq.tensor_files import bytes_of, opened
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -82,7 +85,7 @@ class Checkpoint(Source):
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
-        self._files = tensor_files(folder)
+        self._files = files_of(folder)
         self.model = _skeleton(folder, self._files, trust_remote_code)
         names = [name for name, _ in _parameters_and_buffers(self.model)]
         self._stored_names = _matched(names, self._files.keys(), getattr(self.model, "base_model_prefix", ""))
@@ -97,8 +100,8 @@ class Checkpoint(Source):
             yield self.model.get_submodule(name)
         finally:
             for full in names:
-                tensor = _get(self.model, full)
-                _set(self.model, full, torch.empty_like(tensor, device="meta"))
+                _set(self.model, full, torch.empty_like(_get(self.model, full), device="meta"))
+            _give_back_memory()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in _parameters_and_buffers(self.model):
@@ -124,24 +127,29 @@ class Checkpoint(Source):
             by_file.setdefault(self._files[self._stored_names[name]], []).append(name)
         tensors = {}
         for file, inside in by_file.items():
-            with _opened(file) as handle:  # only while it is read: what is mapped counts as the process's memory
+            with opened(file) as handle:  # only while it is read: what is mapped counts as the process's memory
                 for name in inside:
                     tensors[name] = handle.get_tensor(self._stored_names[name]).clone()
         return tensors
+
+
+def _give_back_memory() -> None:
+    """What has been freed goes back to the system: glibc would keep it, as much in the end as the whole model takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
     """A hash of tensors' bytes."""
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().flatten()
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        if flat.numel():
-            found.update(flat.view(torch.uint8).numpy().data)
+        found.update(bytes_of(tensor))
     return found.hexdigest()
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """The file that each tensor of a checkpoint is in.
 
     Raises:
@@ -149,7 +157,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """
     index, single = folder / INDEX, folder / SINGLE
     if single.is_file():
-        with _opened(single) as handle:
+        with opened(single) as handle:
             return dict.fromkeys(handle.keys(), single)
     if not index.is_file():
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
@@ -158,36 +166,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{index} is damaged: {error}") from error
     for file in sorted(set(where.values())):
-        with _opened(folder / file) as handle:
+        with opened(folder / file) as handle:
             missing = {name for name, place in where.items() if place == file} - set(handle.keys())
         if missing:
             raise ValueError(f"{folder / file} lacks {min(missing)}, which {INDEX} says it has")
     return {name: folder / file for name, file in where.items()}
-
-
-def tensor_headers(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
-    """The shape and the bytes of every tensor in a file, by name."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, (tuple(entry["shape"]), end - start)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        safetensors = importlib.import_module("safetensors")
-    except ImportError as error:
-        raise ImportError("safetensors is missing: pip install 'opt8bit[compress]'") from error
-    try:
-        handle = safetensors.safe_open(file, "pt")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} is missing or damaged: {error}") from error
-    with handle as opened:
-        yield opened
 
 
 def _skeleton(folder: Path, files: Mapping[str, Path], trust_remote_code: bool) -> Any:
@@ -204,7 +187,7 @@ def _skeleton(folder: Path, files: Mapping[str, Path], trust_remote_code: bool) 
 
 def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:
     name, file = next(iter(files.items()))
-    with _opened(file) as handle:
+    with opened(file) as handle:
         return handle.get_tensor(name).dtype
 
 
@@ -266,7 +249,7 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     is_parameter = isinstance(old, nn.Parameter)
     new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
     for module in model.modules():
-        held = module._parameters if is_parameter else module._buffers
+        held: dict[str, Any] = module._parameters if is_parameter else module._buffers
         for key, value in held.items():
             if value is old:
                 held[key] = new

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt8bit.ptq import tensor_files
 from opt8bit.ptq.layer import Compressed, Recipe
 from opt8bit.ptq.methods import Outliers, Rounded
 from opt8bit.ptq.result import LayerReport
@@ -50,13 +50,13 @@ class Work:
         """Blocks that are done."""
         if not (self.folder / STREAMS).is_file():
             return 0
-        with _safetensors().safe_open(self.folder / STREAMS, "pt") as file:
+        with tensor_files.opened(self.folder / STREAMS) as file:
             return int(file.metadata()["finished"])
 
     def streams(self) -> list[Tensor]:
         """What was saved with the last finished block."""
-        tensors = _torch_safetensors().load_file(self.folder / STREAMS)
-        return [tensors[f"{i}"] for i in range(len(tensors))]
+        with tensor_files.opened(self.folder / STREAMS) as file:
+            return [file.get_tensor(f"{i}").clone() for i in range(len(file.keys()))]
 
     def save(
         self,
@@ -71,12 +71,10 @@ class Work:
             "dtypes": {name: str(layer.dtype) for name, layer in layers.items()},
             "reports": [asdict(report) for report in reports],
         }
-        save = _torch_safetensors().save_file
-        metadata = {"block": json.dumps(about)}
-        _replace(self._file(block), lambda path: save(tensors, path, metadata=metadata))
-        numbered = {f"{i}": stream.contiguous() for i, stream in enumerate(streams)}
-        metadata = {"finished": str(block + 1)}
-        _replace(self.folder / STREAMS, lambda path: save(numbered, path, metadata=metadata))
+        _replace(self._file(block), lambda path: tensor_files.save(tensors, path, {"block": json.dumps(about)}))
+        numbered = {f"{i}": stream for i, stream in enumerate(streams)}
+        finished = {"finished": str(block + 1)}
+        _replace(self.folder / STREAMS, lambda path: tensor_files.save(numbered, path, finished))
 
     def reports(self) -> list[LayerReport]:
         """On the layers of all finished blocks."""
@@ -102,8 +100,8 @@ class _SavedLayers(Mapping[str, Compressed]):
 
     def __getitem__(self, name: str) -> Compressed:
         file = self._files[name]
-        with _safetensors().safe_open(file, "pt") as opened:
-            keys = [key for key in opened.keys() if key.rpartition(" ")[0] == name]  # noqa: SIM118
+        with tensor_files.opened(file) as opened:
+            keys = [key for key in opened.keys() if key.rpartition(" ")[0] == name]
             parts = {key.rpartition(" ")[2]: opened.get_tensor(key).clone() for key in keys}
         recipe = self._recipe.of(name)
         assert recipe is not None
@@ -138,11 +136,11 @@ def _parts(layer: Compressed) -> dict[str, Tensor]:
             "values": outliers.values,
             "whole_columns": torch.tensor(outliers.whole_columns),
         }
-    return {key: part.contiguous() for key, part in parts.items() if part is not None}
+    return {key: part for key, part in parts.items() if part is not None}
 
 
 def _about(file: Path) -> dict[str, Any]:
-    with _safetensors().safe_open(file, "pt") as opened:
+    with tensor_files.opened(file) as opened:
         return json.loads(opened.metadata()["block"])
 
 
@@ -151,11 +149,3 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_suffix(".partial")
     write(partial)
     os.replace(partial, path)
-
-
-def _safetensors() -> Any:
-    return importlib.import_module("safetensors")
-
-
-def _torch_safetensors() -> Any:
-    return importlib.import_module("safetensors.torch")

@@ -167,9 +167,7 @@ class CodebookGrid(Grid):
         TypeError, ValueError: ``codebook``, ``range`` or ``scale_dtype`` is not one.
     """
 
-    def __init__(
-        self, codebook: Tensor, *, range: str = "minmax", scale_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, codebook: Tensor, *, range: str = "minmax", scale_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(scale_dtype)
         check_codebook(codebook)
         self.codebook = codebook

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import SMALL, loaded
 from toys import MODELS
 
 from opt8bit import ptq
@@ -17,37 +18,9 @@ from opt8bit.ptq.compress import polished
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer of one token per byte, and a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("models")
-    model: Any = MODELS["llama"]()
-    model.save_pretrained(path / "llama")
-    words = {f"{number}": number for number in range(96)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path / "llama")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(96, (600,), generator=generator).tolist()
-    (path / "text.txt").write_text(" ".join(map(str, ids)))
-    return path
-
-
-SMALL = ["--samples", "8", "--sequence-length", "16", "--group-size", "16", "--format", "dense"]
-
-
 def compress(folder: Path, output: Path, *arguments: str) -> int:
     text = str(folder / "text.txt")
     return main(["compress", str(folder / "llama"), "--calibration", text, "--output", str(output), *SMALL, *arguments])
-
-
-def loaded(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path)
 
 
 def test_three_arguments_write_a_model_that_loads(

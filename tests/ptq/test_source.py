@@ -58,16 +58,14 @@ def test_compressing_block_by_block_gives_the_same(name: str, tmp_path: Path) ->
     expected = ptq.compress(whole(folder), token_ids(), **options)
     found = ptq.compress(Checkpoint(folder), token_ids(), **options, work=tmp_path / "work")
     assert list(found.layers) == list(expected.layers)
-    for name, layer in expected.layers.items():
-        assert torch.equal(found.layers[name].installed, layer.installed)
-        assert layer.bias is not None and torch.equal(found.layers[name].bias, layer.bias)  # type: ignore[arg-type]
+    for key, layer in expected.layers.items():
+        assert torch.equal(found.layers[key].installed, layer.installed)
+        assert layer.bias is not None and torch.equal(found.layers[key].bias, layer.bias)  # type: ignore[arg-type]
     assert found.quality == expected.quality and found.quality is not None
-    for format in ("dense",):
-        ptq.export(found, tmp_path / "found", format=format)
-        ptq.export(expected, tmp_path / "expected", format=format)
-        assert load_file(tmp_path / "found" / "model.safetensors").keys()
-        for file in (tmp_path / "expected").iterdir():
-            assert (tmp_path / "found" / file.name).read_bytes() == file.read_bytes()
+    ptq.export(found, tmp_path / "found", format="dense")
+    ptq.export(expected, tmp_path / "expected", format="dense")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "found" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

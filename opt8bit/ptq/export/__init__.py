@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import find_blocks, linear_layers, matrix
+from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.export.compressed_tensors import CompressedTensors
 from opt8bit.ptq.export.dense import Dense
 from opt8bit.ptq.export.folder import new_folder
@@ -77,8 +77,7 @@ def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
         raise TypeError(f"only models of transformers can be exported, got {type(model).__name__}")
     if recipe.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
-    prefix, blocks = find_blocks(model)
-    layers = {f"{prefix}.{i}.{n}": layer for i, block in enumerate(blocks) for n, layer in linear_layers(block).items()}
+    layers = block_layers(model)
     recipes = {name: recipe.of(name) for name in layers}
     FORMATS[format].check({name: Planned(layers[name], own.format) for name, own in recipes.items() if own is not None})
 

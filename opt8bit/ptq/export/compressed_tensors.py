@@ -20,9 +20,9 @@ from opt8bit.quant.packing import pack
 class CompressedTensors(Layout):
     """Integers of 2 to 8 bits, symmetric or not, by group or by row.
 
-    ``weight_packed``, int32 (out, ceil(in * bits / 32)), has the codes; ``weight_scale`` (out, groups) is of the model's
-    dtype; ``weight_zero_point``, int32 (ceil(out * bits / 32), groups), is there where the grid is not symmetric;
-    ``weight_shape`` is (out, in). A weight is ``(code - zero_point) * weight_scale``.
+    ``weight_packed``, int32 (out, ceil(in * bits / 32)), has the codes; ``weight_scale`` (out, groups) is of the
+    model's dtype; ``weight_zero_point``, int32 (ceil(out * bits / 32), groups), is there where the grid is not
+    symmetric; ``weight_shape`` is (out, in). A weight is ``(code - zero_point) * weight_scale``.
     """
 
     def check(self, layers: Mapping[str, Planned]) -> None:
@@ -30,8 +30,8 @@ class CompressedTensors(Layout):
         schemes = {repr(sorted(_scheme(planned.format).items(), key=str)) for planned in layers.values()}
         if len(schemes) > 1 and _brought_back({planned.module for planned in layers.values()}, grids.values()):
             raise ValueError(
-                "transformers loads compressed-tensors of several widths or group sizes where all grids are symmetric and "
-                "all layers nn.Linear themselves: use symmetric grids, or format 'dense'"
+                "transformers loads compressed-tensors of several widths or group sizes where all grids are symmetric "
+                "and all layers nn.Linear themselves: use symmetric grids, or format 'dense'"
             )
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:

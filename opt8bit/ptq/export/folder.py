@@ -36,9 +36,7 @@ def new_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     except FileExistsError:
         with _locked(partial):
             if not resume:
-                raise FileExistsError(
-                    f"{partial} is an unfinished run's: resume it, or delete that folder"
-                ) from None
+                raise FileExistsError(f"{partial} is an unfinished run's: resume it, or delete that folder") from None
     with _locked(partial):
         for left in partial.iterdir():
             if left.name not in (WORK, LOCK):

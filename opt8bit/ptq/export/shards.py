@@ -1,17 +1,17 @@
-"""Writes tensors as safetensors, one file after another, so that only one file's tensors are in memory."""
+"""Writes tensors as they come, in as many files as it takes."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from opt8bit.ptq.source import INDEX, SINGLE
+from opt8bit.ptq.tensor_files import Writer
+
 SHARD_BYTES = 4 * 2**30
-INDEX = "model.safetensors.index.json"
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHARD_BYTES) -> int:
@@ -22,30 +22,21 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int
     Returns:
         The bytes of all tensors.
     """
-    save = _safetensors().save_file
-    names: list[list[str]] = []  # by file
-    batch: dict[str, Tensor] = {}
-    total = filled = 0
-
-    def write() -> None:
-        save(batch, folder / f"{len(names)}.partial", metadata={"format": "pt"})
-        names.append(list(batch))
-        batch.clear()
-
+    writer = Writer(folder / "0.partial")
+    done: list[Writer] = []
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if batch and filled + size > limit:
-            write()
-            filled = 0
-        batch[name] = tensor.contiguous()
-        filled += size
-        total += size
-    write()
-    files = _file_names(len(names))
+        if writer.names and writer.bytes + tensor.numel() * tensor.element_size() > limit:
+            writer.close()
+            done.append(writer)
+            writer = Writer(folder / f"{len(done)}.partial")
+        writer.add(name, tensor)
+    writer.close()
+    done.append(writer)
+    total, files = sum(writer.bytes for writer in done), _file_names(len(done))
     for i, file in enumerate(files):
         (folder / f"{i}.partial").rename(folder / file)
     if len(files) > 1:
-        where = {name: file for file, inside in zip(files, names, strict=True) for name in inside}
+        where = {name: file for file, writer in zip(files, done, strict=True) for name in writer.names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
@@ -53,12 +44,5 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int
 
 def _file_names(count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
+        return [SINGLE]
     return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-
-
-def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError("safetensors is missing: pip install 'opt8bit[compress]'") from error

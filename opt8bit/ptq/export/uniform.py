@@ -1,4 +1,4 @@
-"""What packed formats ask of a layer: integers on an evenly spaced grid, scales of the model's dtype, a plain Linear."""
+"""What packed formats ask of a layer: integers on an evenly spaced grid, scales of its own dtype, an nn.Linear."""
 
 from __future__ import annotations
 

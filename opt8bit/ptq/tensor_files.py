@@ -1,0 +1,139 @@
+"""Files in the safetensors format; what is wrong with one is told by its name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+ALIGNMENT = 8  # bytes, of the largest dtype
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """
+    Raises:
+        OSError: it cannot be written.
+        ImportError: safetensors is not installed.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _package()
+    try:
+        importlib.import_module("safetensors.torch").save_file(contiguous, path, metadata=dict(metadata or {}))
+    except _package().SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's elements in row-major order, as they are in memory."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    flat.view(tensor.shape).copy_(tensor.detach())
+    return memoryview(flat.view(torch.uint8).numpy().data).cast("B") if flat.numel() else memoryview(b"")
+
+
+class Writer:
+    """Writes one file tensor by tensor, in memory none but those of a size that would leave others unaligned.
+
+    Args:
+        path: of the file. Until :meth:`close` there is another beside it, with the tensors' bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._data = path, path.with_suffix(".data")
+        self._data.touch()
+        self._filled = 0
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._last: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """
+        Raises:
+            OSError: it cannot be written.
+            ValueError: the format has no such dtype.
+        """
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: safetensors has no {tensor.dtype}")
+        self.names.append(name)
+        self.bytes += tensor.numel() * tensor.element_size()
+        if tensor.numel() * tensor.element_size() % ALIGNMENT:
+            self._last[name] = tensor
+        else:
+            self._append(name, tensor)
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        data = bytes_of(tensor)
+        with self._data.open("ab") as file:
+            file.write(data)
+        start, self._filled = self._filled, self._filled + len(data)
+        offsets = [start, self._filled]
+        self._header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def close(self) -> None:
+        """Writes what is left, and puts the header in front.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for name, tensor in sorted(self._last.items(), key=lambda item: -item[1].element_size()):
+            self._append(name, tensor)
+        header = json.dumps(self._header).encode()
+        header += b" " * (-len(header) % ALIGNMENT)
+        with self._path.open("wb") as whole, self._data.open("rb") as data:
+            whole.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(data, whole, 2**24)
+        self._data.unlink()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file to read tensors from. What is read may be mapped, and then counts as the process's memory until the end.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        ImportError: safetensors is not installed.
+    """
+    package = _package()
+    try:
+        handle = package.safe_open(path, "pt")
+    except (OSError, package.SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    with handle as file:
+        yield file
+
+
+def headers(path: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
+    """The shape and the bytes of every tensor, by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, (tuple(entry["shape"]), end - start)
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("safetensors")
+    except ImportError as error:
+        raise ImportError("safetensors is missing: pip install 'opt8bit[compress]'") from error

@@ -1,0 +1,268 @@
+"""What ``opt8bit compress`` leaves: a checkpoint that is verified, a report, a recipe; and what a kill leaves of it."""
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import WINDOWS, loaded
+
+from opt8bit import ptq
+from opt8bit.cli.main import main
+from opt8bit.ptq.verify import Verification
+
+pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+SCHEMA = json.loads((Path(__file__).parent / "report.schema.json").read_text())
+
+
+def compress(model: Path, text: Path, output: Path, *arguments: str) -> int:
+    return main(["compress", str(model), "--calibration", str(text), "--output", str(output), *WINDOWS, *arguments])
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "out"
+    assert compress(folder / "llama", folder / "text.txt", path, "--correct", "sequential") == 0
+    return path
+
+
+def test_the_defaults_are_what_servers_load(written: Path) -> None:
+    quantization = json.loads((written / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "compressed-tensors" and quantization["format"] == "pack-quantized"
+    (group,) = quantization["config_groups"].values()
+    assert group["weights"].items() >= {"num_bits": 4, "symmetric": True, "group_size": 16, "actorder": None}.items()
+    assert quantization["ignore"] == ["lm_head"]
+
+
+def test_files_are_for_whom_new_files_are(written: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("")
+    mode = (tmp_path / "new").stat().st_mode
+    assert all(file.stat().st_mode == mode for file in written.rglob("*") if file.is_file())
+
+
+def test_the_report_follows_its_schema_and_is_true(written: Path, folder: Path) -> None:
+    report = json.loads((written / "opt8bit" / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    with (written / "opt8bit" / "layers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [layer["name"] for layer in report["layers"]] and len(rows) == 14
+    assert all(float(row["symmetry_cost"]) > 0 for row in rows)
+    words = [int(word) for word in (folder / "text.txt").read_text().split()]
+    held_out = torch.tensor(words[128 : 128 + 8 * 16]).view(8, 16)
+    assert report["held_out"]["perplexity"] == pytest.approx(
+        ptq.perplexity(loaded(folder / "llama"), held_out), rel=1e-4
+    )
+    found = ptq.perplexity(loaded(written), held_out)
+    assert report["held_out"]["perplexity_compressed"] == pytest.approx(found, rel=1e-4)
+    assert report["held_out"]["kl_divergence"] > 0
+    assert (written / "opt8bit" / "report.html").read_text().count("<title>model.layers.") == 14
+
+
+def test_the_recipe_that_is_written_repeats_the_run(written: Path, folder: Path, tmp_path: Path) -> None:
+    recipe = written / "opt8bit" / "recipe.json"
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "a", "--recipe", str(recipe)) == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "opt8bit" / "recipe.json").read_bytes() == recipe.read_bytes()
+
+
+def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    overrides = [
+        {"layers": "*.down_proj", "bits": 8, "group_size": 32},
+        {"layers": "model.layers.0.*", "skip": True},
+        {"layers": "*.v_proj", "method": "rtn"},
+    ]
+    recipe.write_text(json.dumps({"bits": 2, "symmetric": True, "polish": False, "overrides": overrides}))
+    options = ["--recipe", str(recipe), "--bits", "4"]
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 0
+    report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())
+    layers = {layer["name"]: layer["bits_per_weight"] for layer in report["layers"]}
+    assert len(layers) == 8 and layers["model.layers.1.mlp.down_proj"] == 9 and set(layers.values()) == {6, 9}
+    assert "model.layers.0.self_attn.v_proj" in layers  # the last pattern that fits is the one
+    assert report["recipe"]["overrides"] == overrides and report["recipe"]["bits"] == 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{", "cannot read the recipe"),
+        ("[]", "a recipe is an object"),
+        ('{"widths": 3}', "'widths' is none of method, bits"),
+        ('{"output": "x"}', "'output' is none of"),
+        ('{"overrides": {}}', "overrides must be a list"),
+        ('{"overrides": [{"bits": 3}]}', "a pattern of names as 'layers'"),
+        ('{"overrides": [{"layers": "*", "seed": 3}]}', "an override may have method, .*, got 'seed'"),
+        ('{"overrides": [{"layers": "*", "skip": 1.5}]}', "skip must be true or false, got 1.5"),
+        ('{"overrides": [{"layers": "*.gate"}]}', r"overrides\['\*.gate'\] fits no layer; there is model.layers.0"),
+        ('{"overrides": [{"layers": "*", "skip": true}]}', "overrides leave every layer as it is"),
+        ('{"overrides": [{"layers": "*.v_proj", "bits": 9}]}', "bits must be 2 to 8, got 9"),
+    ],
+)
+def test_recipes_are_checked(
+    recipe: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "recipe.json").write_text(recipe)
+    options = ["--recipe", str(tmp_path / "recipe.json")]
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_verify_says_what_is_wrong(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(written)]) == 0
+    assert "loads as what was made: logits differ by" in capsys.readouterr().out
+    damaged = tmp_path / "damaged"
+    shutil.copytree(written, damaged)
+    weights = load_file(damaged / "model.safetensors")
+
+    def save(**changes: Any) -> None:
+        changed = {name: value for name, value in {**weights, **changes}.items() if value is not None}
+        save_file(changed, damaged / "model.safetensors", {"format": "pt"})
+
+    scale = "model.layers.1.mlp.down_proj.weight_scale"
+    save(**{scale: weights[scale] * 1.2})
+    assert main(["verify", str(damaged)]) == 2
+    assert "does not load as what was made" in capsys.readouterr().err
+    save(**{"model.layers.0.self_attn.q_norm.bias": torch.zeros(3)})
+    assert main(["verify", str(damaged)]) == 2
+    assert "dropped on loading: model.layers.0.self_attn.q_norm.bias" in capsys.readouterr().err
+    save(**{"model.layers.0.mlp.up_proj.bias": None})
+    assert main(["verify", str(damaged)]) == 2
+    assert "missing: model.layers.0.mlp.up_proj.bias" in capsys.readouterr().err
+    shutil.rmtree(damaged / "opt8bit")
+    assert main(["verify", str(damaged)]) == 2
+    assert "only what opt8bit compress has written can be verified" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_load_right_is_not_left(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ptq, "verify", lambda *a, **b: Verification(0.5, 1e-3, ["x.bias"], []))
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out") == 2
+    assert "dropped on loading: x.bias" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_counts_everything(written: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(written)]) == 0
+    printed = capsys.readouterr().out
+    shape_bits = 8 * 16 / (32 * 32)  # weight_shape, of a small layer
+    assert f"32 × 32  4-bit codes   {4 + 32 / 16 + shape_bits:6.3f} bits  bias attention_bias" in printed
+    assert "14 packed layers, 18,432 weights at" in printed
+    size = (written / "model.safetensors").stat().st_size / 1e6
+    assert f"compressed-tensors: {size:,.1f} MB" in printed
+    assert main(["inspect", str(folder / "llama")]) == 0
+    printed = capsys.readouterr().out
+    assert "dense: " in printed and "32 × 32  dense         32.000 bits\n" in printed
+    assert main(["inspect", str(folder)]) == 2
+    assert "config.json is missing or damaged" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_missing_is_said_first(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    assert compress(tmp_path / "model", folder / "text.txt", tmp_path / "out") == 2
+    assert "cannot load 'the tokenizer of" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def command(model: Path, text: Path, output: Path, *arguments: str) -> list[str]:
+    words = ["compress", str(model), "--calibration", str(text), "--output", str(output), *WINDOWS, *arguments]
+    code = f"import sys; from opt8bit.cli.main import main; sys.exit(main({words!r}))"
+    return [sys.executable, "-W", "ignore", "-c", code]
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(written: Path, folder: Path, tmp_path: Path) -> None:
+    moments, kills, out = random.Random(0), 0, tmp_path / "out"
+    options = command(folder / "llama", folder / "text.txt", out, "--correct", "sequential", "--resume")
+    for chance in range(7):
+        process = subprocess.Popen(options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / ".out.partial").exists():
+            time.sleep(0.01)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(0, 4) if chance < 6 else None)
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += not out.exists()
+    assert out.exists() and process.returncode in (0, -signal.SIGKILL)
+    assert kills
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    for file in written.rglob("*"):
+        if file.is_file() and file.name not in ("report.json", "layers.csv"):  # they have the seconds
+            assert (out / file.relative_to(written)).read_bytes() == file.read_bytes(), file
+
+
+def test_an_unfinished_run_is_not_overwritten(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    partial = tmp_path / ".out.partial"
+    (partial / "work").mkdir(parents=True)
+    (partial / "work" / "block-00000.safetensors").write_bytes(b"hours of work")
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out") == 2
+    assert f"{partial} is an unfinished run's: resume it, or delete that folder" in capsys.readouterr().err
+    assert (partial / "work" / "block-00000.safetensors").read_bytes() == b"hours of work"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks are those of POSIX")
+def test_two_runs_into_one_folder_are_one_too_many(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import fcntl
+
+    (tmp_path / ".out.partial").mkdir()
+    with (tmp_path / ".out.partial" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for resume in ([], ["--resume"]):
+            assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *resume) == 2
+            assert f"another run is writing {tmp_path / '.out.partial'}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are those of POSIX")
+def test_a_full_disk_leaves_what_is_finished(folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: the first block fits, the checkpoint does not."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    few = ["--samples", "2", "--held-out", "0"]
+    options = command(folder / "llama", folder / "text.txt", tmp_path / "out", *few)
+    stopped = subprocess.run(options, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 2 and "opt8bit compress: " in stopped.stderr and "Traceback" not in stopped.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    whole = command(folder / "llama", folder / "text.txt", tmp_path / "out", *few, "--resume")
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
