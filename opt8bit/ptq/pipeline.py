@@ -16,7 +16,7 @@ from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, re
 from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.placement import THROUGH, bias_places, value_bias_through
+from opt8bit.ptq.placement import Place, bias_places, value_bias_through
 from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.source import Source
 from opt8bit.ptq.statistics import Inputs
@@ -252,12 +252,12 @@ def _layer_report(
     had: nn.Module,
     layer: Compressed,
     errors: tuple[float, float],
-    place: str | None,
+    place: Place | None,
     recipe: Recipe,
     seconds: float,
 ) -> LayerReport:
     weight, shift = matrix(had), layer.shift
-    moved = place is not None and place.startswith(THROUGH)
+    moved = place is not None and place.kind == "through"
     stored = 0
     if shift is not None and layer.bias is not None and not moved:
         stored = layer.bias.numel() - (0 if had.bias is None else len(weight))
@@ -270,7 +270,7 @@ def _layer_report(
         error_corrected=errors[1],
         bias_norm=0.0 if shift is None else float(shift.norm()),
         bias_bytes=stored * weight.element_size(),
-        bias_place=None if shift is None else place,
+        bias_place=None if shift is None else str(place),
         symmetry_cost=symmetry_cost(weight, layer.rounded.format),
         note="the checkpoint has no place for a bias here" if missing else "",
         seconds=seconds,

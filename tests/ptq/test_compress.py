@@ -14,7 +14,7 @@ from opt8bit import ptq
 from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.placement import value_bias_through
+from opt8bit.ptq.placement import Place, value_bias_through
 from opt8bit.ptq.result import install
 from opt8bit.quant import CodebookGrid, normal_float
 
@@ -119,8 +119,8 @@ def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) 
         for name, layer in result.layers.items():
             install(modules[name], layer)
         for name, place in result.places.items():
-            if place and place.startswith("through "):
-                output = modules[place.removeprefix("through ")]
+            if place and place.kind == "through":
+                output = modules[place.name]
                 shift = torch.randn(32, generator=torch.Generator().manual_seed(3))
                 before = logits(hooked, ids)
                 handle = modules[name].register_forward_hook(lambda module, args, out, shift=shift: out + shift)
@@ -129,7 +129,7 @@ def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) 
                 output.bias += matrix(output) @ shift
                 torch.testing.assert_close(logits(hooked, ids), with_hook, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(before, with_hook)
-                assert result.layers[name].bias is None and result.layers[place[8:]].bias is not None
+                assert result.layers[name].bias is None and result.layers[place.name].bias is not None
                 folded += 1
     assert folded == 2
 
@@ -141,7 +141,7 @@ def test_a_value_bias_goes_through_heads_that_share_values() -> None:
     shift = torch.randn(16, generator=torch.Generator().manual_seed(3))
     result.layers[values] = dataclasses.replace(result.layers[values], bias=shift)
     expected = logits(result.compressed_model(), ids)
-    value_bias_through({values: f"through {output}"}, result.layers, model)
+    value_bias_through({values: Place("through", output)}, result.layers, model)
     assert result.layers[values].bias is None
     torch.testing.assert_close(logits(result.compressed_model(), ids), expected, rtol=1e-4, atol=1e-5)
 

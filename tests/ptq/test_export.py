@@ -58,7 +58,9 @@ def test_compressed_tensors_load_bit_for_bit(
         assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
 
 
-@pytest.mark.parametrize("name", ["opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "falcon", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["opt", "bloom", "llama", "mistral", "mistral-full", "qwen2", "qwen3", "falcon", "gemma2"]
+)
 @pytest.mark.parametrize("correct", ["none", "sequential"])
 def test_compressed_tensors_of_every_type(name: str, correct: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
@@ -165,6 +167,15 @@ def test_switches_are_on_only_for_biases_that_are_there(tmp_path: Path) -> None:
         path = ptq.export(result, tmp_path / correct, format="dense")
         config = json.loads((path / "config.json").read_text())
         assert config["attention_bias"] is config["mlp_bias"] is on
+
+
+@pytest.mark.parametrize("name", ["mistral-full", "qwen2"])
+def test_llamas_of_another_name_are_written_as_llamas_for_their_biases(name: str, tmp_path: Path) -> None:
+    for correct, architecture in (("none", None), ("joint", "LlamaForCausalLM")):
+        result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, correct=correct)
+        config = json.loads((ptq.export(result, tmp_path / correct, format="dense") / "config.json").read_text())
+        assert config["architectures"] == [architecture or type(result.model).__name__]
+        assert (config["model_type"] == "llama") == (correct == "joint")
 
 
 def test_what_exists_is_left_alone(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bloom": _make("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "llama": _make("Llama", **GATED),
     "mistral": _make("Mistral", **GATED, sliding_window=8),
+    "mistral-full": _make("Mistral", **GATED, sliding_window=None),
     "qwen2": _make("Qwen2", **GATED),
     "qwen3": _make("Qwen3", **GATED, head_dim=8),
     "falcon": _make("Falcon", **SIZES, num_hidden_layers=2),
@@ -67,7 +68,14 @@ PLACES: dict[str, dict[str, str | None]] = {
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp_bias"),
     },
     "mistral": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
-    "qwen2": dict.fromkeys(("o_proj", "gate_proj", "up_proj", "down_proj")),
+    "mistral-full": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_bias of LlamaForCausalLM"),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp_bias of LlamaForCausalLM"),
+    },
+    "qwen2": {
+        "o_proj": "attention_bias of LlamaForCausalLM",
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp_bias of LlamaForCausalLM"),
+    },
     "qwen3": {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_bias"),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj")),
@@ -83,7 +91,7 @@ PLACES: dict[str, dict[str, str | None]] = {
 }
 # The layers that add to the hidden states, by the last part of their names. Gemma 2 has a norm behind them.
 WRITERS: dict[str, set[str]] = {
-    **{name: {"o_proj", "down_proj"} for name in ("llama", "mistral", "qwen2", "qwen3")},
+    **{name: {"o_proj", "down_proj"} for name in ("llama", "mistral", "mistral-full", "qwen2", "qwen3")},
     **{name: {"dense", "dense_4h_to_h"} for name in ("bloom", "falcon", "falcon-grouped")},
     "opt": {"out_proj", "fc2"},
     "gpt2": {"c_proj"},

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import block_layers, matrix
@@ -16,8 +15,8 @@ from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.gptq import GPTQFormat
 from opt8bit.ptq.export.layout import Layout, Planned
 from opt8bit.ptq.export.shards import write_shards
-from opt8bit.ptq.layer import Recipe
-from opt8bit.ptq.placement import switches, with_switches
+from opt8bit.ptq.layer import Compressed, Recipe
+from opt8bit.ptq.placement import config_with_places
 from opt8bit.ptq.result import Result
 
 FORMATS: dict[str, Layout] = {
@@ -84,8 +83,9 @@ def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
 
 def _config(result: Result, layout: Layout) -> Any:
     model: Any = result.model
-    config = with_switches(model, _switched(result))
-    config.architectures = [type(model).__name__]
+    config = config_with_places(model, result.places.values())
+    if type(config) is type(model.config):
+        config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     quantization = layout.config(result)
     if quantization is not None:
@@ -93,31 +93,27 @@ def _config(result: Result, layout: Layout) -> Any:
     return config
 
 
-def _switched(result: Result) -> list[str]:
-    return switches(result.places) if result.recipe.correct != "none" else []
-
-
 def _tensors(result: Result, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Everything that the checkpoint has, by name."""
     modules: dict[str, Any] = dict(result.model.named_modules())
-    switched = set(_switched(result))
     # Whoever loads the checkpoint makes a bias for every layer that a switch gives one: it must find them all.
-    on = {name for name, place in result.places.items() if place in switched}
+    switched = {name for name, place in result.places.items() if place and place.kind in ("switch", "llama")}
     for name, tensor in result.source.tensors():
         owner, _, kind = name.rpartition(".")
         if owner not in result.layers:
             yield name, tensor
-            if owner in on and kind == "weight":
-                yield f"{owner}.bias", tensor.new_zeros(len(matrix(modules[owner])))
         elif kind == "weight":
-            layer, module = result.layers[owner], modules[owner]
-            try:
-                parts = layout.weight(layer, module)
-            except ValueError as error:
-                raise ValueError(f"{owner}: {error}") from error
-            for suffix, part in parts.items():
+            for suffix, part in _weight(layout, owner, result.layers[owner], modules[owner]).items():
                 yield f"{owner}.{suffix}", part
-            if layer.bias is not None:
-                yield f"{owner}.bias", layer.bias.to(layer.dtype)
-            elif owner in on:
-                yield f"{owner}.bias", torch.zeros(len(matrix(module)), dtype=layer.dtype)
+        bias = result.layers[owner].bias if owner in result.layers else None
+        if kind == "weight" and bias is not None:
+            yield f"{owner}.bias", bias.to(tensor.dtype)
+        elif kind == "weight" and owner in switched:
+            yield f"{owner}.bias", tensor.new_zeros(len(matrix(modules[owner])))
+
+
+def _weight(layout: Layout, name: str, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
+    try:
+        return layout.weight(layer, module)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
