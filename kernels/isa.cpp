@@ -73,7 +73,7 @@ void dequantize_block(const uint8_t* codes, int64_t n, float absmax, const Codeb
 
 // Blocks that are updated one after another before any is encoded: short blocks by the dozen, so that the time from
 // a block's last element to its first code is spent on others.
-constexpr int64_t kRunElements = 512;
+constexpr int64_t kRunElements = 2048;
 constexpr int64_t kMaxRun = 16;
 constexpr int64_t run_length(int64_t block_length) {
   const int64_t blocks = kRunElements / (block_length < 1 ? 1 : block_length);
