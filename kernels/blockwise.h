@@ -51,6 +51,7 @@ template <bool kSigned>
 OPT8BIT_INLINE Chunk find_lines(const float* values, Simd::Floats reciprocal, const EncoderTables& tables) {
   const Simd::Floats smallest = Simd::broadcast(kSmallestNormalized);
   Chunk chunk;
+#pragma GCC unroll 4  // or a chunk would live in memory
   for (int k = 0; k < 4; ++k) {
     const Simd::Floats ratio = Simd::load(values + k * Simd::kLanes) * reciprocal;
     chunk.normalized[k] = kSigned ? Simd::max_abs(ratio, smallest) : Simd::max(ratio, smallest);
@@ -63,9 +64,11 @@ OPT8BIT_INLINE Chunk find_lines(const float* values, Simd::Floats reciprocal, co
 
 // The place on its line of each value of one vector: a code and a fraction in fixed point. A value whose fraction is
 // under kEncoderSlack may be one code off.
+template <bool kSigned>
 OPT8BIT_INLINE Simd::Ints place(const Chunk& chunk, int k, const EncoderTables& tables) {
-  return Simd::bits(Simd::fma(chunk.normalized[k], Simd::lookup(tables.slope, chunk.line[k]),
-                              Simd::lookup(tables.intercept, chunk.line[k])));
+  const Simd::Ints sum = Simd::bits(Simd::fma(chunk.normalized[k], Simd::lookup(tables.slope, chunk.line[k]),
+                                              Simd::lookup(tables.intercept, chunk.line[k])));
+  return kSigned ? sum : Simd::add(sum, sum);
 }
 inline Simd::Ints fraction(Simd::Ints place) { return Simd::low_bits<kFractionBits>(place); }
 inline uint32_t uncertain_lanes(Simd::Ints fraction) {
@@ -75,22 +78,17 @@ inline uint32_t uncertain_lanes(Simd::Ints fraction) {
 // The second half: the codes; says whether some may be one off.
 template <bool kSigned>
 OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const EncoderTables& tables, uint8_t* codes) {
-  const Simd::Ints zero = Simd::shift_right<kFractionBits>(Simd::bits(Simd::broadcast(kEncoderBase)));
-  const Simd::Ints twice_middle = Simd::add(Simd::add(zero, zero), Simd::broadcast(2 * kSignedZeroCode));
-  Simd::Ints code[4], least_fraction = Simd::broadcast(INT32_MAX);
+  Simd::Ints capped[4], least_fraction = Simd::broadcast(-1);
+#pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    const Simd::Ints uncapped = place(chunk, k, tables);
-    least_fraction = Simd::min(least_fraction, fraction(uncapped));
-    // Floats of one sign compare as their bits do.
-    const Simd::Ints capped = Simd::min(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
-    code[k] = Simd::shift_right<kFractionBits>(capped);
-    if (kSigned) {
-      const Simd::Mask is_negative = Simd::is_negative(Simd::load(values + k * Simd::kLanes));
-      code[k] = Simd::max(Simd::select(is_negative, Simd::subtract(twice_middle, code[k]), code[k]), zero);
-    }
+    const Simd::Ints uncapped = place<kSigned>(chunk, k, tables);
+    least_fraction = Simd::min_of_halves(least_fraction, uncapped);
+    // As integers these have one sign, and compare as the sums do.
+    capped[k] = Simd::min(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
   }
-  Simd::store_low_bytes(codes, code);
-  return uncertain_lanes(least_fraction) != 0;
+  if (kSigned) Simd::store_mirrored_bytes(codes, capped, kSignedZeroCode, values);
+  else Simd::store_third_bytes(codes, capped);
+  return uncertain_lanes(fraction(least_fraction)) != 0;
 }
 
 // Searches the codes of a chunk that are not certain.
@@ -100,48 +98,42 @@ OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* c
   const EncoderTables tables(codebook.dynamic->encoder);
   const Chunk chunk = find_lines<kSigned>(values, Simd::broadcast(1 / absmax), tables);
   for (int k = 0; k < 4; ++k) {
-    for (uint32_t lanes = uncertain_lanes(fraction(place(chunk, k, tables))); lanes; lanes &= lanes - 1) {
+    for (uint32_t lanes = uncertain_lanes(fraction(place<kSigned>(chunk, k, tables))); lanes; lanes &= lanes - 1) {
       const int lane = k * Simd::kLanes + __builtin_ctz(lanes);
       codes[lane] = nearest_code_from(codes[lane], values[lane], absmax, codebook);
     }
   }
 }
 
-// codes[0 .. n) = the nearest codes of values[0 .. n), behind which there is room for one more chunk. No value is
-// larger than absmax in magnitude; a NaN is coded as zero.
-template <bool kSigned>
-OPT8BIT_INLINE void encode_block(const float* values, int64_t n, float absmax, const EncoderTables& tables,
-                                 uint8_t* codes) {
-  const bool has_good_reciprocal = absmax >= 0x1p-100f && absmax <= 0x1p100f;
-  if (!has_good_reciprocal) {
-    for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, dynamic_map(kSigned));
-    return;
-  }
-  const Simd::Floats reciprocal = Simd::broadcast(1 / absmax);
-  // The halves of two chunks alternate, as one alone is a chain that leaves the processor waiting.
-  Chunk chunk = find_lines<kSigned>(values, reciprocal, tables);
-  int64_t i = 0;
-  for (; i + kChunk <= n; i += kChunk) {
-    const Chunk next = find_lines<kSigned>(values + i + kChunk, reciprocal, tables);
-    if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, codes + i), 0))
-      decide_chunk<kSigned>(values + i, absmax, codes + i);
-    chunk = next;
-  }
-  if (i < n) {
-    alignas(64) uint8_t tail[kChunk];
-    if (encode_chunk<kSigned>(values + i, chunk, tables, tail)) decide_chunk<kSigned>(values + i, absmax, tail);
-    std::memcpy(codes + i, tail, n - i);
-  }
-}
-
-// The same for blocks whose codes follow each other, and whose values begin `stride` after each other's.
+// The nearest codes of blocks that follow each other. Their values begin `stride` after each other's, and behind the
+// last there is room for one more chunk. No value is larger than its absmax in magnitude; a NaN is coded as zero.
 template <bool kSigned>
 OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const int64_t* lengths, const float* absmax,
                                     int64_t count, uint8_t* codes) {
   const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
-  for (int64_t block = 0; block < count; ++block) {
-    encode_block<kSigned>(values + block * stride, lengths[block], absmax[block], tables, codes);
-    codes += lengths[block];
+  // The halves of two chunks alternate, also from one block to the next, as one alone is a chain that leaves the
+  // processor waiting.
+  Simd::Floats next_reciprocal = Simd::broadcast(1 / absmax[0]);
+  Chunk chunk = find_lines<kSigned>(values, next_reciprocal, tables);
+  for (int64_t block = 0; block < count; ++block, values += stride) {
+    const int64_t n = lengths[block];
+    const Simd::Floats reciprocal = next_reciprocal;
+    if (block + 1 < count) next_reciprocal = Simd::broadcast(1 / absmax[block + 1]);
+    for (int64_t i = 0; i < n; i += kChunk) {
+      const bool is_last = i + kChunk >= n;
+      const Chunk next = find_lines<kSigned>(is_last ? values + stride : values + i + kChunk,
+                                             is_last ? next_reciprocal : reciprocal, tables);
+      alignas(64) uint8_t tail[kChunk];
+      uint8_t* const target = i + kChunk <= n ? codes + i : tail;
+      if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, target), 0))
+        decide_chunk<kSigned>(values + i, absmax[block], target);
+      if (target == tail) std::memcpy(codes + i, tail, n - i);
+      chunk = next;
+    }
+    const bool has_good_reciprocal = absmax[block] >= 0x1p-100f && absmax[block] <= 0x1p100f;
+    if (!has_good_reciprocal)
+      for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax[block], dynamic_map(kSigned));
+    codes += n;
   }
 }
 

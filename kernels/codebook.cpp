@@ -46,6 +46,16 @@ float with_low_bits(float x, uint32_t low_bits, bool round_up) {
   return x;
 }
 
+// What has the bits of a sum in fixed point, by the arithmetic of codebook.h.
+float fixed_point(double sum, bool is_signed) {
+  float x = static_cast<float>(sum);
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (!is_signed) bits += bits;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   constexpr double kIntercept = 8.0 / 9;
   constexpr double kErrors = 0x1p-14;  // bound of the rounding errors that could land below the true sum
@@ -53,13 +63,13 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   const int j_of_first_line = is_signed ? -1 : 0;
 
   DynamicEncoder encoder = {};
-  const double base = kEncoderBase + (is_signed ? 127 : -1);  // code = c + 127 or c - 1
-  double line_end[kDecades + 1];                              // of lines -1 .. 6
+  const double base = is_signed ? kEncoderBase : 2 * kEncoderBase - 1;  // code = c - 1 in the unsigned map
+  double line_end[kDecades + 1];                                        // of lines -1 .. 6
   for (int i = -1; i <= kDecades; ++i) {
     const int j = i + 1 + j_of_first_line, entry = 7 - i;
     const double scale = std::ldexp(1.0, j);
     encoder.intercept[entry] = static_cast<float>(base + kIntercept * scale + kErrors);
-    encoder.cap[entry] = static_cast<float>(base + 2 * scale - 0.5);
+    encoder.cap[entry] = fixed_point(base + 2 * scale - 0.5, is_signed);
     if (i == kDecades) break;
     const int last_code = i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j) - 1;
     line_end[i + 1] = codebook.midpoints[last_code];
@@ -68,7 +78,7 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   // The first line has one code, zero's: it begins at its cap, and is tilted so that it, too, crosses a whole number at
   // its end. The last one, which holds the value 1, begins inside the last cell of the line below and crosses 2^j at
   // that cell's end.
-  encoder.intercept[8] = encoder.cap[8];
+  encoder.intercept[8] = static_cast<float>(base + std::ldexp(2.0, j_of_first_line) - 0.5);
   encoder.slope[8] = static_cast<float>(1.5 / line_end[0]);
   encoder.slope[0] = static_cast<float>(std::ldexp(1 - 8.0 / 9, 8 + j_of_first_line) / line_end[kDecades]);
   line_end[kDecades] = codebook.values[254];

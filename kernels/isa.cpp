@@ -72,11 +72,13 @@ void dequantize_block(const uint8_t* codes, int64_t n, float absmax, const Codeb
 }
 
 // Blocks that are updated one after another before any is encoded: short blocks by the dozen, so that the time from
-// a block's last element to its first code is spent on others.
-constexpr int64_t kRunElements = 512;
+// a block's last element to its first code is spent on others. Runs of float32 are shorter: their steps wait for the
+// memory, which idles while a run is encoded.
+template <class T>
+constexpr int64_t kRunElements = sizeof(T) == sizeof(float) ? 512 : 2048;
 constexpr int64_t kMaxRun = 16;
-constexpr int64_t run_length(int64_t block_length) {
-  const int64_t blocks = kRunElements / (block_length < 1 ? 1 : block_length);
+constexpr int64_t run_length(int64_t block_length, int64_t elements) {
+  const int64_t blocks = elements / (block_length < 1 ? 1 : block_length);
   return blocks < 1 ? 1 : blocks > kMaxRun ? kMaxRun : blocks;
 }
 
@@ -213,11 +215,11 @@ OPT8BIT_INLINE void update_block(const Rule& rule, Param& param, const Grad& gra
   }
 }
 
-template <class Rule, class Param, class Grad, size_t... s, class... States>
-void update_blocks(const Rule rule, Param param, Grad grad, const BlockView& view, int64_t first_block,
+template <class Rule, class Param, class T, size_t... s, class... States>
+void update_blocks(const Rule rule, Param param, Grad<T> grad, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
   const int64_t block_length = view.row_length < view.block_size ? view.row_length : view.block_size;
-  const int64_t run = run_length(block_length);
+  const int64_t run = run_length(block_length, kRunElements<T>);
   int64_t lengths[kMaxRun], slot = 0;
   view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
     if (slot == 0) (states.open_run(block, offset, block_length), ...);

@@ -85,7 +85,7 @@ struct Simd {
   static Ints multiply(Ints a, Ints b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
   static Ints exclusive_or(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
   static Ints min(Ints a, Ints b) { return {_mm256_min_epi32(a.v, b.v)}; }
-  static Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  static Ints min_of_halves(Ints a, Ints b) { return {_mm256_min_epu16(a.v, b.v)}; }
   template <int kBits>
   static Ints shift_right(Ints a) {
     return {_mm256_srli_epi32(a.v, kBits)};
@@ -115,10 +115,8 @@ struct Simd {
   static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
   static Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v)); }
-  static Mask is_negative(Floats a) { return a.v; }  // the sign bit is all that a mask is asked for
   static Mask is_nan(Floats a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
   static Floats select(Mask mask, Floats a, Floats b) { return {_mm256_blendv_ps(b.v, a.v, mask)}; }
-  static Ints select(Mask mask, Ints a, Ints b) { return bits(select(mask, floats(a), floats(b))); }
   static void add_squares(double* sums, Floats a) {
     const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v));
     const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
@@ -133,13 +131,25 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
 
-  static void store_low_bytes(uint8_t* target, const Ints (&a)[4]) {
-    const __m256i low = _mm256_packus_epi32(low_bits<8>(a[0]).v, low_bits<8>(a[1]).v);
-    const __m256i high = _mm256_packus_epi32(low_bits<8>(a[2]).v, low_bits<8>(a[3]).v);
+  static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) { store_bytes(target, third_bytes(a)); }
+  static void store_mirrored_bytes(uint8_t* target, const Ints (&a)[4], int middle, const float* values) {
+    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle)), bytes = third_bytes(a);
+    Ints x[4];
+    for (int i = 0; i < 4; ++i) x[i] = bits(load(values + i * kLanes));
+    // Packing saturates, which keeps the sign.
+    const __m256i signs = _mm256_packs_epi16(_mm256_packs_epi32(x[0].v, x[1].v), _mm256_packs_epi32(x[2].v, x[3].v));
+    store_bytes(target, _mm256_blendv_epi8(_mm256_add_epi8(middles, bytes), _mm256_subs_epu8(middles, bytes), signs));
+  }
+  static __m256i third_bytes(const Ints (&a)[4]) {
+    Ints bytes[4];
+    for (int i = 0; i < 4; ++i) bytes[i] = low_bits<8>(shift_right<16>(a[i]));
+    return _mm256_packus_epi16(_mm256_packus_epi32(bytes[0].v, bytes[1].v),
+                               _mm256_packus_epi32(bytes[2].v, bytes[3].v));
+  }
+  static void store_bytes(uint8_t* target, __m256i packed) {
     // Packing interleaves 128-bit lanes: dword 4 * lane + vector is wanted at 2 * vector + lane.
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), packed);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_permutevar8x32_epi32(packed, order));
   }
 
   // The map's own arithmetic, as in avx512.h.

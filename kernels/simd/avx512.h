@@ -59,10 +59,12 @@ struct Simd {
   }
   // Words of 16 bits move between the halves of a vector and the high halves of its integers.
   static void store_high(bfloat16* target, Ints a) {
-    const __m512i odd_words = _mm512_add_epi32(_mm512_set1_epi32(0x00030001),
-                                               _mm512_mullo_epi32(lane_numbers().v, _mm512_set1_epi32(0x00040004)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words, a.v)));
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words(), a.v)));
+  }
+  static __m512i odd_words() {
+    return _mm512_add_epi32(_mm512_set1_epi32(0x00030001),
+                            _mm512_mullo_epi32(lane_numbers().v, _mm512_set1_epi32(0x00040004)));
   }
   static Ints bits_of(const bfloat16* source) {
     const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
@@ -75,7 +77,7 @@ struct Simd {
   static Ints multiply(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
   static Ints exclusive_or(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
   static Ints min(Ints a, Ints b) { return {_mm512_min_epi32(a.v, b.v)}; }
-  static Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  static Ints min_of_halves(Ints a, Ints b) { return {_mm512_min_epu16(a.v, b.v)}; }
   template <int kBits>
   static Ints shift_right(Ints a) {
     return {_mm512_srli_epi32(a.v, kBits)};
@@ -111,10 +113,8 @@ struct Simd {
   static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   static Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
   static Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a.v, b.v); }
-  static Mask is_negative(Floats a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.v)); }
   static Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
   static Floats select(Mask mask, Floats a, Floats b) { return {_mm512_mask_mov_ps(b.v, mask, a.v)}; }
-  static Ints select(Mask mask, Ints a, Ints b) { return {_mm512_mask_mov_epi32(b.v, mask, a.v)}; }
   static void add_squares(double* sums, Floats a) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
@@ -125,10 +125,24 @@ struct Simd {
 
   static float horizontal_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 
-  static void store_low_bytes(uint8_t* target, const Ints (&a)[4]) {
-    for (int i = 0; i < 4; ++i)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i * kLanes), _mm512_cvtepi32_epi8(a[i].v));
+  static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) {
+    for (int i = 0; i < 4; i += 2) store_bytes(target + i * kLanes, third_bytes(a[i], a[i + 1]));
   }
+  static void store_mirrored_bytes(uint8_t* target, const Ints (&a)[4], int middle, const float* values) {
+    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
+    for (int i = 0; i < 4; i += 2) {
+      const __m256i bytes = third_bytes(a[i], a[i + 1]);
+      const __mmask32 is_negative =
+          _mm512_kunpackw(sign_bits(values + (i + 1) * kLanes), sign_bits(values + i * kLanes));
+      const __m256i above = _mm256_add_epi8(middles, bytes);
+      store_bytes(target + i * kLanes, _mm256_mask_subs_epu8(above, is_negative, middles, bytes));
+    }
+  }
+  static __m256i third_bytes(Ints a, Ints b) {
+    return _mm512_cvtepi16_epi8(_mm512_permutex2var_epi16(a.v, odd_words(), b.v));
+  }
+  static void store_bytes(uint8_t* target, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), a); }
+  static __mmask16 sign_bits(const float* values) { return _mm512_movepi32_mask(_mm512_loadu_si512(values)); }
 
   // The map's own arithmetic: the exponent of c picks a line from two permutes, one fused multiply-add follows it.
   template <bool kSigned>

@@ -64,7 +64,13 @@ struct Simd {
   }
   static Ints exclusive_or(Ints a, Ints b) { return {a.v ^ b.v}; }
   static Ints min(Ints a, Ints b) { return a.v < b.v ? a : b; }
-  static Ints max(Ints a, Ints b) { return a.v > b.v ? a : b; }
+  // Of the low and of the high halves, without sign.
+  static Ints min_of_halves(Ints a, Ints b) {
+    const uint32_t x = static_cast<uint32_t>(a.v), y = static_cast<uint32_t>(b.v);
+    const uint32_t low = (x & 0xffff) < (y & 0xffff) ? x & 0xffff : y & 0xffff;
+    const uint32_t high = x >> 16 < y >> 16 ? x >> 16 : y >> 16;
+    return {static_cast<int32_t>(high << 16 | low)};
+  }
   template <int kBits>
   static Ints low_bits(Ints a) {
     return {a.v & ((1 << kBits) - 1)};
@@ -96,19 +102,24 @@ struct Simd {
   static Mask greater(Floats a, Floats b) { return a.v > b.v; }
   static Mask less(Floats a, Floats b) { return a.v < b.v; }
   static Mask less(Ints a, Ints b) { return a.v < b.v; }
-  static Mask is_negative(Floats a) { return __builtin_signbit(a.v); }
   static Mask is_nan(Floats a) { return a.v != a.v; }
   static Floats select(Mask mask, Floats a, Floats b) { return mask ? a : b; }
-  static Ints select(Mask mask, Ints a, Ints b) { return mask ? a : b; }
   // sums[0 .. kLanes) += the squares, in double.
   static void add_squares(double* sums, Floats a) { *sums += static_cast<double>(a.v) * a.v; }
   static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return a.v; }
 
-  // The low bytes of four vectors of integers.
-  static void store_low_bytes(uint8_t* target, const Ints (&a)[4]) {
-    for (int i = 0; i < 4; ++i) target[i] = static_cast<uint8_t>(a[i].v);
+  // Bits 16 to 23 of four vectors of integers.
+  static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) {
+    for (int i = 0; i < 4; ++i) target[i] = static_cast<uint8_t>(a[i].v >> 16);
+  }
+  // `middle` plus those; minus them, and at least 0, where values are negative.
+  static void store_mirrored_bytes(uint8_t* target, const Ints (&a)[4], int middle, const float* values) {
+    for (int i = 0; i < 4; ++i) {
+      const int byte = a[i].v >> 16 & 255, below = middle > byte ? middle - byte : 0;
+      target[i] = static_cast<uint8_t>(__builtin_signbit(values[i]) ? below : middle + byte);
+    }
   }
 
   // Values of kLanes codes of a dynamic map.
