@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from opt8bit import ptq
 from opt8bit.cli.models import CommandError, load_tokenizer, open_model, tokens
 from opt8bit.cli.recipes import Overrides
+from opt8bit.ptq import ranks
 from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.compress import polished
 from opt8bit.ptq.evaluate import windows
@@ -73,7 +75,7 @@ def run(settings: Settings) -> None:
     try:
         _method(settings)
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
-        with new_folder(settings.output, resume=settings.resume) as folder, _progress() as see:
+        with _processes(), _folder(settings) as folder, _progress() as see:
             source = open_model(settings.model, trust_remote_code=settings.trust_remote_code)
             tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
             calibration, held_out = _texts(settings, tokenizer)
@@ -91,6 +93,8 @@ def run(settings: Settings) -> None:
                 checkpoint_format=settings.format,
                 see=see,
             )
+            if ranks.rank():
+                return
             write(result, folder, settings.format, tokenizer)
             about = {"model": settings.model, "format": settings.format, "recipe": _recipe(settings)}
             written = write_report(result, folder, about)
@@ -99,6 +103,30 @@ def run(settings: Settings) -> None:
     except (ValueError, ImportError, OSError) as error:
         raise CommandError(str(error)) from error
     print(summary(result, settings.output, time.perf_counter() - started, verified))
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Joins the other processes, if torchrun has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _folder(settings: Settings) -> Iterator[Path]:
+    """Where to write: made by the first process, and known to all."""
+    if ranks.rank() == 0:
+        with new_folder(settings.output, resume=settings.resume) as folder:
+            ranks.gathered(folder)
+            yield folder
+    else:
+        yield ranks.gathered(None)[0]  # type: ignore[misc]
 
 
 def _verified(settings: Settings, folder: Path) -> str:
@@ -202,6 +230,9 @@ def _progress() -> Iterator[Callable[[ptq.LayerReport, int], None]]:
     Raises:
         CommandError: rich is not installed.
     """
+    if ranks.rank():
+        yield lambda report, layers: None
+        return
     try:
         bars: Any = importlib.import_module("rich.progress")
     except ImportError as error:

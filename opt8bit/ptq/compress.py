@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq import ranks
 from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.export import check_format
@@ -56,6 +57,9 @@ def compress(
     see: Callable[[LayerReport, int], None] | None = None,
 ) -> Result:
     """Rounds the weights of a language model's blocks, block by block, and corrects its outputs.
+
+    Where ``torch.distributed`` is initialized, the processes share the calibration's batches and the rows of the
+    weights; all are to be called alike, and get the same result.
 
     Args:
         model: with its blocks in an ``nn.ModuleList``, called as ``model(input_ids=...)``, such as a causal language
@@ -115,8 +119,18 @@ def compress(
     if checkpoint_format is not None:
         check_format(checkpoint_format, source.model, recipe)
     _check_layers(source, recipe)
+    if ranks.size() > 1:
+        _check_ranks(recipe, batches)
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
+    batches, kept = ranks.share(batches), ranks.share(kept)
     return run(source, batches, recipe, see or (lambda report, layers: None), held_out=kept, work=begun)
+
+
+def _check_ranks(recipe: Recipe, batches: list[dict[str, Tensor]]) -> None:
+    if len(batches) < ranks.size():
+        raise ValueError(f"{ranks.size()} processes have {len(batches)} batches to share: give more, or smaller ones")
+    if recipe.correct != "none" and recipe.statistic != "mean":
+        raise ValueError(f"several processes share means alone, got statistic={recipe.statistic!r}")
 
 
 def _format(
@@ -166,6 +180,7 @@ def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -
         "model": digest(tensor for _, tensor in source.tensors()),
         "calibration text": tokens[0],
         "held-out text": tokens[1],
+        "number of processes": str(ranks.size()),
         "version": version("opt8bit"),
     }
 

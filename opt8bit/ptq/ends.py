@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
+from opt8bit.ptq import ranks
 from opt8bit.ptq.calls import no_cache, replaced
 
 PROBED = 4  # tokens whose logits a checkpoint is checked by
@@ -71,7 +72,7 @@ def quality(
     end: ModelEnd, batches: Sequence[dict[str, Tensor]], hidden: Sequence[Tensor], hidden_hat: Sequence[Tensor]
 ) -> Quality | None:
     """How well both predict every token of the batches from those before; None where there are none, or no logits."""
-    tokens, losses, losses_hat, divergence = 0, 0.0, 0.0, 0.0
+    tokens = losses = losses_hat = divergence = 0.0
     for batch, x, x_hat in _sequences(batches, hidden, hidden_hat):
         logits, logits_hat = end.logits(batch, x), end.logits(batch, x_hat)
         if logits is None or logits_hat is None:
@@ -83,9 +84,10 @@ def quality(
         losses += float(nll_loss(exact, targets, reduction="sum"))
         losses_hat += float(nll_loss(ours, targets, reduction="sum"))
         divergence += float(kl_div(ours, exact, reduction="sum", log_target=True))
+    tokens, losses, losses_hat, divergence = ranks.total([tokens, losses, losses_hat, divergence])
     if not tokens:
         return None
-    return Quality(tokens, math.exp(losses / tokens), math.exp(losses_hat / tokens), divergence / tokens)
+    return Quality(int(tokens), math.exp(losses / tokens), math.exp(losses_hat / tokens), divergence / tokens)
 
 
 def _sequences(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq import bias as compensation
+from opt8bit.ptq import ranks
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.methods import RTN, Format, Method, Rounded
 from opt8bit.ptq.statistics import Inputs, Moments, Statistics
 from opt8bit.ptq.target import asymmetric_target
-from opt8bit.quant.grid import UniformGrid
+from opt8bit.quant.grid import Scales, UniformGrid
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def _statistics(inputs: Sequence[Inputs], recipe: Recipe, dtype: torch.dtype) ->
     )
     for batch in inputs:
         statistics.update(*batch.to(dtype))
+    statistics.of_all_ranks()
     return statistics
 
 
@@ -193,9 +195,15 @@ def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe, writers
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
         return {name: method.round(part, hessian, recipe.format) for name, part in parts}
-    whole = method.round(target, hessian, recipe.format)
+    whole = _of_all_ranks(method.round(ranks.rows_of_this(target), hessian, recipe.format), len(target))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
+
+
+def _of_all_ranks(part: Rounded, rows: int) -> Rounded:
+    """The weight of which every process has rounded some rows."""
+    scales = Scales(*(ranks.rows_of_all(of, rows) for of in part.scales))
+    return replace(part, codes=ranks.rows_of_all(part.codes, rows), scales=scales)
 
 
 def _shift(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq import ranks
+
 
 class OutputErrors:
     """Sums of squares over the tokens of all batches, by layer.
@@ -60,8 +62,8 @@ class OutputErrors:
 
     def relative(self, name: str) -> tuple[float, float]:
         """``E|y - ŷ|² / E|y|²``, without the shift and with it."""
-        signal = self._signal[name] or 1.0
-        return self._rounded[name] / signal, self._corrected[name] / signal
+        signal, rounded, corrected = ranks.total([self._signal[name], self._rounded[name], self._corrected[name]])
+        return rounded / (signal or 1.0), corrected / (signal or 1.0)
 
     def close(self) -> None:
         """Lets the layers go."""

@@ -41,7 +41,7 @@ def bias_places(model: nn.Module, names: Iterable[str], statistic: str = "mean")
     """For each layer, what lets it hold a bias of a statistic.
 
     Attention weights sum to 1, so that a constant passes from the values through to the output projection unchanged;
-    one by position does not. None where the architecture has no place: whoever loads the checkpoint would drop the bias.
+    one by position does not. None where the architecture has no place: who loads the checkpoint would drop the bias.
     """
     modules = dict(model.named_modules())
     places: Places = {name: None if modules[name].bias is None else Place("own") for name in names}

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opt8bit.ptq import ranks
+
 TRIANGLE = 192  # columns of one piece of a symmetric product: small enough to leave most of the upper half out
 
 
@@ -126,6 +128,14 @@ class Statistics:
         self.sum_x_hat_x_hat += other.sum_x_hat_x_hat
         self.sum_cross += other.sum_cross
         self.sum_drift_cross += other.sum_drift_cross
+
+    def of_all_ranks(self) -> None:
+        """Adds what all other processes have seen, if there are several."""
+        ranks.add(self.sum_x_hat_x_hat, self.sum_cross, self.sum_drift_cross)
+        mine = (self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift)
+        self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift = (
+            torch.cat(parts) for parts in zip(*ranks.gathered(mine), strict=True)
+        )
 
     @property
     def mean_x(self) -> Tensor:

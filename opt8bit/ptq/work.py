@@ -12,22 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt8bit.ptq import tensor_files
+from opt8bit.ptq import ranks, tensor_files
 from opt8bit.ptq.layer import Compressed, Recipe
 from opt8bit.ptq.methods import Outliers, Rounded
 from opt8bit.ptq.result import LayerReport
 from opt8bit.quant.grid import Scales
 
-MANIFEST, STREAMS = "manifest.json", "streams.safetensors"
+MANIFEST = "manifest.json"
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 class Work:
     """The folder of one run. A run that was killed goes on from its last finished block, and ends with the same bytes.
 
+    Of several processes each keeps its own hidden states, and the first one all else.
+
     Args:
         folder: made, if it is not there.
         identity: what the result depends on, by name: hashes of the model and the text, the options.
+
+    Attributes:
+        finished: blocks that are done, by all processes.
 
     Raises:
         ValueError: the folder is of a run whose identity differs; the message says in what.
@@ -42,20 +47,17 @@ class Work:
             changed = sorted(name for name in identity.keys() | had.keys() if identity.get(name) != had.get(name))
             if changed:
                 raise ValueError(f"the unfinished run in {folder} had another {' and '.join(changed)}")
-        else:
+        elif ranks.rank() == 0:
             _replace(manifest, lambda path: path.write_text(json.dumps(dict(identity), indent=2)))
+        saved = {int(path.suffixes[0][1:]) for path in folder.glob(f"streams-{ranks.rank()}.*.safetensors")}
+        self.finished = max(set.intersection(*ranks.gathered(saved)), default=0)
 
-    @property
-    def finished(self) -> int:
-        """Blocks that are done."""
-        if not (self.folder / STREAMS).is_file():
-            return 0
-        with tensor_files.opened(self.folder / STREAMS) as file:
-            return int(file.metadata()["finished"])
+    def _streams(self, finished: int) -> Path:
+        return self.folder / f"streams-{ranks.rank()}.{finished}.safetensors"
 
     def streams(self) -> list[Tensor]:
         """What was saved with the last finished block."""
-        with tensor_files.opened(self.folder / STREAMS) as file:
+        with tensor_files.opened(self._streams(self.finished)) as file:
             return [file.get_tensor(f"{i}").clone() for i in range(len(file.keys()))]
 
     def save(
@@ -71,10 +73,13 @@ class Work:
             "dtypes": {name: str(layer.dtype) for name, layer in layers.items()},
             "reports": [asdict(report) for report in reports],
         }
-        _replace(self._file(block), lambda path: tensor_files.save(tensors, path, {"block": json.dumps(about)}))
+        if ranks.rank() == 0:
+            _replace(self._file(block), lambda path: tensor_files.save(tensors, path, {"block": json.dumps(about)}))
         numbered = {f"{i}": stream for i, stream in enumerate(streams)}
-        finished = {"finished": str(block + 1)}
-        _replace(self.folder / STREAMS, lambda path: tensor_files.save(numbered, path, finished))
+        _replace(self._streams(block + 1), lambda path: tensor_files.save(numbered, path))
+        ranks.gathered(None)  # what all processes had in common goes when they have the next one
+        self._streams(self.finished).unlink(missing_ok=True)
+        self.finished = block + 1
 
     def reports(self) -> list[LayerReport]:
         """On the layers of all finished blocks."""

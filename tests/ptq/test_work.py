@@ -63,7 +63,7 @@ def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:
         "block-00000.safetensors",
         "block-00001.safetensors",
         "manifest.json",
-        "streams.safetensors",
+        "streams-0.2.safetensors",
     ]
 
 

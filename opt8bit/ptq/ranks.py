@@ -1,0 +1,75 @@
+"""Several processes that calibrate together: each sees its own part of the text, and all round by the sums of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number; 0 where it is alone."""
+    return dist.get_rank() if _are_several() else 0
+
+
+def size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if _are_several() else 1
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's part."""
+    return list(items[rank() :: size()])
+
+
+def add(*tensors: Tensor) -> None:
+    """Makes each the sum of all processes', in place."""
+    if _are_several():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """The sums of all processes' numbers."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    add(tensor)
+    return tensor.tolist()
+
+
+def gathered(value: T) -> list[T]:
+    """What each process has, in the order of their numbers."""
+    if not _are_several():
+        return [value]
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def rows_of_this(tensor: Tensor) -> Tensor:
+    """This process's part of the rows of a tensor that all have; the same number for each, the last ones twice."""
+    each = -(-len(tensor) // size())
+    start = min(rank() * each, len(tensor) - each)
+    return tensor[start : start + each]
+
+
+def rows_of_all(part: Tensor, rows: int) -> Tensor:
+    """The tensor whose part :func:`rows_of_this` gave each process."""
+    if not _are_several():
+        return part
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size())]
+    dist.all_gather(parts, part.contiguous())
+    each = len(part)
+    whole = part.new_empty(rows, *part.shape[1:])
+    for number, found in enumerate(parts):
+        start = min(number * each, rows - each)
+        whole[start : start + each] = found
+    return whole
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
