@@ -28,7 +28,7 @@ PROMPTS = [
 
 
 def serve(folder: str, target: Path) -> None:
-    import vllm
+    import vllm  # pyright: ignore[reportMissingImports]
 
     engine: Any = vllm.LLM(folder, max_model_len=256, enforce_eager=True, disable_log_stats=True)
     asked = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)

@@ -19,7 +19,7 @@ struct WeightRounding {
   float* zero_point;  // likewise
   float largest;      // code
   int64_t is_symmetric;
-  DType scale_dtype;  // that fitted scales are rounded to
+  DType scale_dtype;       // that fitted scales are rounded to
   const float* fractions;  // of the range to try; none to span it
   int64_t fraction_count;
   const float* importance;  // (columns), of errors in the search
