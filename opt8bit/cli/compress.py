@@ -24,6 +24,7 @@ from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.methods import Method
+from opt8bit.ptq.placement import OF_KEYS
 from opt8bit.ptq.report import FOLDER, as_json, write_report
 
 METHODS = ("rtn", "gptq", "quantease")
@@ -270,7 +271,10 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
     if result.recipe.correct != "none":
         placed = [row for row in rows if row.bias_place]
         lines.append(f"{len(placed)} biases, {sums['bias_bytes']:,} bytes more")
-        lines += [f"not corrected: {row.name}: {row.note}" for row in rows if row.note]
+        keys = [row for row in rows if row.note == OF_KEYS]
+        if keys:
+            lines.append(f"not corrected: {len(keys)} layers: {OF_KEYS}")
+        lines += [f"not corrected: {row.name}: {row.note}" for row in rows if row.note and row not in keys]
     quality = result.quality
     if quality is not None:
         lines.append(

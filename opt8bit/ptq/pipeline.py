@@ -16,7 +16,7 @@ from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, re
 from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.placement import Place, bias_places, value_bias_through
+from opt8bit.ptq.placement import Place, bias_places, value_bias_through, why_uncorrected
 from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.source import Source
 from opt8bit.ptq.statistics import Inputs
@@ -200,7 +200,9 @@ class _BlockTask:
             full, seconds = f"{self.name}.{name}", stage.seconds / len(stage.layers)
             place = self.result.places[full]
             errors = stage.errors.relative(name)
-            report = _layer_report(full, had, layer, errors, place, self.result.recipe, seconds)
+            corrects = self.result.recipe.correct != "none"
+            note = why_uncorrected(full, self.result.places) if corrects else None
+            report = _layer_report(full, had, layer, errors, place, note, seconds)
             self.reports.append(report)
             self.result.report.append(report)
             self.see(report)
@@ -211,7 +213,8 @@ class _BlockTask:
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         done: dict[str, Compressed] = {}
         for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
-            corrected = set() if recipe.correct == "none" else {n for n in group if places[f"{self.name}.{n}"]}
+            full = {n: f"{self.name}.{n}" for n in group}
+            corrected = {n for n in group if recipe.correct != "none" and why_uncorrected(full[n], places) is None}
             try:
                 done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected, self.writers)
             except ValueError as error:
@@ -253,7 +256,7 @@ def _layer_report(
     layer: Compressed,
     errors: tuple[float, float],
     place: Place | None,
-    recipe: Recipe,
+    note: str | None,
     seconds: float,
 ) -> LayerReport:
     weight, shift = matrix(had), layer.shift
@@ -261,7 +264,6 @@ def _layer_report(
     stored = 0
     if shift is not None and layer.bias is not None and not moved:
         stored = layer.bias.numel() - (0 if had.bias is None else len(weight))
-    missing = recipe.correct != "none" and shift is None
     return LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
@@ -272,6 +274,6 @@ def _layer_report(
         bias_bytes=stored * weight.element_size(),
         bias_place=None if shift is None else str(place),
         symmetry_cost=symmetry_cost(weight, layer.rounded.format),
-        note="the checkpoint has no place for a bias here" if missing else "",
+        note=note or "",
         seconds=seconds,
     )

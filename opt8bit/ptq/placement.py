@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.layer import Compressed
 
-VALUES, OUTPUTS = "v_proj", ("o_proj", "out_proj")
+KEYS, VALUES, OUTPUTS = "k_proj", "v_proj", ("o_proj", "out_proj")
+OF_KEYS = "a constant in the keys does nothing, or harm"
 LLAMA = "LlamaForCausalLM"
 
 
@@ -58,6 +59,17 @@ def bias_places(model: nn.Module, names: Iterable[str], statistic: str = "mean")
         if place is None and output is not None and statistic != "position":
             places[name] = Place("through", output)
     return places
+
+
+def why_uncorrected(name: str, places: Places) -> str | None:
+    """Why a layer gets no correction; None where it gets one.
+
+    What a constant in the keys adds to the scores of a query is the same for all positions, and lost in the softmax.
+    Under rotary embedding it is not the same, and has been seen to do harm.
+    """
+    if places[name] is None:
+        return "the checkpoint has no place for a bias here"
+    return OF_KEYS if name.rpartition(".")[2] == KEYS else None
 
 
 def config_with_places(model: nn.Module, places: Iterable[Place | None]) -> Any:

@@ -266,3 +266,19 @@ def test_a_full_disk_leaves_what_is_finished(folder: Path, tmp_path: Path) -> No
     done = subprocess.run(whole, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_torchrun_shares_the_work(written: Path, folder: Path, tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "opt8bit"]
+    words = ["compress", str(folder / "llama"), "--calibration", str(folder / "text.txt"), *WINDOWS, "--samples", "16"]
+    done = subprocess.run(
+        [*run, *words, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written in") == 1 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written.iterdir()}
+    again = subprocess.run(
+        [*run, *words, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert again.returncode and "out exists: give the name of a folder that does not" in again.stderr
