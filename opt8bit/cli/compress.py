@@ -94,7 +94,9 @@ def run(settings: Settings) -> None:
                 checkpoint_format=settings.format,
                 see=see,
             )
-            if ranks.rank():
+            is_first = ranks.rank() == 0
+            _part()  # what loads checkpoints would have all processes at it
+            if not is_first:
                 return
             write(result, folder, settings.format, tokenizer)
             about = {"model": settings.model, "format": settings.format, "recipe": _recipe(settings)}
@@ -116,6 +118,12 @@ def _processes() -> Iterator[None]:
     try:
         yield
     finally:
+        _part()
+
+
+def _part() -> None:
+    """Leaves the other processes, if there are some."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
