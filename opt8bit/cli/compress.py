@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from opt8bit.ptq.methods import Method
 from opt8bit.ptq.placement import OF_KEYS
 from opt8bit.ptq.report import FOLDER, as_json, write_report
 
-METHODS = ("rtn", "gptq", "quantease")
 GROUP_SIZES = (64, 32, 16)  # the first that divides all layers is the default
 SERVED_SYMMETRIC = (4, 8)  # bits that servers run on symmetric grids alone
 RECIPE = "recipe.json"
@@ -88,7 +87,7 @@ def run(settings: Settings) -> None:
                 correct=settings.correct,
                 statistic=settings.statistic,
                 error_propagation=settings.error_propagation,
-                overrides={override["layers"]: _override(settings, override) for override in settings.overrides},
+                overrides=_overrides(settings),
                 held_out=held_out,
                 work=folder / WORK,
                 checkpoint_format=settings.format,
@@ -103,7 +102,7 @@ def run(settings: Settings) -> None:
             written = write_report(result, folder, about)
             (written / RECIPE).write_text(json.dumps(_recipe(settings), indent=2) + "\n")
             verified = _verified(settings, folder)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     print(summary(result, settings.output, time.perf_counter() - started, verified))
 
@@ -130,12 +129,22 @@ def _part() -> None:
 @contextmanager
 def _folder(settings: Settings) -> Iterator[Path]:
     """Where to write: made by the first process, and known to all."""
-    if ranks.rank() == 0:
+    if ranks.rank():
+        folder = ranks.gathered(None)[0]
+        if folder is None:
+            raise CommandError("the first process has ended")
+        yield folder
+        return
+    told = False
+    try:
         with new_folder(settings.output, resume=settings.resume) as folder:
             ranks.gathered(folder)
+            told = True
             yield folder
-    else:
-        yield ranks.gathered(None)[0]  # type: ignore[misc]
+    except OSError:
+        if not told:
+            ranks.gathered(None)
+        raise
 
 
 def _verified(settings: Settings, folder: Path) -> str:
@@ -176,10 +185,20 @@ def _options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _override(settings: Settings, override: Mapping[str, Any]) -> dict[str, Any] | None:
-    if override.get("skip"):
-        return None
-    return _options(replace(settings, **{name: value for name, value in override.items() if name != "layers"}))
+def _overrides(settings: Settings) -> dict[str, dict[str, Any] | None]:
+    """By pattern; where one comes twice the last is meant, in its place."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for override in settings.overrides:
+        pattern = override["layers"]
+        given = {name: value for name, value in override.items() if name not in ("layers", "skip")}
+        if "method" in given:  # what the whole run says of its own method is not meant
+            given = {"act_order": None, "polish": None, "outliers": 0.0, "outlier_structure": None, **given}
+        found.pop(pattern, None)
+        try:
+            found[pattern] = None if override.get("skip") else _options(replace(settings, **given))
+        except (CommandError, ValueError) as error:
+            raise CommandError(f"override of {pattern!r}: {error}") from error
+    return found
 
 
 def _recipe(settings: Settings) -> dict[str, Any]:

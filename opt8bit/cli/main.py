@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
 from opt8bit.cli.models import CommandError
-from opt8bit.cli.recipes import read_recipe
+from opt8bit.cli.recipes import METHODS, read_recipe
 from opt8bit.optim.base import DEFAULTS
 from opt8bit.ptq.bias import CORRECTIONS, SHIFTS
 from opt8bit.ptq.export import FORMATS
@@ -27,6 +27,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 
@@ -85,9 +92,11 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of a model on the hub")
     add("--calibration", type=Path, required=True, metavar="FILE", help="text, in UTF-8, like what the model is for")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
-    add("--method", choices=compress.METHODS, default="gptq", help="that rounds")
+    add("--method", choices=METHODS, default="gptq", help="that rounds")
     add("--bits", type=int, choices=range(2, 9), default=4, metavar="N", help="of a weight, 2 to 8")
-    groups = "weights of a row that share a scale; 0 for whole rows (default: 64, or less where that divides no layer)"
+    groups = (
+        "weights of a row that share a scale; 0 for whole rows (default: what divides all layers, of 64, 32, 16 and 0)"
+    )
     add("--group-size", type=int, metavar="N", help=groups)
     symmetric = "grids with a fixed zero point (default: at 4 and 8 bits, as servers ask for it, but for dense)"
     add("--symmetric", action=argparse.BooleanOptionalAction, help=symmetric)
@@ -106,7 +115,7 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--samples", type=positive, default=64, metavar="N", help="windows of the calibration text")
     add("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a window")
     kept = "windows of the rest of the calibration text that tell how good the result is"
-    add("--held-out", type=int, default=8, metavar="N", help=kept)
+    add("--held-out", type=not_negative, default=8, metavar="N", help=kept)
     add("--format", choices=FORMATS, default="compressed-tensors", help="of the checkpoint")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of windows; 0 takes the first ones")
     add("--recipe", type=Path, metavar="FILE", help="options in JSON, and others for single layers; flags go first")
@@ -176,4 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (CommandError, demo.DemoError, memory.ModelError) as error:
         print(f"opt8bit {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"opt8bit {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0

@@ -51,7 +51,7 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
     if not folder.is_dir():
         try:
             download = importlib.import_module("huggingface_hub").snapshot_download
-            folder = Path(download(name, allow_patterns=["*.json", "*.safetensors", "*.py"]))
+            folder = Path(download(name, allow_patterns=["*.json", "model*.safetensors", "*.py"]))
         except Exception as error:  # of the network, of the hub, of the disk
             raise _cannot_load(name, error) from error
     try:

@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from opt8bit.cli.models import CommandError
+from opt8bit.ptq.methods.outliers import STRUCTURES
+from opt8bit.quant.grid import RANGES
 
 Overrides = Sequence[Mapping[str, Any]]
-OF_LAYERS = (
-    "method",
-    "bits",
-    "group_size",
-    "symmetric",
-    "range",
-    "polish",
-    "outliers",
-    "outlier_structure",
-    "act_order",
-    "skip",
-)
+METHODS = ("rtn", "gptq", "quantease")
+OF_LAYERS: dict[str, type | tuple[str, ...]] = {  # what an override may have: values of a type, or some words
+    "method": METHODS,
+    "bits": int,
+    "group_size": int,
+    "symmetric": bool,
+    "range": RANGES,
+    "polish": bool,
+    "outliers": float,
+    "outlier_structure": STRUCTURES,
+    "act_order": bool,
+    "skip": bool,
+}
+FLAGS = {"symmetric", "polish", "act_order"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def read_recipe(path: Path, options: Sequence[str]) -> tuple[list[str], Overrides]:
@@ -47,17 +52,25 @@ def read_recipe(path: Path, options: Sequence[str]) -> tuple[list[str], Override
         raise CommandError(f"{path}: overrides must be a list")
     for override in overrides:
         _check_override(path, override)
+    for name in FLAGS & recipe.keys():
+        if not isinstance(recipe[name], bool):
+            raise CommandError(f"{path}: {name} must be true or false, got {recipe[name]!r}")
     return [word for name, value in recipe.items() for word in _words(name, value)], overrides
 
 
 def _check_override(path: Path, override: Any) -> None:
     if not isinstance(override, dict) or not isinstance(override.get("layers"), str):
         raise CommandError(f"{path}: an override is an object with a pattern of names as 'layers', got {override!r}")
-    unknown = sorted(override.keys() - {"layers", *OF_LAYERS})
-    if unknown:
-        raise CommandError(f"{path}: an override may have {', '.join(OF_LAYERS)}, got {unknown[0]!r}")
-    if override.get("skip") not in (None, False, True):
-        raise CommandError(f"{path}: skip must be true or false, got {override['skip']!r}")
+    for name, value in override.items():
+        if name == "layers":
+            continue
+        if name not in OF_LAYERS:
+            raise CommandError(f"{path}: an override may have {', '.join(OF_LAYERS)}, got {name!r}")
+        allowed = OF_LAYERS[name]
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise CommandError(f"{path}: {name} of an override must be one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(allowed, type) and type(value) not in (allowed, int if allowed is float else allowed):
+            raise CommandError(f"{path}: {name} of an override must be {WORDS[allowed]}, got {value!r}")
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from opt8bit.ptq.layer import Override, Recipe
 from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
-from opt8bit.ptq.source import InMemory, Source, digest
+from opt8bit.ptq.source import InMemory, Source, digest, refuse_quantized
 from opt8bit.ptq.walk import greenlets
 from opt8bit.ptq.work import Work
 from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
@@ -83,7 +84,8 @@ def compress(
             leave the layers as they are. The last pattern that fits is the one.
         held_out: as ``calibration``: text to tell by how good the result is, of which nothing is learned.
         batch_size: sequences that go through a block together, where ``calibration`` is a tensor.
-        work: a folder for what is finished, so that the same call goes on from there if it did not end.
+        work: a folder for what is finished, so that the same call goes on from there if it did not end. The result
+            reads its layers from there: keep it until they are exported.
         checkpoint_format: of :func:`export`, if the result is meant for it: refused at once what it cannot hold.
         see: called after each layer with its report and the number of layers.
 
@@ -98,6 +100,7 @@ def compress(
     """
     greenlets()
     source = model if isinstance(model, Source) else InMemory(model)
+    refuse_quantized(getattr(source.model, "config", None))
     options: dict[str, Any] = {
         "method": method,
         "bits": bits,
@@ -160,11 +163,16 @@ def _override(
 ) -> Override:
     if given is None:
         return Override(pattern, None, _format(scale_dtype, **options))
+    if not isinstance(given, Mapping):
+        raise TypeError(f"overrides[{pattern!r}] must be a mapping of options, or None, got {given!r}")
     unknown = sorted(given.keys() - options.keys())
     if unknown:
         allowed = ", ".join(options)
         raise ValueError(f"overrides[{pattern!r}] may have {allowed}, got {unknown[0]!r}")
-    base = {**options, **({"grid": None} if given.keys() & {"bits", "symmetric", "range"} else {})}
+    of_grids = {"bits": 4, "symmetric": False, "range": None}
+    base = {**options, **(of_grids if given.get("grid") is not None else {})}
+    if given.keys() & of_grids.keys():
+        base["grid"] = None
     merged = {**base, **given}
     try:
         return Override(pattern, merged["method"], _format(scale_dtype, **merged))
@@ -177,7 +185,7 @@ def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -
     tokens = [digest(tensor for batch in text for _, tensor in sorted(batch.items())) for text in texts]
     return {
         "options": repr(recipe),
-        "model": digest(tensor for _, tensor in source.tensors()),
+        "model": digest(tensor for _, tensor in source.tensors()) + _configuration(source.model),
         "calibration text": tokens[0],
         "held-out text": tokens[1],
         "number of processes": str(ranks.size()),
@@ -190,6 +198,11 @@ def _scale_dtype(model: nn.Module) -> torch.dtype:
     _, blocks = find_blocks(model)
     dtype = matrix(next(iter(linear_layers(blocks[0]).values()))).dtype
     return dtype if dtype in SCALE_DTYPES else torch.float32
+
+
+def _configuration(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    return f" {zlib.crc32(config.to_json_string().encode()):08x}" if hasattr(config, "to_json_string") else ""
 
 
 def _check_layers(source: Source, recipe: Recipe) -> None:
@@ -229,7 +242,10 @@ def _batches(name: str, calibration: Calibration, batch_size: int, model: nn.Mod
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
         check_token_ids(name, calibration, model)
         return [{"input_ids": part.to(device)} for part in calibration.split(batch_size)]
-    batches = [{name: value.to(device) for name, value in batch.items()} for batch in calibration]
+    given = list(calibration)
+    if not all(isinstance(batch, Mapping) for batch in given):
+        raise TypeError(f"{name} must be one tensor of token ids (samples, length), or mappings that have input_ids")
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in given]
     if not batches or any("input_ids" not in batch for batch in batches):
         raise ValueError(f"{name} must be token ids (samples, length) or batches that have input_ids")
     for i, batch in enumerate(batches):

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from opt8bit.ptq import ranks
 from opt8bit.ptq.calls import no_cache, replaced
 
+MOST = 700.0  # nats; exp of more is beyond float64
 PROBED = 4  # tokens whose logits a checkpoint is checked by
 
 
@@ -76,7 +77,7 @@ def quality(
     for batch, x, x_hat in _sequences(batches, hidden, hidden_hat):
         logits, logits_hat = end.logits(batch, x), end.logits(batch, x_hat)
         if logits is None or logits_hat is None:
-            return None
+            break
         counts = batch["attention_mask"][0, 1:].bool() if "attention_mask" in batch else slice(None)
         targets = batch["input_ids"][0, 1:][counts]
         exact, ours = (log_softmax(of[0, :-1][counts].float(), -1) for of in (logits, logits_hat))
@@ -87,7 +88,11 @@ def quality(
     tokens, losses, losses_hat, divergence = ranks.total([tokens, losses, losses_hat, divergence])
     if not tokens:
         return None
-    return Quality(int(tokens), math.exp(losses / tokens), math.exp(losses_hat / tokens), divergence / tokens)
+    return Quality(int(tokens), _perplexity(losses / tokens), _perplexity(losses_hat / tokens), divergence / tokens)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < MOST else math.inf
 
 
 def _sequences(

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from opt8bit.ptq import tensor_files
 from opt8bit.ptq.source import files_of
+from opt8bit.quant.packing import WORD
 
+KNOWN = ("compressed-tensors", "gptq", "dense")
 PACKED = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx"}
 
 
@@ -69,21 +70,17 @@ def inspect(folder: str | Path) -> Contents:
     """Reads the headers of a checkpoint's files.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing or damaged, or of a format that is not known here.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} is missing or damaged: {error}") from error
-    quantization = config.get("quantization_config") or {}
-    contents = Contents(quantization.get("quant_method", "dense"))
-    headers = {name: header for file in set(files_of(folder).values()) for name, header in tensor_files.headers(file)}
+    contents = Contents(_format(folder / "config.json"))
+    files = files_of(folder)
+    headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
     packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in ("weight_packed", "qweight")}
     for owner, parts in sorted(_by_owner(headers)):
         stored = {key: size for key, (_, size) in parts.items()}
         if owner in packed:
-            layer = _packed(parts, quantization)
+            layer = _of_gptq(parts) if "qweight" in parts else _of_compressed_tensors(owner, parts, files)
             layer.stored_bytes = sum(size for key, size in stored.items() if key in PACKED)
         elif not packed and len(parts.get("weight", ((), 0))[0]) == 2:
             rows, columns = parts["weight"][0]
@@ -97,6 +94,18 @@ def inspect(folder: str | Path) -> Contents:
     return contents
 
 
+def _format(path: Path) -> str:
+    try:
+        config = json.loads(path.read_text())
+        quantization = config.get("quantization_config")
+        name = "dense" if quantization is None else quantization["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    if name not in KNOWN:
+        raise ValueError(f"{path} is of the format {name}: only {', '.join(KNOWN)} can be inspected")
+    return name
+
+
 Parts = Mapping[str, "tuple[tuple[int, ...], int]"]  # shape and bytes by the last part of the name
 
 
@@ -108,17 +117,14 @@ def _by_owner(headers: Mapping[str, tuple[tuple[int, ...], int]]) -> Iterator[tu
     yield from owners.items()
 
 
-def _packed(parts: Parts, quantization: Mapping[str, Any]) -> Layer:
-    if "qweight" in parts:
-        bits = int(quantization["bits"])
-        words, rows = parts["qweight"][0]
-        return Layer((rows, words * 32 // bits), bits)
-    rows, words = parts["weight_packed"][0]
-    groups = parts["weight_scale"][0][1]
-    schemes = [group["weights"] for group in quantization["config_groups"].values()]
-    # Of the schemes, the one whose group size and width fit the words that are there.
-    for scheme in schemes:
-        columns = groups * scheme["group_size"] if scheme.get("group_size") else 32 * words // scheme["num_bits"]
-        if -(-columns * scheme["num_bits"] // 32) == words:
-            return Layer((rows, columns), scheme["num_bits"])
-    raise ValueError("quantization_config has no scheme that fits the weights")
+def _of_gptq(parts: Parts) -> Layer:
+    words, rows = parts["qweight"][0]
+    (columns,) = parts["g_idx"][0]
+    return Layer((rows, columns), WORD * words // columns)
+
+
+def _of_compressed_tensors(owner: str, parts: Parts, files: Mapping[str, Path]) -> Layer:
+    shape = f"{owner}.weight_shape"
+    with tensor_files.opened(files[shape]) as file:
+        rows, columns = file.get_tensor(shape).tolist()
+    return Layer((rows, columns), WORD * parts["weight_packed"][0][1] // columns)

@@ -46,6 +46,9 @@ def run(
     prefix, blocks = find_blocks(model)
     everywhere = list(block_layers(model))
     places = bias_places(model, everywhere, recipe.statistic) if recipe.correct != "none" else dict.fromkeys(everywhere)
+    for name, place in places.items():
+        if place is not None and place.kind == "through" and recipe.of(place.name) is None:
+            places[name] = None
     layers = sum(recipe.of(name) is not None for name in everywhere)
     result = Result(source, recipe, places)
     everything = [*batches, *held_out]
@@ -56,30 +59,54 @@ def run(
         calls = [block_calls(model, blocks, batch, as_tuple=as_tuple) for batch in everything]
         masks = [batch.get("attention_mask") for batch in batches]
         streams = Streams(*([of_batch[0].hidden for of_batch in calls] for _ in range(2)))
+        calls = [[call._replace(hidden=call.hidden[:0]) for call in of_batch] for of_batch in calls]
         first = work.finished if work else 0
         if work and first:
-            saved = work.streams()
+            saved = [stream.to(calls[0][0].hidden.device) for stream in work.streams()]
             streams = Streams(saved[: len(calls)], saved[len(calls) :])
             for report in work.reports():
                 result.report.append(report)
                 see(report, layers)
         for i in range(first, len(blocks)):
-            name = f"{prefix}.{i}"
-            here = Streams(*([of[i]._replace(hidden=x) for of, x in zip(calls, s, strict=True)] for s in streams))
-            with source.block(name) as block:
-                task = _BlockTask(name, block, parts[i], result, masks, lambda report: see(report, layers))
-                streams = task.run(here)
-            value_bias_through(places, task.done, model)
+            streams, done, reports = _run_block(
+                source,
+                f"{prefix}.{i}",
+                parts[i],
+                result,
+                masks,
+                [of[i] for of in calls],
+                streams,
+                lambda r: see(r, layers),
+            )
             if work:
-                work.save(i, task.done, task.reports, [*streams.exact, *streams.compressed])
+                work.save(i, done, reports, [*streams.exact, *streams.compressed])
             else:
-                result.layers = {**result.layers, **task.done}
+                result.layers = {**result.layers, **done}
         if work:
             result.layers = work.layers(recipe)
         ends = ModelEnd(model, blocks, as_tuple)
         result.probe = probe(ends, batches[0], streams.compressed[0])
         result.quality = quality(ends, held_out, *(stream[len(batches) :] for stream in streams))
     return result
+
+
+def _run_block(
+    source: Source,
+    name: str,
+    parts: Anatomy,
+    result: Result,
+    masks: Sequence[Tensor | None],
+    calls: Sequence[Call],
+    streams: Streams,
+    see: Callable[[LayerReport], None],
+) -> tuple[Streams, dict[str, Compressed], list[LayerReport]]:
+    """The streams behind the block, its layers and the reports on them. Nothing else of it is left in memory."""
+    here = Streams(*([call._replace(hidden=x) for call, x in zip(calls, stream, strict=True)] for stream in streams))
+    with source.block(name) as block:
+        task = _BlockTask(name, block, parts, result, masks, see)
+        behind = task.run(here)
+    value_bias_through(result.places, task.done, source.model)
+    return behind, task.done, task.reports
 
 
 class Streams(NamedTuple):

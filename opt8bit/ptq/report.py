@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opt8bit.ptq import tensor_files
+from opt8bit.ptq.ends import Probe
 from opt8bit.ptq.result import LayerReport, Result
 
 FOLDER = "opt8bit"  # inside a checkpoint
@@ -26,7 +27,7 @@ def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> 
         The folder.
     """
     folder = checkpoint / FOLDER
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / REPORT).write_text(json.dumps(as_json(result, about), indent=2) + "\n")
     with (folder / LAYERS).open("w", newline="") as file:
         rows = [_row(layer) for layer in result.report]
@@ -34,10 +35,13 @@ def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> 
         writer.writeheader()
         writer.writerows(rows)
     (folder / PICTURE).write_text(picture(result.report), encoding="utf-8")
-    if result.probe is not None:
-        tensors = {**result.probe.inputs, "logits": result.probe.logits}
-        tensor_files.save(tensors, folder / PROBE)
     return folder
+
+
+def write_probe(probe: Probe, checkpoint: Path) -> None:
+    """Writes what :func:`opt8bit.ptq.verify` compares a checkpoint with."""
+    (checkpoint / FOLDER).mkdir(exist_ok=True)
+    tensor_files.save({**probe.inputs, "logits": probe.logits}, checkpoint / FOLDER / PROBE)
 
 
 def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:

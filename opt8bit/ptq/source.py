@@ -79,14 +79,14 @@ class Checkpoint(Source):
 
     Raises:
         OtherNames: the weights have other names than the model's.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or the weights are quantized already.
         ImportError: transformers or safetensors is not installed.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        self.folder = folder
-        self._files = files_of(folder)
-        self.model = _skeleton(folder, self._files, trust_remote_code)
+    def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
+        self.folder = Path(folder)
+        self._files = files_of(self.folder)
+        self.model = _skeleton(self.folder, self._files, trust_remote_code)
         names = [name for name, _ in _parameters_and_buffers(self.model)]
         self._stored_names = _matched(names, self._files.keys(), getattr(self.model, "base_model_prefix", ""))
         blocks, _ = find_blocks(self.model)
@@ -163,7 +163,7 @@ def files_of(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
     try:
         where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {error}") from error
     for file in sorted(set(where.values())):
         with opened(folder / file) as handle:
@@ -177,12 +177,24 @@ def _skeleton(folder: Path, files: Mapping[str, Path], trust_remote_code: bool) 
     """The model with buffers, and parameters that have a shape and a dtype but no memory."""
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    refuse_quantized(config)
     dtype = getattr(config, "dtype", None) or _first_dtype(files)
     with _parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def refuse_quantized(config: Any) -> None:
+    """
+    Raises:
+        ValueError: a configuration is that of a quantized model.
+    """
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        has = quantization if isinstance(quantization, dict) else vars(quantization)
+        raise ValueError(f"the model is quantized already, by {has.get('quant_method')}: compress the original")
 
 
 def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:

@@ -69,10 +69,10 @@ class Writer:
         """
         Raises:
             OSError: it cannot be written.
-            ValueError: the format has no such dtype.
+            ValueError: its dtype is none of :data:`DTYPES`.
         """
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name}: safetensors has no {tensor.dtype}")
+            raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
         self.names.append(name)
         self.bytes += tensor.numel() * tensor.element_size()
         if tensor.numel() * tensor.element_size() % ALIGNMENT:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from opt8bit.ptq import tensor_files
 from opt8bit.ptq.blocks import evaluating
 from opt8bit.ptq.report import FOLDER, PROBE
 
@@ -47,7 +48,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verificati
     """Loads a checkpoint by ``AutoModelForCausalLM.from_pretrained`` and runs the sequence that it was written with.
 
     Args:
-        folder: that :func:`export` or ``opt8bit compress`` wrote, with a probe beside it.
+        folder: that :func:`export` or ``opt8bit compress`` wrote.
         trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
@@ -58,12 +59,15 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verificati
     probe = folder / FOLDER / PROBE
     if not probe.is_file():
         raise ValueError(f"{folder} has no {FOLDER}/{PROBE}: only what opt8bit compress has written can be verified")
-    tensors: dict[str, torch.Tensor] = importlib.import_module("safetensors.torch").load_file(probe)
+    with tensor_files.opened(probe) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    if not {"logits", "input_ids"} <= tensors.keys():
+        raise ValueError(f"{probe} is damaged: it has {', '.join(sorted(tensors))}")
     expected = tensors.pop("logits")
     transformers: Any = importlib.import_module("transformers")
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+            folder, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except ImportError:
         raise
@@ -74,7 +78,9 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> Verificati
     error = float((found - expected).abs().max() / expected.std())
     wrong = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
     dtype = _dtype(folder, model)
-    return Verification(error, TOLERANCES[dtype], sorted(info["unexpected_keys"]), sorted(wrong))
+    return Verification(
+        error, TOLERANCES.get(dtype, max(TOLERANCES.values())), sorted(info["unexpected_keys"]), sorted(wrong)
+    )
 
 
 def _dtype(folder: Path, model: Any) -> torch.dtype:

@@ -40,7 +40,7 @@ class Work:
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
         self.folder = folder
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST
         if manifest.is_file():
             had = json.loads(manifest.read_text())
@@ -78,7 +78,9 @@ class Work:
         numbered = {f"{i}": stream for i, stream in enumerate(streams)}
         _replace(self._streams(block + 1), lambda path: tensor_files.save(numbered, path))
         ranks.gathered(None)  # what all processes had in common goes when they have the next one
-        self._streams(self.finished).unlink(missing_ok=True)
+        for path in self.folder.glob(f"streams-{ranks.rank()}.*.safetensors"):
+            if path != self._streams(block + 1):
+                path.unlink()
         self.finished = block + 1
 
     def reports(self) -> list[LayerReport]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -141,7 +142,8 @@ class UniformGrid(Grid):
         scale = (high - low) / self.largest
         scale = self.storable(torch.where(scale > 0, scale, 1))  # 1 for a block of zeros
         middle = torch.full_like(scale, 2 ** (self._bits - 1))
-        return Scales(scale, middle if self.symmetric else (-low / scale).round())
+        # A scale that was rounded down would put it beyond the last code.
+        return Scales(scale, middle if self.symmetric else (-low / scale).round().clamp_(max=self.largest))
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         return (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self.largest).to(torch.uint8)
@@ -174,7 +176,8 @@ class CodebookGrid(Grid):
         self.range = _checked_range(range)
 
     def __repr__(self) -> str:
-        return f"CodebookGrid({self.codebook.numel()} values, range={self.range!r})"
+        values = f"{self.codebook.numel()} values #{zlib.crc32(self.codebook.numpy().tobytes()):08x}"
+        return f"CodebookGrid({values}, range={self.range!r}, scale_dtype={self.scale_dtype})"
 
     @property
     def bits(self) -> int:

@@ -106,7 +106,12 @@ def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path,
         ('{"overrides": {}}', "overrides must be a list"),
         ('{"overrides": [{"bits": 3}]}', "a pattern of names as 'layers'"),
         ('{"overrides": [{"layers": "*", "seed": 3}]}', "an override may have method, .*, got 'seed'"),
-        ('{"overrides": [{"layers": "*", "skip": 1.5}]}', "skip must be true or false, got 1.5"),
+        ('{"overrides": [{"layers": "*", "skip": 1.5}]}', "skip of an override must be true or false, got 1.5"),
+        ('{"overrides": [{"layers": "*", "symmetric": "false"}]}', "symmetric of an override must be true or false"),
+        ('{"overrides": [{"layers": "*", "outliers": "0.1"}]}', "outliers of an override must be a number, got '0.1'"),
+        ('{"overrides": [{"layers": "*", "method": "gptqq"}]}', "must be one of rtn, gptq, quantease, got 'gptqq'"),
+        ('{"overrides": [{"layers": "*_proj", "act_order": true, "method": "rtn"}]}', "override of .*: --act-order"),
+        ('{"symmetric": "true"}', "symmetric must be true or false, got 'true'"),
         ('{"overrides": [{"layers": "*.gate"}]}', r"overrides\['\*.gate'\] fits no layer; there is model.layers.0"),
         ('{"overrides": [{"layers": "*", "skip": true}]}', "overrides leave every layer as it is"),
         ('{"overrides": [{"layers": "*.v_proj", "bits": 9}]}', "bits must be 2 to 8, got 9"),
@@ -124,6 +129,40 @@ def test_recipes_are_checked(
     assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_of_overrides_with_one_pattern_the_last_is_meant(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    overrides = [
+        {"layers": "*.v_proj", "skip": True},
+        {"layers": "*", "bits": 2},
+        {"layers": "*.v_proj", "method": "rtn"},
+    ]
+    recipe.write_text(json.dumps({"act_order": False, "symmetric": True, "overrides": overrides}))
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", "--recipe", str(recipe)) == 0
+    report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())
+    bits = {layer["name"].rpartition(".")[2]: layer["bits_per_weight"] for layer in report["layers"]}
+    assert bits["v_proj"] == 6 and bits["q_proj"] == 4
+
+
+def test_inspect_tells_several_widths_apart(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.json"
+    overrides = [{"layers": "*.mlp.*", "bits": 8, "group_size": 0}, {"layers": "*.o_proj", "skip": True}]
+    recipe.write_text(json.dumps({"overrides": overrides}))
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", "--recipe", str(recipe)) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"q_proj +32 × 32  4-bit codes", printed) and re.search(
+        r"down_proj +32 × 64  8-bit codes", printed
+    )
+    for config in ("[]", '{"quantization_config": "x"}', '{"quantization_config": {}}'):
+        (tmp_path / "out" / "config.json").write_text(config)
+        assert main(["inspect", str(tmp_path / "out")]) == 2
+        assert "config.json is missing or damaged" in capsys.readouterr().err
+    (tmp_path / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    assert "of the format awq: only compressed-tensors, gptq, dense can be inspected" in capsys.readouterr().err
 
 
 def test_verify_says_what_is_wrong(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +186,9 @@ def test_verify_says_what_is_wrong(written: Path, tmp_path: Path, capsys: pytest
     save(**{"model.layers.0.mlp.up_proj.bias": None})
     assert main(["verify", str(damaged)]) == 2
     assert "missing: model.layers.0.mlp.up_proj.bias" in capsys.readouterr().err
+    (damaged / "opt8bit" / "probe.safetensors").write_bytes(b"x")
+    assert main(["verify", str(damaged)]) == 2
+    assert "probe.safetensors is missing or damaged" in capsys.readouterr().err
     shutil.rmtree(damaged / "opt8bit")
     assert main(["verify", str(damaged)]) == 2
     assert "only what opt8bit compress has written can be verified" in capsys.readouterr().err
@@ -198,20 +240,34 @@ def command(model: Path, text: Path, output: Path, *arguments: str) -> list[str]
     return [sys.executable, "-W", "ignore", "-c", code]
 
 
+def changes(folder: Path) -> dict[str, int]:
+    """The files below a folder, and their sizes."""
+    found = {}
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # gone since
+            found[str(path)] = path.stat().st_size
+    return found
+
+
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(written: Path, folder: Path, tmp_path: Path) -> None:
     moments, kills, out = random.Random(0), 0, tmp_path / "out"
     options = command(folder / "llama", folder / "text.txt", out, "--correct", "sequential", "--resume")
-    for chance in range(7):
+    while True:
         process = subprocess.Popen(options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (tmp_path / ".out.partial").exists():
-            time.sleep(0.01)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(0, 4) if chance < 6 else None)
+        before = changes(tmp_path)
+        for _ in range(moments.randint(2, 6)):  # so many new names or sizes of files later
+            while process.poll() is None and changes(tmp_path) == before:
+                time.sleep(0.001)
+            before = changes(tmp_path)
+        if process.poll() is not None or kills == 6:
+            process.wait()
             break
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += not out.exists()
-    assert out.exists() and process.returncode in (0, -signal.SIGKILL)
+        kills += 1
+        if out.exists():  # at the very end
+            break
+    assert out.exists()
     assert kills
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     for file in written.rglob("*"):

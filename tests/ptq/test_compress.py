@@ -288,6 +288,36 @@ def test_the_report_is_given_as_layers_are_done() -> None:
     assert seen == [(row.name, 14) for row in result.report]
 
 
+def test_values_stay_uncorrected_where_their_output_is_left_as_it_is() -> None:
+    overrides = {"*.out_proj": None}
+    result = ptq.compress(MODELS["gpt_neo"](), token_ids(), group_size=16, correct="sequential", overrides=overrides)
+    rows = {row.name.rpartition(".")[2]: row for row in result.report}
+    assert "out_proj" not in rows and rows["v_proj"].note == "the checkpoint has no place for a bias here"
+
+
+def test_overrides_are_checked_and_the_last_one_is_meant() -> None:
+    model, ids = MODELS["llama"](), token_ids()
+    grid = CodebookGrid(normal_float(4))
+    overrides = {
+        "*.q_proj": None,
+        "*_proj": {"bits": 2},
+        "*.down_proj": {"grid": grid},
+        "*.0.*.up_proj": {"method": ptq.RTN()},
+    }
+    result = ptq.compress(model, ids, bits=3, group_size=16, overrides=overrides)
+    formats = {name.split(".", 3)[-1]: layer.rounded.format.grid for name, layer in result.layers.items()}
+    assert formats["mlp.down_proj"] is grid and formats["self_attn.q_proj"].bits == 2
+    for wrong, message in (
+        ({"*.q_proj": 8}, r"overrides\['\*.q_proj'\] must be a mapping of options, or None, got 8"),
+        ({"*.q_proj": {"width": 8}}, r"may have method, bits, group_size, symmetric, range, grid, got 'width'"),
+        ({"*.q_proj": {"bits": 3, "grid": grid}}, r"overrides\['\*.q_proj'\]: bits, symmetric and range are those of"),
+        ({"*.q_proj": {"group_size": 48}}, "layers.0.self_attn.q_proj: group_size must be a positive divisor"),
+        ({"*.z_proj": None}, "fits no layer"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ptq.compress(model, ids, group_size=16, overrides=wrong)  # type: ignore[arg-type]
+
+
 def test_a_codebook_serves_as_a_grid() -> None:
     result = ptq.compress(
         MODELS["llama"](), token_ids(), method=ptq.GPTQ(), grid=CodebookGrid(normal_float(4)), group_size=16

@@ -1,6 +1,7 @@
 """Checkpoints: what was compressed is what is loaded, and nothing half-written is left."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
+from opt8bit.ptq.compress import polished
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.shards import write_shards
 from opt8bit.quant import CodebookGrid, normal_float
@@ -111,19 +113,51 @@ def test_formats_say_what_they_cannot_hold(tmp_path: Path) -> None:
         ),
         (ptq.compress(MODELS["gpt2"](), ids, group_size=16), "compressed-tensors", "nn.Linear alone, got Conv1D"),
         (
-            ptq.compress(
-                llama, ids, group_size=16, symmetric=True, overrides={"*.down_proj": {"bits": 8}, "*.1.*": None}
-            ),
+            ptq.compress(llama, ids, group_size=16, symmetric=True, overrides={"*.down_proj": {"bits": 8}}),
             "gptq",
             "one width and one group size",
         ),
     ]
     mixed = ptq.compress(llama, ids, group_size=16, overrides={"*.down_proj": {"bits": 8}})
+    left = ptq.compress(llama, ids, group_size=16, symmetric=True, overrides={"*.1.*": None})
+    cases.append((left, "gptq", "model.layers.1.self_attn.q_proj: gptq has no word for layers that stay as they are"))
     cases.append((mixed, "compressed-tensors", "several widths or group sizes where all grids are symmetric"))
     for result, format, message in cases:
         with pytest.raises(ValueError, match=message):
             ptq.export(result, tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_what_a_format_cannot_hold_is_refused_before_the_work(format: str) -> None:
+    seen: list[ptq.LayerReport] = []
+    for method in (ptq.OutlierQuantEase(0.1), polished(ptq.OutlierQuantEase(0.1))):
+        with pytest.raises(
+            ValueError, match=r"layers.0.self_attn.q_proj: .* has no place for weights that are kept exact"
+        ):
+            ptq.compress(
+                MODELS["llama"](),
+                token_ids(),
+                method=method,
+                group_size=16,
+                symmetric=True,
+                checkpoint_format=format,
+                see=lambda report, count: seen.append(report),
+            )
+    assert not seen
+
+
+def test_groups_without_positive_weights_are_packed_right(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model: Any = MODELS["llama"]()
+    rotary = model.model.rotary_emb.inv_freq
+    model.to(torch.bfloat16).model.rotary_emb.inv_freq = rotary
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data.abs_().neg_()
+    result = ptq.compress(model, token_ids(), bits=8, group_size=16)
+    loaded, _ = load(ptq.export(result, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
 
 
 @pytest.mark.parametrize("format", ["dense", "compressed-tensors"])
@@ -212,6 +246,37 @@ def test_folders_made_on_the_way_go_with_a_failure(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "b" / "c"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="name too long"), new_folder(tmp_path / "a" / ("b" * 250)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_is_kept_where_somebody_else_has_taken_its_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileExistsError, match=r"somebody else has made .* the result is in"),
+        new_folder(tmp_path / "a") as folder,
+    ):
+        (folder / "file").write_text("x")
+        (tmp_path / "a").mkdir()
+    assert (tmp_path / ".a.partial" / "file").read_text() == "x" and not list((tmp_path / "a").iterdir())
+
+
+def test_nobody_takes_a_folder_while_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = os.rename
+
+    def rename(old: Path, new: Path) -> None:
+        for resume in (False, True):
+            with (
+                pytest.raises(FileExistsError, match="another run is writing"),
+                new_folder(tmp_path / "a", resume=resume),
+            ):
+                pass
+        renamed(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
 
 
 def test_formats_are_checked(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_fits_are_the_same_bits_but_for_the_search(grid: UniformGrid, kernels: s
     assert same.all() if grid.range == "minmax" else same.float().mean() > 0.99
 
 
+def test_zero_points_are_codes(kernels: str) -> None:
+    weight = -torch.rand(512, 64, generator=torch.Generator().manual_seed(0))
+    grid = UniformGrid(8, scale_dtype=torch.bfloat16)
+    fitted = LayerKernels(Native(kernels), grid).fit(weight, 16, torch.ones(64))
+    assert fitted.zero_point.max() == 255
+    assert torch.equal(fitted.zero_point, grid.fit(weight.unflatten(1, (-1, 16))).zero_point[..., 0])
+
+
 def test_threads_change_no_bit(kernels: str, monkeypatch) -> None:
     monkeypatch.setenv(backends.ENVIRONMENT, kernels)
     weight, hessian = layer(200, 96, torch.float32)

@@ -51,8 +51,12 @@ def run(folder: Path, **options: Any) -> None:
     code = CODE.format(tests=str(Path(__file__).parent))
     (folder / "store").unlink(missing_ok=True)
     words = [[sys.executable, "-c", code, str(rank), str(folder), repr(options)] for rank in range(2)]
-    for process in [subprocess.Popen(each) for each in words]:
-        assert process.wait() == 0
+    processes = [subprocess.Popen(each) for each in words]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("correct", ["none", "joint"])

@@ -130,6 +130,28 @@ def test_scales_are_what_their_dtype_holds(dtype: torch.dtype, range: str) -> No
         assert (x - grid.nearest(x, scales)).abs().max() < 1.7 * scales.scale.max()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_are_codes_where_no_weight_is_positive(bits: int) -> None:
+    x = -torch.rand(4096, 16, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        grid = UniformGrid(bits, scale_dtype=dtype)
+        scales = grid.fit(x)
+        assert 0 <= scales.zero_point.min() and scales.zero_point.max() == grid.largest
+        zeros = torch.zeros(1)
+        assert (grid.nearest(zeros, scales) == 0).all()
+
+
+def test_grids_of_other_values_have_other_names() -> None:
+    grids = [
+        CodebookGrid(normal_float(4)),
+        CodebookGrid(torch.linspace(-1, 1, 16)),
+        CodebookGrid(normal_float(4), scale_dtype=torch.float16),
+        CodebookGrid(normal_float(4), range="mse"),
+    ]
+    assert len({repr(grid) for grid in grids}) == 4
+    assert repr(grids[0]) == repr(CodebookGrid(normal_float(4)))
+
+
 def test_scales_beyond_a_dtype_take_its_ends() -> None:
     grid = UniformGrid(4, scale_dtype=torch.float16)
     assert grid.storable(torch.tensor([1e-12, 1e9])).tolist() == [2**-24, 65504]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.gptq import GPTQFormat
 from opt8bit.ptq.export.layout import Layout, Planned
 from opt8bit.ptq.export.shards import write_shards
-from opt8bit.ptq.layer import Compressed, Recipe
+from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.placement import config_with_places
+from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import Result
+from opt8bit.ptq.source import Checkpoint
 
 FORMATS: dict[str, Layout] = {
     "compressed-tensors": CompressedTensors(),
@@ -62,6 +65,11 @@ def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> N
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if isinstance(result.source, Checkpoint):
+        for code in result.source.folder.glob("*.py"):  # of models whose code comes with them
+            shutil.copy(code, folder)
+    if result.probe is not None:
+        write_probe(result.probe, folder)
 
 
 def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
@@ -78,7 +86,8 @@ def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
     layers = block_layers(model)
     recipes = {name: recipe.of(name) for name in layers}
-    FORMATS[format].check({name: Planned(layers[name], own.format) for name, own in recipes.items() if own is not None})
+    planned = {name: Planned(layers[name], own.format, own.method) for name, own in recipes.items() if own is not None}
+    FORMATS[format].check(planned, [name for name in layers if name not in planned])
 
 
 def _config(result: Result, layout: Layout) -> Any:
@@ -100,20 +109,13 @@ def _tensors(result: Result, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     switched = {name for name, place in result.places.items() if place and place.kind in ("switch", "llama")}
     for name, tensor in result.source.tensors():
         owner, _, kind = name.rpartition(".")
-        if owner not in result.layers:
+        layer = result.layers[owner] if kind in ("weight", "bias") and owner in result.layers else None
+        if layer is None:
             yield name, tensor
         elif kind == "weight":
-            for suffix, part in _weight(layout, owner, result.layers[owner], modules[owner]).items():
+            for suffix, part in layout.weight(layer, modules[owner]).items():
                 yield f"{owner}.{suffix}", part
-        bias = result.layers[owner].bias if owner in result.layers else None
-        if kind == "weight" and bias is not None:
-            yield f"{owner}.bias", bias.to(tensor.dtype)
+        if kind == "weight" and layer is not None and layer.bias is not None:
+            yield f"{owner}.bias", layer.bias.to(layer.dtype)
         elif kind == "weight" and owner in switched:
             yield f"{owner}.bias", tensor.new_zeros(len(matrix(modules[owner])))
-
-
-def _weight(layout: Layout, name: str, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-    try:
-        return layout.weight(layer, module)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error

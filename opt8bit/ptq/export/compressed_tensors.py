@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.export.uniform import check_uniform, refuse_outliers, uniform_grid
+from opt8bit.ptq.export.uniform import check_uniform, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.methods import Format
 from opt8bit.ptq.result import Result
@@ -25,7 +25,7 @@ class CompressedTensors(Layout):
     symmetric; ``weight_shape`` is (out, in). A weight is ``(code - zero_point) * weight_scale``.
     """
 
-    def check(self, layers: Mapping[str, Planned]) -> None:
+    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
         schemes = {repr(sorted(_scheme(planned.format).items(), key=str)) for planned in layers.values()}
         if len(schemes) > 1 and _brought_back({planned.module for planned in layers.values()}, grids.values()):
@@ -35,7 +35,6 @@ class CompressedTensors(Layout):
             )
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        refuse_outliers("compressed-tensors", layer)
         rounded = layer.rounded
         grid = uniform_grid(rounded.format)
         tensors = {
@@ -44,7 +43,7 @@ class CompressedTensors(Layout):
             "weight_shape": torch.tensor(rounded.codes.shape),
         }
         if not grid.symmetric:
-            tensors["weight_zero_point"] = pack(rounded.scales.zero_point.T.to(torch.uint8), grid.bits).T
+            tensors["weight_zero_point"] = pack(rounded.scales.zero_point.T.to(torch.int64), grid.bits).T
         return tensors
 
     def config(self, result: Result) -> dict[str, Any]:
@@ -52,7 +51,7 @@ class CompressedTensors(Layout):
         schemes: list[dict[str, Any]] = []
         targets: list[list[str]] = []  # names, by scheme
         for name in sorted(result.layers):
-            scheme = _scheme(result.layers[name].rounded.format)
+            scheme = _scheme(_format(result, name))
             if scheme not in schemes:
                 schemes.append(scheme)
                 targets.append([])
@@ -61,7 +60,7 @@ class CompressedTensors(Layout):
         if len(schemes) == 1:
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        grids = (uniform_grid(layer.rounded.format) for layer in result.layers.values())
+        grids = (uniform_grid(_format(result, name)) for name in result.layers)
         brought_back = _brought_back((modules[name] for name in result.layers), grids)
         return {
             "quant_method": "compressed-tensors",
@@ -82,6 +81,12 @@ class CompressedTensors(Layout):
             "global_compression_ratio": None,
             **({"dequantize": True} if brought_back else {}),
         }
+
+
+def _format(result: Result, name: str) -> Format:
+    recipe = result.recipe.of(name)
+    assert recipe is not None
+    return recipe.format
 
 
 def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:

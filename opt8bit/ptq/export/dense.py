@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from opt8bit.ptq.layer import Compressed
 class Dense(Layout):
     """Holds every layer, outliers included."""
 
-    def check(self, layers: Mapping[str, Planned]) -> None:
+    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         pass
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:

@@ -29,34 +29,40 @@ def new_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists: give the name of a folder that does not")
     missing = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.mkdir()
-    except FileExistsError:
-        with _locked(partial):
-            if not resume:
-                raise FileExistsError(f"{partial} is an unfinished run's: resume it, or delete that folder") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = not partial.exists()
+        partial.mkdir(exist_ok=True)
+    except OSError:
+        _remove(missing)
+        raise
     with _locked(partial):
+        if not made and not resume:
+            raise FileExistsError(f"{partial} is an unfinished run's: resume it, or delete that folder")
         for left in partial.iterdir():
             if left.name not in (WORK, LOCK):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield partial
-            if path.exists():
-                raise FileExistsError(f"somebody else has made {path} meanwhile; the result is in {partial}")
         except BaseException:
             work = partial / WORK
             if not (work.is_dir() and any(work.glob("block-*"))):
                 shutil.rmtree(partial, ignore_errors=True)
-                with suppress(OSError):  # somebody else has put something there by now
-                    for parent in missing:
-                        parent.rmdir()
+                _remove(missing)
             raise
-        shutil.rmtree(partial / WORK, ignore_errors=True)
-        (partial / LOCK).unlink()
+        if path.exists():
+            raise FileExistsError(f"somebody else has made {path} meanwhile; the result is in {partial}")
         _readable(partial)
-        os.rename(partial, path)
+        shutil.rmtree(partial / WORK, ignore_errors=True)
+        os.rename(partial, path)  # with the lock still in it: nobody may take the folder before it has its name
+        (path / LOCK).unlink()
+
+
+def _remove(folders: list[Path]) -> None:
+    with suppress(OSError):  # somebody else has put something there by now
+        for folder in folders:
+            folder.rmdir()
 
 
 def _readable(folder: Path) -> None:
@@ -77,6 +83,8 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     with (folder / LOCK).open("a") as file:
         _lock(file, folder)
+        if not (folder / LOCK).exists() or (folder / LOCK).stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise FileExistsError(f"another run has just finished with {folder}")
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.export.uniform import check_uniform, refuse_outliers, uniform_grid
+from opt8bit.ptq.export.uniform import check_uniform, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.result import Result
 from opt8bit.quant.packing import WORD, pack
@@ -26,7 +26,7 @@ class GPTQFormat(Layout):
     model's dtype; ``g_idx``, int32 (in,), names each input's group.
     """
 
-    def check(self, layers: Mapping[str, Planned]) -> None:
+    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         for name, planned in layers.items():
             grid = check_uniform("gptq", name, planned)
             if grid.bits not in BITS or not grid.symmetric:
@@ -40,12 +40,13 @@ class GPTQFormat(Layout):
                 raise ValueError(
                     f"{name}: gptq packs whole words of {WORD} bits, got shape {shape}: use format 'compressed-tensors'"
                 )
+        if left:
+            raise ValueError(f"{left[0]}: gptq has no word for layers that stay as they are: use format 'dense'")
         formats = {(uniform_grid(planned.format).bits, planned.format.group_size) for planned in layers.values()}
         if len(formats) > 1:
             raise ValueError("gptq has one width and one group size for all layers: use format 'compressed-tensors'")
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        refuse_outliers("gptq", layer)
         rounded = layer.rounded
         bits = uniform_grid(rounded.format).bits
         zeros = rounded.scales.zero_point.T.to(torch.uint8) - 1

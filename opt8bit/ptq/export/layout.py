@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.methods import Format
+from opt8bit.ptq.methods import Format, Method
 from opt8bit.ptq.result import Result
 
 
@@ -18,25 +18,26 @@ class Planned(NamedTuple):
 
     module: nn.Module
     format: Format
+    method: Method
 
 
 class Layout(ABC):
     """One format of checkpoints."""
 
     @abstractmethod
-    def check(self, layers: Mapping[str, Planned]) -> None:
+    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         """
+        Args:
+            layers: by name.
+            left: names of linear layers of the blocks that stay as they are.
+
         Raises:
             ValueError: the format cannot hold layers so rounded; the message names one, and what to use instead.
         """
 
     @abstractmethod
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        """The tensors that are the weight of ``module``, by what stands behind the module's name.
-
-        Raises:
-            ValueError: some weights are kept exact, and the format has no place for them.
-        """
+        """The tensors that are the weight of ``module``, by what stands behind the module's name."""
 
     def config(self, result: Result) -> dict[str, Any] | None:
         """What the model's configuration says about the weights, its ``quantization_config``; None for nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from opt8bit.ptq.export.layout import Planned
-from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.methods import Format
 from opt8bit.quant.grid import UniformGrid
 
@@ -21,6 +20,8 @@ def check_uniform(layout: str, name: str, planned: Planned) -> UniformGrid:
         raise ValueError(f"{name}: {layout} holds evenly spaced values alone, got {grid!r}: use format 'dense'")
     if not isinstance(module, nn.Linear):
         raise ValueError(f"{name}: {layout} holds nn.Linear alone, got {type(module).__name__}: use format 'dense'")
+    if planned.method.keeps_outliers:
+        raise ValueError(f"{name}: {layout} has no place for weights that are kept exact: use format 'dense'")
     if module.weight.dtype != grid.scale_dtype:
         raise ValueError(
             f"{name}: {layout} holds scales of the weight's dtype, {module.weight.dtype}, got {grid.scale_dtype}"
@@ -32,12 +33,3 @@ def uniform_grid(format: Format) -> UniformGrid:
     """The grid of a format that :func:`check_uniform` has let through."""
     assert isinstance(format.grid, UniformGrid)
     return format.grid
-
-
-def refuse_outliers(layout: str, layer: Compressed) -> None:
-    """
-    Raises:
-        ValueError: some weights are kept exact.
-    """
-    if layer.rounded.outliers is not None:
-        raise ValueError(f"{layout} has no place for weights that are kept exact: use format 'dense'")

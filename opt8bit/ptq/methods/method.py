@@ -112,6 +112,11 @@ class Method(ABC):
     rowwise: ClassVar[bool] = True  # whether a row's result depends on no other row
     uses_hessian: ClassVar[bool] = True
 
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether some weights are kept exact, beside the codes."""
+        return False
+
     @abstractmethod
     def round(
         self,

@@ -53,6 +53,10 @@ class OutlierQuantEase(Method):
         if not self.start.rowwise:
             raise ValueError(f"start must be a method without outliers of its own, got {self.start!r}")
 
+    @property
+    def keeps_outliers(self) -> bool:
+        return True
+
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         hessian = hessian.to(weight.dtype)
         steepest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(weight.dtype).tiny)

@@ -46,6 +46,10 @@ class QuantEase(Method):
     def rowwise(self) -> bool:  # type: ignore[override]
         return self.start.rowwise
 
+    @property
+    def keeps_outliers(self) -> bool:
+        return self.start.keeps_outliers
+
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         rounded = self.start.round(weight, hessian, format)
         target = weight - (rounded.dequantize() - rounded.on_grid())  # what outliers leave
