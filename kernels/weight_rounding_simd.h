@@ -130,8 +130,10 @@ inline Grid spanning(const Column& low, const Column& high, float part, const We
   grid.scale = storable(grid.scale, layer.scale_dtype);
   const Simd::Floats middle = Simd::broadcast((layer.largest + 1) / 2), top = Simd::broadcast(layer.largest);
   grid.zero_point = Column::map(
-      [&](auto low, auto scale) { return layer.is_symmetric ? middle : Simd::min(round((zero - low * share) / scale), top); }, low,
-      grid.scale);
+      [&](auto low, auto scale) {
+        return layer.is_symmetric ? middle : Simd::min(round((zero - low * share) / scale), top);
+      },
+      low, grid.scale);
   return grid;
 }
 
