@@ -103,7 +103,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Compressed:
     """A layer's rounded weight, its whole bias, and what of it is there to correct: (out,), or (length, out) where it
-    goes by position."""
+    goes by position. (A layer that was read back from disk no longer knows what was there to correct.)"""
 
     rounded: Rounded
     dtype: torch.dtype  # of the weight in its model

@@ -46,7 +46,7 @@ class Work:
             had = json.loads(manifest.read_text())
             changed = sorted(name for name in identity.keys() | had.keys() if identity.get(name) != had.get(name))
             if changed:
-                raise ValueError(f"the unfinished run in {folder} had another {' and '.join(changed)}")
+                raise ValueError(f"the unfinished run in {folder} differs in: {', '.join(changed)}")
         elif ranks.rank() == 0:
             _replace(manifest, lambda path: path.write_text(json.dumps(dict(identity), indent=2)))
         saved = {int(path.suffixes[0][1:]) for path in folder.glob(f"streams-{ranks.rank()}.*.safetensors")}

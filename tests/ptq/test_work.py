@@ -76,11 +76,11 @@ def test_another_codebook_or_configuration_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(Ended):
         ptq.compress(MODELS["llama"](), token_ids(), **options, work=tmp_path, see=ending_after(8))
     other = {**options, "grid": CodebookGrid(torch.linspace(-1, 1, 8))}
-    with pytest.raises(ValueError, match="had another options"):
+    with pytest.raises(ValueError, match="differs in: options"):
         ptq.compress(MODELS["llama"](), token_ids(), **other, work=tmp_path)
     model: Any = MODELS["llama"]()
     model.config.rms_norm_eps = 1e-3
-    with pytest.raises(ValueError, match="had another model"):
+    with pytest.raises(ValueError, match="differs in: model"):
         ptq.compress(model, token_ids(), **options, work=tmp_path)
 
 
@@ -90,11 +90,11 @@ def test_what_has_changed_is_named(tmp_path: Path) -> None:
     other: Any = MODELS["llama"]()
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
     for model, ids, options, message in (
-        (MODELS["llama"](), token_ids(), {**OPTIONS, "bits": 4}, "had another options"),
-        (other, token_ids(), OPTIONS, "had another model"),
-        (MODELS["llama"](), token_ids().flip(0), OPTIONS, "had another calibration text"),
-        (MODELS["llama"](), token_ids(), {**OPTIONS, "held_out": token_ids(3)}, "had another held-out text"),
-        (other, token_ids(), {**OPTIONS, "overrides": {"*.q_proj": None}}, "had another model and options"),
+        (MODELS["llama"](), token_ids(), {**OPTIONS, "bits": 4}, "differs in: options"),
+        (other, token_ids(), OPTIONS, "differs in: model"),
+        (MODELS["llama"](), token_ids().flip(0), OPTIONS, "differs in: calibration text"),
+        (MODELS["llama"](), token_ids(), {**OPTIONS, "held_out": token_ids(3)}, "differs in: held-out text"),
+        (other, token_ids(), {**OPTIONS, "overrides": {"*.q_proj": None}}, "differs in: model, options"),
     ):
         with pytest.raises(ValueError, match=message):
             ptq.compress(model, ids, **options, work=tmp_path)
