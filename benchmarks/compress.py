@@ -95,13 +95,11 @@ def measure(
     result = ptq.compress(model, calibration, bits=bits, **recipe)
     seconds = time.perf_counter() - started
     compressed = result.compressed_model()
-    weights = [row.shape[0] * row.shape[1] for row in result.report]
-    stored = sum(row.bits_per_weight * count for row, count in zip(result.report, weights, strict=True))
     return {
         **{name: ptq.perplexity(compressed, part) for name, part in samples.items()},
         "seconds": seconds,
-        "bits_per_weight": stored / sum(weights),
-        "bias_bytes": sum(row.bias_bytes for row in result.report),
+        "bits_per_weight": result.bits_per_weight,
+        "bias_bytes": result.bias_bytes,
     }
 
 

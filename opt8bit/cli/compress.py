@@ -25,7 +25,7 @@ from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.methods import Method
 from opt8bit.ptq.placement import OF_KEYS
-from opt8bit.ptq.report import FOLDER, as_json, write_report
+from opt8bit.ptq.report import FOLDER, PICTURE, write_report
 
 GROUP_SIZES = (64, 32, 16)  # the first that divides all layers is the default
 SERVED_SYMMETRIC = (4, 8)  # bits that servers run on symmetric grids alone
@@ -285,10 +285,10 @@ def _progress() -> Iterator[Callable[[ptq.LayerReport, int], None]]:
 
 def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> str:
     """What the command prints at the end."""
-    rows, sums = result.report, as_json(result, {})
+    rows = result.report
     worst = max(rows, key=lambda row: row.error_corrected)
     lines = [
-        f"{len(rows)} layers, {sums['weights']:,} weights at {sums['bits_per_weight']:.2f} bits each, scales counted",
+        f"{len(rows)} layers, {result.weights:,} weights at {result.bits_per_weight:.2f} bits each, scales counted",
         f"largest relative error of an output: {worst.error_corrected:.2%}, {worst.name}",
     ]
     costs = [row.symmetry_cost for row in rows if row.symmetry_cost is not None]
@@ -297,7 +297,7 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
         lines.append(f"symmetric grids, which servers ask for, raise the error of rounding to nearest by {mean:.0%}")
     if result.recipe.correct != "none":
         placed = [row for row in rows if row.bias_place]
-        lines.append(f"{len(placed)} biases, {sums['bias_bytes']:,} bytes more")
+        lines.append(f"{len(placed)} biases, {result.bias_bytes:,} bytes more")
         keys = [row for row in rows if row.note == OF_KEYS]
         if keys:
             lines.append(f"not corrected: {len(keys)} layers: {OF_KEYS}")
@@ -310,5 +310,5 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
             f"KL divergence {quality.kl_divergence:.4f} nats a token"
         )
     lines.append(verified)
-    lines.append(f"{output} written in {seconds:.0f} s; {FOLDER}/report.html shows every layer")
+    lines.append(f"{output} written in {seconds:.0f} s; {FOLDER}/{PICTURE} shows every layer")
     return "\n".join(lines)

@@ -67,10 +67,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CommandError: there is none, or it cannot be loaded.
     """
+    library, place = transformers(), _place(name)
     try:
-        return transformers().AutoTokenizer.from_pretrained(_place(name), trust_remote_code=trust_remote_code)
-    except CommandError:
-        raise
+        return library.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _cannot_load(f"the tokenizer of {name}", error) from error
 
@@ -90,12 +89,11 @@ def _place(name: str) -> str:
 
 
 def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
+    library = transformers()
     try:
-        model = transformers().AutoModelForCausalLM.from_pretrained(
+        model = library.AutoModelForCausalLM.from_pretrained(
             place, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except CommandError:
-        raise
     except Exception as error:
         raise _cannot_load(name, error) from error
     return model.eval()

@@ -25,7 +25,7 @@ OF_LAYERS: dict[str, type | tuple[str, ...]] = {  # what an override may have: v
     "act_order": bool,
     "skip": bool,
 }
-FLAGS = {"symmetric", "polish", "act_order"}
+FLAGS = {name for name, allowed in OF_LAYERS.items() if allowed is bool}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 

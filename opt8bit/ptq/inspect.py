@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def inspect(folder: str | Path) -> Contents:
     files = files_of(folder)
     headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
     packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in ("weight_packed", "qweight")}
-    for owner, parts in sorted(_by_owner(headers)):
+    for owner, parts in sorted(_by_owner(headers).items()):
         stored = {key: size for key, (_, size) in parts.items()}
         if owner in packed:
             layer = _of_gptq(parts) if "qweight" in parts else _of_compressed_tensors(owner, parts, files)
@@ -106,15 +106,15 @@ def _format(path: Path) -> str:
     return name
 
 
-Parts = Mapping[str, "tuple[tuple[int, ...], int]"]  # shape and bytes by the last part of the name
+Parts = Mapping[str, "tuple[tuple[int, ...], int]"]  # shape and bytes by name, or the last part of it
 
 
-def _by_owner(headers: Mapping[str, tuple[tuple[int, ...], int]]) -> Iterator[tuple[str, Parts]]:
+def _by_owner(headers: Parts) -> dict[str, Parts]:
     owners: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {}
     for name, header in headers.items():
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = header
-    yield from owners.items()
+    return dict(owners)
 
 
 def _of_gptq(parts: Parts) -> Layer:

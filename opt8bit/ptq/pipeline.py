@@ -58,7 +58,9 @@ def run(
         parts = _anatomies(source, prefix, block_calls(model, blocks, one_token(batches[0]), as_tuple=as_tuple))
         calls = [block_calls(model, blocks, batch, as_tuple=as_tuple) for batch in everything]
         masks = [batch.get("attention_mask") for batch in batches]
-        streams = Streams(*([of_batch[0].hidden for of_batch in calls] for _ in range(2)))
+        embedded = [of_batch[0].hidden for of_batch in calls]
+        streams = Streams(embedded, embedded)
+        del embedded  # the streams' alone, to be let go with the first block
         calls = [[call._replace(hidden=call.hidden[:0]) for call in of_batch] for of_batch in calls]
         first = work.finished if work else 0
         if work and first:
@@ -222,14 +224,14 @@ class _BlockTask:
             return
         stage, self.pending = self.pending, None
         stage.errors.close()
+        layers = linear_layers(self.block)
         for name, layer in stage.layers.items():
-            had = linear_layers(self.block)[name]
             full, seconds = f"{self.name}.{name}", stage.seconds / len(stage.layers)
             place = self.result.places[full]
             errors = stage.errors.relative(name)
             corrects = self.result.recipe.correct != "none"
             note = why_uncorrected(full, self.result.places) if corrects else None
-            report = _layer_report(full, had, layer, errors, place, note, seconds)
+            report = _layer_report(full, layers[name], layer, errors, place, note, seconds)
             self.reports.append(report)
             self.result.report.append(report)
             self.see(report)

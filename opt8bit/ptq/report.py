@@ -46,14 +46,12 @@ def write_probe(probe: Probe, checkpoint: Path) -> None:
 
 def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
     """The report: ``about``, sums over all layers, quality on held-out text, and one object a layer."""
-    counts = [math.prod(layer.shape) for layer in result.report]
-    stored = sum(layer.bits_per_weight * count for layer, count in zip(result.report, counts, strict=True))
     return {
         "version": version("opt8bit"),
         **about,
-        "weights": sum(counts),
-        "bits_per_weight": stored / sum(counts),
-        "bias_bytes": sum(layer.bias_bytes for layer in result.report),
+        "weights": result.weights,
+        "bits_per_weight": result.bits_per_weight,
+        "bias_bytes": result.bias_bytes,
         "seconds": sum(layer.seconds for layer in result.report),
         "held_out": None if result.quality is None else result.quality._asdict(),
         "layers": [_row(layer) for layer in result.report],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,22 @@ class Result:
     def model(self) -> nn.Module:
         """As it was; where it is read block by block, its blocks' parameters are on the meta device."""
         return self.source.model
+
+    @property
+    def weights(self) -> int:
+        """How many were compressed."""
+        return sum(math.prod(layer.shape) for layer in self.report)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all compressed layers together, everything stored counted, but the biases."""
+        stored = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in self.report)
+        return stored / self.weights
+
+    @property
+    def bias_bytes(self) -> int:
+        """That biases take beyond what the model had."""
+        return sum(layer.bias_bytes for layer in self.report)
 
     def compressed_model(self) -> nn.Module:
         """A copy of the model with the compressed weights, as the exported one will be, all in memory."""

@@ -44,6 +44,10 @@ class Source(ABC):
     def copy(self) -> nn.Module:
         """A model of its own with all weights in memory."""
 
+    def code(self) -> Iterable[Path]:
+        """Python files that come with the model."""
+        return ()
+
 
 class InMemory(Source):
     """A model that is loaded.
@@ -112,6 +116,9 @@ class Checkpoint(Source):
         for name, tensor in self.tensors():
             _set(result, name, tensor.clone())
         return result
+
+    def code(self) -> Iterable[Path]:
+        return self.folder.glob("*.py")
 
     def _load(self, names: Iterable[str]) -> None:
         for name, tensor in self._read(names).items():

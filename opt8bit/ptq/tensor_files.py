@@ -35,10 +35,10 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
         ImportError: safetensors is not installed.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _package()
+    package = _package()
     try:
         importlib.import_module("safetensors.torch").save_file(contiguous, path, metadata=dict(metadata or {}))
-    except _package().SafetensorError as error:
+    except package.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
 
@@ -74,8 +74,8 @@ class Writer:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: dtype must be one of {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
         self.names.append(name)
-        self.bytes += tensor.numel() * tensor.element_size()
-        if tensor.numel() * tensor.element_size() % ALIGNMENT:
+        self.bytes += tensor.nbytes
+        if tensor.nbytes % ALIGNMENT:
             self._last[name] = tensor
         else:
             self._append(name, tensor)

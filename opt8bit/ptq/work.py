@@ -19,7 +19,7 @@ from opt8bit.ptq.result import LayerReport
 from opt8bit.quant.grid import Scales
 
 MANIFEST = "manifest.json"
-DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+DTYPES = {str(dtype): dtype for dtype in tensor_files.DTYPES}
 
 
 class Work:
@@ -97,7 +97,8 @@ class Work:
         return self.folder / f"block-{block:05}.safetensors"
 
     def _about(self, block: int) -> dict[str, Any]:
-        return _about(self._file(block))
+        with tensor_files.opened(self._file(block)) as opened:
+            return _about(opened)
 
 
 class _SavedLayers(Mapping[str, Compressed]):
@@ -106,10 +107,10 @@ class _SavedLayers(Mapping[str, Compressed]):
         self._recipe = recipe
 
     def __getitem__(self, name: str) -> Compressed:
-        file = self._files[name]
-        with tensor_files.opened(file) as opened:
+        with tensor_files.opened(self._files[name]) as opened:
             keys = [key for key in opened.keys() if key.rpartition(" ")[0] == name]
             parts = {key.rpartition(" ")[2]: opened.get_tensor(key).clone() for key in keys}
+            dtype = DTYPES[_about(opened)["dtypes"][name]]
         recipe = self._recipe.of(name)
         assert recipe is not None
         outliers = None
@@ -118,7 +119,6 @@ class _SavedLayers(Mapping[str, Compressed]):
             outliers = Outliers(parts["rows"], parts["columns"], parts["values"], whole)
         scales = Scales(parts["scale"], parts["zero_point"])
         rounded = Rounded(parts["codes"], scales, recipe.format, outliers)
-        dtype = DTYPES[_about(file)["dtypes"][name]]
         return Compressed(rounded, dtype, parts.get("bias"), None)
 
     def __iter__(self) -> Iterator[str]:
@@ -146,9 +146,9 @@ def _parts(layer: Compressed) -> dict[str, Tensor]:
     return {key: part for key, part in parts.items() if part is not None}
 
 
-def _about(file: Path) -> dict[str, Any]:
-    with tensor_files.opened(file) as opened:
-        return json.loads(opened.metadata()["block"])
+def _about(opened: Any) -> dict[str, Any]:
+    """What a block's open file says of its layers."""
+    return json.loads(opened.metadata()["block"])
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -20,7 +20,6 @@ from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.placement import config_with_places
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.source import Checkpoint
 
 FORMATS: dict[str, Layout] = {
     "compressed-tensors": CompressedTensors(),
@@ -65,9 +64,8 @@ def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> N
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if isinstance(result.source, Checkpoint):
-        for code in result.source.folder.glob("*.py"):  # of models whose code comes with them
-            shutil.copy(code, folder)
+    for file in result.source.code():
+        shutil.copy(file, folder)
     if result.probe is not None:
         write_probe(result.probe, folder)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.export.uniform import check_uniform, uniform_grid
+from opt8bit.ptq.export.uniform import check_uniform, format_of, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.methods import Format
 from opt8bit.ptq.result import Result
@@ -51,7 +51,7 @@ class CompressedTensors(Layout):
         schemes: list[dict[str, Any]] = []
         targets: list[list[str]] = []  # names, by scheme
         for name in sorted(result.layers):
-            scheme = _scheme(_format(result, name))
+            scheme = _scheme(format_of(result, name))
             if scheme not in schemes:
                 schemes.append(scheme)
                 targets.append([])
@@ -60,7 +60,7 @@ class CompressedTensors(Layout):
         if len(schemes) == 1:
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        grids = (uniform_grid(_format(result, name)) for name in result.layers)
+        grids = (uniform_grid(format_of(result, name)) for name in result.layers)
         brought_back = _brought_back((modules[name] for name in result.layers), grids)
         return {
             "quant_method": "compressed-tensors",
@@ -81,12 +81,6 @@ class CompressedTensors(Layout):
             "global_compression_ratio": None,
             **({"dequantize": True} if brought_back else {}),
         }
-
-
-def _format(result: Result, name: str) -> Format:
-    recipe = result.recipe.of(name)
-    assert recipe is not None
-    return recipe.format
 
 
 def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:

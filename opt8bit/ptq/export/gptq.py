@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.export.uniform import check_uniform, uniform_grid
+from opt8bit.ptq.export.uniform import check_uniform, format_of, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.result import Result
 from opt8bit.quant.packing import WORD, pack
@@ -59,7 +59,7 @@ class GPTQFormat(Layout):
         }
 
     def config(self, result: Result) -> dict[str, Any]:
-        format = next(iter(result.layers.values())).rounded.format
+        format = format_of(result, next(iter(result.layers)))
         return {
             "quant_method": "gptq",
             "bits": uniform_grid(format).bits,

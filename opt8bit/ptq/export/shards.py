@@ -25,7 +25,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int
     writer = Writer(folder / "0.partial")
     done: list[Writer] = []
     for name, tensor in tensors:
-        if writer.names and writer.bytes + tensor.numel() * tensor.element_size() > limit:
+        if writer.names and writer.bytes + tensor.nbytes > limit:
             writer.close()
             done.append(writer)
             writer = Writer(folder / f"{len(done)}.partial")

@@ -6,6 +6,7 @@ from torch import nn
 
 from opt8bit.ptq.export.layout import Planned
 from opt8bit.ptq.methods import Format
+from opt8bit.ptq.result import Result
 from opt8bit.quant.grid import UniformGrid
 
 
@@ -27,6 +28,13 @@ def check_uniform(layout: str, name: str, planned: Planned) -> UniformGrid:
             f"{name}: {layout} holds scales of the weight's dtype, {module.weight.dtype}, got {grid.scale_dtype}"
         )
     return grid
+
+
+def format_of(result: Result, name: str) -> Format:
+    """Of a compressed layer, told without reading it."""
+    recipe = result.recipe.of(name)
+    assert recipe is not None
+    return recipe.format
 
 
 def uniform_grid(format: Format) -> UniformGrid:
