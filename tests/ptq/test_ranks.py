@@ -44,6 +44,7 @@ try:
     (folder / f"{{rank}}.txt").write_text(repr((result.quality, [(r.name, r.error_corrected) for r in result.report])))
 except ValueError as error:
     (folder / f"{{rank}}.txt").write_text(str(error))
+torch.distributed.destroy_process_group()  # a process that ends with its threads still at work may be aborted
 """
 
 
