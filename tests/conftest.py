@@ -1,6 +1,7 @@
 import pytest
 
 from opt8bit.backends import available
+from opt8bit.backends.native import instruction_sets
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -8,7 +9,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", available("cpu"))
     if "kernels" in metafunc.fixturenames:
-        metafunc.parametrize("kernels", available("cpu")[:-1] or [pytest.param("", marks=NO_KERNELS)])
+        metafunc.parametrize("kernels", instruction_sets() or [pytest.param("", marks=NO_KERNELS)])
 
 
 NO_KERNELS = pytest.mark.skip(reason="installed without compiled kernels")

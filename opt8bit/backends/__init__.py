@@ -7,8 +7,10 @@ of this processor (``opt8bit info`` lists them).
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -26,6 +28,7 @@ __all__ = [
     "as_real",
     "available",
     "backend_for",
+    "counts_on_device",
     "data_ptrs",
     "describe",
     "get",
@@ -35,7 +38,13 @@ __all__ = [
 ]
 
 REFERENCE = "reference"
+TRITON = "triton"
+TRITON_DEVICES = ("cuda", "xpu")  # torch's names; ROCm's devices are "cuda", too
 ENVIRONMENT = "OPT8BIT_BACKEND"
+NO_TRITON = (
+    "Triton, which comes with torch's builds for GPUs on Linux, cannot be imported, so a slower reference serves {device}: "
+    "pip install triton"
+)
 NO_KERNELS = (
     "opt8bit was installed without its compiled kernels, so a slower reference serves the CPU. With a C++17 "
     "compiler at hand (g++ or clang++), install it again with pip's --force-reinstall --no-cache-dir"
@@ -44,14 +53,38 @@ NO_KERNELS = (
 
 def available(device: torch.device | str = "cpu") -> list[str]:
     """Names of the backends that can serve a device, fastest first."""
-    sets = native.instruction_sets() if torch.device(device).type == "cpu" else []
-    return [*sets, REFERENCE]
+    kind = torch.device(device).type
+    if kind == "cpu":  # where Triton's interpreter serves, too, if it is asked to
+        return [*native.instruction_sets(), REFERENCE, *([TRITON] if is_interpreting() and _triton() else [])]
+    return [TRITON, REFERENCE] if kind in TRITON_DEVICES and _triton() else [REFERENCE]
 
 
 @functools.cache
 def get(name: str) -> Backend:
     """The backend of a name."""
+    if name == TRITON:
+        return _triton().Triton()
     return Reference() if name == REFERENCE else native.Native(name)
+
+
+@functools.cache
+def _triton() -> Any:
+    """The module of the kernels in Triton; None where Triton cannot be imported."""
+    try:
+        return importlib.import_module("opt8bit.backends.triton")
+    except ImportError:
+        return None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def counts_on_device(device: torch.device, rule: Rule) -> bool:
+    """Whether the backend that serves a device keeps the counts of steps on it, so that it never waits for it."""
+    names = available(device)
+    return (wanted_backend() or names[0]) == TRITON and TRITON in names and rule.name in _triton().RULES
 
 
 @functools.cache
@@ -74,8 +107,11 @@ def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
     names = available(device)
     if wanted and wanted not in names:
         raise ValueError(f"backend must be one of {', '.join(names)} on {torch.device(device)}, got {wanted!r}")
-    if not wanted and torch.device(device).type == "cpu" and native.library() is None:
+    kind = torch.device(device).type
+    if not wanted and kind == "cpu" and native.library() is None:
         _warn_once(NO_KERNELS)
+    if not wanted and kind in TRITON_DEVICES and _triton() is None:
+        _warn_once(NO_TRITON.format(device=kind))
     return get(wanted or names[0])
 
 
@@ -89,8 +125,10 @@ def why(device: str) -> str:
     """One line on why :func:`backend_for` chooses as it does."""
     if os.environ.get(ENVIRONMENT):
         return f"named by {ENVIRONMENT}"
+    if device in TRITON_DEVICES:
+        return "kernels in Triton" if _triton() else NO_TRITON.format(device=device)
     if device != "cpu":
-        return "no kernels for this device yet: plain torch"
+        return "no kernels for this device: plain torch"
     if native.library() is None:
         return NO_KERNELS
     return "fastest compiled kernels this processor can run, of " + ", ".join(native.instruction_sets())

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     seed: int  # of stochastic rounding
     dtype: torch.dtype  # of the parameters
     coded: bool  # states are codes with their absmax, not values
+    capturable: bool  # a step may be captured in a CUDA graph
     numbers: NDArray[numpy.int64]  # (n,): of each parameter in its optimizer
     views: Sequence[View]  # n
     extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
@@ -55,15 +56,27 @@ class GroupUpdate(NamedTuple):
     """One step of a batch."""
 
     batch: Batch
-    hyper: Mapping[str, Any]
-    grad_scale: float  # the gradients are this many times too large
+    hyper: Mapping[str, Any]  # lr may be a tensor on the parameters' device
+    grad_scale: Tensor | None  # of one element: the gradients are this many times too large
+    found_inf: Tensor | None  # of one element: not zero if the step is to be skipped
+    prepared: Any  # what the backend made of the batch
     params: Sequence[Tensor]  # n
     grads: Sequence[Tensor]  # n, each of its parameter's shape
-    # n, by name: "step", a float32 scalar on the CPU to which the backend adds 1; the rule's states, of the
+    # n, by name: "step", a float32 scalar to which the backend adds 1; the rule's states, of the
     # parameter's shape, with "..._absmax" of (rows, blocks per row) where they are coded; "compensation", int16.
     state: Sequence[Mapping[str, Tensor]]
     # (n, columns): of each param, its grad, step, states, absmaxes if coded, and compensation if there is one.
     addresses: NDArray[numpy.int64]
+
+    def hyper_on_host(self) -> dict[str, Any]:
+        """Waits for the device where lr lies on one."""
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in self.hyper.items()}
+
+    def grad_scale_on_host(self) -> float:
+        return 1.0 if self.grad_scale is None else self.grad_scale.item()
+
+    def is_skipped(self) -> bool:
+        return self.found_inf is not None and self.found_inf.item() != 0
 
 
 class Backend(Protocol):
@@ -80,6 +93,10 @@ class Backend(Protocol):
 
     def can_step(self, param: Tensor) -> bool:
         """Whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
+        ...
+
+    def prepare(self, batch: Batch, device: torch.device) -> Any:
+        """What is kept about a batch on a device from step to step, if anything."""
         ...
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:

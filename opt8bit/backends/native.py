@@ -13,7 +13,7 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, ROUNDINGS, GroupUpdate, View
+from opt8bit.backends.interface import DTYPES, ROUNDINGS, Batch, GroupUpdate, View
 from opt8bit.backends.reference import step_group
 
 Words = numpy.typing.NDArray[numpy.int64]
@@ -149,7 +149,11 @@ class Native:
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
+    def prepare(self, batch: Batch, device: torch.device) -> None:
+        return None
+
     def step(self, groups: Sequence[GroupUpdate]) -> None:
+        groups = [group for group in groups if not group.is_skipped()]
         numbers = [self._lib.opt8bit_rule(group.batch.rule.name.encode()) for group in groups]
         fused = [(group, number) for group, number in zip(groups, numbers, strict=True) if number >= 0]
         if fused:
@@ -175,8 +179,9 @@ def group_row(group: GroupUpdate, number: int) -> Words:
     """The fields of ``Group`` in kernels/optimizer_step.h."""
     batch = group.batch
     hyper = numpy.zeros(MAX_HYPER)
-    hyper[: len(batch.rule.hyper)] = [group.hyper[name] for name in batch.rule.hyper]
-    scale = numpy.array([group.grad_scale]).view(numpy.int64)
+    values = group.hyper_on_host()
+    hyper[: len(batch.rule.hyper)] = [values[name] for name in batch.rule.hyper]
+    scale = numpy.array([group.grad_scale_on_host()]).view(numpy.int64)
     rounding = ROUNDINGS.index(batch.rounding)
     return numpy.concatenate(
         [[number, batch.block_size], hyper.view(numpy.int64), scale, [rounding, batch.seed]], dtype=numpy.int64

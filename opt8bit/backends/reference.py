@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import Backend, GroupUpdate, View
+from opt8bit.backends.interface import Backend, Batch, GroupUpdate, View
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
 
@@ -47,11 +48,16 @@ def dequantize(codes: Tensor, absmax: Tensor, codebook: Tensor, view: View) -> T
 
 def step_group(group: GroupUpdate, coder: Backend) -> None:
     """Steps parameter by parameter, by the pure rule; ``coder`` decodes and encodes the states."""
+    if group.is_skipped():
+        return
+    hyper, grad_scale = group.hyper_on_host(), group.grad_scale_on_host()
     for i in range(len(group.params)):
-        _step_parameter(group, i, coder)
+        _step_parameter(group, i, coder, hyper, grad_scale)
 
 
-def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
+def _step_parameter(
+    group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float
+) -> None:
     batch, param, state = group.batch, group.params[i], group.state[i]
     names, view = batch.rule.states, batch.views[i]
     compensation = state["compensation"] if batch.rounding == "compensated" else None
@@ -65,9 +71,9 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend) -> None:
     step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
     grad = as_real(group.grads[i].to(compute))
-    grad = grad if group.grad_scale == 1 else grad * (1 / group.grad_scale)
+    grad = grad if grad_scale == 1 else grad * (1 / grad_scale)
     value = as_real(param.to(compute)) if compensation is None else compensated(param, compensation)
-    new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **group.hyper)
+    new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **hyper)
 
     # All that may fail has been done: from here on, tensors are written.
     if compensation is not None:
@@ -107,6 +113,9 @@ class Reference:
 
     def can_step(self, param: Tensor) -> bool:
         return True
+
+    def prepare(self, batch: Batch, device: torch.device) -> None:
+        return None
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         for group in groups:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opt8bit.backends import Backend, GroupUpdate, Rule, wanted_backend
+from opt8bit.backends import Backend, GroupUpdate, Rule, counts_on_device, wanted_backend
 from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
 from opt8bit.optim.plan import Asked, Plan, Work
@@ -39,7 +39,9 @@ class Options(TypedDict, total=False):
     state_bits: 8, or 32 for float32 states throughout (default 8). A parameter that has an attribute
         ``state_bits`` goes by that, whatever its group says.
     fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
-    foreach, capturable, differentiable: as in torch.optim, for its callers' sake; True is refused.
+    capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
+        ``lr`` a tensor there, the graph reads it anew at each replay.
+    foreach, differentiable: as in torch.optim, for its callers' sake; True is refused.
     """
 
     maximize: bool
@@ -90,8 +92,9 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {  # whether an option m
     "fused": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
     **{
         name: (lambda value: not value, "left out: the step is one fused call")
-        for name in ("foreach", "capturable", "differentiable")
+        for name in ("foreach", "differentiable")
     },
+    "capturable": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 
@@ -175,7 +178,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         """The rule's hyper-parameters, ``rule.hyper``, from a parameter group: beta1 is the first of its betas."""
         values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
         chosen = {name: values[name] for name in self.rule(group).hyper}
-        return {name: value.item() if isinstance(value, Tensor) else value for name, value in chosen.items()}
+        return {
+            name: value.item() if isinstance(value, Tensor) and not (name == "lr" and value.device.type != "cpu") else value
+            for name, value in chosen.items()
+        }
 
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
         """What states begin as, by name, where it is not zero."""
@@ -223,7 +229,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or is not of its parameter's shape. Nothing has been updated then.
+            RuntimeError: a gradient is sparse, or is not of its parameter's shape; or a CUDA graph is captured without
+                ``capturable``. Nothing has been updated then.
             ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state is not of its
                 parameter's shape and dtype, or was made with another block size. Nothing has been updated then.
         """
@@ -231,13 +238,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf):
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._check_capture()
+        grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             return loss
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Tensor]] = {}
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        work = [item for index in range(len(self.param_groups)) for item in self._work(index, scale, fresh)]
+        groups = range(len(self.param_groups))
+        work = [item for index in groups for item in self._work(index, grad_scale, found_inf, fresh)]
         for param, state in fresh.items():
             self.state[param].clear()
             self.state[param].update(state)
@@ -250,12 +259,14 @@ class Optimizer8bit(torch.optim.Optimizer):
             param.copy_(contiguous)
         return loss
 
-    def _work(self, index: int, grad_scale: float, fresh: dict[Tensor, dict[str, Tensor]]) -> list[Work]:
+    def _work(
+        self, index: int, grad_scale: Tensor | None, found_inf: Tensor | None, fresh: dict[Tensor, dict[str, Tensor]]
+    ) -> list[Work]:
         """The work on a group. States that it needs and that are not there yet are added to ``fresh``."""
         group = self.param_groups[index]
         check_options(group)  # anew, as a user may write into it
         self.check_group(group)
-        asked = self._asked(index, group, grad_scale)
+        asked = self._asked(index, group, grad_scale, found_inf)
         plans = self.__dict__.setdefault("_plans", {})
         for gone in [other for other in plans if other >= len(self.param_groups)]:
             del plans[gone]
@@ -273,7 +284,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             fresh.update(states)
         return work
 
-    def _asked(self, index: int, group: dict[str, Any], grad_scale: float) -> Asked:
+    def _asked(
+        self, index: int, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Asked:
         grads = list(map(attrgetter("grad"), group["params"]))
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         numbers = range(first, first + len(grads))
@@ -292,7 +305,12 @@ class Optimizer8bit(torch.optim.Optimizer):
             numbers=numbers,
             hyper=self.hyper(group),
             grad_scale=grad_scale,
+            found_inf=found_inf,
         )
+
+    def _check_capture(self) -> None:
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(f"a step of {type(self).__name__} is captured in a CUDA graph: that takes capturable=True")
 
     def _check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         if is_traceable_wrapper_subclass(param):
@@ -302,6 +320,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         for name in ("stochastic_rounding", "compensation"):
             if group[name] and param.dtype == torch.float16:
                 raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
+        if group["capturable"] and not counts_on_device(param.device, self.rule(group)):
+            raise ValueError(
+                f"capturable must be left out for parameters on {param.device}: only Triton's kernels for "
+                f"{type(self).__name__} on a GPU can be captured"
+                )
         self.check_param(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -335,6 +358,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         with reading(self, Policy(KEPT, check)):
             super().load_state_dict(state_dict)
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """What GradScaler hands over, if it does: a tensor, or a number where there was no gradient to look at."""
+    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:

@@ -171,7 +171,7 @@ def _stored(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], fou
             parts[name] = value.decoded() if isinstance(value, Coded) else value
     if compensated and COMPENSATION not in parts:
         parts[COMPENSATION] = torch.zeros((), dtype=torch.int16).expand(param.shape)
-    expected = specs(param, rule, block_size, coded, compensated)
+    expected = specs(param, rule, group, coded)
     return {name: _own(parts[name], spec) for name, spec in expected.items()}
 
 

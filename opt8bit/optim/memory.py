@@ -125,7 +125,7 @@ def memory_report(subject: nn.Module | Optimizer8bit, **options: Unpack[Options]
 
 def state_bytes(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> int:
     """Bytes of the states of a parameter, ``step`` included."""
-    stored = specs(param, rule, group["block_size"], coded, is_compensated(param, group)).values()
+    stored = specs(param, rule, group, coded).values()
     return sum(spec.shape.numel() * spec.dtype.itemsize for spec in stored)
 
 

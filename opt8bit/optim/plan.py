@@ -15,11 +15,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends import Backend, Batch, GroupUpdate, Rule, addresses, backend_for, data_ptrs, describe, get
+from opt8bit.backends import (
+    Backend,
+    Batch,
+    GroupUpdate,
+    Rule,
+    addresses,
+    backend_for,
+    counts_on_device,
+    data_ptrs,
+    describe,
+    get,
+)
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
-OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed")  # of a group, that plans depend on
+OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable")  # of a group, that plans depend on
 
 T = TypeVar("T")
 State = Mapping[Tensor, Mapping[str, Tensor]]  # of an optimizer
@@ -37,7 +48,8 @@ class Asked(NamedTuple):
     grads: Sequence[Tensor]
     numbers: Sequence[int]  # of these parameters in the optimizer
     hyper: Mapping[str, Any]
-    grad_scale: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
@@ -56,6 +68,7 @@ class _Kind(NamedTuple):
     """Parameters of one kind go into one batch."""
 
     backend: Backend
+    device: torch.device
     is_staged: bool  # the backend takes contiguous tensors only, and these or their gradients are not
     dtype: torch.dtype
     coded: bool
@@ -67,6 +80,7 @@ class _Part(NamedTuple):
     indices: list[int]  # n: of the parameters among those of the plan
     places: NDArray[numpy.int64]  # (n, columns): of each param, its grad, step, states, ... among all tensors
     batch: Batch
+    prepared: Any  # what the backend made of it
 
 
 class Plan:
@@ -78,8 +92,9 @@ class Plan:
 
     Raises:
         RuntimeError: several elements of a parameter are one number in memory.
-        ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state is not
-            of the parameter's shape and dtype, or was made with another block size.
+        ValueError: ``fused=True`` and no compiled kernels can serve a parameter, or ``capturable=True`` and no kernels
+            can that never wait for the device; or a state is not of the parameter's shape and dtype, or was made with
+            another block size.
     """
 
     def __init__(self, asked: Asked, state: State) -> None:
@@ -95,7 +110,7 @@ class Plan:
             check(f"parameter {asked.numbers[index]}", param, asked.rule, asked.group, states[index])
             backend, is_staged = _backend(asked, param, grad, index in overlapping)
             coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
-            kinds.setdefault(_Kind(backend, is_staged, param.dtype, coded, compensated), []).append(index)
+            kinds.setdefault(_Kind(backend, param.device, is_staged, param.dtype, coded, compensated), []).append(index)
         first = 2 * len(states) + numpy.cumsum([0, *map(len, states)])
         self.parts = [_part(kind, indices, asked, states, first) for kind, indices in kinds.items()]
         self.described = describe(tensors, max_dim)
@@ -136,12 +151,14 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
         seed=asked.group["seed"],
         dtype=kind.dtype,
         coded=kind.coded,
+        capturable=asked.group["capturable"],
         numbers=numpy.array([asked.numbers[i] for i in indices], numpy.int64),
         views=views,
         extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
         codebooks=[CODEBOOKS[signed] for signed in asked.rule.states.values()],
     )
-    return _Part(kind, list(indices), numpy.array(places, numpy.int64), batch)
+    prepared = kind.backend.prepare(batch, kind.device)
+    return _Part(kind, list(indices), numpy.array(places, numpy.int64), batch, prepared)
 
 
 def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]) -> Work:
@@ -157,6 +174,8 @@ def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]
         batch=part.batch,
         hyper=asked.hyper,
         grad_scale=asked.grad_scale,
+        found_inf=asked.found_inf,
+        prepared=part.prepared,
         params=given,
         grads=grads,
         state=_of_part(part, states),
@@ -179,6 +198,11 @@ def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) ->
         raise ValueError(
             f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
             f"{param.device} with a gradient of {grad.dtype}; leave fused out"
+        )
+    if asked.group["capturable"] and not (backend.name == "triton" and counts_on_device(param.device, asked.rule)):
+        raise ValueError(
+            f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of {param.dtype} "
+            f"on {param.device} with a gradient of {grad.dtype}; leave capturable out"
         )
     is_staged = backend.name != "reference" and not (param.is_contiguous() and grad.is_contiguous())
     return backend, is_staged

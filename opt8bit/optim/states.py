@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Rule
+from opt8bit.backends import Rule, counts_on_device
 from opt8bit.quant import block_view, dynamic_map
 
 CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
@@ -68,16 +68,17 @@ def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Ma
     return is_8bit(param, group)
 
 
-def specs(param: Tensor, rule: Rule, block_size: int, coded: bool, compensated: bool) -> dict[str, Spec]:
-    """What there must be for a parameter, by name, in the order of ``state[p]``."""
+def specs(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> dict[str, Spec]:
+    """What there must be for a parameter in a group, by name, in the order of ``state[p]``."""
     full = torch.promote_types(param.dtype, torch.float32)
-    result = {"step": Spec(torch.Size(), torch.float32, torch.device("cpu"))}
+    is_counted_there = group["fused"] is not False and counts_on_device(param.device, rule)
+    result = {"step": Spec(torch.Size(), torch.float32, param.device if is_counted_there else torch.device("cpu"))}
     for name in rule.states:
         result[name] = Spec(param.shape, torch.uint8 if coded else full, param.device)
         if coded:
-            shape = torch.Size(block_view(param.shape, block_size).absmax_shape)
+            shape = torch.Size(block_view(param.shape, group["block_size"]).absmax_shape)
             result[f"{name}_absmax"] = Spec(shape, torch.float32, param.device)
-    if compensated:
+    if is_compensated(param, group):
         result[COMPENSATION] = Spec(param.shape, torch.int16, param.device)
     return result
 
@@ -90,14 +91,16 @@ def initialized(
     Args:
         initial: what a state begins as, by name; zero for those that are not here.
     """
-    coded, compensated = will_be_coded(state, rule, param, group), is_compensated(param, group)
+    coded = will_be_coded(state, rule, param, group)
     result = dict(state)
     if rule.states and not any(name in state for name in rule.states):
         result.pop("step", None)  # of a rule without states: SGD's, before it was given momentum
-    if not compensated:
+    if not is_compensated(param, group):
         result.pop(COMPENSATION, None)  # of a time when it was: the parameter has moved since
-    for name, spec in specs(param, rule, group["block_size"], coded, compensated).items():
+    for name, spec in specs(param, rule, group, coded).items():
         if name in result:
+            if name == "step" and isinstance(result[name], Tensor):  # counted elsewhere, as long as another backend served
+                result[name] = result[name].to(spec.device)
             continue
         value: Any = initial.get(name.removesuffix("_absmax"), 0.0)
         if coded and name in rule.states:  # the absmax holds the value; the code is that of 1 or of 0
@@ -114,7 +117,7 @@ def check(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], state
     Raises:
         ValueError: a state is missing, is not a tensor, or not what :func:`specs` says.
     """
-    expected = specs(param, rule, group["block_size"], is_coded(state, rule), is_compensated(param, group))
+    expected = specs(param, rule, group, is_coded(state, rule))
     for name, spec in expected.items():
         tensor = state.get(name)
         if tensor is None:

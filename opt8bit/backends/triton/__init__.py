@@ -1,0 +1,68 @@
+"""CUDA, ROCm and XPU: kernels in Triton, which comes with torch's builds for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from opt8bit.backends.interface import DTYPES, Batch, GroupUpdate, View
+from opt8bit.backends.reference import step_group
+from opt8bit.backends.triton.blockwise import dequantize_kernel, quantize_kernel
+from opt8bit.backends.triton.codebook import midpoints
+from opt8bit.backends.triton.launches import OPTIONS, Launches, Shape
+from opt8bit.backends.triton.update_rules import RULES
+
+
+class Triton:
+    """The backend ``triton``."""
+
+    name = "triton"
+
+    def quantize_blockwise(self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor) -> None:
+        _launch(quantize_kernel, view, x, codes, absmax, midpoints(codebook), codebook.numel())
+
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
+        _launch(dequantize_kernel, view, codes, absmax, codebook, x)
+
+    def can_step(self, param: Tensor) -> bool:
+        return param.dtype in DTYPES
+
+    def prepare(self, batch: Batch, device: torch.device) -> Launches | None:
+        """
+        Raises:
+            RuntimeError: a kernel does not compile.
+        """
+        if batch.rule.name not in RULES:
+            return None
+        with on(device):
+            return Launches(batch, device)
+
+    def step(self, groups: Sequence[GroupUpdate]) -> None:
+        for group in groups:
+            if group.prepared is None:  # a rule that works on matrices: torch multiplies them, kernels code the states
+                step_group(group, self)
+            else:
+                with on(group.prepared.device):
+                    group.prepared.step(group)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the one that kernels are launched on, on its current stream."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+def _launch(kernel: Callable[..., Any], view: View, *arguments: Any) -> None:
+    """Runs a kernel on every block of one tensor."""
+    blocks = view.rows * view.blocks_per_row
+    if blocks == 0:
+        return
+    shape = Shape(block=min(triton.next_power_of_2(view.block_size), 2048), is_aligned=False)
+    extents = (view.row_length, view.block_size, view.blocks_per_row, blocks)
+    with on(arguments[0].device):
+        grid = (triton.cdiv(blocks, shape.blocks),)
+        kernel[grid](*arguments, *extents, shape.blocks, shape.block, num_warps=shape.warps, **OPTIONS)  # type: ignore[index]

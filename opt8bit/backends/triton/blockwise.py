@@ -1,0 +1,72 @@
+"""Block-wise quantization of one tensor: the kernels behind ``quantize_blockwise`` and ``dequantize_blockwise``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from opt8bit.backends.triton import codebook
+
+
+@triton.jit
+def blocks_of(row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE: tl.constexpr):
+    """Of the blocks of this program: their numbers, where they begin, and their lengths, 0 behind the last."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS_PER_TILE + tl.arange(0, BLOCKS_PER_TILE)
+    in_row = block % blocks_per_row
+    start = block // blocks_per_row * row_length + in_row * block_size
+    length = tl.minimum(block_size, row_length - in_row * block_size)
+    return block, start, tl.where(block < blocks, length, 0)
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    codes,
+    absmax,
+    midpoints,  # (values + 1,), float64
+    size,  # of the codebook
+    row_length,
+    block_size,
+    blocks_per_row,
+    blocks,
+    BLOCKS_PER_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, start, length = blocks_of(row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
+    largest = tl.zeros((BLOCKS_PER_TILE,), tl.float32)
+    columns = tl.arange(0, BLOCK)[None, :]
+    for begin in range(0, block_size, BLOCK):
+        mask = begin + columns < length[:, None]
+        part = tl.load(x + start[:, None] + begin + columns, mask=mask, other=0.0).to(tl.float32)
+        magnitude = tl.where(tl.abs(part) < float("inf"), tl.abs(part), 0.0)
+        largest = tl.maximum(largest, tl.max(magnitude, 1))
+    tl.store(absmax + block, largest, mask=length > 0)
+    for begin in range(0, block_size, BLOCK):
+        mask = begin + columns < length[:, None]
+        part = tl.load(x + start[:, None] + begin + columns, mask=mask, other=0.0).to(tl.float32)
+        is_zero = (part != part) | (largest == 0)[:, None]
+        found = codebook.search(tl.where(is_zero, 0.0, part), largest, midpoints, size)
+        tl.store(codes + start[:, None] + begin + columns, found.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes,
+    absmax,
+    values,  # of the codebook
+    x,
+    row_length,
+    block_size,
+    blocks_per_row,
+    blocks,
+    BLOCKS_PER_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, start, length = blocks_of(row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
+    scale = tl.load(absmax + block, mask=length > 0, other=0.0)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    for begin in range(0, block_size, BLOCK):
+        mask = begin + columns < length[:, None]
+        part = tl.load(codes + start[:, None] + begin + columns, mask=mask, other=0).to(tl.int32)
+        value = tl.load(values + part, mask=mask, other=0.0) * scale
+        tl.store(x + start[:, None] + begin + columns, value.to(x.dtype.element_ty), mask=mask)

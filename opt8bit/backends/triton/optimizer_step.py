@@ -1,0 +1,290 @@
+"""One step of many tensors at once: the kernels, each of which a rule and a storage make another one of.
+
+Whatever the number of tensors, a step is one launch that counts the step and computes each tensor's constants, and one
+launch for all tensors that are cut alike. What the kernels know of the tensors is in one table, a row for each, behind
+a head that all share; the programs go through ``tiles``, which names the tensor of each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from opt8bit.backends.triton import codebook, rounding
+
+# The table, in words of 64 bits: first the head, then the tensors' rows.
+MAX_HYPER = tl.constexpr(12)  # hyper-parameters, float64
+SEED = tl.constexpr(12)
+HEAD = tl.constexpr(16)
+# Of a row:
+PARAM, GRAD, STEP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # addresses
+STATES, ABSMAX = tl.constexpr(3), tl.constexpr(6)  # likewise, of at most three
+COMPENSATION = tl.constexpr(9)  # likewise
+NUMBER = tl.constexpr(10)  # of the parameter in its optimizer
+ROW_LENGTH, BLOCK_SIZE = tl.constexpr(11), tl.constexpr(12)
+BLOCKS_PER_ROW, BLOCKS = tl.constexpr(13), tl.constexpr(14)
+FIRST_TILE, TILES = tl.constexpr(15), tl.constexpr(16)
+ROW = tl.constexpr(17)
+
+MAX_CONSTANTS = tl.constexpr(16)  # of a tensor's step
+
+
+@triton.jit
+def constants_kernel(
+    table,  # int64: the head and the rows
+    constants,  # (tensors, MAX_CONSTANTS), float32
+    keys,  # (tensors,), int64: of random bits
+    squares,  # (tiles, 2), float64: what each tile contributes to the squares of the norms
+    lr,  # one element, in the place of the first hyper-parameter; or None
+    found_inf,  # one element, not zero if the step is to be skipped; or None
+    CONSTANTS: tl.constexpr,
+    HYPER: tl.constexpr,
+    AFTER_MEASURE: tl.constexpr,
+):
+    """Of each tensor, by one program: counts the step, and computes what its rule needs to know of it."""
+    tensor = tl.program_id(0)
+    row = table + HEAD + tensor * ROW
+    hyper = ()
+    for i in tl.static_range(HYPER):
+        if i == 0 and lr is not None:
+            hyper = hyper + (tl.load(lr).to(tl.float64),)
+        else:
+            hyper = hyper + (tl.load(table + i).to(tl.float64, bitcast=True),)
+    steps = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
+    step = tl.load(steps)
+    norms = (tl.zeros((), tl.float64), tl.zeros((), tl.float64))
+    if AFTER_MEASURE:
+        norms = norms_of(row, squares)
+        step = tl.maximum(step, 1.0)  # where none is counted, as the step is skipped
+    else:
+        step += 1
+        is_taken = True
+        if found_inf is not None:
+            is_taken = tl.load(found_inf) == 0
+        tl.store(steps, step, mask=is_taken)
+        key = rounding.stream_key(tl.load(table + SEED), step.to(tl.int64), tl.load(row + NUMBER))
+        tl.store(keys + tensor, key.to(tl.int64, bitcast=True))
+    values = CONSTANTS(hyper, step.to(tl.float64), norms)
+    for i in tl.static_range(len(values)):
+        tl.store(constants + tensor * MAX_CONSTANTS + i, values[i].to(tl.float32))
+
+
+@triton.jit
+def norms_of(row, squares):
+    """Two norms over a tensor, float64, from what its tiles contribute, in an order that is always the same."""
+    first, count = tl.load(row + FIRST_TILE), tl.load(row + TILES)
+    lanes = tl.arange(0, 1024)
+    sums = (tl.zeros((1024,), tl.float64), tl.zeros((1024,), tl.float64))
+    for start in range(0, count, 1024):
+        tile = first + start + lanes
+        mask = start + lanes < count
+        sums = (
+            sums[0] + tl.load(squares + 2 * tile, mask=mask, other=0.0),
+            sums[1] + tl.load(squares + 2 * tile + 1, mask=mask, other=0.0),
+        )
+    return tl.sqrt(tl.sum(sums[0])), tl.sqrt(tl.sum(sums[1]))
+
+
+# Where ALIGNED, addresses and lengths are multiples of 16, and loads 16 bytes wide. The compiler keeps what it is told
+# so only of values that the function at hand has computed itself.
+@triton.jit
+def address(row, field, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + field).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def blocks_of(row, tile, BLOCKS_PER_TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of the blocks of a tile: their numbers, where they begin, and their lengths, 0 behind the last of the tensor."""
+    row_length, block_size = tl.load(row + ROW_LENGTH), tl.load(row + BLOCK_SIZE)
+    per_row = tl.load(row + BLOCKS_PER_ROW)
+    block = (tile - tl.load(row + FIRST_TILE)) * BLOCKS_PER_TILE + tl.arange(0, BLOCKS_PER_TILE)
+    in_row = block % per_row
+    start = block // per_row * row_length + in_row * block_size
+    length = tl.minimum(block_size, row_length - in_row * block_size)
+    length = tl.where(block < tl.load(row + BLOCKS), length, 0)
+    if ALIGNED:
+        start, length = tl.multiple_of(start, 16), tl.multiple_of(length, 16)
+    return block, start, length
+
+
+@triton.jit
+def loaded_grad(row, start, columns, mask, grad_scale, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    grads = address(row, GRAD, DTYPE, ALIGNED) + start[:, None] + columns
+    grad = tl.load(grads, mask=mask, other=0.0).to(tl.float32)
+    if grad_scale is not None:
+        grad *= tl.div_rn(tl.full((), 1.0, tl.float32), tl.load(grad_scale).to(tl.float32))
+    return grad
+
+
+@triton.jit
+def loaded_states(
+    row, block, start, columns, mask, maps, SIGNED: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Those of the rule, in float32."""
+    states = ()
+    for s in tl.static_range(len(SIGNED)):
+        if CODED:
+            codes = address(row, STATES + s, tl.uint8, ALIGNED) + start[:, None] + columns
+            tables = maps + s * codebook.TABLES
+            scales = tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32))
+            absmax = tl.load(scales + block, mask=tl.max(mask.to(tl.int32), 1) > 0, other=0.0)
+            state = codebook.decode(tl.load(codes, mask=mask, other=0), tables) * absmax[:, None]
+        else:
+            values = address(row, STATES + s, tl.float32, ALIGNED) + start[:, None] + columns
+            state = tl.load(values, mask=mask, other=0.0)
+        states = states + (state,)
+    return states
+
+
+@triton.jit
+def loaded_constants(constants, tensor, COUNT: tl.constexpr):
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (tl.load(constants + tensor * MAX_CONSTANTS + i),)
+    return values
+
+
+@triton.jit
+def loaded_param(
+    row, start, columns, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr
+):
+    params = address(row, PARAM, DTYPE, ALIGNED) + start[:, None] + columns
+    param = tl.load(params, mask=mask, other=0.0)
+    if ROUNDING == "compensated":
+        lows = address(row, COMPENSATION, tl.int16, ALIGNED) + start[:, None] + columns
+        return rounding.compensated(param, tl.load(lows, mask=mask, other=0))
+    return param.to(tl.float32)
+
+
+@triton.jit
+def store_param(
+    row,
+    start,
+    columns,
+    mask,
+    param,
+    key,
+    DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    params = address(row, PARAM, DTYPE, ALIGNED) + start[:, None] + columns
+    if ROUNDING == "compensated":
+        lows = address(row, COMPENSATION, tl.int16, ALIGNED) + start[:, None] + columns
+        high, low = rounding.split(param)
+        tl.store(params, high, mask=mask)
+        tl.store(lows, low, mask=mask)
+    elif ROUNDING == "stochastic":
+        index = (start[:, None] + columns).to(tl.uint32)
+        tl.store(params, rounding.stochastically_rounded(param, key, index), mask=mask)
+    else:
+        tl.store(params, param.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def store_state(
+    row,
+    s,
+    block,
+    start,
+    length,
+    columns,
+    mask,
+    state,
+    maps,
+    midpoints,
+    SIGNED: tl.constexpr,
+    CODED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if CODED:
+        # An infinity, as the largest of its block, would weigh on the others from then on; a NaN is coded as zero.
+        state = tl.where(mask & (tl.abs(state) < float("inf")), state, 0.0)
+        absmax = tl.max(tl.abs(state), 1)
+        tables, between = maps + s * codebook.TABLES, midpoints + s * codebook.MIDPOINTS
+        new_codes = codebook.encode(state, absmax, tables, between, SIGNED)
+        codes = address(row, STATES + s, tl.uint8, ALIGNED) + start[:, None] + columns
+        scales = tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32))
+        tl.store(codes, new_codes.to(tl.uint8), mask=mask)
+        tl.store(scales + block, absmax, mask=length > 0)
+    else:
+        values = address(row, STATES + s, tl.float32, ALIGNED) + start[:, None] + columns
+        tl.store(values, state, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def step_kernel(
+    table,
+    tiles,  # (tiles,), int32: the tensor of each
+    first_tile,  # of this launch
+    constants,
+    keys,
+    maps,  # (states, codebook.TABLES), float32: of the map of each state
+    midpoints,  # (states, codebook.MIDPOINTS), float64
+    grad_scale,  # one element: gradients are this many times too large; or None
+    found_inf,  # as above
+    UPDATE: tl.constexpr,
+    COUNT: tl.constexpr,  # of constants
+    SIGNED: tl.constexpr,  # of each state, whether it can be negative
+    CODED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,  # the power of two that a block has room in
+    ALIGNED: tl.constexpr,
+):
+    """Of each tile, by one program: decodes the states, applies the rule, and codes them anew."""
+    tile = first_tile + tl.program_id(0)
+    tensor = tl.load(tiles + tile)
+    row = table + HEAD + tensor * ROW
+    block, start, length = blocks_of(row, tile, BLOCKS_PER_TILE, ALIGNED)
+    if found_inf is not None:
+        length = tl.where(tl.load(found_inf) == 0, length, 0)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = columns < length[:, None]
+    param = loaded_param(row, start, columns, mask, DTYPE, ROUNDING, ALIGNED)
+    grad = loaded_grad(row, start, columns, mask, grad_scale, DTYPE, ALIGNED)
+    states = loaded_states(row, block, start, columns, mask, maps, SIGNED, CODED, ALIGNED)
+    param, states = UPDATE(param, grad, states, loaded_constants(constants, tensor, COUNT))
+    key = tl.load(keys + tensor).to(tl.uint64, bitcast=True)
+    store_param(row, start, columns, mask, param, key, DTYPE, ROUNDING, ALIGNED)
+    for s in tl.static_range(len(SIGNED)):
+        store_state(
+            row, s, block, start, length, columns, mask, states[s], maps, midpoints, SIGNED[s], CODED, ALIGNED
+        )
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def measure_kernel(
+    table,
+    tiles,
+    first_tile,
+    constants,
+    squares,
+    maps,
+    grad_scale,
+    MEASURE: tl.constexpr,
+    COUNT: tl.constexpr,
+    SIGNED: tl.constexpr,
+    CODED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Of each tile, by one program: what it contributes to the squares of the norms."""
+    tile = first_tile + tl.program_id(0)
+    tensor = tl.load(tiles + tile)
+    row = table + HEAD + tensor * ROW
+    block, start, length = blocks_of(row, tile, BLOCKS_PER_TILE, ALIGNED)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = columns < length[:, None]
+    param = loaded_param(row, start, columns, mask, DTYPE, ROUNDING, ALIGNED)
+    grad = loaded_grad(row, start, columns, mask, grad_scale, DTYPE, ALIGNED)
+    states = loaded_states(row, block, start, columns, mask, maps, SIGNED, CODED, ALIGNED)
+    measured = MEASURE(param, grad, states, loaded_constants(constants, tensor, COUNT))
+    for i in tl.static_range(2):
+        wide = tl.where(mask, measured[i], 0.0).to(tl.float64)
+        tl.store(squares + 2 * tile.to(tl.int64) + i, tl.sum(wide * wide))
