@@ -56,7 +56,7 @@ def copy_bandwidth() -> float:
 
 
 def machine() -> dict[str, Any]:
-    packages = ("opt8bit", "torch", "numpy", "transformers", "bitsandbytes", "torchao")
+    packages = ("opt8bit", "torch", "triton", "numpy", "transformers", "bitsandbytes", "torchao")
     versions = {}
     for package in packages:
         try:

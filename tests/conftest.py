@@ -1,4 +1,10 @@
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before it is imported: kernels for GPUs run on the CPU, slowly
 
 from opt8bit.backends import available
 from opt8bit.backends.native import instruction_sets

@@ -42,8 +42,8 @@ TRITON = "triton"
 TRITON_DEVICES = ("cuda", "xpu")  # torch's names; ROCm's devices are "cuda", too
 ENVIRONMENT = "OPT8BIT_BACKEND"
 NO_TRITON = (
-    "Triton, which comes with torch's builds for GPUs on Linux, cannot be imported, so a slower reference serves {device}: "
-    "pip install triton"
+    "Triton, which comes with torch's builds for GPUs on Linux, cannot be imported, so a slower reference serves "
+    "{device}: pip install triton"
 )
 NO_KERNELS = (
     "opt8bit was installed without its compiled kernels, so a slower reference serves the CPU. With a C++17 "

@@ -55,9 +55,7 @@ def step_group(group: GroupUpdate, coder: Backend) -> None:
         _step_parameter(group, i, coder, hyper, grad_scale)
 
 
-def _step_parameter(
-    group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float
-) -> None:
+def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
     batch, param, state = group.batch, group.params[i], group.state[i]
     names, view = batch.rule.states, batch.views[i]
     compensation = state["compensation"] if batch.rounding == "compensated" else None

@@ -36,5 +36,5 @@ def devices() -> list[str]:
 
 def served_by(device: str) -> str:
     # Asking for the reference by name keeps the report free of the warning, which it prints itself.
-    only_reference = available(device) == [REFERENCE]
-    return backend_for(device, REFERENCE if only_reference else None).name
+    is_reference = available(device)[0] == REFERENCE
+    return backend_for(device, REFERENCE if is_reference else None).name

@@ -179,7 +179,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
         chosen = {name: values[name] for name in self.rule(group).hyper}
         return {
-            name: value.item() if isinstance(value, Tensor) and not (name == "lr" and value.device.type != "cpu") else value
+            name: value.item()
+            if isinstance(value, Tensor) and not (name == "lr" and value.device.type != "cpu")
+            else value
             for name, value in chosen.items()
         }
 
@@ -241,8 +243,6 @@ class Optimizer8bit(torch.optim.Optimizer):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capture()
         grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
-            return loss
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         groups = range(len(self.param_groups))
@@ -284,9 +284,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             fresh.update(states)
         return work
 
-    def _asked(
-        self, index: int, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Asked:
+    def _asked(self, index: int, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> Asked:
         grads = list(map(attrgetter("grad"), group["params"]))
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         numbers = range(first, first + len(grads))
@@ -310,9 +308,11 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _check_capture(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError(f"a step of {type(self).__name__} is captured in a CUDA graph: that takes capturable=True")
+            raise RuntimeError(
+                f"a step of {type(self).__name__} is captured in a CUDA graph: that takes capturable=True"
+            )
 
-    def _check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         if is_traceable_wrapper_subclass(param):
             raise TypeError(f"{type(param).__name__} parameters are not supported yet")
         if param.dtype not in SUPPORTED_DTYPES:
@@ -322,9 +322,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
         if group["capturable"] and not counts_on_device(param.device, self.rule(group)):
             raise ValueError(
-                f"capturable must be left out for parameters on {param.device}: only Triton's kernels for "
-                f"{type(self).__name__} on a GPU can be captured"
-                )
+                f"capturable must be left out for {type(self).__name__} on {param.device}, where no kernels in Triton "
+                "serve it, got True"
+            )
         self.check_param(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
-from opt8bit.optim.states import is_compensated, specs, will_be_coded
+from opt8bit.optim.states import specs, will_be_coded
 from opt8bit.optim.table import aligned
 
 if TYPE_CHECKING:

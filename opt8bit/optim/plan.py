@@ -30,7 +30,14 @@ from opt8bit.backends import (
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
-OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable")  # of a group, that plans depend on
+OPTIONS = (
+    "block_size",
+    "fused",
+    "stochastic_rounding",
+    "compensation",
+    "seed",
+    "capturable",
+)  # of a group, that plans depend on
 
 T = TypeVar("T")
 State = Mapping[Tensor, Mapping[str, Tensor]]  # of an optimizer
@@ -201,8 +208,8 @@ def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) ->
         )
     if asked.group["capturable"] and not (backend.name == "triton" and counts_on_device(param.device, asked.rule)):
         raise ValueError(
-            f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of {param.dtype} "
-            f"on {param.device} with a gradient of {grad.dtype}; leave capturable out"
+            f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of "
+            f"{param.dtype} on {param.device} with a gradient of {grad.dtype}; leave capturable out"
         )
     is_staged = backend.name != "reference" and not (param.is_contiguous() and grad.is_contiguous())
     return backend, is_staged

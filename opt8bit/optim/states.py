@@ -99,7 +99,9 @@ def initialized(
         result.pop(COMPENSATION, None)  # of a time when it was: the parameter has moved since
     for name, spec in specs(param, rule, group, coded).items():
         if name in result:
-            if name == "step" and isinstance(result[name], Tensor):  # counted elsewhere, as long as another backend served
+            if name == "step" and isinstance(
+                result[name], Tensor
+            ):  # counted elsewhere, as long as another backend served
                 result[name] = result[name].to(spec.device)
             continue
         value: Any = initial.get(name.removesuffix("_absmax"), 0.0)

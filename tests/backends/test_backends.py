@@ -14,7 +14,7 @@ from opt8bit.quant import dynamic_map, quantize_blockwise
 
 def test_the_fastest_serves_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     names = backends.available("cpu")
-    assert names[-1] == "reference"
+    assert "reference" in names and names[0] != "triton"
     monkeypatch.delenv("OPT8BIT_BACKEND", raising=False)
     assert backends.backend_for("cpu").name == names[0]
     for name in names:
@@ -26,7 +26,7 @@ def test_the_fastest_serves_unless_another_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPT8BIT_BACKEND", "abacus")
-    with pytest.raises(ValueError, match=r"must be one of .*reference on cpu, got 'abacus'"):
+    with pytest.raises(ValueError, match=r"must be one of .*reference.* on cpu, got 'abacus'"):
         backends.backend_for("cpu")
 
 

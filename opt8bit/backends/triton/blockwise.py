@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from opt8bit.backends.triton import codebook
+from opt8bit.backends.triton import codebook, rounding
 
 
 @triton.jit
@@ -69,4 +69,4 @@ def dequantize_kernel(
         mask = begin + columns < length[:, None]
         part = tl.load(codes + start[:, None] + begin + columns, mask=mask, other=0).to(tl.int32)
         value = tl.load(values + part, mask=mask, other=0.0) * scale
-        tl.store(x + start[:, None] + begin + columns, value.to(x.dtype.element_ty), mask=mask)
+        tl.store(x + start[:, None] + begin + columns, rounding.nearest(value, x.dtype.element_ty), mask=mask)

@@ -3,9 +3,11 @@
 The map is a line for each decade. Count its codes from zero: c = |code - 127| in the signed map, c = code + 1 in the
 unsigned one. A decade has the counts from 2^j to 2^(j+1), and ``slope * x + intercept`` runs from one to the other, so
 that truncating gives c. The exponent of x names the line, except where a line ends inside a binade. What lands near a
-whole number is decided by the midpoint between the two codes, in float64, where it is exact.
+whole number is decided by the midpoint between the two codes, in float64, where it is exact: a slow path, which one in
+several tiles of two thousand elements takes.
 
-The tables of one map take a cache line each, or half of one, so that the threads of a warp find theirs in one access.
+The tables of one map that the fast path reads take a cache line each, or half of one, so that the threads of a warp
+find theirs in one access.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 DECADES = 7
-ERRORS = 2.0**-13  # bound of the rounding errors of a sum, which is therefore never below the true one
-SLACK = tl.constexpr(2.0**-11)  # the sum is less than this above the true one
+MARGIN = 2.0**-21  # relative, above all that rounding takes away: the sum is never below the true one,
+SLACK = tl.constexpr(2.0**-20)  # and less than this above it
 SMALLEST = tl.constexpr(2.0**-31)  # of a magnitude: below every line's end, in a binade of its own
 
 # Of the tables of one map, float32: where they begin.
 VALUES = tl.constexpr(0)  # 256, by code
-LINE_END = tl.constexpr(256)  # 32, by the low 5 bits of an exponent: the x above which the next line holds
-LINE = tl.constexpr(288)  # 32, likewise: the line at the binade's lower end
-SLOPE = tl.constexpr(320)  # 16, by line: that of zero, of the seven decades, of one
-INTERCEPT = tl.constexpr(336)  # 16
-CAP = tl.constexpr(352)  # 16: in a line's last cell the sum passes the last count
-TABLES = tl.constexpr(384)
+LINE_END = tl.constexpr(256)  # 32, by the low 5 bits of an exponent: the x above which the next line holds; its low 4
+# bits are the line at the binade's lower end: that of zero, of the seven decades, of one
+SLOPE = tl.constexpr(288)  # 16, by line
+TABLES = tl.constexpr(320)
 MIDPOINTS = tl.constexpr(257)  # -inf, the 255 between neighbouring codes, inf
+# The intercepts are 8/9 of each line's least count, a power of two. These are the bits of the first one, of a line of
+# count 1/2 or 1, with the margin; the others have larger exponents.
+SIGNED_INTERCEPT = tl.constexpr(int(torch.tensor(4 / 9 * (1 + MARGIN), dtype=torch.float64).float().view(torch.int32)))
+UNSIGNED_INTERCEPT = tl.constexpr(SIGNED_INTERCEPT.value + (1 << 23))
 
 
 def midpoints(values: Tensor) -> Tensor:
@@ -43,32 +47,30 @@ def tables(values: Tensor, signed: bool) -> Tensor:
     first = 0 if signed else 1  # the count of zero
     zero_code = 127 if signed else 0
     between = midpoints(values)[1:-1].tolist()
-    ends, slopes, intercepts, caps = [], [], [], []
-    for line in range(DECADES + 2):
-        scale = 2.0 ** (line + first - 1)  # the line's least count
-        last_code = zero_code + int(2 * scale) - 1 - first
-        slopes.append(10.0 ** (DECADES - line) / 0.9 * scale)
-        intercepts.append(8 / 9 * scale + ERRORS)
-        caps.append(2 * scale - 0.5)
-        if line <= DECADES:
-            ends.append(between[last_code])
-    # The first line has one count, zero's. It is tilted, so that it, too, comes to a whole number at its end. The last
-    # one comes to its count at the end of the cell before, inside which it begins.
-    slopes[0], intercepts[0] = 1.5 / ends[0], caps[0] + ERRORS
-    slopes[-1] = (1 - 8 / 9) * 2.0 ** (DECADES + first) / ends[-1]
+    least = [2.0 ** (line + first - 1) for line in range(DECADES + 2)]  # counts of the lines
+    ends = [between[zero_code + int(2 * count) - 1 - first] for count in least[: DECADES + 1]]
+    slopes = [10.0 ** (DECADES - line) / 0.9 * count for line, count in enumerate(least)]
+    # The first line has one count, zero's, but it, too, comes to a whole number at its end. The last one comes to its
+    # count at the end of the cell before, inside which it begins.
+    slopes[0] = 2 * least[0] * (1 - 4 / 9) / ends[0]
+    slopes[-1] = (1 - 8 / 9) * least[-1] / ends[-1]
     ends[-1] = float(values[254])
-    line_ends, lines = [], []
-    line = 0
+    line_ends, line = [], 0
     for binade in range(32):  # from 2^(binade - 31) on
         ends_here = line < len(ends) and ends[line] < 2.0 ** (binade - 30)
-        lines.append(line)
-        line_ends.append(ends[line] * (1 + 2.0**-21) if ends_here else torch.inf)  # above all that rounding may move
+        line_ends.append(_with_low_bits(ends[line] if ends_here else 2.0**100, line))
         line += ends_here
     result = torch.zeros(TABLES.value)
     result[: LINE_END.value] = values
-    for start, table in ((LINE_END, line_ends), (LINE, lines), (SLOPE, slopes), (INTERCEPT, intercepts), (CAP, caps)):
-        result[start.value : start.value + len(table)] = torch.tensor(table, dtype=torch.float64).float()
+    result[LINE_END.value : SLOPE.value] = torch.tensor(line_ends)
+    result[SLOPE.value :][: len(slopes)] = torch.tensor(slopes, dtype=torch.float64) * (1 + MARGIN)
     return result
+
+
+def _with_low_bits(x: float, bits: int) -> float:
+    """The least float32 with these low 4 bits that is above x by more than rounding may move it."""
+    found = int(torch.tensor(x, dtype=torch.float64).float().view(torch.int32))
+    return float(torch.tensor(((found + 4 + 15 - bits) & ~15) | bits, dtype=torch.int32).view(torch.float32))
 
 
 @triton.jit
@@ -91,21 +93,29 @@ def encode(
     scale = tl.where(absmax > 0, absmax, 1.0)
     reciprocal = tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), scale * factor)
     magnitude = tl.maximum(tl.abs(x) * factor[:, None] * reciprocal[:, None], SMALLEST)
-    binade = (magnitude.to(tl.int32, bitcast=True) >> 23) & 31
-    line = tl.load(tables + LINE + binade).to(tl.int32)
-    line += (magnitude > tl.load(tables + LINE_END + binade)).to(tl.int32)
-    place = magnitude * tl.load(tables + SLOPE + line) + tl.load(tables + INTERCEPT + line)
-    count = tl.minimum(place, tl.load(tables + CAP + line)).to(tl.int32)
+    line_end = tl.load(tables + LINE_END + ((magnitude.to(tl.int32, bitcast=True) >> 23) & 31))
+    line = (line_end.to(tl.int32, bitcast=True) & 15) + (magnitude > line_end).to(tl.int32)
+    intercept = (line << 23) + (SIGNED_INTERCEPT if SIGNED else UNSIGNED_INTERCEPT)
+    place = magnitude * tl.load(tables + SLOPE + line) + intercept.to(tl.float32, bitcast=True)
+    # In a line's last cell the sum passes the last count.
+    count = tl.minimum(place.to(tl.int32), ((1 if SIGNED else 2) << line) - 1)
     if SIGNED:
         codes = tl.where(x < 0, tl.maximum(127 - count, 0), 127 + count)  # there is no -1
     else:
-        codes = count - 1
-    # Few are near a whole number; the others' midpoints are not fetched, and decide nothing.
-    is_near = place - tl.floor(place) < SLACK
-    below = tl.load(midpoints + codes, mask=is_near, other=float("-inf")) * scale[:, None]
-    above = tl.load(midpoints + codes + 1, mask=is_near, other=float("inf")) * scale[:, None]
-    codes += (x.to(tl.float64) > above).to(tl.int32) - (x.to(tl.float64) <= below).to(tl.int32)
+        codes = tl.maximum(count - 1, 0)
+    is_near = place - tl.floor(place) < place * SLACK
+    if tl.max(tl.max(is_near.to(tl.int32), 1), 0) > 0:
+        codes = decided(x, scale, codes, midpoints)
     return tl.where(absmax[:, None] > 0, codes, 127 if SIGNED else 0)
+
+
+@triton.jit
+def decided(x, absmax, codes, midpoints):
+    """The nearest codes, from such that may be one off."""
+    wide, scale = x.to(tl.float64), absmax.to(tl.float64)[:, None]
+    is_above = wide > tl.load(midpoints + codes + 1) * scale
+    is_below = wide <= tl.load(midpoints + codes) * scale
+    return codes + is_above.to(tl.int32) - is_below.to(tl.int32)
 
 
 @triton.jit

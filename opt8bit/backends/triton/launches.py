@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy
@@ -17,12 +19,14 @@ from opt8bit.backends.triton import optimizer_step as kernels
 from opt8bit.backends.triton.update_rules import RULES
 
 Words = NDArray[numpy.int64]
+Run = Callable[..., None]  # (kernel, programs, warps, **arguments)
 
-TILE = 2048  # elements of a program, or one block where that is longer
-ELEMENTS_PER_WARP = 512  # 16 of a thread
+TILE = 1024  # elements of a program, or one block where that is longer
+ELEMENTS_PER_WARP = 256  # 8 of a thread
+MAX_WARPS = 16
 FULL_BLOCK = 1024  # elements that are taken together of a state which is not coded
 ALIGNMENT = 16  # bytes of an address, and elements of a row and of a block, where loads are 16 bytes wide
-OPTIONS = {"enable_fp_fusion": False}  # so that results round as the reference's do
+OPTIONS = {"enable_fp_fusion": True}  # one rounding fewer than the reference, as in the kernels for CPUs
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -38,7 +42,7 @@ class Shape(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return max(self.blocks * self.block // ELEMENTS_PER_WARP, 1)
+        return min(max(self.blocks * self.block // ELEMENTS_PER_WARP, 1), MAX_WARPS)
 
 
 class Launch(NamedTuple):
@@ -89,35 +93,61 @@ class Launches:
             value.to(self.device) if isinstance(value, Tensor) else None
             for value in (group.hyper["lr"], group.grad_scale, group.found_inf)
         )
-        self._run(self._table.holding(self._words(group)), lr, grad_scale, found_inf, _launch)
+        self._run(_launch, self._table.holding(self._words(group)), lr, grad_scale, found_inf)
 
-    def _run(self, table: Tensor, lr: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, run: Any):
-        rule, functions, count = self._batch.rule, self._functions, len(self._rows)
-        constants = (table, self._constants, self._keys, self._squares, lr, found_inf, functions.constants)
-        hyper = len(rule.hyper)
-        run(kernels.constants_kernel, count, 1, *constants, hyper, False)
+    def _run(
+        self, run: Run, table: Tensor, lr: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        functions = self._functions
+        set_constants = functools.partial(
+            run,
+            kernels.constants_kernel,
+            len(self._rows),
+            1,
+            table=table,
+            constants=self._constants,
+            keys=self._keys,
+            squares=self._squares,
+            lr=lr,
+            found_inf=found_inf,
+            CONSTANTS=functions.constants,
+            HYPER=len(self._batch.rule.hyper),
+        )
+        set_constants(AFTER_MEASURE=False)
+        work = [(launch, self._arguments(launch, table, grad_scale)) for launch in self._launches]
         if functions.measure is not None:
-            for launch in self._launches:
-                arguments = (table, self._tiles, launch.first_tile, self._constants, self._squares, self._maps)
-                run_on = (kernels.measure_kernel, launch.tiles, launch.shape.warps)
-                run(*run_on, *arguments, grad_scale, functions.measure, *self._constexprs(launch.shape))
-            run(kernels.constants_kernel, count, 1, *constants, hyper, True)
-        for launch in self._launches:
-            arguments = (table, self._tiles, launch.first_tile, self._constants, self._keys, self._maps)
-            run_on = (kernels.step_kernel, launch.tiles, launch.shape.warps)
-            last = (self._midpoints, grad_scale, found_inf, functions.update)
-            run(*run_on, *arguments, *last, *self._constexprs(launch.shape))
+            measured = {"squares": self._squares, "MEASURE": functions.measure}
+            for launch, arguments in work:
+                run(kernels.measure_kernel, launch.tiles, launch.shape.warps, **arguments, **measured)
+            set_constants(AFTER_MEASURE=True)
+        written = {"keys": self._keys, "midpoints": self._midpoints, "found_inf": found_inf, "UPDATE": functions.update}
+        for launch, arguments in work:
+            run(kernels.step_kernel, launch.tiles, launch.shape.warps, **arguments, **written)
 
-    def _constexprs(self, shape: Shape) -> tuple[Any, ...]:
-        batch = self._batch
-        rounding = batch.rounding if batch.dtype == torch.bfloat16 else "nearest"
-        signed = tuple(batch.rule.states.values())
-        return self._functions.count, signed, batch.coded, rounding, TYPES[batch.dtype], shape.blocks, shape.block, shape.is_aligned
+    def _arguments(self, launch: Launch, table: Tensor, grad_scale: Tensor | None) -> dict[str, Any]:
+        """What the kernels that go through tiles take alike."""
+        batch, shape = self._batch, launch.shape
+        return {
+            "table": table,
+            "tiles": self._tiles,
+            "first_tile": launch.first_tile,
+            "constants": self._constants,
+            "maps": self._maps,
+            "grad_scale": grad_scale,
+            "COUNT": self._functions.constant_count,
+            "SIGNED": tuple(batch.rule.states.values()),
+            "CODED": batch.coded,
+            "ROUNDING": batch.rounding if batch.dtype == torch.bfloat16 else "nearest",
+            "DTYPE": TYPES[batch.dtype],
+            "BLOCKS_PER_TILE": shape.blocks,
+            "BLOCK": shape.block,
+            "ALIGNED": shape.is_aligned,
+        }
 
     def _compile(self) -> None:
         """Compiles every kernel before one runs, as a step that fails half-way would have been half taken."""
         try:
-            self._run(self._table.device, None, None, None, _warm_up)
+            self._run(_warm_up, self._table.on_device, None, None, None)
         except Exception as error:  # of many kinds: the front end's, LLVM's, the driver's
             batch = self._batch
             raise RuntimeError(
@@ -170,7 +200,7 @@ class Table:
     """
 
     def __init__(self, words: int, device: torch.device, capturable: bool) -> None:
-        self.device = torch.zeros(words, dtype=torch.int64, device=device)
+        self.on_device = torch.zeros(words, dtype=torch.int64, device=device)
         self._held: Words | None = None
         self._is_pinned = device.type != "cpu"
         self._spare = self._pair() if capturable and self._is_pinned else None
@@ -183,9 +213,9 @@ class Table:
         if self._held is None or not numpy.array_equal(words, self._held):
             source = torch.from_numpy(words)
             # Torch gives pinned memory to others only when the copy out of it is done.
-            self.device.copy_(source.pin_memory() if self._is_pinned else source, non_blocking=True)
+            self.on_device.copy_(source.pin_memory() if self._is_pinned else source, non_blocking=True)
             self._held = words
-        return self.device
+        return self.on_device
 
     def _of_graph(self, words: Words) -> Tensor:
         """A table of the graph's own. The copy is a part of it, and repeated whenever it is replayed."""
@@ -197,7 +227,7 @@ class Table:
         return table.copy_(pinned, non_blocking=True)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(self.device.shape, dtype=torch.int64, pin_memory=True), torch.zeros_like(self.device)
+        return torch.zeros(self.on_device.shape, dtype=torch.int64, pin_memory=True), torch.zeros_like(self.on_device)
 
 
 def _rows(batch: Batch) -> Words:
@@ -225,10 +255,11 @@ def _wide_columns(batch: Batch) -> list[int]:
     return [0, 1, *states, *([-1] if batch.rounding == "compensated" else [])]
 
 
-def _launch(kernel: Any, programs: int, warps: int, *arguments: Any) -> None:
-    kernel[(programs,)](*arguments, num_warps=warps, **OPTIONS)
+def _launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+    kernel[(programs,)](**arguments, num_warps=warps, **OPTIONS)
 
 
-def _warm_up(kernel: Any, programs: int, warps: int, *arguments: Any) -> None:
+def _warm_up(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+    """Compiles only."""
     if isinstance(kernel, triton.JITFunction):  # not so in Triton's interpreter
-        kernel.warmup(*arguments, grid=(programs,), num_warps=warps, **OPTIONS)
+        kernel.warmup(**arguments, grid=(programs,), num_warps=warps, **OPTIONS)

@@ -129,7 +129,8 @@ def loaded_states(
             tables = maps + s * codebook.TABLES
             scales = tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32))
             absmax = tl.load(scales + block, mask=tl.max(mask.to(tl.int32), 1) > 0, other=0.0)
-            state = codebook.decode(tl.load(codes, mask=mask, other=0), tables) * absmax[:, None]
+            zero = 127 if SIGNED[s] else 0
+            state = codebook.decode(tl.load(codes, mask=mask, other=zero), tables) * absmax[:, None]
         else:
             values = address(row, STATES + s, tl.float32, ALIGNED) + start[:, None] + columns
             state = tl.load(values, mask=mask, other=0.0)
@@ -146,9 +147,7 @@ def loaded_constants(constants, tensor, COUNT: tl.constexpr):
 
 
 @triton.jit
-def loaded_param(
-    row, start, columns, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr
-):
+def loaded_param(row, start, columns, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr):
     params = address(row, PARAM, DTYPE, ALIGNED) + start[:, None] + columns
     param = tl.load(params, mask=mask, other=0.0)
     if ROUNDING == "compensated":
@@ -179,7 +178,7 @@ def store_param(
         index = (start[:, None] + columns).to(tl.uint32)
         tl.store(params, rounding.stochastically_rounded(param, key, index), mask=mask)
     else:
-        tl.store(params, param.to(DTYPE), mask=mask)
+        tl.store(params, rounding.nearest(param, DTYPE), mask=mask)
 
 
 @triton.jit
@@ -200,7 +199,7 @@ def store_state(
 ):
     if CODED:
         # An infinity, as the largest of its block, would weigh on the others from then on; a NaN is coded as zero.
-        state = tl.where(mask & (tl.abs(state) < float("inf")), state, 0.0)
+        state = tl.where(tl.abs(state) < float("inf"), state, 0.0)
         absmax = tl.max(tl.abs(state), 1)
         tables, between = maps + s * codebook.TABLES, midpoints + s * codebook.MIDPOINTS
         new_codes = codebook.encode(state, absmax, tables, between, SIGNED)
@@ -250,9 +249,7 @@ def step_kernel(
     key = tl.load(keys + tensor).to(tl.uint64, bitcast=True)
     store_param(row, start, columns, mask, param, key, DTYPE, ROUNDING, ALIGNED)
     for s in tl.static_range(len(SIGNED)):
-        store_state(
-            row, s, block, start, length, columns, mask, states[s], maps, midpoints, SIGNED[s], CODED, ALIGNED
-        )
+        store_state(row, s, block, start, length, columns, mask, states[s], maps, midpoints, SIGNED[s], CODED, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["first_tile"])

@@ -3,8 +3,12 @@
 The same bits as :mod:`opt8bit.backends.rounding`, which says why.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -41,6 +45,15 @@ def float32_bits(x):
 @triton.jit
 def from_high_half(bits):
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def nearest(x, DTYPE: tl.constexpr):
+    """float32 ``x`` in another dtype; a tie goes to the even one."""
+    if INTERPRETING and DTYPE == tl.bfloat16:  # where the interpreter truncates
+        bits = float32_bits(x)
+        return from_high_half(bits + 0x7FFF + ((bits >> 16) & 1))
+    return x.to(DTYPE)
 
 
 @triton.jit

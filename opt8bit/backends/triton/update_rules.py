@@ -16,7 +16,7 @@ import triton.language as tl
 
 class Functions(NamedTuple):
     constants: Any  # (hyper, step, norms) -> the constants
-    count: int  # of them
+    constant_count: int
     update: Any  # (param, grad, states, constants) -> (param, states)
     measure: Any = None  # (param, grad, states, constants) -> two tensors
 

@@ -1,0 +1,198 @@
+"""How long does an AdamW step take on a GPU, against torch, the other 8-bit optimizers, and the speed of the memory?
+
+    pip install ".[bench]" matplotlib && python benchmarks/gpu_step.py
+
+First a step of ours is held against the reference, in plain torch on the CPU: nothing is measured where they differ by
+more than rounding. Then each question alternates all optimizers, round by round, on the same parameters and on fresh
+random gradients, by the device's own clock, with caches flushed; ratios are of medians, to torch's fused optimizer with
+32-bit states. The bandwidth counts what an 8-bit step has to move, 4 bytes of codes and three times those of a
+parameter, and is set against that of a copy. Optimizers that are not installed, and sizes that the device has no room
+for, are left out. Writes one JSON line per row, and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu_step import GPT2_SMALL, adamw_peers
+from measuring import machine
+from torch import nn
+
+import opt8bit
+
+LAYER_OF_7B = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008), (4096,), (4096,)]
+OURS, BASE = "opt8bit.AdamW8bit", "torch.optim.AdamW fused"
+CODE_BYTES = 4  # of two states, read and written
+ROOM = 2  # a question needs this many times the bytes of its parameters, gradients and 32-bit states
+
+
+def questions(quick: bool) -> dict[str, list[tuple[int, ...]]]:
+    """Parameter shapes, by name."""
+    sizes = [10**5] if quick else [10**exponent for exponent in range(5, 10)]
+    single = {f"{size:.0e} parameters": [(size // 1000, 1000)] for size in sizes}
+    return single if quick else {**single, "GPT-2 small": GPT2_SMALL, "a layer of a 7B model": LAYER_OF_7B}
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """What the device takes for a call, or, on a CPU, what passes by the clock."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    module = getattr(torch, device.type)
+    torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # so that no cache holds what the last call left
+    begin, end = (module.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    module.synchronize()
+    return begin.elapsed_time(end)
+
+
+def check(device: torch.device) -> None:
+    """Ends the program where a step on the device is not that of the reference."""
+    values = fresh([(512, 1000), (64, 64), (7,)], torch.float32, device)
+    states = []
+    for place, fused in ((device, None), (torch.device("cpu"), False)):
+        params = [nn.Parameter(value.detach().to(place, copy=True)) for value in values]
+        for param, value in zip(params, values, strict=True):
+            assert value.grad is not None
+            param.grad = value.grad.to(place)
+        optimizer = opt8bit.AdamW8bit(params, fused=fused)
+        optimizer.step()
+        states.append([{name: value.cpu() for name, value in optimizer.state[param].items()} for param in params])
+    for mine, expected in zip(*states, strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            distance = (mine[name].double() - expected[name].double()).abs()
+            is_code = expected[name].dtype == torch.uint8
+            if is_code and (distance.max() > 1 or (distance > 0).double().mean() > 1e-3):
+                raise SystemExit(f"{name} differs from the reference in {int((distance > 0).sum())} codes")
+            if not is_code and not torch.allclose(mine[name], expected[name], rtol=1e-5):
+                raise SystemExit(f"{name} differs from the reference by up to {distance.max():.1e}")
+    print("a step is that of the reference")
+
+
+def fresh(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype, device=device)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def copy_bandwidth(device: torch.device, rounds: int) -> float:
+    """Bytes read and written per second."""
+    source = torch.ones(2**28 if device.type != "cpu" else 2**20, device=device)
+    target = torch.empty_like(source)
+    times = [milliseconds(lambda: target.copy_(source), device) for _ in range(rounds + 2)][2:]
+    return 2 * source.numel() * source.element_size() / (statistics.median(times) / 1e3)
+
+
+def compare(
+    question: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, rounds: int, copy: float
+) -> list[dict[str, Any]]:
+    """Steps the optimizers in turn, prints a table and returns its rows."""
+    params = fresh(shapes, dtype, device)
+    count = sum(param.numel() for param in params)
+    optimizers = {name: make(params) for name, make in adamw_peers().items()}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for turn in range(rounds + 2):  # two to warm up
+        for name, optimizer in optimizers.items():
+            for param in params:
+                assert param.grad is not None
+                param.grad.normal_()
+            passed = milliseconds(optimizer.step, device)
+            if turn >= 2:
+                times[name].append(passed)
+    print(f"\n{question}, {str(dtype).removeprefix('torch.')}: {count / 1e6:.1f}M parameters, {rounds} rounds")
+    base = statistics.median(times[BASE])
+    rows = []
+    for name, sample in times.items():
+        median = statistics.median(sample)
+        moved = (CODE_BYTES + 3 * dtype.itemsize) * count / (median / 1e3) if name == OURS else None
+        row = {
+            "question": question,
+            "dtype": str(dtype),
+            "optimizer": name,
+            "parameters": count,
+            "median_ms": median,
+            "min_ms": min(sample),
+            "max_ms": max(sample),
+            "ratio": median / base,
+            "bytes_per_s": moved,
+            "share_of_copy": moved and moved / copy,
+        }
+        rows.append(row)
+        bandwidth = f"  {moved / 1e9:8.1f} GB/s, {moved / copy:.0%} of a copy" if moved else ""
+        print(f"  {name:<28} {median:9.3f} ms  {row['ratio']:6.2f}x{bandwidth}", flush=True)
+    return rows
+
+
+def fits(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    free, _ = getattr(torch, device.type).mem_get_info(device)
+    return ROOM * count * (2 * dtype.itemsize + 8) < free
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Nanoseconds a parameter, over the number of parameters."""
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
+    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(6 * len(dtypes), 4), squeeze=False)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        for name in dict.fromkeys(row["optimizer"] for row in rows):
+            chosen = [row for row in rows if row["optimizer"] == name and row["dtype"] == dtype]
+            points = sorted((row["parameters"], row["median_ms"] * 1e6 / row["parameters"]) for row in chosen)
+            axis.loglog(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=dtype, xlabel="parameters", ylabel="ns per parameter")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, xpu, or cpu to try this script (default cuda)")
+    parser.add_argument("--quick", action="store_true", help="one small tensor, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=31, help="times that each optimizer steps (default 31)")
+    parser.add_argument("--rows", type=Path, default=Path("gpu_step.jsonl"), help="where to write the rows")
+    parser.add_argument("--plot", type=Path, default=Path("gpu_step.png"), help="where to draw them")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        parser.error(f"there is no device {device}")
+    module = getattr(torch, device.type)
+    about = {**machine(), "device": "cpu" if device.type == "cpu" else module.get_device_name(device)}
+    print(
+        f"{about['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    )
+    check(device)
+    rounds = 3 if options.quick else options.rounds
+    copy = copy_bandwidth(device, rounds)
+    print(f"copy: {copy / 1e9:.1f} GB/s")
+    rows = []
+    for question, shapes in questions(options.quick).items():
+        for dtype in (torch.float32, torch.bfloat16):
+            if fits(shapes, dtype, device):
+                rows += compare(question, shapes, dtype, device, rounds, copy)
+            else:
+                print(f"\n{question}, {dtype}: no room for it")
+    with options.rows.open("w") as file:
+        for row in rows:
+            file.write(json.dumps({**row, "copy_bytes_per_s": copy, **about}) + "\n")
+    plot(rows, options.plot)
+    print(f"\nRows: {options.rows}, plot: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
