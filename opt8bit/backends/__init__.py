@@ -41,9 +41,10 @@ REFERENCE = "reference"
 TRITON = "triton"
 TRITON_DEVICES = ("cuda", "xpu")  # torch's names; ROCm's devices are "cuda", too
 ENVIRONMENT = "OPT8BIT_BACKEND"
+MIN_TRITON = (3, 4)
 NO_TRITON = (
-    "Triton, which comes with torch's builds for GPUs on Linux, cannot be imported, so a slower reference serves "
-    "{device}: pip install triton"
+    "Triton, which comes with torch's builds for GPUs on Linux, cannot be imported or is older than 3.4 (torch 2.8), "
+    "so a slower reference serves {device}: pip install triton, or a newer torch"
 )
 NO_KERNELS = (
     "opt8bit was installed without its compiled kernels, so a slower reference serves the CPU. With a C++17 "
@@ -69,11 +70,14 @@ def get(name: str) -> Backend:
 
 @functools.cache
 def _triton() -> Any:
-    """The module of the kernels in Triton; None where Triton cannot be imported."""
+    """The module of the kernels in Triton; None where Triton cannot be imported, or is too old to compile them."""
     try:
-        return importlib.import_module("opt8bit.backends.triton")
+        found: Any = importlib.import_module("triton")
     except ImportError:
         return None
+    if tuple(map(int, found.__version__.split(".")[:2])) < MIN_TRITON:
+        return None
+    return importlib.import_module("opt8bit.backends.triton")
 
 
 def is_interpreting() -> bool:

@@ -415,10 +415,11 @@ def test_devices_and_who_serves_them(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backend_for("mps").name == "reference"
 
 
-def test_without_triton_the_reference_serves_with_one_warning() -> None:
+@pytest.mark.parametrize("module", ["None", "types.SimpleNamespace(__version__='3.3.1')"])
+def test_without_triton_the_reference_serves_with_one_warning(module: str) -> None:
     code = (
-        "import sys, warnings\n"
-        "sys.modules['triton'] = None\n"
+        "import sys, types, warnings\n"
+        f"sys.modules['triton'] = {module}\n"
         "from opt8bit import backends\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"

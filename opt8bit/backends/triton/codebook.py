@@ -12,6 +12,7 @@ find theirs in one access.
 
 from __future__ import annotations
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +32,7 @@ TABLES = tl.constexpr(320)
 MIDPOINTS = tl.constexpr(257)  # -inf, the 255 between neighbouring codes, inf
 # The intercepts are 8/9 of each line's least count, a power of two. These are the bits of the first one, of a line of
 # count 1/2 or 1, with the margin; the others have larger exponents.
-SIGNED_INTERCEPT = tl.constexpr(int(torch.tensor(4 / 9 * (1 + MARGIN), dtype=torch.float64).float().view(torch.int32)))
+SIGNED_INTERCEPT = tl.constexpr(int(numpy.float32(4 / 9 * (1 + MARGIN)).view(numpy.int32)))
 UNSIGNED_INTERCEPT = tl.constexpr(SIGNED_INTERCEPT.value + (1 << 23))
 
 
@@ -60,17 +61,17 @@ def tables(values: Tensor, signed: bool) -> Tensor:
         ends_here = line < len(ends) and ends[line] < 2.0 ** (binade - 30)
         line_ends.append(_with_low_bits(ends[line] if ends_here else 2.0**100, line))
         line += ends_here
-    result = torch.zeros(TABLES.value)
+    result = values.new_zeros(TABLES.value)
     result[: LINE_END.value] = values
-    result[LINE_END.value : SLOPE.value] = torch.tensor(line_ends)
-    result[SLOPE.value :][: len(slopes)] = torch.tensor(slopes, dtype=torch.float64) * (1 + MARGIN)
+    result[LINE_END.value : SLOPE.value] = values.new_tensor(line_ends)
+    result[SLOPE.value :][: len(slopes)] = values.new_tensor([slope * (1 + MARGIN) for slope in slopes])
     return result
 
 
 def _with_low_bits(x: float, bits: int) -> float:
     """The least float32 with these low 4 bits that is above x by more than rounding may move it."""
-    found = int(torch.tensor(x, dtype=torch.float64).float().view(torch.int32))
-    return float(torch.tensor(((found + 4 + 15 - bits) & ~15) | bits, dtype=torch.int32).view(torch.float32))
+    found = int(numpy.float32(x).view(numpy.int32))
+    return float(numpy.int32(((found + 4 + 15 - bits) & ~15) | bits).view(numpy.float32))
 
 
 @triton.jit

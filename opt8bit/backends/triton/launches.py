@@ -79,8 +79,10 @@ class Launches:
         pairs = list(zip(batch.codebooks, batch.rule.states.values(), strict=True))
         tables = [codebook.tables(values, signed) for values, signed in pairs]
         between = [codebook.midpoints(values) for values, _ in pairs]
-        self._maps = torch.cat([*tables, torch.zeros(1)]).to(device)  # with one more, as a rule may have no states
-        self._midpoints = torch.cat([*between, torch.zeros(1, dtype=torch.float64)]).to(device)
+        self._maps = torch.cat([*tables, torch.zeros(1, device="cpu")]).to(
+            device
+        )  # with one more, as a rule may have no states
+        self._midpoints = torch.cat([*between, torch.zeros(1, dtype=torch.float64, device="cpu")]).to(device)
         self._cut(numpy.ones(count, numpy.bool_))
         self._compile()
 
@@ -227,7 +229,8 @@ class Table:
         return table.copy_(pinned, non_blocking=True)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(self.on_device.shape, dtype=torch.int64, pin_memory=True), torch.zeros_like(self.on_device)
+        pinned = torch.zeros(self.on_device.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        return pinned, torch.zeros_like(self.on_device)
 
 
 def _rows(batch: Batch) -> Words:
