@@ -19,6 +19,7 @@ from opt8bit.optim.base import Options
 from opt8bit.quant import dequantize_blockwise, dynamic_map, linear_map, normal_float, quantize_blockwise
 
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 from opt8bit.backends import triton as ours  # noqa: E402
 from opt8bit.backends.triton import codebook  # noqa: E402
 from opt8bit.backends.triton.launches import OPTIONS  # noqa: E402
@@ -95,10 +96,10 @@ def compare(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], s
                 torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize("rule", ONE_OF_EACH_RULE)
-def test_a_step_is_the_references(rule: str, bits: int, use: Any) -> None:
-    case = ONE_OF_EACH_RULE[rule]
+@pytest.mark.parametrize(
+    ("case", "bits"), [*((name, 8) for name in CASES), *((name, 32) for name in ONE_OF_EACH_RULE.values())]
+)
+def test_a_step_is_the_references(case: str, bits: int, use: Any) -> None:
     results = []
     for backend in ("reference", "triton"):
         use(backend)
@@ -172,18 +173,34 @@ def test_codes_are_the_nearest(signed: bool) -> None:
     codes = torch.empty(x.shape, dtype=torch.int32)
     tables, between = codebook.tables(values, signed), codebook.midpoints(values)
     arguments = [tensor.to(DEVICE) for tensor in (x, x.abs().amax(1), codes, tables, between)]
-    encode_kernel[(len(x),)](*arguments, signed, **OPTIONS)
+    encode_kernel[(len(x),)](*arguments, signed, 256, **OPTIONS)
     expected, _ = quantize_blockwise(x, values, 256, backend="reference")
     assert torch.equal(arguments[2].cpu(), expected.int())
 
 
+@pytest.mark.parametrize(("signed", "count"), [(True, 500), (False, 2500)])
+def test_the_slow_path_is_taken_where_it_must_be(signed: bool, count: int) -> None:
+    """One value near a midpoint in a tile: its neighbours do not send it there."""
+    values = dynamic_map(signed)
+    x = adversarial(values)
+    x = x if signed else x.abs()
+    rows = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))[:count]
+    pairs = torch.stack([x.flatten()[rows], x.abs().amax(1)[rows // 256]], 1)
+    codes = torch.empty(pairs.shape, dtype=torch.int32)
+    tables, between = codebook.tables(values, signed), codebook.midpoints(values)
+    arguments = [tensor.to(DEVICE) for tensor in (pairs, pairs[:, 1].contiguous(), codes, tables, between)]
+    encode_kernel[(len(pairs),)](*arguments, signed, 2, **OPTIONS)
+    expected, _ = quantize_blockwise(pairs, values, 2, backend="reference")
+    assert torch.equal(arguments[2].cpu(), expected.int())
+
+
 @triton.jit
-def encode_kernel(x, absmax, codes, tables, midpoints, SIGNED: triton.language.constexpr):
-    row = triton.language.program_id(0) + triton.language.arange(0, 1)
-    places = row[:, None] * 256 + triton.language.arange(0, 256)[None, :]
-    scale = triton.language.load(absmax + row)
-    found = codebook.encode(triton.language.load(x + places), scale, tables, midpoints, SIGNED)
-    triton.language.store(codes + places, found)
+def encode_kernel(x, absmax, codes, tables, midpoints, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) + tl.arange(0, 1)
+    places = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    scale = tl.load(absmax + row)
+    found = codebook.encode(tl.load(x + places), scale, tables, midpoints, SIGNED)
+    tl.store(codes + places, found)
 
 
 @pytest.mark.parametrize("block_size", [16, 100, 256, 4096])
