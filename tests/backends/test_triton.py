@@ -331,6 +331,18 @@ def test_a_new_gradient_at_another_address(use: Any) -> None:
     assert torch.equal(results[0], results[1])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes two devices")
+def test_one_group_on_two_devices() -> None:
+    params = [nn.Parameter(parameter().to(device)) for device in (DEVICE, "cpu")]
+    optimizer = opt8bit.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    states = [optimizer.state[param] for param in params]
+    assert [state["step"].device.type for state in states] == [DEVICE, "cpu"]
+    torch.testing.assert_close(params[0].cpu(), params[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="counts what a GPU is given to do")
 def test_launches_do_not_grow_with_the_number_of_tensors() -> None:
     def launches(count: int) -> int:
