@@ -40,7 +40,8 @@ class Options(TypedDict, total=False):
         ``state_bits`` goes by that, whatever its group says.
     fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
     capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
-        ``lr`` a tensor there, the graph reads it anew at each replay.
+        ``lr`` a tensor there, the graph reads it anew at each replay. Take a step before, and keep the gradients and
+        the group as they are as long as the graph is replayed.
     foreach, differentiable: as in torch.optim, for its callers' sake; True is refused.
     """
 

@@ -25,6 +25,7 @@ TILE = 1024  # elements of a program, or one block where that is longer
 ELEMENTS_PER_WARP = 256  # 8 of a thread
 MAX_WARPS = 16
 FULL_BLOCK = 1024  # elements that are taken together of a state which is not coded
+SPARE_BUFFERS = 4  # for graphs
 ALIGNMENT = 16  # bytes of an address, and elements of a row and of a block, where loads are 16 bytes wide
 OPTIONS = {"enable_fp_fusion": True}  # one rounding fewer than the reference, as in the kernels for CPUs
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -71,6 +72,7 @@ class Launches:
         self._rows = _rows(batch)
         self._launches: list[Launch] = []
         self._tiles = self._squares = torch.empty(0)
+        self._of_graphs: list[tuple[Tensor, Tensor]] = []  # that may still be read
         self._aligned = numpy.zeros(0, numpy.bool_)
         count = len(self._rows)
         self._constants = torch.zeros(count, kernels.MAX_CONSTANTS.value, device=device)
@@ -79,9 +81,8 @@ class Launches:
         pairs = list(zip(batch.codebooks, batch.rule.states.values(), strict=True))
         tables = [codebook.tables(values, signed) for values, signed in pairs]
         between = [codebook.midpoints(values) for values, _ in pairs]
-        self._maps = torch.cat([*tables, torch.zeros(1, device="cpu")]).to(
-            device
-        )  # with one more, as a rule may have no states
+        # With one number more, as a rule may have no states.
+        self._maps = torch.cat([*tables, torch.zeros(1, device="cpu")]).to(device)
         self._midpoints = torch.cat([*between, torch.zeros(1, dtype=torch.float64, device="cpu")]).to(device)
         self._cut(numpy.ones(count, numpy.bool_))
         self._compile()
@@ -172,6 +173,8 @@ class Launches:
                 self._launches.append(Launch(shape, first, int(counts.sum())))
             first += int(counts.sum())
         self._aligned = aligned
+        if self._batch.capturable:
+            self._of_graphs.append((self._tiles, self._squares))
         self._tiles = torch.from_numpy(numpy.concatenate([*tensors, numpy.zeros(1, numpy.int32)])).to(self.device)
         if self._functions.measure is not None:
             self._squares = torch.zeros(2 * first, dtype=torch.float64, device=self.device)
@@ -198,20 +201,27 @@ class Table:
     Args:
         words: of 64 bits.
         device: that reads it.
-        capturable: whether a CUDA graph may be captured.
+        capturable: whether CUDA graphs may be captured.
     """
 
     def __init__(self, words: int, device: torch.device, capturable: bool) -> None:
         self.on_device = torch.zeros(words, dtype=torch.int64, device=device)
         self._held: Words | None = None
         self._is_pinned = device.type != "cpu"
-        self._spare = self._pair() if capturable and self._is_pinned else None
+        self._capturable = capturable and self._is_pinned
+        self._spare: list[Tensor] = []  # pinned memory cannot be had while a graph is captured
         self._of_graphs: list[tuple[Tensor, Tensor]] = []
+        self._refill()
 
     def holding(self, words: Words) -> Tensor:
-        """The table with these words, on the current stream; nothing is copied that it holds already."""
-        if self._spare is not None and torch.cuda.is_current_stream_capturing():
+        """The table with these words, on the current stream; nothing is copied that it holds already.
+
+        Raises:
+            RuntimeError: more graphs were captured, without a step between them, than there are spare buffers.
+        """
+        if self._capturable and torch.cuda.is_current_stream_capturing():
             return self._of_graph(words)
+        self._refill()
         if self._held is None or not numpy.array_equal(words, self._held):
             source = torch.from_numpy(words)
             # Torch gives pinned memory to others only when the copy out of it is done.
@@ -221,16 +231,16 @@ class Table:
 
     def _of_graph(self, words: Words) -> Tensor:
         """A table of the graph's own. The copy is a part of it, and repeated whenever it is replayed."""
-        assert self._spare is not None
-        pinned, table = self._spare
-        self._of_graphs.append(self._spare)
-        self._spare = self._pair()
+        if not self._spare:
+            raise RuntimeError(f"{SPARE_BUFFERS} graphs were captured without a step between them: take one")
+        pinned, table = self._spare.pop(), torch.empty_like(self.on_device)
         pinned.copy_(torch.from_numpy(words))
+        self._of_graphs.append((pinned, table))
         return table.copy_(pinned, non_blocking=True)
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        pinned = torch.zeros(self.on_device.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-        return pinned, torch.zeros_like(self.on_device)
+    def _refill(self) -> None:
+        while self._capturable and len(self._spare) < SPARE_BUFFERS:
+            self._spare.append(torch.empty(self.on_device.shape, dtype=torch.int64, device="cpu", pin_memory=True))
 
 
 def _rows(batch: Batch) -> Words:
