@@ -4,10 +4,10 @@
 
 First a step of ours is held against the reference, in plain torch on the CPU: nothing is measured where they differ by
 more than rounding. Then each question alternates all optimizers, round by round, on the same parameters and on fresh
-random gradients, by the device's own clock, with caches flushed; ratios are of medians, to torch's fused optimizer with
-32-bit states. The bandwidth counts what an 8-bit step has to move, 4 bytes of codes and three times those of a
-parameter, and is set against that of a copy. Optimizers that are not installed, and sizes that the device has no room
-for, are left out. Writes one JSON line per row, and a plot.
+random gradients, by the device's own clock, launching included, with caches flushed; ratios are of medians, to torch's
+fused optimizer with 32-bit states. The bandwidth counts what an 8-bit step has to move, 4 bytes of codes and three
+times those of a parameter, and is set against that of a copy. Optimizers that are not installed, and sizes that the
+device has no room for, are left out. Writes one JSON line per row, and a plot.
 """
 
 from __future__ import annotations

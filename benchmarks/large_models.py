@@ -3,13 +3,13 @@
     pip install ".[compress]"
     OMP_NUM_THREADS=1 python benchmarks/large_models.py [--smollm2-seconds SECONDS]
 
-Models of one block, of several widths and with random weights, are compressed on one core by the default recipe, and
-the seconds of every part of it, such as the sums over tokens, divided by how often that part does its least operation.
-That number should not depend on the width: the first table has it for every run. What is then told of large models is
-the sum over all parts, with the one constant that all runs together have. Two shapes that have no share in the
-constants are compressed, too, from a checkpoint's files and in a process of their own: time, memory and work folder are
-printed beside what is told of them. Reading the model, and logits at its end, are not counted. Every run, check and
-prediction is one line of the rows' file.
+Models of one block, of several widths and with random weights, are compressed on one core by the default recipe. The
+seconds of each part of it, such as the sums over tokens, are divided by how often that part does its least operation:
+a number that should not depend on the width, and the first table has it for every run. What is told of other models is
+the sum over the parts, each with the one constant that all runs together have. Two shapes that have no share in the
+constants are compressed, too, from a checkpoint's files and in a process of their own, and what is told of them is
+printed beside what they took. Not counted are the reading of the model, logits behind its last block, and the
+verification of what was written, which ``--no-verify`` leaves out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -41,166 +42,179 @@ from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.statistics import Statistics
 from opt8bit.ptq.walk import Walk
 
-GROUP, BATCH, HEAD = 64, 8, 64  # weights of a scale, sequences of a batch, features of a head of the models measured
-SWEEPS = DEFAULT_METHOD.sweeps * (1 + DEFAULT_METHOD.refits)
-BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+GROUP, HEAD = 64, 64  # weights that share a scale; features of a head of the models that are measured
+REFITS, SWEEPS = DEFAULT_METHOD.refits, DEFAULT_METHOD.sweeps * (1 + DEFAULT_METHOD.refits)
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-class Stage(NamedTuple):
-    """Layers of a block that read the same tensor."""
+@dataclass(frozen=True)
+class Stage:
+    """Layers of a block that read one tensor."""
 
-    out: int  # of all of them
+    outputs: int  # of all of them
     inputs: int
-    writes: bool = False  # to the hidden states: the sums have their drift, too
+    writes: bool = False  # to the hidden states, whose drift is in the sums then, too
 
     @property
     def weights(self) -> int:
-        return self.out * self.inputs
+        return self.outputs * self.inputs
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """What a model's costs depend on."""
 
     name: str
     hidden: int
     queries: int  # features of all heads
-    stages: list[Stage]
-    held: int  # features of a token that a pass has at hand where it halts with most
+    stages: tuple[Stage, ...]
+    held: int  # features of a token that are in memory where a pass halts with most of them
     blocks: int = 1
     vocabulary: int = 512
-    ends: int = 2  # embedding and output head; 1 where they are one
+
+    def each(self, count: Callable[[Stage], float]) -> float:
+        """A sum over the stages of a block."""
+        return sum(count(stage) for stage in self.stages)
 
     @property
-    def weights(self) -> int:
-        """Of one block."""
-        return sum(stage.weights for stage in self.stages)
+    def weights(self) -> float:
+        """Of a block."""
+        return self.each(lambda s: s.weights)
+
+    @property
+    def outputs(self) -> float:
+        """Of all layers of a block."""
+        return self.each(lambda s: s.outputs)
 
 
-class Text(NamedTuple):
+def llama(name: str, hidden: int, intermediate: int, heads: int, kv_heads: int, head: int, **other: int) -> Shape:
+    q, kv, writes = heads * head, kv_heads * head, True
+    qkv, gate_up = Stage(q + 2 * kv, hidden), Stage(2 * intermediate, hidden)
+    stages = (qkv, Stage(hidden, q, writes), gate_up, Stage(hidden, intermediate, writes))
+    # Before o_proj: the block's input and its norm, queries, keys, values, and what o_proj reads.
+    # Before down_proj: the block's input, the residual and its norm, and what down_proj reads.
+    held = max(2 * hidden + 2 * q + 2 * kv, 3 * hidden + intermediate)
+    return Shape(name, hidden, q, stages, held, **other)
+
+
+def falcon(name: str, hidden: int, heads: int, kv_heads: int, head: int, **other: int) -> Shape:
+    """Attention and MLP side by side, each with a norm of its own."""
+    q, kv, writes = heads * head, kv_heads * head, True
+    stages = (Stage(q + 2 * kv, hidden), Stage(hidden, q, writes), Stage(4 * hidden, hidden))
+    stages += (Stage(hidden, 4 * hidden, writes),)
+    # Before the last layer: the block's input, its two norms, what attention puts out, and what the layer reads.
+    return Shape(name, hidden, q, stages, held=4 * hidden + 4 * hidden, **other)
+
+
+def narrow(hidden: int, intermediate: int) -> Shape:
+    return llama(f"{hidden}/{intermediate}", hidden, intermediate, hidden // HEAD, hidden // HEAD, HEAD)
+
+
+@dataclass(frozen=True)
+class Text:
     samples: int
     length: int = 512
     held_out: int = 0
 
     @property
     def learned(self) -> int:
+        """Tokens to calibrate on."""
         return self.samples * self.length
 
     @property
     def tokens(self) -> int:
-        return self.learned + self.held_out * self.length
+        """With those that only go through."""
+        return (self.samples + self.held_out) * self.length
 
 
-def llama(name: str, hidden: int, intermediate: int, heads: int, kv_heads: int, head: int, **ends: int) -> Shape:
-    queries, keys = heads * head, kv_heads * head
-    stages = [
-        Stage(queries + 2 * keys, hidden),
-        Stage(hidden, queries, True),
-        Stage(2 * intermediate, hidden),
-        Stage(hidden, intermediate, True),
-    ]
-    # Before down_proj: the block's input, the residual, its norm, and the input of down_proj. Before o_proj: the
-    # block's input, its norm, queries, keys, values, and the output of attention.
-    held = max(3 * hidden + intermediate, 2 * hidden + 2 * queries + 2 * keys)
-    return Shape(name, hidden, queries, stages, held, **ends)
-
-
-def falcon(name: str, hidden: int, fused: int, **ends: int) -> Shape:
-    """Attention and MLP side by side, each with a norm of its own."""
-    stages = [
-        Stage(fused, hidden),
-        Stage(hidden, hidden, True),
-        Stage(4 * hidden, hidden),
-        Stage(hidden, 4 * hidden, True),
-    ]
-    return Shape(name, hidden, hidden, stages, held=8 * hidden, **ends)
-
-
-SMOLLM2 = llama("SmolLM2-135M", 576, 1536, 9, 3, 64, blocks=30, vocabulary=49152, ends=1)
-LARGE = [
+COMMAND = Text(64, held_out=8)  # as the command has it
+SMOLLM2 = llama("SmolLM2-135M", 576, 1536, 9, 3, 64, blocks=30, vocabulary=49152)
+LARGE = (
     llama("LLaMA-2-7B", 4096, 11008, 32, 32, 128, blocks=32, vocabulary=32000),
     llama("LLaMA-2-70B", 8192, 28672, 64, 8, 128, blocks=80, vocabulary=32000),
-    falcon("Falcon-180B", 14848, 14848 + 2 * 8 * 64, blocks=80, vocabulary=65024, ends=1),
-]
+    falcon("Falcon-180B", 14848, 232, 8, 64, blocks=80, vocabulary=65024),
+)
+MEASURED = (
+    (narrow(512, 1408), "bfloat16", Text(16)),
+    (narrow(1024, 2816), "bfloat16", Text(16)),
+    (narrow(1536, 4096), "bfloat16", Text(16)),
+    (narrow(256, 8192), "bfloat16", Text(8)),  # the last layer's inputs as many as in large models
+    (narrow(1024, 2816), "float32", Text(16)),
+    (narrow(512, 1408), "float16", Text(8)),
+)
+CHECKED = (
+    (llama("SmolLM2-135M", 576, 1536, 9, 3, 64, blocks=2), "float32", Text(64)),
+    (narrow(768, 6144), "bfloat16", Text(16)),
+)
+QUICK_MEASURED = tuple((narrow(64 * i, 128 * i), dtype, Text(2, 32)) for i in (1, 2) for dtype in BYTES)
+QUICK_CHECKED = ((narrow(128, 192), "bfloat16", Text(2, 32)),)
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One part of the work.
 
-    Attributes:
-        unit: what is counted.
-        count: in one block.
-        sites: the functions that do it; what others do inside them is theirs.
-        in_dtype: whether it is done in the model's dtype, whatever that is, rather than always in the same one.
+    Args:
+        unit: what is counted; a MAC is a multiplication and an addition.
+        count: of one block.
+        sites: the functions that do it; what other parts do inside them is theirs.
+        in_dtype: whether its cost depends on the model's dtype.
     """
 
     unit: str
     count: Callable[[Shape, Text], float]
-    sites: list[tuple[Any, str]]
+    sites: tuple[tuple[Any, str], ...]
     in_dtype: bool = False
 
 
-def over_stages(count: Callable[[Stage], float]) -> Callable[[Shape, Text], float]:
-    return lambda shape, text: sum(count(stage) for stage in shape.stages)
+def _sums(shape: Shape, text: Text) -> float:
+    """Half of Σ x̂ x̂ᵀ, Σ x x̂ᵀ, and where there is a drift Σ δ x̂ᵀ."""
+    return text.learned * shape.each(lambda s: s.inputs * (1.5 * s.inputs + shape.hidden * s.writes))
 
 
-def sums(shape: Shape, text: Text) -> float:
-    """Of Σ x̂ x̂ᵀ one half, Σ x x̂ᵀ, and where there is a drift Σ δ x̂ᵀ."""
-    return text.learned * sum(s.inputs * (1.5 * s.inputs + shape.hidden * s.writes) for s in shape.stages)
+def _targets(shape: Shape, text: Text) -> float:
+    """A Cholesky factor, two products, a solution by two triangles."""
+    return shape.each(lambda s: s.inputs**3 / 6 + 3 * s.weights * s.inputs)
 
 
-# MAC: a multiplication and addition. Passes and errors are of the float model and of the compressed one.
-PARTS = {
-    "linear layers": Part("MAC", lambda s, t: 2 * t.tokens * s.weights, [(nn.Linear, "forward")], True),
-    "attention": Part(
-        "MAC",
-        lambda s, t: 2 * t.tokens * 2 * t.length * s.queries,
-        [(functional, "scaled_dot_product_attention")],
-        True,
-    ),
-    "rest of the passes": Part(
-        "output",
-        lambda s, t: 2 * t.tokens * sum(stage.out for stage in s.stages),
-        [(Walk, "advance"), (Walk, "finish")],
-        True,
-    ),
-    "errors of outputs": Part(
-        "output", lambda s, t: t.learned * sum(stage.out for stage in s.stages), [(OutputErrors, "compare")], True
-    ),
-    "sums over tokens": Part("MAC", sums, [(Statistics, "update")]),
-    # A Cholesky factor, a product and a solution; the other product is compress_stage's own.
-    "targets, float64": Part(
-        "MAC",
-        over_stages(lambda s: s.inputs**3 / 6 + 3 * s.weights * s.inputs),
-        [(layer, "asymmetric_target"), (pipeline, "compress_stage")],
-    ),
-    "inverses, float64": Part("MAC", over_stages(lambda s: s.inputs**3 * 2 / 3), [(gptq, "inverse_factor")]),
-    "grids": Part("weight", over_stages(lambda s: s.weights), [(LayerKernels, "fit")]),
-    "GPTQ and descent": Part(
-        "MAC",
-        over_stages(lambda s: (0.5 + SWEEPS) * s.weights * s.inputs),
-        [(LayerKernels, "gptq"), (LayerKernels, "coordinate_descent")],
-    ),
-    # Two products, and a system of as many equations as a row has groups.
-    "refits of scales": Part(
-        "MAC",
-        over_stages(lambda s: DEFAULT_METHOD.refits * s.weights * s.inputs * (2 + s.inputs / (3 * GROUP**3))),
-        [(quantease, "refit_scales")],
-    ),
-    "all else": Part("weight", lambda s, t: s.weights, [(ptq, "compress")]),
+def _refits(shape: Shape, text: Text) -> float:
+    """Two products, and for each row a system of as many equations as it has groups."""
+    return REFITS * shape.each(lambda s: s.weights * s.inputs * (2 + s.inputs / (3 * GROUP**3)))
+
+
+def _attention(shape: Shape, text: Text) -> float:
+    return 2 * text.tokens * 2 * text.length * shape.queries
+
+
+ATTENTION = (functional, "scaled_dot_product_attention")
+PASSES, STAGES = ((Walk, "advance"), (Walk, "finish")), ((layer, "asymmetric_target"), (pipeline, "compress_stage"))
+ROUNDING = ((LayerKernels, "gptq"), (LayerKernels, "coordinate_descent"))
+PARTS = {  # passes go through two models
+    "linear layers": Part("MAC", lambda s, t: 2 * t.tokens * s.weights, ((nn.Linear, "forward"),), in_dtype=True),
+    "attention": Part("MAC", _attention, (ATTENTION,), in_dtype=True),
+    "rest of the passes": Part("output", lambda s, t: 2 * t.tokens * s.outputs, PASSES, in_dtype=True),
+    "errors of outputs": Part("output", lambda s, t: t.learned * s.outputs, ((OutputErrors, "compare"),), True),
+    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"),)),
+    "targets, float64": Part("MAC", _targets, STAGES),
+    "inverses, float64": Part("MAC", lambda s, t: s.each(lambda s: s.inputs**3 * 2 / 3), ((gptq, "inverse_factor"),)),
+    "grids": Part("weight", lambda s, t: s.weights, ((LayerKernels, "fit"),)),
+    "GPTQ and descent": Part("MAC", lambda s, t: s.each(lambda s: (0.5 + SWEEPS) * s.weights * s.inputs), ROUNDING),
+    "refits of scales": Part("MAC", _refits, ((quantease, "refit_scales"),)),
+    "all else": Part("weight", lambda s, t: s.weights, ((ptq, "compress"),)),
 }
 
 
 class Stopwatch:
-    """Seconds by name; those of what is inside something else are not that one's."""
+    """Seconds of functions by name; what is inside another one's is not that one's."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside: list[float] = []
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
             self._inside.append(0.0)
+            started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
@@ -216,33 +230,47 @@ class Stopwatch:
         with ExitStack() as stack:
             for name, part in PARTS.items():
                 for owner, attribute in part.sites:
-                    replacement = self.timed(name, getattr(owner, attribute))
-                    stack.enter_context(mock.patch.object(owner, attribute, replacement))
+                    timed = self.timed(name, getattr(owner, attribute))
+                    stack.enter_context(mock.patch.object(owner, attribute, timed))
             yield
 
 
 class Run(NamedTuple):
     shape: Shape
-    dtype: torch.dtype
+    dtype: str
     text: Text
     seconds: dict[str, float]  # by part
 
+    def constant(self, name: str) -> float:
+        """Seconds of one."""
+        return self.seconds[name] / PARTS[name].count(self.shape, self.text)
 
-def random_model(shape: Shape, dtype: torch.dtype) -> Any:
+
+def measure(shape: Shape, dtype: str, text: Text) -> Run:
+    model, watch = random_model(shape, dtype), Stopwatch()
+    with watch.on_parts():
+        ptq.compress(model, token_ids(shape, text), group_size=GROUP)
+    return Run(shape, dtype, text, dict(watch.seconds))
+
+
+def random_model(shape: Shape, dtype: str) -> Any:
     """Of LLaMA's type."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.stages[-1].inputs,
         num_hidden_layers=shape.blocks,
         num_attention_heads=shape.queries // HEAD,
-        num_key_value_heads=(shape.stages[0].out - shape.queries) // 2 // HEAD,
+        num_key_value_heads=(shape.stages[0].outputs - shape.queries) // 2 // HEAD,
         head_dim=HEAD,
         vocab_size=shape.vocabulary,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(getattr(torch, dtype)).eval()
 
 
 def token_ids(shape: Shape, text: Text) -> torch.Tensor:
@@ -250,76 +278,146 @@ def token_ids(shape: Shape, text: Text) -> torch.Tensor:
     return torch.randint(shape.vocabulary, (text.samples, text.length), generator=generator)
 
 
-def measure(shape: Shape, dtype: torch.dtype, text: Text) -> Run:
-    model, watch = random_model(shape, dtype), Stopwatch()
-    with watch.on_parts():
-        ptq.compress(model, token_ids(shape, text), group_size=GROUP, batch_size=BATCH)
-    return Run(shape, dtype, text, dict(watch.seconds))
+class Costs:
+    """What is told of any shape, from runs."""
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs = runs
+
+    def constant(self, name: str, dtype: str) -> float:
+        """Seconds of one, of all runs together: the larger a run, the more it says."""
+        part = PARTS[name]
+        runs = [run for run in self.runs if run.dtype == dtype or not part.in_dtype]
+        return sum(run.seconds[name] for run in runs) / sum(part.count(run.shape, run.text) for run in runs)
+
+    def seconds(self, shape: Shape, text: Text, dtype: str) -> dict[str, float]:
+        """By part."""
+        counts = {name: shape.blocks * part.count(shape, text) for name, part in PARTS.items()}
+        return {name: count * self.constant(name, dtype) for name, count in counts.items()}
 
 
-def constant(name: str, dtype: torch.dtype, runs: list[Run]) -> float:
-    """Seconds of a unit, of all runs together: the larger a run, the more it says."""
-    part = PARTS[name]
-    used = [run for run in runs if run.dtype == dtype or not part.in_dtype]
-    return sum(run.seconds[name] for run in used) / sum(part.count(run.shape, run.text) for run in used)
-
-
-def seconds(shape: Shape, text: Text, constants: dict[str, float]) -> float:
-    return shape.blocks * sum(constants[name] * part.count(shape, text) for name, part in PARTS.items())
-
-
-def memory(shape: Shape, text: Text, dtype: torch.dtype) -> float:
-    """Bytes at the worst moment: a block's widest stage has its sums, and GPTQ is after its inverse factor."""
-    each, double = BYTES[dtype], 8
-    ends = shape.ends * shape.vocabulary * shape.hidden * each
-    block = shape.weights * (2 * each + 1 + 2 * 4 / GROUP)  # twice as it is, and codes with scales and zero points
-    streams = 2 * text.tokens * shape.hidden * each
-    passes = text.learned * (2 * shape.held * each + 4 * shape.hidden)  # of both models, and the drift
+def memory(shape: Shape, text: Text, dtype: str) -> float:
+    """Bytes at the worst moment: all passes stand before one stage, which has its sums and computes from them."""
+    size, double = BYTES[dtype], 8
+    ends = 2 * shape.vocabulary * shape.hidden * size  # embedding and output head
+    block = shape.weights * (2 * size + 1 + 2 * 4 / GROUP)  # twice as it is; codes, scales and zero points
+    streams = 2 * text.tokens * shape.hidden * size
+    passes = text.learned * (2 * shape.held * size + 4 * shape.hidden)  # of two models; the drift
 
     def stage(s: Stage) -> float:
-        kept = 2 * double * (2 * s.inputs**2 + shape.hidden * s.inputs * s.writes)  # sums, and moments from them
-        target = double * 2 * s.inputs**2 + 40 * s.weights  # two matrices; five of the weight's shape in float64
-        inverse = double * 7 * s.inputs**2 + 24 * s.weights  # ordered, reversed, damped, two factors, identity, inverse
+        square = double * s.inputs**2
+        kept = 2 * (2 * square + double * shape.hidden * s.inputs * s.writes)  # sums, and the moments that they give
+        target = 2 * square + 40 * s.weights  # damped, factor; the weights five times in float64
+        inverse = 7 * square + 24 * s.weights  # ordered, reversed, damped, two factors, identity and inverse
         return kept + max(target, inverse)
 
     return ends + block + streams + passes + max(stage(s) for s in shape.stages)
 
 
-def work_folder(shape: Shape, text: Text, dtype: torch.dtype, sets: int = 2) -> float:
-    """Bytes: finished blocks, and hidden states; those of the next block stand beside the last one's for a moment."""
-    streams = 2 * text.tokens * shape.hidden * BYTES[dtype]
-    return shape.blocks * shape.weights * (1 + 2 * 4 / GROUP) + sets * streams
+def work_folder(shape: Shape, text: Text, dtype: str, streams: int = 2) -> float:
+    """Bytes: finished blocks, and the hidden states, of which new ones are written before the last ones go."""
+    of_streams = 2 * text.tokens * shape.hidden * BYTES[dtype]
+    return shape.blocks * shape.weights * (1 + 2 * 4 / GROUP) + streams * of_streams
 
 
-def status(key: str) -> int:
-    """Bytes that the system has for this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def check(shape: Shape, dtype: str, text: Text, costs: Costs) -> dict[str, Any]:
+    """What is told beside what is found."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(shape, dtype).save_pretrained(folder)
+        # A process of its own: the peak of its memory is that since its start.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            measured = pool.submit(found, Path(folder), token_ids(shape, text)).result()
+    told = {
+        "seconds": sum(costs.seconds(shape, text, dtype).values()),
+        "memory_bytes": memory(shape, text, dtype),
+        "work_bytes": work_folder(shape, text, dtype, streams=1),
+    }
+    print(f"\n{shape.name}, {shape.blocks} blocks, {dtype}, {text.learned:,} tokens")
+    for name, value in told.items():
+        difference = value / measured[name] - 1
+        print(f"  {name:<13} told {value:16,.1f}  measured {measured[name]:16,.1f}  {difference:+.0%}", flush=True)
+    return {"question": "check", **about(shape, dtype, text), "told": told, "measured": measured}
 
 
-def real_run(folder: Path, ids: torch.Tensor) -> tuple[float, float, float]:
-    """Seconds, bytes of memory beyond what the imports take, and bytes of the work folder."""
+def found(folder: Path, ids: torch.Tensor) -> dict[str, float]:
+    """In a process that does nothing else. Memory is what comes to that of the imports."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
     before, started = status("VmRSS"), time.perf_counter()
-    ptq.compress(ptq.Checkpoint(folder), ids, group_size=GROUP, batch_size=BATCH, work=folder / "work")
-    elapsed = time.perf_counter() - started
-    return elapsed, status("VmHWM") - before, sum(file.stat().st_size for file in (folder / "work").iterdir())
+    ptq.compress(ptq.Checkpoint(folder), ids, group_size=GROUP, work=folder / "work")
+    seconds, work = time.perf_counter() - started, sum(file.stat().st_size for file in (folder / "work").iterdir())
+    return {"seconds": seconds, "memory_bytes": status("VmHWM") - before, "work_bytes": work}
 
 
-def check(shape: Shape, dtype: torch.dtype, text: Text, runs: list[Run]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        random_model(shape, dtype).save_pretrained(folder)
-        # A process of its own: the peak of memory is since its start.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(real_run, Path(folder), token_ids(shape, text)).result()
-    constants = {name: constant(name, dtype, runs) for name in PARTS}
-    told = (seconds(shape, text, constants), memory(shape, text, dtype), work_folder(shape, text, dtype, sets=1))
-    print(f"{shape.name}, {shape.blocks} blocks, {dtype}, {text.samples} samples")
-    for name, unit, size, told_it, was in zip(
-        ("time", "memory", "work folder"), ("s", "MB", "MB"), (1, 1e6, 1e6), told, measured, strict=True
-    ):
-        print(f"  {name:<12} told {told_it / size:8,.1f} {unit:<2}  measured {was / size:8,.1f}  {told_it / was - 1:+.0%}")
-    names = ("seconds", "memory_bytes", "work_bytes")
-    return {"told": dict(zip(names, told, strict=True)), "measured": dict(zip(names, measured, strict=True))}
+def status(key: str) -> int:
+    """Bytes that Linux has for this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+def whole_command(measured: float | None, costs: Costs) -> dict[str, Any]:
+    """What is told of SmolLM2-135M, beside what it took, if that is known."""
+    told = sum(costs.seconds(SMOLLM2, COMMAND, "float32").values())
+    beside = f"  measured {measured:,.0f}  {told / measured - 1:+.0%}" if measured else ""
+    print(f"\n{SMOLLM2.name}, the whole command, float32\n  seconds       told {told:,.0f}{beside}")
+    seconds = {"told": {"seconds": told}, "measured": {"seconds": measured}}
+    return {"question": "whole command", **about(SMOLLM2, "float32", COMMAND), **seconds}
+
+
+def predict(shape: Shape, text: Text, costs: Costs) -> dict[str, Any]:
+    hours = {dtype: sum(costs.seconds(shape, text, dtype).values()) / 3600 for dtype in BYTES}
+    parts = costs.seconds(shape, text, "bfloat16")
+    most = max(parts, key=lambda name: parts[name])
+    held, kept = memory(shape, text, "bfloat16"), work_folder(shape, text, "bfloat16")
+    print(
+        f"{shape.name:<13}{shape.blocks * shape.weights / 1e9:8.1f}e9{hours['bfloat16']:9,.1f} h"
+        f"{hours['float16']:9,.1f} h{held / 1e9:8,.1f} GB{kept / 1e9:10,.1f} GB   "
+        f"{most}, {parts[most] / sum(parts.values()):.0%}"
+    )
+    told = {"hours": hours, "bfloat16_seconds": parts, "memory_bytes": held, "work_bytes": kept}
+    return {"question": "prediction", **about(shape, "bfloat16", text), **told}
+
+
+def about(shape: Shape, dtype: str, text: Text) -> dict[str, Any]:
+    return {"model": shape.name, "shape": asdict(shape), "dtype": dtype, "text": asdict(text)}
+
+
+def print_constants(costs: Costs) -> None:
+    names = [run.shape.name for run in costs.runs] + ["all", "all", "all"]
+    dtypes = [run.dtype for run in costs.runs] + list(BYTES)
+    print(f"{'picoseconds of one':<28}" + "".join(f"{name:>10}" for name in names))
+    print(f"{'':<28}" + "".join(f"{dtype:>10}" for dtype in dtypes))
+    for name, part in PARTS.items():
+        constants = [run.constant(name) for run in costs.runs] + [costs.constant(name, dtype) for dtype in BYTES]
+        print(f"{name:<20}{part.unit:<8}" + "".join(f"{constant * 1e12:10,.1f}" for constant in constants))
+    print(f"{'seconds':<28}" + "".join(f"{sum(run.seconds.values()):10,.1f}" for run in costs.runs), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="small models, to see that it runs; its figures say nothing"
+    )
+    parser.add_argument("--smollm2-seconds", type=float, help="that the command took for SmolLM2-135M on one core")
+    parser.add_argument("--rows", type=Path, default=Path("large_models.jsonl"), help="where to write the rows")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    here = machine()
+    print(f"{here['processor']}, {here['threads']} threads, kernels {here['kernels']}, {here['versions']}", flush=True)
+    measured, checked = (QUICK_MEASURED, QUICK_CHECKED) if options.quick else (MEASURED, CHECKED)
+    costs = Costs([measure(*each) for each in measured])
+    print_constants(costs)
+    rows = [{"question": "run", **about(*run[:3]), "seconds": run.seconds} for run in costs.runs]
+    rows += [check(*each, costs) for each in checked]
+    rows.append(whole_command(options.smollm2_seconds, costs))
+    print(f"\n{'':<13}{'weights':>10}{'bfloat16':>11}{'float16':>11}{'memory':>11}{'work folder':>13}   most time")
+    rows += [predict(shape, COMMAND, costs) for shape in LARGE]
+    with options.rows.open("w") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **here}) + "\n")
+    print(f"\nRows: {options.rows}")
+
+
+if __name__ == "__main__":
+    main()

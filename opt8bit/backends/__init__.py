@@ -13,10 +13,11 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opt8bit.backends import native
 from opt8bit.backends.description import addresses, data_ptrs, describe
-from opt8bit.backends.interface import Backend, Batch, GroupUpdate, Rule
+from opt8bit.backends.interface import DTYPES, Backend, Batch, GroupUpdate, Rule
 from opt8bit.backends.reference import Reference, as_real
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "as_real",
     "available",
     "backend_for",
+    "can_capture",
     "counts_on_device",
     "data_ptrs",
     "describe",
@@ -85,10 +87,16 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def counts_on_device(device: torch.device, rule: Rule) -> bool:
-    """Whether the backend that serves a device keeps the counts of steps on it, so that it never waits for it."""
-    names = available(device)
-    return (wanted_backend() or names[0]) == TRITON and TRITON in names and rule.name in _triton().RULES
+def counts_on_device(param: Tensor, rule: Rule) -> bool:
+    """Whether the backend that serves a parameter keeps its count of steps on its device, never to wait for it."""
+    names = available(param.device)
+    is_triton = (wanted_backend() or names[0]) == TRITON and TRITON in names
+    return is_triton and rule.name in _triton().RULES and param.dtype in DTYPES
+
+
+def can_capture(param: Tensor, rule: Rule) -> bool:
+    """Whether a step of a parameter can be a part of a CUDA graph."""
+    return counts_on_device(param, rule) and param.device.type != "xpu"
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opt8bit.backends import Backend, GroupUpdate, Rule, counts_on_device, wanted_backend
+from opt8bit.backends import Backend, GroupUpdate, Rule, can_capture, wanted_backend
 from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
 from opt8bit.optim.plan import Asked, Plan, Work
@@ -112,6 +112,11 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError("compensation=True leaves nothing to round by chance: leave stochastic_rounding out")
 
 
+def is_on_device(value: Any) -> bool:
+    """Whether a value lies where looking at it would wait for a device, so that nobody does."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def check_not_negative(**values: float | Tensor) -> None:
     """Raises as torch.optim does, with its words.
 
@@ -122,7 +127,7 @@ def check_not_negative(**values: float | Tensor) -> None:
         label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
-        if not 0.0 <= value:
+        if not is_on_device(value) and not 0.0 <= value:
             raise ValueError(f"Invalid {label}: {value}")
 
 
@@ -151,7 +156,7 @@ def check_betas(betas: Sequence[float | Tensor], count: int = 2) -> None:
     for index, beta in enumerate(betas):
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{index}] must be 1-element")
-        if not 0.0 <= beta < 1.0:
+        if not is_on_device(beta) and not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
 
 
@@ -180,9 +185,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
         chosen = {name: values[name] for name in self.rule(group).hyper}
         return {
-            name: value.item()
-            if isinstance(value, Tensor) and not (name == "lr" and value.device.type != "cpu")
-            else value
+            name: value.item() if isinstance(value, Tensor) and not (name == "lr" and is_on_device(value)) else value
             for name, value in chosen.items()
         }
 
@@ -241,7 +244,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if is_captured:
             self._check_capture()
         grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
         # Everything is checked before the first state is made, and the first backend writes.
@@ -251,6 +255,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         for param, state in fresh.items():
             self.state[param].clear()
             self.state[param].update(state)
+        if is_captured:  # the graph reads what was prepared whenever it is replayed, whatever becomes of the plans
+            self.__dict__.setdefault("_of_graphs", []).extend(update.prepared for _, update, _ in work)
         updates: dict[Backend, list[GroupUpdate]] = {}
         for backend, update, _ in work:
             updates.setdefault(backend, []).append(update)
@@ -321,7 +327,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for name in ("stochastic_rounding", "compensation"):
             if group[name] and param.dtype == torch.float16:
                 raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
-        if group["capturable"] and not counts_on_device(param.device, self.rule(group)):
+        if group["capturable"] and not can_capture(param, self.rule(group)):
             raise ValueError(
                 f"capturable must be left out for {type(self).__name__} on {param.device}, where no kernels in Triton "
                 "serve it, got True"

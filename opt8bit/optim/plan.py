@@ -22,7 +22,7 @@ from opt8bit.backends import (
     Rule,
     addresses,
     backend_for,
-    counts_on_device,
+    can_capture,
     data_ptrs,
     describe,
     get,
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
-        return self.rule, self.first_number, self.wanted_backend, *(self.group[name] for name in OPTIONS)
+        return self.rule, self.numbers, self.wanted_backend, *(self.group[name] for name in OPTIONS)
 
 
 class Work(NamedTuple):
@@ -206,7 +206,7 @@ def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) ->
             f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
             f"{param.device} with a gradient of {grad.dtype}; leave fused out"
         )
-    if asked.group["capturable"] and not (backend.name == "triton" and counts_on_device(param.device, asked.rule)):
+    if asked.group["capturable"] and not (backend.name == "triton" and can_capture(param, asked.rule)):
         raise ValueError(
             f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of "
             f"{param.dtype} on {param.device} with a gradient of {grad.dtype}; leave capturable out"

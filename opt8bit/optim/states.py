@@ -71,7 +71,7 @@ def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Ma
 def specs(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> dict[str, Spec]:
     """What there must be for a parameter in a group, by name, in the order of ``state[p]``."""
     full = torch.promote_types(param.dtype, torch.float32)
-    is_counted_there = group["fused"] is not False and counts_on_device(param.device, rule)
+    is_counted_there = group["fused"] is not False and counts_on_device(param, rule)
     result = {"step": Spec(torch.Size(), torch.float32, param.device if is_counted_there else torch.device("cpu"))}
     for name in rule.states:
         result[name] = Spec(param.shape, torch.uint8 if coded else full, param.device)

@@ -314,6 +314,24 @@ def test_lr_may_be_on_the_device(use: Any) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=0)
 
 
+def test_nobody_looks_at_what_lies_on_a_device() -> None:
+    """A tensor on the meta device raises where it is looked at, which on a GPU would wait."""
+    param = nn.Parameter(torch.randn(64, 64))
+    optimizer = opt8bit.AdamW8bit([param], lr=torch.tensor(0.01, device="meta"))
+    optimizer.check_group(optimizer.param_groups[0])
+    assert optimizer.hyper(optimizer.param_groups[0])["lr"] is optimizer.param_groups[0]["lr"]
+
+
+def test_wide_parameters_are_counted_on_the_host(use: Any) -> None:
+    """The reference, which serves them, would wait for each of their counts."""
+    use("triton")
+    param = nn.Parameter(torch.randn(64, 64, dtype=torch.float64, device=DEVICE))
+    optimizer = opt8bit.AdamW8bit([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state[param]["step"].device.type == "cpu" and optimizer.state[param]["step"] == 1
+
+
 def test_a_new_gradient_at_another_address(use: Any) -> None:
     """Addresses that are not multiples of 16 take narrow loads, and the same numbers come out."""
     use("triton")
@@ -411,11 +429,13 @@ def test_capturable_takes_rules_with_kernels(use: Any) -> None:
     with pytest.raises(ValueError, match=f"capturable must be left out for Muon8bit on {DEVICE}.*, where no kernels"):
         opt8bit.Muon8bit([matrix], capturable=True)
     wide = nn.Parameter(torch.randn(64, 64, device=DEVICE, dtype=torch.float64))
-    optimizer = opt8bit.AdamW8bit([wide], capturable=True)
-    wide.grad = torch.ones_like(wide)
-    with pytest.raises(ValueError, match=r"none serve adamw for a parameter of torch.float64"):
+    with pytest.raises(ValueError, match="capturable must be left out for AdamW8bit"):
+        opt8bit.AdamW8bit([wide], capturable=True)
+    optimizer = opt8bit.AdamW8bit([matrix], capturable=True, fused=False)
+    matrix.grad = torch.ones_like(matrix)
+    with pytest.raises(ValueError, match=r"none serve adamw for a parameter of torch.float32"):
         optimizer.step()
-    assert not optimizer.state[wide]
+    assert not optimizer.state[matrix]
 
 
 def test_a_kernel_that_does_not_compile_is_named(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:

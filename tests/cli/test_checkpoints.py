@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,62 @@ def test_a_full_disk_leaves_what_is_finished(folder: Path, tmp_path: Path) -> No
     done = subprocess.run(whole, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def unshared(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a shell's script in a folder; what it mounts is seen by itself alone, and gone at its end."""
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+
+
+FULL_DISK = """
+mount -t tmpfs -o size={size} tmpfs disk && echo "somebody's" > disk/other || exit
+{command} 2> stopped.err
+echo $? > stopped.status
+cp -r disk stopped
+mount -o remount,size=4m disk && {command_resumed} 2> resumed.err
+echo $? > resumed.status
+cp -r disk resumed
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="only Linux has file systems for one process alone")
+@pytest.mark.parametrize(
+    ("size", "long_tokenizer", "blocks", "message"),
+    [
+        ("16k", False, 0, "cannot write .*/work/block-00000.*No space left on device"),
+        ("48k", False, 1, "cannot write .*/work/block-00001.*No space left on device"),
+        ("120k", False, 2, "No space left on device"),  # the checkpoint's weights
+        ("300k", True, 2, "cannot write the tokenizer to .*: No space left on device"),
+    ],
+    ids=["first block", "second block", "weights", "tokenizer"],
+)
+def test_a_small_file_system_fills_up_and_grows(
+    size: str, long_tokenizer: bool, blocks: int, message: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    tried = unshared("mount -t tmpfs tmpfs disk", tmp_path)
+    if tried.returncode:
+        pytest.skip(f"file systems cannot be mounted here: {tried.stderr.strip()}")
+    model = tmp_path / "model"
+    shutil.copytree(folder / "llama", model)
+    if long_tokenizer:
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"] |= {f"never said {number}": number for number in range(96, 20_000)}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    out, few = tmp_path / "disk" / "out", ["--samples", "2", "--held-out", "0", "--no-verify"]
+    commands = [shlex.join(command(model, folder / "text.txt", out, *few, *last)) for last in ([], ["--resume"])]
+    unshared(FULL_DISK.format(size=size, command=commands[0], command_resumed=commands[1]), tmp_path)
+    stopped, resumed = tmp_path / "stopped", tmp_path / "resumed"
+    error = (tmp_path / "stopped.err").read_text()
+    assert (tmp_path / "stopped.status").read_text() == "2\n", error
+    assert re.search(f"opt8bit compress: .*{message}", error) and "Traceback" not in error
+    assert {path.name for path in stopped.iterdir()} == {"other", *([".out.partial"] if blocks else [])}
+    assert len(list(stopped.glob(".out.partial/work/block-*.safetensors"))) == blocks
+    assert (tmp_path / "resumed.status").read_text() == "0\n", (tmp_path / "resumed.err").read_text()
+    assert {path.name for path in resumed.iterdir()} == {"other", "out"}
+    assert (stopped / "other").read_text() == (resumed / "other").read_text() == "somebody's\n"
+    assert (resumed / "out" / "model.safetensors").is_file() and not (resumed / "out" / "work").exists()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")

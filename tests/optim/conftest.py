@@ -7,7 +7,7 @@ from opt8bit.backends import available
 
 @pytest.fixture(autouse=True, scope="module")
 def large_tiles() -> Iterator[None]:
-    """Triton's interpreter takes a program as long for many elements as for few; test_triton.py has tiles as they are."""
+    """Triton's interpreter takes as long for many elements as for few; test_triton.py has tiles as they are."""
     if "triton" not in available("cpu"):
         yield
         return

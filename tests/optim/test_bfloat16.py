@@ -135,3 +135,20 @@ def test_what_is_left_over_is_forgotten_where_it_is_not_wanted() -> None:
     optimizer.param_groups[0]["compensation"] = False
     train(optimizer, param, gradients(1))
     assert "compensation" not in optimizer.state[param]
+
+
+def test_each_parameter_has_its_own_chances(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever others have a gradient, too: a plan that was made for some is not one for others of their shapes."""
+    use(monkeypatch, backend)
+    results = []
+    for keeps_plans in (True, False):
+        params = [parameter(i, (16, 256), torch.bfloat16) for i in range(3)]
+        optimizer = opt8bit.AdamW8bit(params, stochastic_rounding=True)
+        for missing in (0, 1, 2):
+            for i, param in enumerate(params):
+                param.grad = None if i == missing else gradients(1, (16, 256), i)[0].bfloat16()
+            if not keeps_plans:
+                optimizer.__dict__.pop("_plans", None)
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -24,10 +24,10 @@ class Triton:
     name = "triton"
 
     def quantize_blockwise(self, x: Tensor, codebook: Tensor, view: View, codes: Tensor, absmax: Tensor) -> None:
-        _launch(quantize_kernel, view, x, codes, absmax, midpoints(codebook), codebook.numel())
+        _on_every_block(quantize_kernel, view, x, codes, absmax, midpoints(codebook), codebook.numel())
 
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
-        _launch(dequantize_kernel, view, codes, absmax, codebook, x)
+        _on_every_block(dequantize_kernel, view, codes, absmax, codebook, x)
 
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
@@ -56,7 +56,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
-def _launch(kernel: Callable[..., Any], view: View, *arguments: Any) -> None:
+def _on_every_block(kernel: Callable[..., Any], view: View, *arguments: Any) -> None:
     """Runs a kernel on every block of one tensor."""
     blocks = view.rows * view.blocks_per_row
     if blocks == 0:

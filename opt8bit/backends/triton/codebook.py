@@ -23,13 +23,14 @@ MARGIN = 2.0**-21  # relative, above all that rounding takes away: the sum is ne
 SLACK = tl.constexpr(2.0**-20)  # and less than this above it
 SMALLEST = tl.constexpr(2.0**-31)  # of a magnitude: below every line's end, in a binade of its own
 
-# Of the tables of one map, float32: where they begin.
+# Of the tables of one map, float32: where they begin, and their size. A line's end is found by the low 5 bits of x's
+# exponent: the x above which the next line holds. Its low 4 bits are the line that holds below: 0 for that of zero,
+# 1 to 7 for the decades, 8 for that of one.
 VALUES = tl.constexpr(0)  # 256, by code
-LINE_END = tl.constexpr(256)  # 32, by the low 5 bits of an exponent: the x above which the next line holds; its low 4
-# bits are the line at the binade's lower end: that of zero, of the seven decades, of one
+LINE_END = tl.constexpr(256)  # 32
 SLOPE = tl.constexpr(288)  # 16, by line
 TABLES = tl.constexpr(320)
-MIDPOINTS = tl.constexpr(257)  # -inf, the 255 between neighbouring codes, inf
+MIDPOINTS = tl.constexpr(257)  # how many: -inf, the 255 between neighbouring codes, inf
 # The intercepts are 8/9 of each line's least count, a power of two. These are the bits of the first one, of a line of
 # count 1/2 or 1, with the margin; the others have larger exponents.
 SIGNED_INTERCEPT = tl.constexpr(int(numpy.float32(4 / 9 * (1 + MARGIN)).view(numpy.int32)))

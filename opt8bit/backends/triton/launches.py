@@ -54,6 +54,15 @@ class Launch(NamedTuple):
     tiles: int
 
 
+class Cut(NamedTuple):
+    """How tensors are cut into tiles."""
+
+    launches: list[Launch]
+    places: NDArray[numpy.int64]  # (n, 2): of each tensor the first tile, and how many
+    tiles: Tensor  # (tiles,), int32: the tensor of each
+    squares: Tensor | None  # (tiles, 2), float64: for the norms, if the rule asks for some
+
+
 class Launches:
     """The launches of a batch, and what they read and write beside the tensors.
 
@@ -70,10 +79,10 @@ class Launches:
         self._batch = batch
         self._functions = RULES[batch.rule.name]
         self._rows = _rows(batch)
-        self._launches: list[Launch] = []
-        self._tiles = self._squares = torch.empty(0)
-        self._of_graphs: list[tuple[Tensor, Tensor]] = []  # that may still be read
-        self._aligned = numpy.zeros(0, numpy.bool_)
+        assert len(batch.rule.hyper) <= kernels.MAX_HYPER.value
+        assert self._functions.constant_count <= kernels.MAX_CONSTANTS.value
+        self._cuts: dict[bytes, Cut] = {}
+        self._compiled: set[tuple[Any, ...]] = set()
         count = len(self._rows)
         self._constants = torch.zeros(count, kernels.MAX_CONSTANTS.value, device=device)
         self._keys = torch.zeros(count, dtype=torch.int64, device=device)
@@ -84,55 +93,59 @@ class Launches:
         # With one number more, as a rule may have no states.
         self._maps = torch.cat([*tables, torch.zeros(1, device="cpu")]).to(device)
         self._midpoints = torch.cat([*between, torch.zeros(1, dtype=torch.float64, device="cpu")]).to(device)
-        self._cut(numpy.ones(count, numpy.bool_))
-        self._compile()
+        self._compile(self._cut(numpy.ones(count, numpy.bool_)), None, None, None)
 
     def step(self, group: GroupUpdate) -> None:
         """Takes the step of the batch, on the current stream."""
         aligned = (group.addresses[:, _wide_columns(self._batch)] % ALIGNMENT == 0).all(1)
-        if not numpy.array_equal(aligned, self._aligned):
-            self._cut(aligned)
+        cut = self._cut(aligned)
         lr, grad_scale, found_inf = (
             value.to(self.device) if isinstance(value, Tensor) else None
             for value in (group.hyper["lr"], group.grad_scale, group.found_inf)
         )
-        self._run(_launch, self._table.holding(self._words(group)), lr, grad_scale, found_inf)
+        self._compile(cut, lr, grad_scale, found_inf)
+        self._run(_launch, cut, self._table.holding(self._words(group, cut)), lr, grad_scale, found_inf)
 
     def _run(
-        self, run: Run, table: Tensor, lr: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        run: Run,
+        cut: Cut,
+        table: Tensor,
+        lr: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         functions = self._functions
         set_constants = functools.partial(
             run,
             kernels.constants_kernel,
             len(self._rows),
-            1,
             table=table,
             constants=self._constants,
             keys=self._keys,
-            squares=self._squares,
+            squares=cut.squares,
             lr=lr,
             found_inf=found_inf,
             CONSTANTS=functions.constants,
             HYPER=len(self._batch.rule.hyper),
         )
-        set_constants(AFTER_MEASURE=False)
-        work = [(launch, self._arguments(launch, table, grad_scale)) for launch in self._launches]
+        set_constants(warps=1, AFTER_MEASURE=False)  # a second one might read the new count of steps
+        work = [(launch, self._arguments(cut, launch, table, grad_scale)) for launch in cut.launches]
         if functions.measure is not None:
-            measured = {"squares": self._squares, "MEASURE": functions.measure}
+            measured = {"squares": cut.squares, "MEASURE": functions.measure}
             for launch, arguments in work:
                 run(kernels.measure_kernel, launch.tiles, launch.shape.warps, **arguments, **measured)
-            set_constants(AFTER_MEASURE=True)
+            set_constants(warps=8, AFTER_MEASURE=True)
         written = {"keys": self._keys, "midpoints": self._midpoints, "found_inf": found_inf, "UPDATE": functions.update}
         for launch, arguments in work:
             run(kernels.step_kernel, launch.tiles, launch.shape.warps, **arguments, **written)
 
-    def _arguments(self, launch: Launch, table: Tensor, grad_scale: Tensor | None) -> dict[str, Any]:
+    def _arguments(self, cut: Cut, launch: Launch, table: Tensor, grad_scale: Tensor | None) -> dict[str, Any]:
         """What the kernels that go through tiles take alike."""
         batch, shape = self._batch, launch.shape
         return {
             "table": table,
-            "tiles": self._tiles,
+            "tiles": cut.tiles,
             "first_tile": launch.first_tile,
             "constants": self._constants,
             "maps": self._maps,
@@ -147,39 +160,51 @@ class Launches:
             "ALIGNED": shape.is_aligned,
         }
 
-    def _compile(self) -> None:
+    def _compile(self, cut: Cut, lr: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Compiles every kernel before one runs, as a step that fails half-way would have been half taken."""
+        shapes = tuple(launch.shape for launch in cut.launches)
+        kind = shapes, *(None if value is None else value.dtype for value in (lr, grad_scale, found_inf))
+        if kind in self._compiled:
+            return
         try:
-            self._run(_warm_up, self._table.on_device, None, None, None)
+            self._run(_warm_up, cut, self._table.on_device, lr, grad_scale, found_inf)
         except Exception as error:  # of many kinds: the front end's, LLVM's, the driver's
             batch = self._batch
             raise RuntimeError(
                 f"the Triton kernels of {batch.rule.name} for {batch.dtype} do not compile for {self.device}: {error}"
             ) from error
+        self._compiled.add(kind)
 
-    def _cut(self, aligned: NDArray[numpy.bool_]) -> None:
-        """Cuts the tensors into tiles; ``aligned`` says whose addresses are multiples of 16."""
-        rows, first = self._rows, 0
-        shapes = [_shape(row, bool(is_aligned)) for row, is_aligned in zip(rows, aligned, strict=True)]
-        tensors, self._launches = [], []
+    def _cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
+        """The tensors cut into tiles; ``aligned`` says whose addresses are multiples of 16.
+
+        None is ever given up: gradients come back to where they were, and graphs hold on to it.
+        """
+        key = aligned.tobytes()
+        if key not in self._cuts:
+            self._cuts[key] = self._new_cut(aligned)
+        return self._cuts[key]
+
+    def _new_cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
+        blocks = self._rows[:, kernels.BLOCKS.value]
+        shapes = [_shape(row, bool(is_aligned)) for row, is_aligned in zip(self._rows, aligned, strict=True)]
+        places, launches, tensors, first = numpy.zeros((len(shapes), 2), numpy.int64), [], [], 0
         for shape in sorted(set(shapes)):
-            chosen = [other == shape and row[kernels.BLOCKS.value] > 0 for other, row in zip(shapes, rows, strict=True)]
-            members = numpy.flatnonzero(chosen)
-            counts = -(-rows[members, kernels.BLOCKS.value] // shape.blocks)
-            rows[members, kernels.TILES.value] = counts
-            rows[members, kernels.FIRST_TILE.value] = first + numpy.cumsum(counts) - counts
+            members = numpy.flatnonzero(numpy.array([other == shape for other in shapes]) & (blocks > 0))
+            counts = -(-blocks[members] // shape.blocks)
+            places[members, 0] = first + numpy.cumsum(counts) - counts
+            places[members, 1] = counts
             tensors.append(numpy.repeat(members, counts).astype(numpy.int32))
             if len(members):
-                self._launches.append(Launch(shape, first, int(counts.sum())))
+                launches.append(Launch(shape, first, int(counts.sum())))
             first += int(counts.sum())
-        self._aligned = aligned
-        if self._batch.capturable:
-            self._of_graphs.append((self._tiles, self._squares))
-        self._tiles = torch.from_numpy(numpy.concatenate([*tensors, numpy.zeros(1, numpy.int32)])).to(self.device)
+        tiles = torch.from_numpy(numpy.concatenate([*tensors, numpy.zeros(1, numpy.int32)])).to(self.device)
+        squares = None
         if self._functions.measure is not None:
-            self._squares = torch.zeros(2 * first, dtype=torch.float64, device=self.device)
+            squares = torch.zeros(2 * first, dtype=torch.float64, device=self.device)
+        return Cut(launches, places, tiles, squares)
 
-    def _words(self, group: GroupUpdate) -> Words:
+    def _words(self, group: GroupUpdate, cut: Cut) -> Words:
         """What the kernels know of this step's tensors."""
         batch, states = self._batch, len(self._batch.codebooks)
         head = numpy.zeros(kernels.HEAD.value, numpy.int64)
@@ -187,6 +212,7 @@ class Launches:
         head[: len(hyper)] = numpy.array(hyper).view(numpy.int64)
         head[kernels.SEED.value] = batch.seed
         rows, found = self._rows, group.addresses
+        rows[:, kernels.FIRST_TILE.value : kernels.TILES.value + 1] = cut.places
         rows[:, : 3 + states] = found[:, : 3 + states]
         if batch.coded:
             rows[:, kernels.ABSMAX.value :][:, :states] = found[:, 3 + states :][:, :states]
@@ -208,7 +234,7 @@ class Table:
         self.on_device = torch.zeros(words, dtype=torch.int64, device=device)
         self._held: Words | None = None
         self._is_pinned = device.type != "cpu"
-        self._capturable = capturable and self._is_pinned
+        self._capturable = capturable and device.type == "cuda"
         self._spare: list[Tensor] = []  # pinned memory cannot be had while a graph is captured
         self._of_graphs: list[tuple[Tensor, Tensor]] = []
         self._refill()
@@ -273,6 +299,7 @@ def _launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
 
 
 def _warm_up(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
-    """Compiles only."""
+    """Compiles only, and has the device load what comes of it."""
     if isinstance(kernel, triton.JITFunction):  # not so in Triton's interpreter
-        kernel.warmup(**arguments, grid=(programs,), num_warps=warps, **OPTIONS)
+        compiled: Any = kernel.warmup(**arguments, grid=(programs,), num_warps=warps, **OPTIONS)
+        assert compiled.run is not None

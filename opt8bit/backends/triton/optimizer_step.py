@@ -119,7 +119,7 @@ def loaded_grad(row, start, columns, mask, grad_scale, DTYPE: tl.constexpr, ALIG
 
 @triton.jit
 def loaded_states(
-    row, block, start, columns, mask, maps, SIGNED: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr
+    row, block, start, length, columns, mask, maps, SIGNED: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Those of the rule, in float32."""
     states = ()
@@ -128,7 +128,7 @@ def loaded_states(
             codes = address(row, STATES + s, tl.uint8, ALIGNED) + start[:, None] + columns
             tables = maps + s * codebook.TABLES
             scales = tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32))
-            absmax = tl.load(scales + block, mask=tl.max(mask.to(tl.int32), 1) > 0, other=0.0)
+            absmax = tl.load(scales + block, mask=length > 0, other=0.0)
             zero = 127 if SIGNED[s] else 0
             state = codebook.decode(tl.load(codes, mask=mask, other=zero), tables) * absmax[:, None]
         else:
@@ -244,7 +244,7 @@ def step_kernel(
     mask = columns < length[:, None]
     param = loaded_param(row, start, columns, mask, DTYPE, ROUNDING, ALIGNED)
     grad = loaded_grad(row, start, columns, mask, grad_scale, DTYPE, ALIGNED)
-    states = loaded_states(row, block, start, columns, mask, maps, SIGNED, CODED, ALIGNED)
+    states = loaded_states(row, block, start, length, columns, mask, maps, SIGNED, CODED, ALIGNED)
     param, states = UPDATE(param, grad, states, loaded_constants(constants, tensor, COUNT))
     key = tl.load(keys + tensor).to(tl.uint64, bitcast=True)
     store_param(row, start, columns, mask, param, key, DTYPE, ROUNDING, ALIGNED)
@@ -280,7 +280,7 @@ def measure_kernel(
     mask = columns < length[:, None]
     param = loaded_param(row, start, columns, mask, DTYPE, ROUNDING, ALIGNED)
     grad = loaded_grad(row, start, columns, mask, grad_scale, DTYPE, ALIGNED)
-    states = loaded_states(row, block, start, columns, mask, maps, SIGNED, CODED, ALIGNED)
+    states = loaded_states(row, block, start, length, columns, mask, maps, SIGNED, CODED, ALIGNED)
     measured = MEASURE(param, grad, states, loaded_constants(constants, tensor, COUNT))
     for i in tl.static_range(2):
         wide = tl.where(mask, measured[i], 0.0).to(tl.float64)

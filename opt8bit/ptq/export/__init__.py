@@ -63,11 +63,22 @@ def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> N
     if generation is not None:
         generation.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        _write_tokenizer(tokenizer, folder)
     for file in result.source.code():
         shutil.copy(file, folder)
     if result.probe is not None:
         write_probe(result.probe, folder)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # where the disk is full tokenizers raises a plain one
+        raise OSError(f"cannot write the tokenizer to {folder}: {error}") from error
 
 
 def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
