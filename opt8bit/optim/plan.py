@@ -30,14 +30,8 @@ from opt8bit.backends import (
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
-OPTIONS = (
-    "block_size",
-    "fused",
-    "stochastic_rounding",
-    "compensation",
-    "seed",
-    "capturable",
-)  # of a group, that plans depend on
+# Of a group, what plans depend on.
+OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable")
 
 T = TypeVar("T")
 State = Mapping[Tensor, Mapping[str, Tensor]]  # of an optimizer

@@ -99,10 +99,8 @@ def initialized(
         result.pop(COMPENSATION, None)  # of a time when it was: the parameter has moved since
     for name, spec in specs(param, rule, group, coded).items():
         if name in result:
-            if name == "step" and isinstance(
-                result[name], Tensor
-            ):  # counted elsewhere, as long as another backend served
-                result[name] = result[name].to(spec.device)
+            if name == "step" and isinstance(result[name], Tensor):
+                result[name] = result[name].to(spec.device)  # from where another backend counted
             continue
         value: Any = initial.get(name.removesuffix("_absmax"), 0.0)
         if coded and name in rule.states:  # the absmax holds the value; the code is that of 1 or of 0
