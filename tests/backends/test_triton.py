@@ -439,7 +439,7 @@ def test_capturable_takes_rules_with_kernels(use: Any) -> None:
 
 
 def test_a_kernel_that_does_not_compile_is_named(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(kernel: Any, *arguments: Any) -> None:
+    def broken(kernel: Any, *numbers: int, **arguments: Any) -> None:
         raise ValueError("no such instruction")
 
     use("triton")
