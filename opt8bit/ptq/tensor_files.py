@@ -49,6 +49,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data).cast("B") if flat.numel() else memoryview(b"")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names the file where it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
 class Writer:
     """Writes one file tensor by tensor, in memory none but those of a size that would leave others unaligned.
 
@@ -82,7 +91,7 @@ class Writer:
 
     def _append(self, name: str, tensor: Tensor) -> None:
         data = bytes_of(tensor)
-        with self._data.open("ab") as file:
+        with _writing(self._data), self._data.open("ab") as file:
             file.write(data)
         start, self._filled = self._filled, self._filled + len(data)
         offsets = [start, self._filled]
@@ -98,7 +107,7 @@ class Writer:
             self._append(name, tensor)
         header = json.dumps(self._header).encode()
         header += b" " * (-len(header) % ALIGNMENT)
-        with self._path.open("wb") as whole, self._data.open("rb") as data:
+        with _writing(self._path), self._path.open("wb") as whole, self._data.open("rb") as data:
             whole.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(data, whole, 2**24)
         self._data.unlink()
