@@ -13,17 +13,17 @@ device has no room for, are left out. Writes one JSON line per row, and a plot.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from cpu_step import GPT2_SMALL, adamw_peers
-from measuring import machine
+from measuring import copy_bandwidth, machine, seconds
 from torch import nn
 
 import opt8bit
@@ -41,12 +41,10 @@ def questions(quick: bool) -> dict[str, list[tuple[int, ...]]]:
     return single if quick else {**single, "GPT-2 small": GPT2_SMALL, "a layer of a 7B model": LAYER_OF_7B}
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_on(device: torch.device, call: Callable[[], Any]) -> float:
     """What the device takes for a call, or, on a CPU, what passes by the clock."""
     if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        return seconds(call)
     module = getattr(torch, device.type)
     torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # so that no cache holds what the last call left
     begin, end = (module.Event(enable_timing=True) for _ in range(2))
@@ -54,7 +52,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     call()
     end.record()
     module.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end) / 1e3
 
 
 def check(device: torch.device) -> None:
@@ -87,14 +85,6 @@ def fresh(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.devic
     return params
 
 
-def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes read and written per second."""
-    source = torch.ones(2**28 if device.type != "cpu" else 2**20, device=device)
-    target = torch.empty_like(source)
-    times = [milliseconds(lambda: target.copy_(source), device) for _ in range(rounds + 2)][2:]
-    return 2 * source.numel() * source.element_size() / (statistics.median(times) / 1e3)
-
-
 def compare(
     question: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, rounds: int, copy: float
 ) -> list[dict[str, Any]]:
@@ -108,7 +98,7 @@ def compare(
             for param in params:
                 assert param.grad is not None
                 param.grad.normal_()
-            passed = milliseconds(optimizer.step, device)
+            passed = seconds_on(device, optimizer.step) * 1e3
             if turn >= 2:
                 times[name].append(passed)
     print(f"\n{question}, {str(dtype).removeprefix('torch.')}: {count / 1e6:.1f}M parameters, {rounds} rounds")
@@ -178,7 +168,7 @@ def main() -> None:
     )
     check(device)
     rounds = 3 if options.quick else options.rounds
-    copy = copy_bandwidth(device, rounds)
+    copy = copy_bandwidth(device, functools.partial(seconds_on, device))
     print(f"copy: {copy / 1e9:.1f} GB/s")
     rows = []
     for question, shapes in questions(options.quick).items():

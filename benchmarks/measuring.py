@@ -46,9 +46,11 @@ def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.flo
     return params
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
-    source = torch.ones(2**26)
+def copy_bandwidth(
+    device: torch.device | str = "cpu", seconds: Callable[[Callable[[], Any]], float] = seconds
+) -> float:
+    """Bytes read and written per second by a copy that no cache holds; ``seconds`` times a call."""
+    source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     median = statistics.median(seconds(lambda: target.copy_(source)) for _ in range(9))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opt8bit.backends import native
 from opt8bit.backends.description import addresses, data_ptrs, describe
-from opt8bit.backends.interface import DTYPES, Backend, Batch, GroupUpdate, Rule
+from opt8bit.backends.interface import DTYPES, Backend, Batch, GroupUpdate, Rule, is_interpreting
 from opt8bit.backends.reference import Reference, as_real
 
 __all__ = [
@@ -80,11 +80,6 @@ def _triton() -> Any:
     if tuple(map(int, found.__version__.split(".")[:2])) < MIN_TRITON:
         return None
     return importlib.import_module("opt8bit.backends.triton")
-
-
-def is_interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def counts_on_device(param: Tensor, rule: Rule) -> bool:

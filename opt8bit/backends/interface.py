@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -101,6 +102,11 @@ class Backend(Protocol):
 
     def step(self, groups: Sequence[GroupUpdate]) -> None:
         """Takes one step: parameters, states and step counts are updated in place."""
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

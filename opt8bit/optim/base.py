@@ -303,7 +303,6 @@ class Optimizer8bit(torch.optim.Optimizer):
         return Asked(
             rule=self.rule(group),
             group=group,
-            first_number=first,
             wanted_backend=wanted_backend(),
             params=params,
             grads=grads,

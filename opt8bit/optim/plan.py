@@ -43,7 +43,6 @@ class Asked(NamedTuple):
 
     rule: Rule
     group: Mapping[str, Any]
-    first_number: int  # of the group's parameters in the optimizer
     wanted_backend: str | None
     params: Sequence[Tensor]  # those that have a gradient
     grads: Sequence[Tensor]

@@ -1,5 +1,6 @@
 """The kernels in Triton: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,9 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import CASES, parameter
+from cases import CASES, gradients, parameter
 from torch import Tensor, nn
 
 import opt8bit
@@ -55,7 +57,7 @@ ONE_OF_EACH_RULE = {
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda name: monkeypatch.setenv("OPT8BIT_BACKEND", name)
+    return functools.partial(cases.use, monkeypatch)
 
 
 def trained(
@@ -72,9 +74,7 @@ def trained(
 def step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
     for seed in seeds:
         for i, param in enumerate(params):
-            generator = torch.Generator().manual_seed(100 * seed + i)
-            scale = torch.randn(param.shape, generator=generator).mul(3).clamp(-7, 7).exp()
-            grad = torch.randn(param.shape, generator=generator) * scale
+            grad = gradients(1, tuple(param.shape), 100 * seed + i)[0]
             param.grad = grad.to(DEVICE, param.dtype)
         optimizer.step()
 
@@ -164,18 +164,22 @@ def adversarial(values: Tensor) -> Tensor:
     return torch.stack(blocks)
 
 
+def assert_nearest(blocks: Tensor, values: Tensor, signed: bool) -> None:
+    """By the encoder of the steps, a block a program."""
+    codes = torch.empty(blocks.shape, dtype=torch.int32)
+    tables, between = codebook.tables(values, signed), codebook.midpoints(values)
+    arguments = [tensor.to(DEVICE) for tensor in (blocks, blocks.abs().amax(1), codes, tables, between)]
+    encode_kernel[(len(blocks),)](*arguments, signed, blocks.shape[1], **OPTIONS)
+    expected, _ = quantize_blockwise(blocks, values, blocks.shape[1], backend="reference")
+    assert torch.equal(arguments[2].cpu(), expected.int())
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_the_nearest(signed: bool) -> None:
-    """The encoder of the steps, at every midpoint."""
+    """At every midpoint."""
     values = dynamic_map(signed)
     x = adversarial(values)
-    x = x if signed else x.abs()
-    codes = torch.empty(x.shape, dtype=torch.int32)
-    tables, between = codebook.tables(values, signed), codebook.midpoints(values)
-    arguments = [tensor.to(DEVICE) for tensor in (x, x.abs().amax(1), codes, tables, between)]
-    encode_kernel[(len(x),)](*arguments, signed, 256, **OPTIONS)
-    expected, _ = quantize_blockwise(x, values, 256, backend="reference")
-    assert torch.equal(arguments[2].cpu(), expected.int())
+    assert_nearest(x if signed else x.abs(), values, signed)
 
 
 @pytest.mark.parametrize(("signed", "count"), [(True, 500), (False, 2500)])
@@ -184,14 +188,8 @@ def test_the_slow_path_is_taken_where_it_must_be(signed: bool, count: int) -> No
     values = dynamic_map(signed)
     x = adversarial(values)
     x = x if signed else x.abs()
-    rows = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))[:count]
-    pairs = torch.stack([x.flatten()[rows], x.abs().amax(1)[rows // 256]], 1)
-    codes = torch.empty(pairs.shape, dtype=torch.int32)
-    tables, between = codebook.tables(values, signed), codebook.midpoints(values)
-    arguments = [tensor.to(DEVICE) for tensor in (pairs, pairs[:, 1].contiguous(), codes, tables, between)]
-    encode_kernel[(len(pairs),)](*arguments, signed, 2, **OPTIONS)
-    expected, _ = quantize_blockwise(pairs, values, 2, backend="reference")
-    assert torch.equal(arguments[2].cpu(), expected.int())
+    chosen = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))[:count]
+    assert_nearest(torch.stack([x.flatten()[chosen], x.abs().amax(1)[chosen // 256]], 1), values, signed)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from opt8bit.backends.interface import DTYPES, Batch, GroupUpdate, View
 from opt8bit.backends.reference import step_group
 from opt8bit.backends.triton.blockwise import dequantize_kernel, quantize_kernel
 from opt8bit.backends.triton.codebook import midpoints
-from opt8bit.backends.triton.launches import OPTIONS, Launches, Shape
+from opt8bit.backends.triton.launches import OPTIONS, TILE, Launches, Shape
 from opt8bit.backends.triton.update_rules import RULES
 
 
@@ -61,7 +61,7 @@ def _on_every_block(kernel: Callable[..., Any], view: View, *arguments: Any) -> 
     blocks = view.rows * view.blocks_per_row
     if blocks == 0:
         return
-    shape = Shape(block=min(triton.next_power_of_2(view.block_size), 2048), is_aligned=False)
+    shape = Shape(block=min(triton.next_power_of_2(view.block_size), TILE), is_aligned=False)
     extents = (view.row_length, view.block_size, view.blocks_per_row, blocks)
     with on(arguments[0].device):
         grid = (triton.cdiv(blocks, shape.blocks),)

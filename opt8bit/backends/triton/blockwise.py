@@ -1,4 +1,4 @@
-"""Block-wise quantization of one tensor: the kernels behind ``quantize_blockwise`` and ``dequantize_blockwise``."""
+"""The block view of a tensor, and the kernels behind ``quantize_blockwise`` and ``dequantize_blockwise``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from opt8bit.backends.triton import codebook, rounding
 
 
 @triton.jit
-def blocks_of(row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE: tl.constexpr):
-    """Of the blocks of this program: their numbers, where they begin, and their lengths, 0 behind the last."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS_PER_TILE + tl.arange(0, BLOCKS_PER_TILE)
+def blocks_of(
+    tile,  # int64, of the tensor
+    row_length,
+    block_size,
+    blocks_per_row,
+    blocks,
+    BLOCKS_PER_TILE: tl.constexpr,
+    ALIGNED: tl.constexpr = False,  # rows and blocks are multiples of 16, which the compiler may know
+):
+    """Of the blocks of a tile: their numbers, where they begin, and their lengths, 0 behind the last of the tensor."""
+    block = tile * BLOCKS_PER_TILE + tl.arange(0, BLOCKS_PER_TILE)
     in_row = block % blocks_per_row
     start = block // blocks_per_row * row_length + in_row * block_size
     length = tl.minimum(block_size, row_length - in_row * block_size)
-    return block, start, tl.where(block < blocks, length, 0)
+    length = tl.where(block < blocks, length, 0)
+    if ALIGNED:
+        start, length = tl.multiple_of(start, 16), tl.multiple_of(length, 16)
+    return block, start, length
 
 
 @triton.jit
@@ -32,7 +43,8 @@ def quantize_kernel(
     BLOCKS_PER_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block, start, length = blocks_of(row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
+    tile = tl.program_id(0).to(tl.int64)
+    block, start, length = blocks_of(tile, row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
     largest = tl.zeros((BLOCKS_PER_TILE,), tl.float32)
     columns = tl.arange(0, BLOCK)[None, :]
     for begin in range(0, block_size, BLOCK):
@@ -62,7 +74,8 @@ def dequantize_kernel(
     BLOCKS_PER_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block, start, length = blocks_of(row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
+    tile = tl.program_id(0).to(tl.int64)
+    block, start, length = blocks_of(tile, row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
     scale = tl.load(absmax + block, mask=length > 0, other=0.0)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     for begin in range(0, block_size, BLOCK):

@@ -4,7 +4,7 @@ The map is a line for each decade. Count its codes from zero: c = |code - 127| i
 unsigned one. A decade has the counts from 2^j to 2^(j+1), and ``slope * x + intercept`` runs from one to the other, so
 that truncating gives c. The exponent of x names the line, except where a line ends inside a binade. What lands near a
 whole number is decided by the midpoint between the two codes, in float64, where it is exact: a slow path, which one in
-several tiles of two thousand elements takes.
+several tiles takes.
 
 The tables of one map that the fast path reads take a cache line each, or half of one, so that the threads of a warp
 find theirs in one access.

@@ -13,7 +13,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends.interface import Batch, GroupUpdate
+from opt8bit.backends.interface import Batch, GroupUpdate, is_interpreting
 from opt8bit.backends.triton import codebook
 from opt8bit.backends.triton import optimizer_step as kernels
 from opt8bit.backends.triton.update_rules import RULES
@@ -21,10 +21,9 @@ from opt8bit.backends.triton.update_rules import RULES
 Words = NDArray[numpy.int64]
 Run = Callable[..., None]  # (kernel, programs, warps, **arguments)
 
-TILE = 1024  # elements of a program, or one block where that is longer
+TILE = 1024  # elements of a program, or one block where that is longer; a block of states that are not coded
 ELEMENTS_PER_WARP = 256  # 8 of a thread
 MAX_WARPS = 16
-FULL_BLOCK = 1024  # elements that are taken together of a state which is not coded
 SPARE_BUFFERS = 4  # for graphs
 ALIGNMENT = 16  # bytes of an address, and elements of a row and of a block, where loads are 16 bytes wide
 OPTIONS = {"enable_fp_fusion": True}  # one rounding fewer than the reference, as in the kernels for CPUs
@@ -275,7 +274,7 @@ def _rows(batch: Batch) -> Words:
     rows[:, kernels.NUMBER.value] = batch.numbers
     for row, view in zip(rows, batch.views, strict=True):
         length = view.row_length if batch.coded else view.rows * view.row_length
-        block = view.block_size if batch.coded else FULL_BLOCK
+        block = view.block_size if batch.coded else TILE
         per_row = -(-length // block)
         fields = (length, block, per_row, per_row * (view.rows if batch.coded else 1))
         row[kernels.ROW_LENGTH.value : kernels.BLOCKS.value + 1] = fields
@@ -300,6 +299,6 @@ def _launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
 
 def _warm_up(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
     """Compiles only, and has the device load what comes of it."""
-    if isinstance(kernel, triton.JITFunction):  # not so in Triton's interpreter
+    if not is_interpreting():
         compiled: Any = kernel.warmup(**arguments, grid=(programs,), num_warps=warps, **OPTIONS)
         assert compiled.run is not None

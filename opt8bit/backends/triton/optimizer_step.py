@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from opt8bit.backends.triton import codebook, rounding
+from opt8bit.backends.triton import blockwise, codebook, rounding
 
 # The table, in words of 64 bits: first the head, then the tensors' rows.
 MAX_HYPER = tl.constexpr(12)  # hyper-parameters, float64
@@ -88,29 +88,37 @@ def norms_of(row, squares):
 # Where ALIGNED, addresses and lengths are multiples of 16, and loads 16 bytes wide. The compiler keeps what it is told
 # so only of values that the function at hand has computed itself.
 @triton.jit
-def address(row, field, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def elements(row, field, start, columns, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where those of a tile are, of the tensor whose address a row has as that field."""
     pointer = tl.load(row + field).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start[:, None] + columns
 
 
 @triton.jit
-def blocks_of(row, tile, BLOCKS_PER_TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of the blocks of a tile: their numbers, where they begin, and their lengths, 0 behind the last of the tensor."""
-    row_length, block_size = tl.load(row + ROW_LENGTH), tl.load(row + BLOCK_SIZE)
-    per_row = tl.load(row + BLOCKS_PER_ROW)
-    block = (tile - tl.load(row + FIRST_TILE)) * BLOCKS_PER_TILE + tl.arange(0, BLOCKS_PER_TILE)
-    in_row = block % per_row
-    start = block // per_row * row_length + in_row * block_size
-    length = tl.minimum(block_size, row_length - in_row * block_size)
-    length = tl.where(block < tl.load(row + BLOCKS), length, 0)
-    if ALIGNED:
-        start, length = tl.multiple_of(start, 16), tl.multiple_of(length, 16)
-    return block, start, length
+def scales(row, s, block):
+    """Where the absmax of a state's blocks are."""
+    return tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32)) + block
+
+
+@triton.jit
+def tile_of(row, tile, BLOCKS_PER_TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The blocks of a tile, by its number among all."""
+    return blockwise.blocks_of(
+        tile - tl.load(row + FIRST_TILE),
+        tl.load(row + ROW_LENGTH),
+        tl.load(row + BLOCK_SIZE),
+        tl.load(row + BLOCKS_PER_ROW),
+        tl.load(row + BLOCKS),
+        BLOCKS_PER_TILE,
+        ALIGNED,
+    )
 
 
 @triton.jit
 def loaded_grad(row, start, columns, mask, grad_scale, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    grads = address(row, GRAD, DTYPE, ALIGNED) + start[:, None] + columns
+    grads = elements(row, GRAD, start, columns, DTYPE, ALIGNED)
     grad = tl.load(grads, mask=mask, other=0.0).to(tl.float32)
     if grad_scale is not None:
         grad *= tl.div_rn(tl.full((), 1.0, tl.float32), tl.load(grad_scale).to(tl.float32))
@@ -125,14 +133,13 @@ def loaded_states(
     states = ()
     for s in tl.static_range(len(SIGNED)):
         if CODED:
-            codes = address(row, STATES + s, tl.uint8, ALIGNED) + start[:, None] + columns
+            codes = elements(row, STATES + s, start, columns, tl.uint8, ALIGNED)
             tables = maps + s * codebook.TABLES
-            scales = tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32))
-            absmax = tl.load(scales + block, mask=length > 0, other=0.0)
+            absmax = tl.load(scales(row, s, block), mask=length > 0, other=0.0)
             zero = 127 if SIGNED[s] else 0
             state = codebook.decode(tl.load(codes, mask=mask, other=zero), tables) * absmax[:, None]
         else:
-            values = address(row, STATES + s, tl.float32, ALIGNED) + start[:, None] + columns
+            values = elements(row, STATES + s, start, columns, tl.float32, ALIGNED)
             state = tl.load(values, mask=mask, other=0.0)
         states = states + (state,)
     return states
@@ -148,10 +155,10 @@ def loaded_constants(constants, tensor, COUNT: tl.constexpr):
 
 @triton.jit
 def loaded_param(row, start, columns, mask, DTYPE: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr):
-    params = address(row, PARAM, DTYPE, ALIGNED) + start[:, None] + columns
+    params = elements(row, PARAM, start, columns, DTYPE, ALIGNED)
     param = tl.load(params, mask=mask, other=0.0)
     if ROUNDING == "compensated":
-        lows = address(row, COMPENSATION, tl.int16, ALIGNED) + start[:, None] + columns
+        lows = elements(row, COMPENSATION, start, columns, tl.int16, ALIGNED)
         return rounding.compensated(param, tl.load(lows, mask=mask, other=0))
     return param.to(tl.float32)
 
@@ -168,9 +175,9 @@ def store_param(
     ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    params = address(row, PARAM, DTYPE, ALIGNED) + start[:, None] + columns
+    params = elements(row, PARAM, start, columns, DTYPE, ALIGNED)
     if ROUNDING == "compensated":
-        lows = address(row, COMPENSATION, tl.int16, ALIGNED) + start[:, None] + columns
+        lows = elements(row, COMPENSATION, start, columns, tl.int16, ALIGNED)
         high, low = rounding.split(param)
         tl.store(params, high, mask=mask)
         tl.store(lows, low, mask=mask)
@@ -203,12 +210,11 @@ def store_state(
         absmax = tl.max(tl.abs(state), 1)
         tables, between = maps + s * codebook.TABLES, midpoints + s * codebook.MIDPOINTS
         new_codes = codebook.encode(state, absmax, tables, between, SIGNED)
-        codes = address(row, STATES + s, tl.uint8, ALIGNED) + start[:, None] + columns
-        scales = tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32))
+        codes = elements(row, STATES + s, start, columns, tl.uint8, ALIGNED)
         tl.store(codes, new_codes.to(tl.uint8), mask=mask)
-        tl.store(scales + block, absmax, mask=length > 0)
+        tl.store(scales(row, s, block), absmax, mask=length > 0)
     else:
-        values = address(row, STATES + s, tl.float32, ALIGNED) + start[:, None] + columns
+        values = elements(row, STATES + s, start, columns, tl.float32, ALIGNED)
         tl.store(values, state, mask=mask)
 
 
@@ -237,7 +243,7 @@ def step_kernel(
     tile = first_tile + tl.program_id(0)
     tensor = tl.load(tiles + tile)
     row = table + HEAD + tensor * ROW
-    block, start, length = blocks_of(row, tile, BLOCKS_PER_TILE, ALIGNED)
+    block, start, length = tile_of(row, tile, BLOCKS_PER_TILE, ALIGNED)
     if found_inf is not None:
         length = tl.where(tl.load(found_inf) == 0, length, 0)
     columns = tl.arange(0, BLOCK)[None, :]
@@ -275,7 +281,7 @@ def measure_kernel(
     tile = first_tile + tl.program_id(0)
     tensor = tl.load(tiles + tile)
     row = table + HEAD + tensor * ROW
-    block, start, length = blocks_of(row, tile, BLOCKS_PER_TILE, ALIGNED)
+    block, start, length = tile_of(row, tile, BLOCKS_PER_TILE, ALIGNED)
     columns = tl.arange(0, BLOCK)[None, :]
     mask = columns < length[:, None]
     param = loaded_param(row, start, columns, mask, DTYPE, ROUNDING, ALIGNED)

@@ -3,12 +3,12 @@
 The same bits as :mod:`opt8bit.backends.rounding`, which says why.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from opt8bit.backends.interface import is_interpreting
+
+INTERPRETING = tl.constexpr(is_interpreting())
 
 
 @triton.jit
