@@ -113,6 +113,9 @@ def _processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    # Its functions have the group as their default: were they defined while there is one, it would live as long as they
+    # do, and its threads fall over the interpreter's end.
+    importlib.import_module("torch.distributed.nn")
     torch.distributed.init_process_group("gloo")
     try:
         yield
@@ -156,7 +159,7 @@ def _verified(settings: Settings, folder: Path) -> str:
     if not settings.verify:
         return "not verified"
     try:
-        verification = ptq.verify(folder, trust_remote_code=settings.trust_remote_code)
+        verification = ptq.verify(folder, scratch=folder / WORK, trust_remote_code=settings.trust_remote_code)
     except ImportError as error:
         return f"not verified: {str(error).strip().splitlines()[0]}"
     if not verification.is_right:

@@ -186,7 +186,7 @@ def _skeleton(folder: Path, files: Mapping[str, Path], trust_remote_code: bool) 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     refuse_quantized(config)
     dtype = getattr(config, "dtype", None) or _first_dtype(files)
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -211,7 +211,7 @@ def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Inside, parameters of new modules take no memory. Buffers do: nobody else would compute them."""
     had = nn.Module.register_parameter
 

@@ -1,4 +1,4 @@
-"""A model several times larger than what the process may have in memory is compressed all the same."""
+"""A model several times larger than what the process may have in memory is compressed, and verified, all the same."""
 
 import subprocess
 import sys
@@ -46,6 +46,25 @@ COMPRESS = """
     print(peak() - before)
 """
 
+VERIFY = """
+    import sys, threading, time, torch, transformers, compressed_tensors, accelerate, greenlet
+    from transformers import LlamaForCausalLM
+    from opt8bit import ptq
+    def anonymous():  # resident, without what is mapped from files, which the system may take back
+        status = open("/proc/self/status").read()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+    def watch():
+        while True:
+            seen.append(anonymous())
+            time.sleep(0.002)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    seen = [anonymous()]
+    threading.Thread(target=watch, daemon=True).start()
+    verification = ptq.verify(sys.argv[1], scratch=sys.argv[2])
+    assert verification.is_right, verification
+    print(max(seen) - seen[0])
+"""
+
 
 def run(code: str, *arguments: str) -> int:
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments]
@@ -58,3 +77,4 @@ def test_peak_memory_is_a_few_blocks(format: str, tmp_path: Path) -> None:
     weights = run(MAKE, str(tmp_path / "model"))
     used = run(COMPRESS, str(tmp_path), format)
     assert used < ALLOWED < weights / 3
+    assert run(VERIFY, str(tmp_path / "out"), str(tmp_path)) < ALLOWED
