@@ -49,6 +49,7 @@ struct Tensor {
   int64_t state_bits;  // 8 or 32
   int64_t group;       // index into the groups
   int64_t number;      // of the parameter in its optimizer: tells streams of random bits apart
+  int64_t first;       // index of the first element in the whole parameter, where this is a shard of one
 };
 
 // Hyper-parameters that many tensors share.

@@ -18,7 +18,7 @@ inline uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// 32 random bits per element: a hash of its index in the tensor (modulo 2^32), keyed by seed, step and tensor. No
+// 32 random bits per element: a hash of its index in the parameter (modulo 2^32), keyed by seed, step and tensor. No
 // state is carried from one element to the next, so they are the same for any order and any number of threads.
 class RandomBits {
  public:
@@ -83,10 +83,11 @@ class ExactParam {
   ExactParam(const Tensor& tensor, const Group& group)
       : tensor_(static_cast<bfloat16*>(tensor.param)),
         tensor_low_(tensor.compensation),
-        random_(group.seed, static_cast<uint64_t>(*tensor.step + 1.0), tensor.number) {}
+        random_(group.seed, static_cast<uint64_t>(*tensor.step + 1.0), tensor.number),
+        first_(tensor.first) {}
 
   void open(int64_t offset) {
-    offset_ = offset;
+    index_ = first_ + offset;
     values_ = tensor_ + offset;
     if (kHasLow) low_ = tensor_low_ + offset;
   }
@@ -124,14 +125,15 @@ class ExactParam {
       Simd::store_high(values, nearest);
       Simd::store(low, Simd::subtract(bits, nearest));
     } else {
-      Simd::store_high(values, Simd::add(bits, Simd::shift_right<16>(random_(offset_ + i))));
+      Simd::store_high(values, Simd::add(bits, Simd::shift_right<16>(random_(index_ + i))));
     }
   }
 
   bfloat16* const tensor_;
   int16_t* const tensor_low_;
   const RandomBits random_;
-  int64_t offset_;
+  const int64_t first_;
+  int64_t index_;  // of the block's first element, in the whole parameter
   bfloat16* values_;
   int16_t* low_ = nullptr;
 };

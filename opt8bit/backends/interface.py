@@ -32,6 +32,7 @@ class Rule(NamedTuple):
     states: Mapping[str, bool]  # name in torch.optim: whether it can be negative
     hyper: tuple[str, ...]  # keywords of `update` besides `step`, in the order that the kernels take them
     update: Callable[..., tuple[Tensor, ...]]  # (param, grad, *states, step=, **hyper) -> (param, *states)
+    whole: bool = False  # it looks at a whole parameter, not at one element after another
 
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")  # of a bfloat16 parameter, in the kernels' order
@@ -48,6 +49,7 @@ class Batch(NamedTuple):
     coded: bool  # states are codes with their absmax, not values
     capturable: bool  # a step may be captured in a CUDA graph
     numbers: NDArray[numpy.int64]  # (n,): of each parameter in its optimizer
+    firsts: NDArray[numpy.int64]  # (n,): index of each one's first element in the whole parameter, if it is a shard
     views: Sequence[View]  # n
     extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
     codebooks: Sequence[Tensor]  # one for each state of the rule, (256,) float32
@@ -64,7 +66,8 @@ class GroupUpdate(NamedTuple):
     params: Sequence[Tensor]  # n
     grads: Sequence[Tensor]  # n, each of its parameter's shape
     # n, by name: "step", a float32 scalar to which the backend adds 1; the rule's states, of the
-    # parameter's shape, with "..._absmax" of (rows, blocks per row) where they are coded; "compensation", int16.
+    # parameter's shape, with "..._absmax" of (rows, blocks per row) where they are coded; "compensation", the
+    # two bytes of an int16 for each element.
     state: Sequence[Mapping[str, Tensor]]
     # (n, columns): of each param, its grad, step, states, absmaxes if coded, and compensation if there is one.
     addresses: NDArray[numpy.int64]

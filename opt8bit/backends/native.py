@@ -192,14 +192,15 @@ def tensor_rows(group: GroupUpdate, index: int) -> Words:
     """(n, fields) of ``Tensor`` in kernels/optimizer_step.h."""
     batch = group.batch
     states, absmaxes = len(batch.codebooks), len(batch.codebooks) if batch.coded else 0
-    rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 7), numpy.int64)
+    rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 8), numpy.int64)
     rows[:, : 3 + states] = group.addresses[:, : 3 + states]
     rows[:, 3 + MAX_STATES : 3 + MAX_STATES + absmaxes] = group.addresses[:, 3 + states : 3 + states + absmaxes]
     if batch.rounding == "compensated":
-        rows[:, -7] = group.addresses[:, -1]
-    rows[:, -6:-4] = batch.extents
-    rows[:, -4] = DTYPES[batch.dtype]
-    rows[:, -3] = 8 if batch.coded else 32
-    rows[:, -2] = index
-    rows[:, -1] = batch.numbers
+        rows[:, -8] = group.addresses[:, -1]
+    rows[:, -7:-5] = batch.extents
+    rows[:, -5] = DTYPES[batch.dtype]
+    rows[:, -4] = 8 if batch.coded else 32
+    rows[:, -3] = index
+    rows[:, -2] = batch.numbers
+    rows[:, -1] = batch.firsts
     return rows

@@ -58,7 +58,7 @@ def step_group(group: GroupUpdate, coder: Backend) -> None:
 def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
     batch, param, state = group.batch, group.params[i], group.state[i]
     names, view = batch.rule.states, batch.views[i]
-    compensation = state["compensation"] if batch.rounding == "compensated" else None
+    compensation = state["compensation"].view(torch.int16)[..., 0] if batch.rounding == "compensated" else None
     books = [codebook.to(param.device) for codebook in batch.codebooks]
     if batch.coded:
         states = [torch.empty(param.shape, dtype=torch.float32, device=param.device) for _ in names]
@@ -77,7 +77,8 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[s
     if compensation is not None:
         set_compensated(param, compensation, new_param)
     elif batch.rounding == "stochastic" and param.dtype == torch.bfloat16:
-        param.copy_(stochastically_rounded(new_param, batch.seed, int(step), int(batch.numbers[i])))
+        number, first = int(batch.numbers[i]), int(batch.firsts[i])
+        param.copy_(stochastically_rounded(new_param, batch.seed, int(step), number, first))
     else:
         as_real(param).copy_(new_param)
     for name, book, new in zip(names, books, new_states, strict=True):

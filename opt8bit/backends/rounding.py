@@ -19,14 +19,17 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def random_bits(count: int, seed: int, step: int, number: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(
+    count: int, seed: int, step: int, number: int, device: torch.device | str = "cpu", *, first: int = 0
+) -> Tensor:
     """32 random bits for each of ``count`` elements, int64 in [0, 2^32): a hash of (seed, step, number, index).
 
     Args:
         number: tells streams apart; that of a parameter in its optimizer.
+        first: index of the first element.
     """
     key = _mix64(_mix64(_mix64(seed % 2**64) ^ step) ^ number)
-    x = torch.arange(count, dtype=torch.int64, device=device) & LOW_32_BITS
+    x = torch.arange(first, first + count, dtype=torch.int64, device=device) & LOW_32_BITS
     x = x ^ (key & LOW_32_BITS)
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & LOW_32_BITS
     x = ((x ^ (x >> 15)) + (key >> 32)) & LOW_32_BITS
@@ -43,10 +46,10 @@ def _from_high_half(bits: Tensor) -> Tensor:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def stochastically_rounded(x: Tensor, seed: int, step: int, number: int) -> Tensor:
+def stochastically_rounded(x: Tensor, seed: int, step: int, number: int, first: int = 0) -> Tensor:
     """float32 ``x`` in bfloat16: one of its two neighbours, the nearer with the larger probability, so that the
-    expectation is x."""
-    chance = random_bits(x.numel(), seed, step, number, x.device).view(x.shape) >> 16
+    expectation is x. Arguments as of :func:`random_bits`."""
+    chance = random_bits(x.numel(), seed, step, number, x.device, first=first).view(x.shape) >> 16
     return _from_high_half(_float32_bits(x) + chance.to(torch.int32))
 
 

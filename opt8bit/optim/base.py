@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
@@ -10,13 +11,13 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import Backend, GroupUpdate, Rule, can_capture, wanted_backend
+from opt8bit.optim import shards
 from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
 from opt8bit.optim.plan import Asked, Plan, Work
-from opt8bit.optim.states import CODED_DTYPES, initialized
+from opt8bit.optim.states import CODED_DTYPES, initialized, is_cut, will_be_coded
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 
@@ -73,6 +74,14 @@ DEFAULTS = Options(
 )
 
 KEPT = tuple(name for name in DEFAULTS if name != "maximize")  # what loading a state dict does not change
+
+
+CUT_BLOCKS = (
+    "the states of {count} parameters are kept in 32 bits, as shards cut blocks of block_size={block_size} elements: the "
+    "first is of shape {shape}, placed as {placements} on a mesh of {mesh}. Blocks stay whole where dimension 0 is "
+    "sharded, or dimension 1 in parts of a multiple of block_size"
+)
+PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
 
 
 def _is_integer(value: object, least: int, most: int) -> bool:
@@ -205,7 +214,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         Raises:
             ValueError: an option has a value it cannot have.
-            TypeError: a parameter is a DTensor, or of a dtype that cannot be optimized.
+            TypeError: a parameter is of a dtype that cannot be optimized, or a DTensor whose shards cannot be.
         """
         group = {**self.defaults, **param_group}
         check_options(group)
@@ -215,11 +224,15 @@ class Optimizer8bit(torch.optim.Optimizer):
             params = [params]
         elif not isinstance(params, set):  # which torch.optim refuses
             params = list(params)
-        for param in params:
-            param = param[1] if isinstance(param, tuple) else param
-            if isinstance(param, Tensor):
-                self._check_param(param, group)
+        tensors = [param[1] if isinstance(param, tuple) else param for param in params]
+        tensors = [param for param in tensors if isinstance(param, Tensor)]  # torch.optim refuses the others
+        for param in tensors:
+            self._check_param(param, group)
         super().add_param_group({**param_group, "params": params})
+        cut = [param for param in tensors if is_cut(param, group)]
+        if cut:
+            about = shards.described(cut[0])
+            warnings.warn(CUT_BLOCKS.format(count=len(cut), block_size=group["block_size"], **about), stacklevel=2)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -278,17 +291,22 @@ class Optimizer8bit(torch.optim.Optimizer):
         for gone in [other for other in plans if other >= len(self.param_groups)]:
             del plans[gone]
         plan = plans.get(index)
-        work = plan.work(asked, self.state) if plan else None
+        work = plan.work(asked, self._states(asked)) if plan else None
         if work is None:
-            rule, states = asked.rule, {}
-            for param, grad in zip(asked.params, asked.grads, strict=True):
+            for param in asked.owners:
                 self._check_param(param, group)
-                _check_grad(param, grad)
-                states[param] = initialized(self.state.get(param, {}), rule, param, group, self.initial(group))
+                _check_grad(param, param.grad)
+            states = [
+                initialized(
+                    state, asked.rule, shard, group, will_be_coded(state, asked.rule, param, group), self.initial(group)
+                )
+                for state, shard, param in zip(self._states(asked), asked.params, asked.owners, strict=True)
+            ]
             plan = plans[index] = Plan(asked, states)
             work = plan.work(asked, states)
             assert work is not None
-            fresh.update(states)
+            for param, state in zip(asked.owners, states, strict=True):
+                fresh[param] = shards.sharded(state, param, group["block_size"])
         return work
 
     def _asked(self, index: int, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> Asked:
@@ -300,17 +318,29 @@ class Optimizer8bit(torch.optim.Optimizer):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads = [params[i] for i in present], [grads[i] for i in present]
             numbers = [numbers[i] for i in present]
+        owners, types, lying = params, frozenset(map(type, grads)), None
+        if types - PLAIN:
+            grads = list(map(shards.local_grad, grads, owners))
+            params, lying = list(map(shards.local, owners)), tuple(map(shards.lying, owners))
         return Asked(
             rule=self.rule(group),
             group=group,
             wanted_backend=wanted_backend(),
             params=params,
             grads=grads,
+            owners=owners,
+            types=types,
+            lying=lying,
             numbers=numbers,
             hyper=self.hyper(group),
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+
+    def _states(self, asked: Asked) -> list[dict[str, Tensor]]:
+        """Those that are there, of the parameters or of their shards."""
+        states = [self.state.get(param, {}) for param in asked.owners]
+        return states if asked.lying is None else list(map(shards.local_states, states))
 
     def _check_capture(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):
@@ -319,8 +349,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             )
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        if is_traceable_wrapper_subclass(param):
-            raise TypeError(f"{type(param).__name__} parameters are not supported yet")
+        shards.check(param, whole=self.rule(group).whole, by_chance=group["stochastic_rounding"])
         if param.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
         for name in ("stochastic_rounding", "compensation"):
@@ -368,12 +397,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 
 def _tensor(value: Any) -> Tensor | None:
     """What GradScaler hands over, if it does: a tensor, or a number where there was no gradient to look at."""
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
+    if value is None or isinstance(value, Tensor):
+        return value.full_tensor() if value is not None and shards.is_sharded(value) else value  # type: ignore[attr-defined]
+    return torch.tensor(float(value))
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:
-    if is_traceable_wrapper_subclass(param) or is_traceable_wrapper_subclass(grad):
-        raise RuntimeError(f"{type(param).__name__} parameters with {type(grad).__name__} gradients are not supported")
+    shards.check_grad(param, grad)
     if grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
     if grad.shape != param.shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.dialects import Place, dialect_of, family
+from opt8bit.optim import shards
+from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, family
 from opt8bit.optim.groups import Policy, merged_group, states_of
 from opt8bit.optim.reading import Coded, Read, described
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, Spec, is_8bit, is_compensated, specs
@@ -76,9 +77,8 @@ def read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> Sta
         rule, others = optimizer.rule(merged), states_of(optimizer, merged)
         for key, state in mine.items():
             where, param = params[key]
-            found = dialect.states(Place(where, param, rule, others), saved, state) if state else {}
-            if found:
-                stored = _stored(where, param, rule, merged, found)
+            stored = _read_state(where, param, rule, others, dialect, saved, merged, state) if state else {}
+            if stored:
                 states[key] = {name: _Boxed(tensor) for name, tensor in stored.items()}
         groups.append(merged)
     return {**state_dict, "state": states, "param_groups": groups}
@@ -154,14 +154,51 @@ def _names(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> S
     return names
 
 
-def _stored(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], found: Read) -> dict[str, Tensor]:
-    """The state of a parameter as the optimizer stores it, in tensors of its own.
+def _read_state(
+    where: str,
+    param: Tensor,
+    rule: Rule,
+    others: Collection[str],
+    dialect: Dialect,
+    saved: Group,
+    merged: Mapping[str, Any],
+    state: State,
+) -> dict[str, Tensor]:
+    """The state of a parameter as the optimizer stores it, in tensors of its own; none where it begins anew.
+
+    What was saved of a sharded parameter is read shard by shard, or as a whole of which the shard is cut.
+
+    Args:
+        saved, merged: its group in the state dict, and as the optimizer will have it.
+
+    Raises:
+        ValueError: it is not one of the parameter.
+    """
+    is_whole = not any(isinstance(value, Tensor) and shards.is_sharded(value) for value in state.values())
+    if not shards.is_sharded(param):
+        target = param
+    elif is_whole:
+        target = shards.whole(param)
+    else:
+        target, state = shards.local(param), shards.states_placed_as(where, param, state)
+    found = dialect.states(Place(where, target, rule, others), saved, state)
+    if not found:
+        return {}
+    stored = _stored(where, target, rule, merged, is_8bit(param, merged), found)
+    if is_whole and target is not param:
+        stored = shards.cut(stored, param)
+    return shards.sharded(stored, param, merged["block_size"])
+
+
+def _stored(
+    where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool, found: Read
+) -> dict[str, Tensor]:
+    """What was found in the form in which the optimizer stores it, in tensors of its own.
 
     Raises:
         ValueError: a number that has no code; a compensation that is not one.
     """
-    coded, compensated = is_8bit(param, group), is_compensated(param, group)
-    block_size = group["block_size"]
+    compensated, block_size = is_compensated(param, group), group["block_size"]
     parts: dict[str, Tensor] = {}
     for name, value in found.items():
         if coded and name in rule.states:
@@ -170,7 +207,7 @@ def _stored(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], fou
         else:
             parts[name] = value.decoded() if isinstance(value, Coded) else value
     if compensated and COMPENSATION not in parts:
-        parts[COMPENSATION] = torch.zeros((), dtype=torch.int16).expand(param.shape)
+        parts[COMPENSATION] = torch.zeros((), dtype=torch.uint8)
     expected = specs(param, rule, group, coded)
     return {name: _own(parts[name], spec) for name, spec in expected.items()}
 

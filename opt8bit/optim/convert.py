@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule, as_real
+from opt8bit.optim import shards
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.base import KEPT, Optimizer8bit
@@ -60,10 +61,12 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
         for index, param in enumerate(group["params"], first):
             state = optimizer.state.get(param)
             if state and (not rule.states or set(state) & set(rule.states)):  # else it begins anew with momentum
-                check(f"parameter {index}", param, rule, group, state)
-                states[index] = _state(param, rule, group, state)
+                shard, state = shards.local(param), shards.local_states(state)
+                check(f"parameter {index}", shard, rule, group, state)
+                states[index] = shards.sharded(_state(shard, rule, group, state), param, group["block_size"])
             elif initial:  # states that torch's Adagrad makes in its constructor, and not when it steps
-                states[index] = _initial(param, initial)
+                begun = _initial(shards.local(param), initial)
+                states[index] = shards.sharded(begun, param, group["block_size"])
         first += len(group["params"])
     return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
 

@@ -53,7 +53,7 @@ def norm_ratio(param: Tensor, direction: Tensor) -> float:
 
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "bias_correction", "adapt", "maximize")
-RULE = Rule("lamb", {"exp_avg": True, "exp_avg_sq": False}, HYPER, lamb)
+RULE = Rule("lamb", {"exp_avg": True, "exp_avg_sq": False}, HYPER, lamb, whole=True)
 
 
 class LAMB8bit(Optimizer8bit):

@@ -48,8 +48,8 @@ def lars(
 
 HYPER = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt", "maximize")
 RULES = {  # by whether there is momentum
-    False: Rule("lars", {}, HYPER, lars),
-    True: Rule("lars_momentum", {"momentum_buffer": True}, HYPER, lars),
+    False: Rule("lars", {}, HYPER, lars, whole=True),
+    True: Rule("lars_momentum", {"momentum_buffer": True}, HYPER, lars, whole=True),
 }
 
 

@@ -81,7 +81,7 @@ HYPER = (
     "adjust_lr_fn",
     "maximize",
 )
-RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon)
+RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True)
 
 
 class Muon8bit(Optimizer8bit):

@@ -6,7 +6,7 @@ is made once, and each step only compares it with what it was made from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from opt8bit.backends import (
     describe,
     get,
 )
+from opt8bit.optim.shards import first_element
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
@@ -34,7 +35,6 @@ from opt8bit.quant import block_view
 OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable")
 
 T = TypeVar("T")
-State = Mapping[Tensor, Mapping[str, Tensor]]  # of an optimizer
 States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
 
 
@@ -44,8 +44,11 @@ class Asked(NamedTuple):
     rule: Rule
     group: Mapping[str, Any]
     wanted_backend: str | None
-    params: Sequence[Tensor]  # those that have a gradient
+    params: Sequence[Tensor]  # those that have a gradient; of a sharded one its shard on this process
     grads: Sequence[Tensor]
+    owners: Sequence[Tensor]  # the parameters themselves
+    types: Set[type]  # of the gradients as they came
+    lying: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
     numbers: Sequence[int]  # of these parameters in the optimizer
     hyper: Mapping[str, Any]
     grad_scale: Tensor | None
@@ -53,7 +56,7 @@ class Asked(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
-        return self.rule, self.numbers, self.wanted_backend, *(self.group[name] for name in OPTIONS)
+        return self.rule, self.numbers, self.types, self.lying, self.wanted_backend, *(self.group[name] for name in OPTIONS)
 
 
 class Work(NamedTuple):
@@ -88,7 +91,7 @@ class Plan:
 
     Args:
         asked: of the step that the plan is made for; its gradients are not kept.
-        state: every state of the rule for each of the parameters.
+        states: every state of the rule for each of the parameters.
 
     Raises:
         RuntimeError: several elements of a parameter are one number in memory.
@@ -97,13 +100,11 @@ class Plan:
             another block size.
     """
 
-    def __init__(self, asked: Asked, state: State) -> None:
+    def __init__(self, asked: Asked, states: States) -> None:
         self.key = asked.key()
-        states = [state[param] for param in asked.params]
         tensors = _tensors(asked, states)
         # A tensor that gets more dimensions than there are now is noticed as a change.
         max_dim = max((tensor.dim() for tensor in tensors), default=0)
-        self.types = set(map(type, asked.grads))
         overlapping = _overlapping(asked.params)
         kinds: dict[_Kind, list[int]] = {}
         for index, (param, grad) in enumerate(zip(asked.params, asked.grads, strict=True)):
@@ -115,11 +116,10 @@ class Plan:
         self.parts = [_part(kind, indices, asked, states, first) for kind, indices in kinds.items()]
         self.described = describe(tensors, max_dim)
 
-    def work(self, asked: Asked, state: State) -> list[Work] | None:
+    def work(self, asked: Asked, states: States) -> list[Work] | None:
         """The work of one step; None where a plan made for it would be another one."""
-        if asked.key() != self.key or set(map(type, asked.grads)) != self.types:
+        if asked.key() != self.key:
             return None
-        states = [state[param] for param in asked.params]
         found = addresses(_tensors(asked, states), self.described)
         if found is None:
             return None
@@ -153,6 +153,7 @@ def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, fir
         coded=kind.coded,
         capturable=asked.group["capturable"],
         numbers=numpy.array([asked.numbers[i] for i in indices], numpy.int64),
+        firsts=numpy.array([first_element(asked.owners[i]) if stochastic else 0 for i in indices], numpy.int64),
         views=views,
         extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
         codebooks=[CODEBOOKS[signed] for signed in asked.rule.states.values()],

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import Rule, counts_on_device
+from opt8bit.optim import shards
 from opt8bit.quant import block_view, dynamic_map
 
 CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
 MIN_ROW_LENGTH = 16  # a shorter row's absmax would weigh more than its codes save
 MIN_FLAT_LENGTH = 2**20  # a 1-D tensor as long as this is a flattened buffer, not a bias
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COMPENSATION = "compensation"  # what a bfloat16 parameter rounds away of its float32 bits
+COMPENSATION = "compensation"  # what a bfloat16 parameter rounds away of its float32 bits; see `compensation_spec`
 
 
 class Spec(NamedTuple):
@@ -39,6 +41,20 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: the parameter's attribute ``state_bits`` is neither 8 nor 32.
     """
+    return _has_blocks(param, group) and shards.keeps_blocks(param, group["block_size"])
+
+
+def is_cut(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether states are stored in full only because the parameter's shards would cut their blocks."""
+    return (
+        shards.is_sharded(param)
+        and _has_blocks(param, group)
+        and not shards.keeps_blocks(param, group["block_size"])
+    )
+
+
+def _has_blocks(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether states are worth blocks: by the whole parameter, whoever has which part of it."""
     bits = getattr(param, "state_bits", group["state_bits"])
     if bits not in (8, 32):
         raise ValueError(f"state_bits must be 8 or 32, got {bits!r} as an attribute of a parameter")
@@ -47,7 +63,7 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
     if param.numel() < max(group["min_8bit_size"], 1):
         return False
     if param.dim() < 2:
-        return param.numel() >= MIN_FLAT_LENGTH
+        return param.numel() >= MIN_FLAT_LENGTH and not shards.is_sharded(param)
     return param.numel() // param.shape[0] >= MIN_ROW_LENGTH
 
 
@@ -68,6 +84,11 @@ def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Ma
     return is_8bit(param, group)
 
 
+def compensation_spec(param: Tensor) -> Spec:
+    """Of an int16 for each element as its two bytes: there is no int16 among what processes can send each other."""
+    return Spec(torch.Size((*param.shape, 2)), torch.uint8, param.device)
+
+
 def specs(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> dict[str, Spec]:
     """What there must be for a parameter in a group, by name, in the order of ``state[p]``."""
     full = torch.promote_types(param.dtype, torch.float32)
@@ -79,19 +100,24 @@ def specs(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> d
             shape = torch.Size(block_view(param.shape, group["block_size"]).absmax_shape)
             result[f"{name}_absmax"] = Spec(shape, torch.float32, param.device)
     if is_compensated(param, group):
-        result[COMPENSATION] = Spec(param.shape, torch.int16, param.device)
+        result[COMPENSATION] = compensation_spec(param)
     return result
 
 
 def initialized(
-    state: Mapping[str, Tensor], rule: Rule, param: Tensor, group: Mapping[str, Any], initial: Mapping[str, float]
+    state: Mapping[str, Tensor],
+    rule: Rule,
+    param: Tensor,
+    group: Mapping[str, Any],
+    coded: bool,
+    initial: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """A parameter's states: those that are there, and what a rule needs and they lack.
+    """The states of a parameter, or of a shard: those that are there, and what a rule needs and they lack.
 
     Args:
+        coded: whether they are stored as codes.
         initial: what a state begins as, by name; zero for those that are not here.
     """
-    coded = will_be_coded(state, rule, param, group)
     result = dict(state)
     if rule.states and not any(name in state for name in rule.states):
         result.pop("step", None)  # of a rule without states: SGD's, before it was given momentum
@@ -124,6 +150,8 @@ def check(where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], state
             raise ValueError(f"{where}, of shape {tuple(param.shape)}, lacks the state {name!r}")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: state {name!r} must be a tensor, got {type(tensor).__name__}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(f"{where}: state {name!r} must be a plain tensor, got one of type {type(tensor).__name__}")
         if tensor.layout != torch.strided or spec_of(tensor) != spec or not tensor.is_contiguous():
             raise ValueError(
                 f"{where}, of shape {tuple(param.shape)} and {param.dtype}: with block_size {group['block_size']}, "

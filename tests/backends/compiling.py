@@ -49,7 +49,8 @@ def batch(rule: Rule, dtype: torch.dtype, rounding: str, coded: bool) -> Batch:
     views = [block_view(shape, 256) for shape in ((64, 256), (64, 100))]
     extents = torch.tensor([(view.rows, view.row_length) for view in views]).numpy()
     books = [CODEBOOKS[signed] for signed in rule.states.values()]
-    return Batch(rule, 256, rounding, 0, dtype, coded, False, torch.arange(2).numpy(), views, extents, books)
+    numbers, firsts = torch.arange(2).numpy(), torch.zeros(2, dtype=torch.int64).numpy()
+    return Batch(rule, 256, rounding, 0, dtype, coded, False, numbers, firsts, views, extents, books)
 
 
 backend, architecture, warp_size, *names = sys.argv[1:]

@@ -119,7 +119,7 @@ Exact<T> run_step(const Kernels* kernels, const RuleCase& rule, DType dtype, Rou
   Exact<float> absmax[] = {Exact<float>(view.blocks()), Exact<float>(view.blocks()), Exact<float>(view.blocks())};
   Exact<int16_t> compensation(start.size);
   float step = 0;
-  Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, dtype, bits, 0, 7};
+  Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, dtype, bits, 0, 7, 5};
   if (rounding == Rounding::compensated) tensor.compensation = compensation.data;
   for (int s = 0; s < kMaxStates; ++s) {
     std::memset(codes[s].data, s == 0 ? 127 : 0, start.size);

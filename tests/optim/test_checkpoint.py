@@ -214,7 +214,7 @@ def test_compensation_is_kept_begun_or_dropped(before: bool, after: bool) -> Non
     state = other.state[params[0]]
     assert ("compensation" in state) == after
     if after:
-        expected = optimizer.state[params[0]]["compensation"] if before else torch.zeros(16, 256, dtype=torch.int16)
+        expected = optimizer.state[params[0]]["compensation"] if before else torch.zeros(16, 256, 2, dtype=torch.uint8)
         assert torch.equal(state["compensation"], expected)
     train(other, params, 1)
 

@@ -272,6 +272,7 @@ def _rows(batch: Batch) -> Words:
     """(n, kernels.ROW): what does not change about the tensors; states that are not coded are one row of any blocks."""
     rows = numpy.zeros((len(batch.views), kernels.ROW.value), numpy.int64)
     rows[:, kernels.NUMBER.value] = batch.numbers
+    rows[:, kernels.FIRST_ELEMENT.value] = batch.firsts
     for row, view in zip(rows, batch.views, strict=True):
         length = view.row_length if batch.coded else view.rows * view.row_length
         block = view.block_size if batch.coded else TILE

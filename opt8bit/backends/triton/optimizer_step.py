@@ -24,7 +24,8 @@ NUMBER = tl.constexpr(10)  # of the parameter in its optimizer
 ROW_LENGTH, BLOCK_SIZE = tl.constexpr(11), tl.constexpr(12)
 BLOCKS_PER_ROW, BLOCKS = tl.constexpr(13), tl.constexpr(14)
 FIRST_TILE, TILES = tl.constexpr(15), tl.constexpr(16)
-ROW = tl.constexpr(17)
+FIRST_ELEMENT = tl.constexpr(17)  # its index in the whole parameter, where the tensor is a shard of one
+ROW = tl.constexpr(18)
 
 MAX_CONSTANTS = tl.constexpr(16)  # of a tensor's step
 
@@ -182,7 +183,7 @@ def store_param(
         tl.store(params, high, mask=mask)
         tl.store(lows, low, mask=mask)
     elif ROUNDING == "stochastic":
-        index = (start[:, None] + columns).to(tl.uint32)
+        index = (tl.load(row + FIRST_ELEMENT) + start[:, None] + columns).to(tl.uint32)
         tl.store(params, rounding.stochastically_rounded(param, key, index), mask=mask)
     else:
         tl.store(params, rounding.nearest(param, DTYPE), mask=mask)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, family, refuse_unknown, value_of
 from opt8bit.optim.reading import Read, check_tensor, described, read_coded, read_full, read_step
-from opt8bit.optim.states import COMPENSATION
+from opt8bit.optim.states import COMPENSATION, compensation_spec
 
 STATELESS = ("sgd", "lars")  # families that have no states without momentum, and begin anew when they get some
 
@@ -38,8 +36,8 @@ def _states(place: Place, group: Group, state: State) -> Read:
         else:
             read[name] = read_full(place.where, name, value, place.param, signed)
     if COMPENSATION in state:
-        value = state[COMPENSATION]
-        read[COMPENSATION] = check_tensor(place.where, COMPENSATION, value, place.param.shape, (torch.int16,))
+        spec = compensation_spec(place.param)
+        read[COMPENSATION] = check_tensor(place.where, COMPENSATION, state[COMPENSATION], spec.shape, (spec.dtype,))
     return read
 
 

@@ -1,0 +1,207 @@
+"""Parameters that lie in shards on several processes: DTensors, as FSDP2 and tensor parallelism make them.
+
+Each process steps the shard that it has, as if that were a parameter. What depends on the whole is decided here, so that
+it does not depend on how many processes there are: whether states have 8 bits, and which elements share a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from opt8bit.quant import block_view
+
+@functools.cache
+def _distributed() -> Any:
+    """torch.distributed.tensor; None where this torch has none."""
+    try:
+        return importlib.import_module("torch.distributed.tensor")
+    except ImportError:
+        return None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    # Looked at first, as importing torch.distributed takes a while.
+    if not is_traceable_wrapper_subclass(tensor) or _distributed() is None:
+        return False
+    return isinstance(tensor, _distributed().DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """The part of a tensor that this process has: of a DTensor its shard, which shares its memory."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        found = tensor.to_local()
+    return found.wait() if is_traceable_wrapper_subclass(found) else found  # where it is still on its way
+
+
+def local_grad(grad: Any, param: Any) -> Tensor:
+    """The gradient of the parameter's shard on this process."""
+    if is_sharded(grad) and is_sharded(param) and grad.device_mesh == param.device_mesh:
+        grad = grad.redistribute(placements=param.placements)  # which does nothing where they are placed alike
+    return local(grad)
+
+
+def local_states(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a parameter's shard on this process."""
+    return {name: local(value) for name, value in state.items()}
+
+
+def lying(tensor: Any) -> tuple[Any, ...] | None:
+    """How a DTensor lies on the processes, to be compared; None for any other tensor."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else None
+
+
+def described(param: Any) -> dict[str, Any]:
+    """How a DTensor lies on the processes, in words."""
+    return {"shape": tuple(param.shape), "placements": tuple(param.placements), "mesh": param.device_mesh.shape}
+
+
+def sharded(state: Mapping[str, Tensor], param: Tensor, block_size: int) -> dict[str, Tensor]:
+    """The states of a parameter's shard as those of the parameter: DTensors, placed as it is.
+
+    Args:
+        state: by name; what has no dimensions is the same on all processes, and left as it is.
+    """
+    if not is_sharded(param):
+        return dict(state)
+    blocks = torch.Size(block_view(param.shape, block_size).absmax_shape)
+    return {
+        name: _whole(tensor, blocks if name.endswith("_absmax") else param.shape + tensor.shape[param.dim() :], param)
+        if tensor.dim()
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _whole(tensor: Tensor, shape: torch.Size, param: Any) -> Tensor:
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = param.device_mesh, param.placements
+    return _distributed().DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def whole(param: Tensor) -> Tensor:
+    """A tensor of a DTensor's whole shape, with its dtype and device, that takes no memory."""
+    return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape)
+
+
+def states_placed_as(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of states that were saved as DTensors, the shards on this process.
+
+    Args:
+        where: the parameter, in words.
+        param: a DTensor.
+
+    Raises:
+        ValueError: one is on another mesh, or not of the parameter's shape, or not a DTensor, though others are.
+    """
+    found = dict(state)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or (not value.dim() and not is_sharded(value)):
+            continue  # the step; or what is refused by whoever reads it
+        label = f"{where}: state {name!r}"
+        if not is_sharded(value):
+            raise ValueError(f"{label} must be a DTensor, as the others are, got a {type(value).__name__}")
+        if value.device_mesh != param.device_mesh:
+            raise ValueError(f"{label} must be on the parameter's mesh, {param.device_mesh}, got {value.device_mesh}")
+        if not name.endswith("_absmax") and value.shape[: param.dim()] != param.shape:
+            raise ValueError(f"{label} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
+        found[name] = local(value.redistribute(placements=param.placements))
+    return found
+
+
+def cut(state: Mapping[str, Tensor], param: Any) -> dict[str, Tensor]:
+    """Of states of a whole parameter, which every process has, the part of its shard on this one.
+
+    Args:
+        param: a DTensor whose states :func:`keeps_blocks`, or are not in blocks.
+    """
+    module = _distributed()
+    everywhere = [module.Replicate()] * param.device_mesh.ndim
+
+    def part(tensor: Tensor) -> Tensor:
+        whole = module.DTensor.from_local(tensor, param.device_mesh, everywhere, run_check=False)
+        return local(whole.redistribute(placements=param.placements)).clone()
+
+    return {name: part(tensor) if tensor.dim() else tensor for name, tensor in state.items()}
+
+
+def keeps_blocks(param: Tensor, block_size: int) -> bool:
+    """Whether no block of a parameter, of two dimensions or more, is cut by its shards; the same on all processes."""
+    return not is_sharded(param) or all(_keeps_blocks(param, block_size))
+
+
+def _keeps_blocks(param: Any, block_size: int) -> Iterable[bool]:
+    """For each dimension of the mesh."""
+    view = block_view(param.shape, block_size)
+    cuts = [_dimension(placement) for placement in param.placements]
+    for dimension, placement, size in zip(cuts, param.placements, param.device_mesh.shape, strict=True):
+        if not dimension or size == 1:  # a row is never cut
+            yield True
+        elif dimension > 1 or type(placement) is not _distributed().Shard or cuts.count(1) > 1:
+            yield False
+        else:
+            chunk = -(-param.shape[1] // size) * (view.row_length // max(param.shape[1], 1))
+            yield chunk == -(-view.blocks_per_row // size) * block_size
+
+
+def _dimension(placement: Any) -> int | None:
+    """That a placement shards; None where it shards none."""
+    return getattr(placement, "dim", None)  # is_shard() leaves out the shards of FSDP2 over tensor parallelism
+
+
+def first_element(param: Any) -> int:
+    """The index, in the whole parameter, of the first element of this process's shard, which holds whole rows."""
+    if not is_sharded(param):
+        return 0
+    utils = importlib.import_module("torch.distributed.tensor._utils")
+    _, offset = utils.compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return offset[0] * (param.numel() // max(param.shape[0], 1)) if offset else 0
+
+
+def check(param: Any, *, whole: bool, by_chance: bool) -> None:
+    """
+    Args:
+        whole: whether the rule looks at whole parameters.
+        by_chance: whether the parameter is rounded stochastically.
+
+    Raises:
+        TypeError: the parameter is a tensor subclass that is not a DTensor, or a DTensor of one, or is placed as it
+            cannot be stepped.
+    """
+    if not is_traceable_wrapper_subclass(param):
+        return
+    if not is_sharded(param) or is_traceable_wrapper_subclass(local(param)):
+        kind = type(local(param)).__name__
+        raise TypeError(f"parameters must be plain tensors or DTensors of them, got {kind}")
+    described = f"a DTensor placed as {tuple(param.placements)}"
+    if any(placement.is_partial() for placement in param.placements):
+        raise TypeError(f"a parameter must be sharded or replicated, got {described}: its values are not known")
+    pairs = zip(param.placements, param.device_mesh.shape, strict=True)
+    cuts = [_dimension(placement) for placement, size in pairs if size > 1]
+    if whole and any(dimension is not None for dimension in cuts):
+        raise TypeError(f"this rule looks at a whole parameter at once, which no process has of {described}")
+    if by_chance and any(dimension for dimension in cuts):
+        raise TypeError(f"stochastic_rounding=True takes DTensors sharded along dimension 0 alone, got {described}")
+
+
+def check_grad(param: Any, grad: Any) -> None:
+    """
+    Raises:
+        RuntimeError: a parameter is a DTensor and its gradient is not, or the reverse; or they are on two meshes.
+    """
+    if is_sharded(param) != is_sharded(grad):
+        kinds = type(grad).__name__, type(param).__name__
+        raise RuntimeError("a {} cannot be the gradient of a {}: both or neither must be DTensors".format(*kinds))
+    if is_sharded(param) and param.device_mesh != grad.device_mesh:
+        raise RuntimeError(f"a gradient must be on its parameter's mesh {param.device_mesh}, got {grad.device_mesh}")
+    if not is_sharded(param) and is_traceable_wrapper_subclass(grad):
+        raise RuntimeError(f"gradients must be plain tensors or DTensors, got {type(grad).__name__}")
