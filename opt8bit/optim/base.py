@@ -77,8 +77,8 @@ KEPT = tuple(name for name in DEFAULTS if name != "maximize")  # what loading a 
 
 
 CUT_BLOCKS = (
-    "the states of {count} parameters are kept in 32 bits, as shards cut blocks of block_size={block_size} elements: the "
-    "first is of shape {shape}, placed as {placements} on a mesh of {mesh}. Blocks stay whole where dimension 0 is "
+    "the states of {count} parameters are kept in 32 bits, as shards cut blocks of block_size={block_size} elements; "
+    "the first is of shape {shape}, placed as {placements} on a mesh of {mesh}. Blocks stay whole where dimension 0 is "
     "sharded, or dimension 1 in parts of a multiple of block_size"
 )
 PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
@@ -295,7 +295,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if work is None:
             for param in asked.owners:
                 self._check_param(param, group)
-                _check_grad(param, param.grad)
+                _check_grad(param)
             states = [
                 initialized(
                     state, asked.rule, shard, group, will_be_coded(state, asked.rule, param, group), self.initial(group)
@@ -398,11 +398,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 def _tensor(value: Any) -> Tensor | None:
     """What GradScaler hands over, if it does: a tensor, or a number where there was no gradient to look at."""
     if value is None or isinstance(value, Tensor):
-        return value.full_tensor() if value is not None and shards.is_sharded(value) else value  # type: ignore[attr-defined]
+        return value if value is None else shards.everywhere(value)
     return torch.tensor(float(value))
 
 
-def _check_grad(param: Tensor, grad: Tensor) -> None:
+def _check_grad(param: Tensor) -> None:
+    grad = param.grad
+    assert grad is not None
     shards.check_grad(param, grad)
     if grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")

@@ -56,7 +56,14 @@ class Asked(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
-        return self.rule, self.numbers, self.types, self.lying, self.wanted_backend, *(self.group[name] for name in OPTIONS)
+        return (
+            self.rule,
+            self.numbers,
+            self.types,
+            self.lying,
+            self.wanted_backend,
+            *(self.group[name] for name in OPTIONS),
+        )
 
 
 class Work(NamedTuple):

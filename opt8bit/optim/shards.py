@@ -1,7 +1,7 @@
 """Parameters that lie in shards on several processes: DTensors, as FSDP2 and tensor parallelism make them.
 
-Each process steps the shard that it has, as if that were a parameter. What depends on the whole is decided here, so that
-it does not depend on how many processes there are: whether states have 8 bits, and which elements share a block.
+Each process steps the shard that it has, as if that were a parameter. What depends on the whole is decided here, so
+that it does not depend on how many processes there are: whether states have 8 bits, and which elements share a block.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.quant import block_view
 
+
 @functools.cache
 def _distributed() -> Any:
     """torch.distributed.tensor; None where this torch has none."""
@@ -26,10 +27,15 @@ def _distributed() -> Any:
         return None
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def _is_wrapper(tensor: Any) -> bool:
+    """Whether it is of a subclass that holds other tensors."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor."""
     # Looked at first, as importing torch.distributed takes a while.
-    if not is_traceable_wrapper_subclass(tensor) or _distributed() is None:
+    if not _is_wrapper(tensor) or _distributed() is None:
         return False
     return isinstance(tensor, _distributed().DTensor)
 
@@ -40,7 +46,12 @@ def local(tensor: Any) -> Any:
         return tensor
     with torch.no_grad():
         found = tensor.to_local()
-    return found.wait() if is_traceable_wrapper_subclass(found) else found  # where it is still on its way
+    return found.wait() if hasattr(found, "wait") else found  # where it is still on its way
+
+
+def everywhere(tensor: Any) -> Any:
+    """The whole of a tensor, on every process; all must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_grad(grad: Any, param: Any) -> Tensor:
@@ -104,9 +115,10 @@ def states_placed_as(where: str, param: Any, state: Mapping[str, Any]) -> dict[s
         ValueError: one is on another mesh, or not of the parameter's shape, or not a DTensor, though others are.
     """
     found = dict(state)
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or (not value.dim() and not is_sharded(value)):
-            continue  # the step; or what is refused by whoever reads it
+    tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():  # who reads them refuses the others
+        if not value.dim() and not is_sharded(value):
+            continue  # the step
         label = f"{where}: state {name!r}"
         if not is_sharded(value):
             raise ValueError(f"{label} must be a DTensor, as the others are, got a {type(value).__name__}")
@@ -177,9 +189,9 @@ def check(param: Any, *, whole: bool, by_chance: bool) -> None:
         TypeError: the parameter is a tensor subclass that is not a DTensor, or a DTensor of one, or is placed as it
             cannot be stepped.
     """
-    if not is_traceable_wrapper_subclass(param):
+    if not _is_wrapper(param):
         return
-    if not is_sharded(param) or is_traceable_wrapper_subclass(local(param)):
+    if not is_sharded(param) or _is_wrapper(local(param)):
         kind = type(local(param)).__name__
         raise TypeError(f"parameters must be plain tensors or DTensors of them, got {kind}")
     described = f"a DTensor placed as {tuple(param.placements)}"
@@ -203,5 +215,5 @@ def check_grad(param: Any, grad: Any) -> None:
         raise RuntimeError("a {} cannot be the gradient of a {}: both or neither must be DTensors".format(*kinds))
     if is_sharded(param) and param.device_mesh != grad.device_mesh:
         raise RuntimeError(f"a gradient must be on its parameter's mesh {param.device_mesh}, got {grad.device_mesh}")
-    if not is_sharded(param) and is_traceable_wrapper_subclass(grad):
+    if not is_sharded(param) and _is_wrapper(grad):
         raise RuntimeError(f"gradients must be plain tensors or DTensors, got {type(grad).__name__}")

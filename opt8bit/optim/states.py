@@ -47,9 +47,7 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
 def is_cut(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether states are stored in full only because the parameter's shards would cut their blocks."""
     return (
-        shards.is_sharded(param)
-        and _has_blocks(param, group)
-        and not shards.keeps_blocks(param, group["block_size"])
+        shards.is_sharded(param) and _has_blocks(param, group) and not shards.keeps_blocks(param, group["block_size"])
     )
 
 

@@ -1,4 +1,4 @@
-"""What one process of several does in the tests: ``torchrun training.py PHASE FOLDER``. Alone it trains plain tensors."""
+"""What one process of several does: ``torchrun training.py PHASE FOLDER``. Alone, it trains plain tensors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def train(folder: Path, writer: object) -> dict[str, dict[str, Any]]:
         for number in range(STEPS):
             if number == SAVED_AT:
                 states = get_state_dict(model, optimizer)
-                dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=checkpoint(folder, writer, case))
+                dcp.save(
+                    dict(zip(("model", "optimizer"), states, strict=True)),
+                    checkpoint_id=checkpoint(folder, writer, case),
+                )
             step(model, optimizer, number)
         results[case] = everything(model, optimizer)
     return results

@@ -106,7 +106,9 @@ def test_compensated_training_is_float32_training(
     for grad in gradients(5):
         train(compensated, low, [grad.bfloat16()])
         train(plain, full, [grad.bfloat16().float()])
-    bits = (low.detach().view(torch.int16).int() << 16) + compensated.state[low]["compensation"].view(torch.int16)[..., 0]
+    bits = (low.detach().view(torch.int16).int() << 16) + compensated.state[low]["compensation"].view(torch.int16)[
+        ..., 0
+    ]
     assert torch.equal(bits.view(torch.float32), full.detach())
 
 

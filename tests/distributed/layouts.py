@@ -1,0 +1,385 @@
+"""What the processes of a training check among themselves: ``torchrun layouts.py FILE`` runs all checks for so many
+processes, and leaves in the file what went wrong in each of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import opt8bit
+from opt8bit.optim import to_torch_state_dict
+
+Check = Callable[[], None]
+CHECKS: dict[int, list[Check]] = {2: [], 4: []}
+
+
+def on(*ranks: int) -> Callable[[Check], Check]:
+    """Registers a check for so many processes."""
+
+    def register(check: Check) -> Check:
+        for count in ranks:
+            CHECKS[count].append(check)
+        return check
+
+    return register
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def placed(whole: Tensor, mesh: Any, placements: Any) -> Tensor:
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def mesh(*shape: int) -> Any:
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),))
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def assert_same(found: torch.optim.Optimizer, expected: torch.optim.Optimizer) -> None:
+    """The parameters of two optimizers and their states have the same bits."""
+    for ours, theirs in zip(parameters(found), parameters(expected), strict=True):
+        assert torch.equal(whole(ours.detach()), theirs.detach())
+        states = {name: whole(value) for name, value in found.state[ours].items()}
+        assert states.keys() == expected.state[theirs].keys()
+        for name, value in expected.state[theirs].items():
+            assert torch.equal(states[name], value), name
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def train(
+    kind: Any, shape: tuple[int, ...], on_mesh: Any, placements: Any, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, Any]:
+    """Three steps of one parameter, placed so, and plain."""
+    values = random(*shape).to(dtype)
+    params = [nn.Parameter(placed(values, on_mesh, placements)), nn.Parameter(values.clone())]
+    optimizers = [kind([param], lr=1e-2, **options) for param in params]
+    for number in range(3):
+        grad = random(*shape, seed=number + 1).to(dtype)
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = placed(grad, on_mesh, placements) if isinstance(param, DTensor) else grad
+            optimizer.step()
+    return tuple(optimizers)
+
+
+@on(2, 4)
+def columns_in_whole_blocks_are_8_bit() -> None:
+    ranks = dist.get_world_size()
+    for shape, block_size in (((16, 512 * ranks), 256), ((16, 300 * ranks), 100), ((16, 8 * ranks, 5, 5), 200)):
+        sharded, plain = train(opt8bit.AdamW8bit, shape, mesh(), [Shard(1)], block_size=block_size)
+        (state,) = sharded.state.values()
+        assert state["exp_avg_absmax"].placements == (Shard(1),) and state["exp_avg"].dtype == torch.uint8
+        assert_same(sharded, plain)
+
+
+@on(2)
+def columns_that_cut_blocks_are_32_bit_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"the states of 1 parameters are kept in 32 bits, as shards cut blocks"):
+        sharded, _ = train(opt8bit.AdamW8bit, (16, 600), mesh(), [Shard(1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, plain = train(opt8bit.AdamW8bit, (16, 600), mesh(), [Shard(0)], state_bits=32)
+    assert_same(sharded, plain)
+
+
+@on(2)
+def replicas_are_stepped_as_the_whole() -> None:
+    for kind in (opt8bit.AdamW8bit, opt8bit.LAMB8bit):
+        assert_same(*train(kind, (16, 512), mesh(), [Replicate()]))
+
+
+@on(4)
+def two_dimensions_of_a_mesh() -> None:
+    for placements in ([Shard(0), Shard(0)], [Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()]):
+        assert_same(*train(opt8bit.AdamW8bit, (10, 1024), mesh(2, 2), placements))
+    options: dict[str, Any] = {"stochastic_rounding": True, "dtype": torch.bfloat16}
+    for placements in ([Shard(0), Shard(0)], [Replicate(), Shard(0)]):
+        assert_same(*train(opt8bit.AdamW8bit, (10, 1024), mesh(2, 2), placements, **options))
+
+
+@on(2)
+def a_partial_gradient_is_summed() -> None:
+    values, grads = random(16, 512), [random(16, 512, seed=seed) for seed in (1, 2)]
+    sharded, plain = nn.Parameter(placed(values, mesh(), [Shard(0)])), nn.Parameter(values.clone())
+    sharded.grad = DTensor.from_local(grads[dist.get_rank()], mesh(), [Partial()], run_check=False)
+    plain.grad = grads[0] + grads[1]
+    optimizers = [opt8bit.AdamW8bit([param], lr=1e-2) for param in (sharded, plain)]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same(*optimizers)
+
+
+@on(2)
+def what_cannot_be_stepped_is_refused() -> None:
+    def param(*placements: Any, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+        return nn.Parameter(placed(random(16, 512).to(dtype), mesh(), placements))
+
+    for kind in (opt8bit.LAMB8bit, opt8bit.LARS8bit, opt8bit.Muon8bit):
+        with pytest.raises(TypeError, match=r"looks at a whole parameter at once, .* placed as \(Shard\(dim=0\),\)"):
+            kind([param(Shard(0))], lr=1e-2)
+    with pytest.raises(TypeError, match="sharded along dimension 0 alone, got a DTensor placed as"):
+        opt8bit.AdamW8bit([param(Shard(1), dtype=torch.bfloat16)], stochastic_rounding=True)
+    partial = nn.Parameter(DTensor.from_local(random(16, 512), mesh(), [Partial()], run_check=False))
+    with pytest.raises(TypeError, match="must be sharded or replicated, got a DTensor placed as"):
+        opt8bit.AdamW8bit([partial])
+    plain = nn.Parameter(random(16, 512))
+    optimizer = opt8bit.AdamW8bit([plain])
+    plain.grad = placed(random(16, 512), mesh(), [Shard(0)])
+    with pytest.raises(RuntimeError, match="a DTensor cannot be the gradient of a Parameter"):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(plain, random(16, 512))
+
+
+class Net(nn.Module):
+    """Two blocks on an embedding."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(67, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width)}) for _ in range(2)
+        )
+        self.head = nn.Linear(width, 67)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = x + block["down"](torch.relu(block["up"](x)))
+        return self.head(x)
+
+
+def losses(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, clip: float | None = None
+) -> list[float]:
+    """Of a training on the same few tokens in all processes, so that the mean of their gradients is any one of them."""
+    ids = torch.randint(67, (4, 17), generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(ids[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def fully_sharded(model: Net, **options: Any) -> Net:
+    for block in model.blocks:
+        fully_shard(block["up"], **options)
+        fully_shard(block["down"], **options)
+    return fully_shard(model, **options)  # type: ignore[return-value]
+
+
+@on(2, 4)
+def fsdp2_trains_as_one_process() -> None:
+    results = []
+    for model in (fully_sharded(Net()), Net()):
+        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+        results.append((losses(model, optimizer), optimizer))
+    assert results[0][0] == results[1][0] and results[0][0][-1] < results[0][0][0]
+    assert_same(results[0][1], results[1][1])
+
+
+@on(2)
+def fsdp2_trains_with_clipped_gradients_and_in_mixed_precision() -> None:
+    exact = Net()
+    expected = losses(exact, opt8bit.AdamW8bit(exact.parameters(), lr=1e-2), clip=0.5)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for options, tolerance in (({}, 1e-3), ({"mp_policy": policy}, 0.05)):
+        model = fully_sharded(Net(), **options)
+        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+        assert losses(model, optimizer, clip=0.5) == pytest.approx(expected, abs=tolerance)
+        assert all(param.dtype == torch.float32 for param in model.parameters())
+
+
+@on(4)
+def fsdp2_over_tensor_parallelism() -> None:
+    results = []
+    for is_parallel in (True, False):
+        model = Net()
+        if is_parallel:
+            grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+            plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            for block in model.blocks:
+                parallelize_module(block, grid["model"], plan)
+            model = fully_sharded(model, mesh=grid["data"])
+        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, block_size=128)
+        results.append((losses(model, optimizer, 1), losses(model, optimizer), optimizer, model))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-2)  # sums in another order
+    parallel, plain = (dict(model.named_parameters()) for *_, model in results)
+    for name, param in plain.items():
+        mine, theirs = results[0][2].state[parallel[name]], results[1][2].state[param]
+        assert mine.keys() == theirs.keys(), name
+        assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+@on(2)
+def ddp_and_zero() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of itself
+
+    plain = Net()
+    optimizer = opt8bit.AdamW8bit(plain.parameters(), lr=1e-2)
+    expected = losses(plain, optimizer)
+    model = Net()
+    replicated: nn.Module = DistributedDataParallel(model)
+    ours = opt8bit.AdamW8bit(replicated.parameters(), lr=1e-2)
+    assert losses(replicated, ours) == expected
+    assert_same(ours, optimizer)
+
+    model = Net()
+    replicated = DistributedDataParallel(model)
+    zero = ZeroRedundancyOptimizer(replicated.parameters(), optimizer_class=opt8bit.AdamW8bit, lr=1e-2)
+    assert losses(replicated, zero) == expected
+    assert 0 < len(zero.optim.state) < len(list(model.parameters()))
+    zero.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        again = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+        again.load_state_dict(zero.state_dict())
+        assert_same(again, optimizer)
+
+
+@on(2)
+def a_full_state_dict_is_that_of_one_process() -> None:
+    plain, model = Net(), fully_sharded(Net())
+    optimizers = [opt8bit.AdamW8bit(of.parameters(), lr=1e-2, compensation=False) for of in (plain, model)]
+    for of, optimizer in zip((plain, model), optimizers, strict=True):
+        losses(of, optimizer)
+    expected = get_optimizer_state_dict(plain, optimizers[0])
+    full = get_optimizer_state_dict(model, optimizers[1], options=StateDictOptions(full_state_dict=True))
+    for name, state in expected["state"].items():
+        for key, value in state.items():
+            assert torch.equal(full["state"][name][key], value), (name, key)
+
+    model.zero_grad()  # with gradients at hand torch would not make the states to fill
+    for from_one in (False, True):
+        again = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_one)
+        given = copy.deepcopy(expected) if not from_one or dist.get_rank() == 0 else {}
+        set_optimizer_state_dict(model, again, given, options=options)
+        assert_same(again, optimizers[0])
+
+    again = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+    again.load_state_dict(optimizers[0].state_dict())  # whole tensors, of which each process takes its part
+    assert_same(again, optimizers[0])
+
+
+@on(2)
+def states_go_to_torch_and_come_from_it() -> None:
+    models = (Net(), fully_sharded(Net()))
+    theirs = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+    for model, optimizer in zip(models, theirs, strict=True):
+        losses(model, optimizer)
+    ours = [opt8bit.AdamW8bit(model.parameters(), lr=1e-2) for model in models]
+    for optimizer, source in zip(ours, theirs, strict=True):
+        optimizer.load_state_dict(source.state_dict())
+    assert_same(ours[1], ours[0])
+    for optimizer, target in zip(ours, theirs, strict=True):
+        target.load_state_dict(to_torch_state_dict(optimizer))
+    assert_same(theirs[1], theirs[0])
+
+
+@on(2)
+def an_infinity_anywhere_skips_the_step_everywhere() -> None:
+    param = nn.Parameter(placed(random(16, 512), mesh(), [Shard(0)]))
+    optimizer = opt8bit.AdamW8bit([param], lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for is_infinite in (True, False):
+        grad = 8 * random(16, 512, seed=1)
+        grad[0, 0] = torch.inf if is_infinite else 8.0
+        scaler.scale(torch.zeros(()))
+        param.grad = placed(grad, mesh(), [Shard(0)])
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(whole(param.detach()), random(16, 512)) == is_infinite
+
+
+@on(2)
+def damaged_checkpoints_are_refused() -> None:
+    model = fully_sharded(Net())
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+    losses(model, optimizer)
+    before = copy.deepcopy({n: {k: whole(v) for k, v in s.items()} for n, s in enumerate(optimizer.state.values())})
+
+    def unchanged() -> bool:
+        states = enumerate(optimizer.state.values())
+        return all(torch.equal(whole(value), before[n][key]) for n, state in states for key, value in state.items())
+
+    saved = get_optimizer_state_dict(model, optimizer)
+    for change, message in (
+        (lambda state: state["tokens.weight"].pop("exp_avg_absmax"), "parameter 'tokens.weight': state 'exp_avg'"),
+        (
+            lambda state: state["tokens.weight"].update(exp_avg=state["head.weight"]["exp_avg"].to(torch.float16)),
+            "'exp_avg' must be|must have shape",
+        ),
+        (
+            lambda state: state["blocks.0.up.weight"].update(exp_avg_sq=state["blocks.0.down.weight"]["exp_avg_sq"]),
+            r"'blocks.0.up.weight': state 'exp_avg_sq' must have shape \(256, 64\), got \(64, 256\)",
+        ),
+        (
+            lambda state: state["head.weight"].update(exp_avg=whole(state["head.weight"]["exp_avg"])),
+            "'head.weight': state 'exp_avg' must be a DTensor",
+        ),
+    ):
+        damaged = {**saved, "state": {name: dict(state) for name, state in saved["state"].items()}}
+        change(damaged["state"])
+        with pytest.raises(ValueError, match=message):
+            set_optimizer_state_dict(model, optimizer, damaged)
+        assert unchanged()
+
+
+def main(file: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: dict[str, str] = {}
+    for check in CHECKS[dist.get_world_size()]:
+        torch.manual_seed(0)
+        try:
+            check()
+            error = ""
+        except BaseException:
+            error = traceback.format_exc()
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        found[check.__name__] = "\n".join(filter(None, errors))
+    if dist.get_rank() == 0:
+        file.write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # meshes hold on to groups, whose threads may fall over the interpreter's end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
