@@ -184,6 +184,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         if unknown:
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
         super().__init__(params, {**defaults, **DEFAULTS, **options})
+        _leave_to_python()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _leave_to_python()
 
     @abstractmethod
     def rule(self, group: dict[str, Any]) -> Rule:
@@ -257,6 +262,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        """Takes a step with the gradients that are there."""
         is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if is_captured:
             self._check_capture()
@@ -277,7 +287,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             backend.step(batch)
         for param, contiguous in [copy for item in work for copy in item.copies]:
             param.copy_(contiguous)
-        return loss
 
     def _work(
         self, index: int, grad_scale: Tensor | None, found_inf: Tensor | None, fresh: dict[Tensor, dict[str, Tensor]]
@@ -393,6 +402,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         with reading(self, Policy(KEPT, check)):
             super().load_state_dict(state_dict)
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
+
+
+def _leave_to_python() -> None:
+    """Keeps torch.compile from tracing a step into its tables of addresses: its graph breaks there, once.
+
+    Done when the first optimizer is made, as it imports half of torch; torch.optim has done so by then.
+    """
+    if not hasattr(Optimizer8bit._update, "_torchdynamo_disable"):
+        Optimizer8bit._update = torch.compiler.disable(Optimizer8bit._update)  # type: ignore
 
 
 def _tensor(value: Any) -> Tensor | None:

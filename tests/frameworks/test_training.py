@@ -1,0 +1,144 @@
+"""Other people's training loops, with their real packages: trained, stopped and resumed to the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import opt8bit
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what they warn of is theirs
+STEPS, STOPPED_AT = 6, 3
+
+
+def everything(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """The parameters and their states."""
+    states = [value for param in model.parameters() for value in optimizer.state[param].values()]
+    return [*(param.detach().clone() for param in model.parameters()), *(value.clone() for value in states)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert any(tensor.dtype == torch.uint8 for tensor in found)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 512), nn.Dropout(0.1), nn.ReLU(), nn.Linear(512, 16))
+
+
+def test_transformers(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    ids = torch.randint(96, (24, 12), generator=torch.Generator().manual_seed(0))
+    samples = [{"input_ids": each, "labels": each} for each in ids]
+
+    def run(folder: Path, resume: bool, steps: int = STEPS) -> list[Tensor]:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            weight_decay=0.1,
+            save_strategy="steps",
+            save_steps=STOPPED_AT,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+        )
+        torch.manual_seed(0)
+        trainer = transformers.Trainer(
+            transformers.LlamaForCausalLM(config),
+            arguments,
+            train_dataset=samples,
+            optimizer_cls_and_kwargs=(opt8bit.AdamW8bit, {"lr": 1e-2}),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        assert isinstance(optimizer, opt8bit.AdamW8bit)
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}  # none for norms and biases
+        return everything(trainer.model, optimizer)
+
+    expected = run(tmp_path / "whole", False)
+    run(tmp_path / "stopped", False, STOPPED_AT)
+    assert_same(run(tmp_path / "stopped", True), expected)
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerate: Any = pytest.importorskip("accelerate")
+
+    def begun() -> tuple[Any, nn.Module, Any]:
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = network()
+        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def train(accelerator: Any, model: nn.Module, optimizer: Any, steps: range) -> None:
+        for number in steps:
+            optimizer.zero_grad()
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(number))
+            accelerator.backward(model(x).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+    accelerator, model, optimizer = begun()
+    train(accelerator, model, optimizer, range(STOPPED_AT))
+    accelerator.save_state(str(tmp_path / "state"))
+    train(accelerator, model, optimizer, range(STOPPED_AT, STEPS))
+    expected = everything(model, optimizer.optimizer)
+
+    accelerator, model, optimizer = begun()
+    accelerator.load_state(str(tmp_path / "state"))
+    train(accelerator, model, optimizer, range(STOPPED_AT, STEPS))
+    assert_same(everything(model, optimizer.optimizer), expected)
+
+
+def test_lightning(tmp_path: Path) -> None:
+    lightning: Any = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = opt8bit.AdamW8bit(self.parameters(), lr=1e-2)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
+
+    def run(epochs: int, checkpoint: Path | None = None) -> tuple[Any, list[Tensor]]:
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        lightning.seed_everything(0, verbose=False)
+        module = Module()
+        module.net[1].p = 0.0  # whose random numbers a checkpoint has no place for
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        return trainer, everything(module, trainer.optimizers[0])
+
+    _, expected = run(2)
+    trainer, _ = run(1)
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    assert_same(run(2, tmp_path / "stopped.ckpt")[1], expected)
