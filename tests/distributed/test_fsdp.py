@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import torch
 if not torch.distributed.is_available():
     pytest.skip("torch has no distributed", allow_module_level=True)
 
+import torch.distributed.checkpoint as dcp
 import training
 from processes import run
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from training import CASES
+
+from opt8bit.optim import check_distributed_checkpoint
 
 RANKS = (1, 2, 4)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch's word on one process alone
@@ -72,3 +78,48 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_with_any_other(
     writer: Any, reader: Any, case: str, plain: Any, resumed: Any
 ) -> None:
     assert_same(resumed[writer, reader][case], plain[case])
+
+
+def test_a_process_killed_while_saving_leaves_the_earlier_checkpoint(folder: Path, plain: Any) -> None:
+    killed = run("training.py", 2, "be-killed", folder, check=False)
+    assert killed.returncode and "Signal 9 (SIGKILL) received" in killed.stdout
+    parts = parts_of("AdamW")
+    with pytest.raises(ValueError, match="unfinished/AdamW is no checkpoint, or one whose saving did not end"):
+        check_distributed_checkpoint(parts, training.checkpoint(folder, "unfinished", "AdamW"))
+    run("training.py", 2, "go-on", folder)
+    assert_same(torch.load(folder / "go-on-2.pt")["AdamW"], plain["AdamW"])
+
+
+def parts_of(case: str, **changes: Any) -> dict[str, Any]:
+    """What a checkpoint of a case is loaded into."""
+    model, optimizer = training.made(case)
+    optimizer.param_groups[0].update(changes)
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(folder: Path, sharded: Any, tmp_path: Path) -> None:
+    source = training.checkpoint(folder, 2, "AdamW")
+    parts = parts_of("AdamW")
+    check_distributed_checkpoint(parts, source)
+
+    def refused(damage: Callable[[Path], object], message: str, parts: dict[str, Any] = parts) -> None:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+        damage(copy)
+        with pytest.raises(ValueError, match=message):
+            check_distributed_checkpoint(parts, copy)
+
+    def truncate(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-1])
+
+    refused(lambda copy: (copy / ".metadata").unlink(), "whose saving did not end")
+    refused(lambda copy: truncate(copy / ".metadata"), r"\.metadata is damaged")
+    refused(lambda copy: (copy / "__1_0.distcp").unlink(), r"__1_0.distcp is missing, which has a part of model\.")
+    refused(lambda copy: truncate(copy / "__0_0.distcp"), r"__0_0.distcp is truncated: it lacks a part of optimizer\.")
+    refused(lambda copy: None, "has no optimizer.state.square.max_exp_avg_sq: it", parts_of("Adam, amsgrad"))
+    message = r"square.exp_avg_absmax must have shape \(64, 4\) and be torch.float32, .* has \(64, 1\)"
+    refused(lambda copy: None, message, parts_of("AdamW", block_size=64))
+    message = "square.exp_avg must have shape .* and be torch.float32, .* and torch.uint8"
+    refused(lambda copy: None, message, parts_of("AdamW, 32 bits"))
+    dcp.load(parts, checkpoint_id=source)

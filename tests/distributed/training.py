@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import opt8bit
+from opt8bit.optim import check_distributed_checkpoint
 
 SHAPES = {
     "square": (64, 256),
@@ -101,6 +104,32 @@ def checkpoint(folder: Path, writer: object, case: str) -> Path:
     return folder / f"checkpoint-{writer}" / case
 
 
+class Dying(FileSystemWriter):
+    """One process of several is killed when its part is written, and the checkpoint is not whole yet."""
+
+    def write_data(self, *args: Any) -> Any:
+        written = super().write_data(*args)
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, **options: Any) -> None:
+    states = get_state_dict(model, optimizer)
+    dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=path, **options)
+
+
+def train_until_killed(folder: Path) -> None:
+    """A checkpoint, a step, and a checkpoint that one process does not survive."""
+    model, optimizer = made("AdamW")
+    for number in range(SAVED_AT + 1):
+        if number == SAVED_AT:
+            save(model, optimizer, checkpoint(folder, "whole", "AdamW"))
+        step(model, optimizer, number)
+    path = checkpoint(folder, "unfinished", "AdamW")
+    save(model, optimizer, path, storage_writer=Dying(path))
+
+
 def train(folder: Path, writer: object) -> dict[str, dict[str, Any]]:
     """All steps of all cases, with a checkpoint on the way."""
     results = {}
@@ -108,25 +137,22 @@ def train(folder: Path, writer: object) -> dict[str, dict[str, Any]]:
         model, optimizer = made(case)
         for number in range(STEPS):
             if number == SAVED_AT:
-                states = get_state_dict(model, optimizer)
-                dcp.save(
-                    dict(zip(("model", "optimizer"), states, strict=True)),
-                    checkpoint_id=checkpoint(folder, writer, case),
-                )
+                save(model, optimizer, checkpoint(folder, writer, case))
             step(model, optimizer, number)
         results[case] = everything(model, optimizer)
     return results
 
 
-def resume(folder: Path, writer: object) -> dict[str, dict[str, Any]]:
+def resume(folder: Path, writer: object, cases: Iterable[str] = tuple(CASES)) -> dict[str, dict[str, Any]]:
     """The other steps, from a checkpoint that so many processes have written."""
     results = {}
-    for case in CASES:
+    for case in cases:
         model, optimizer = made(case)
         with torch.no_grad():
             for param in model.parameters():
                 param.zero_()
         parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        check_distributed_checkpoint(parts, checkpoint(folder, writer, case))
         dcp.load(parts, checkpoint_id=checkpoint(folder, writer, case))
         set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
         for number in range(SAVED_AT, STEPS):
@@ -140,8 +166,13 @@ def main(phase: str, folder: Path) -> None:
     warnings.simplefilter("error", UserWarning)
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
+    found: Any = None
     if phase == "train":
-        found: Any = train(folder, ranks)
+        found = train(folder, ranks)
+    elif phase == "be-killed":
+        train_until_killed(folder)
+    elif phase == "go-on":
+        found = resume(folder, "whole", ["AdamW"])
     else:
         found = {writer: resume(folder, writer) for writer in ("plain", 1, 2, 4)}
     if dist.get_rank() == 0:
