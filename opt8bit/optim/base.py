@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, TypedDict
@@ -16,7 +16,8 @@ from opt8bit.backends import Backend, GroupUpdate, Rule, can_capture, wanted_bac
 from opt8bit.optim import shards
 from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
-from opt8bit.optim.plan import Asked, Plan, Work
+from opt8bit.optim.offload import BACKWARD, Host, Hosts, call_when_accumulated
+from opt8bit.optim.plan import Asked, Plan, Work, refuse_shared
 from opt8bit.optim.states import CODED_DTYPES, initialized, is_cut, will_be_coded
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
@@ -43,6 +44,11 @@ class Options(TypedDict, total=False):
     capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
         ``lr`` a tensor there, the graph reads it anew at each replay. Take a step before, and keep the gradients and
         the group as they are as long as the graph is replayed.
+    offload: True keeps the states on the CPU and takes the step there, for parameters that are on a GPU (default
+        False): each step copies them and their gradients over and the parameters back. "backward" has each parameter
+        stepped while the backward pass goes on to the next: it takes one backward pass for each step, and gradients
+        that nobody changes in between (no clipping, no GradScaler). Parameters change when :meth:`step` is called; an
+        error in it leaves states ahead of them.
     foreach, differentiable: as in torch.optim, for its callers' sake; True is refused.
     """
 
@@ -56,6 +62,7 @@ class Options(TypedDict, total=False):
     fused: bool | None
     foreach: bool | None
     capturable: bool
+    offload: bool | str
     differentiable: bool
 
 
@@ -70,6 +77,7 @@ DEFAULTS = Options(
     fused=None,
     foreach=None,
     capturable=False,
+    offload=False,
     differentiable=False,
 )
 
@@ -105,6 +113,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {  # whether an option m
         for name in ("foreach", "differentiable")
     },
     "capturable": (lambda value: isinstance(value, bool), "True or False"),
+    "offload": (lambda value: isinstance(value, bool) or value == BACKWARD, f"True, False or {BACKWARD!r}"),
 }
 
 
@@ -233,7 +242,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         tensors = [param for param in tensors if isinstance(param, Tensor)]  # torch.optim refuses the others
         for param in tensors:
             self._check_param(param, group)
+        if group["offload"]:
+            refuse_shared(tensors)
         super().add_param_group({**param_group, "params": params})
+        for param in tensors if group["offload"] == BACKWARD else ():
+            call_when_accumulated(param, self._begin)
         cut = [param for param in tensors if is_cut(param, group)]
         if cut:
             about = shards.described(cut[0])
@@ -271,10 +284,17 @@ class Optimizer8bit(torch.optim.Optimizer):
         if is_captured:
             self._check_capture()
         grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        done = self._finished(grad_scale)
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Tensor]] = {}
-        groups = range(len(self.param_groups))
-        work = [item for index in groups for item in self._work(index, grad_scale, found_inf, fresh)]
+        asked = [self._asked(i, grad_scale, found_inf, done=done) for i in range(len(self.param_groups))]
+        work = [item for each in asked for item in self._work(each, fresh)]
+        self._take(work, fresh, is_captured)
+        for param in [param for each in asked if each.group["offload"] for param in each.owners]:
+            self._hosts.give_back(param)
+
+    def _take(self, work: list[Work], fresh: Mapping[Tensor, Mapping[str, Tensor]], is_captured: bool) -> None:
+        """Does the work, after the states that are missing have been added."""
         for param, state in fresh.items():
             self.state[param].clear()
             self.state[param].update(state)
@@ -288,18 +308,13 @@ class Optimizer8bit(torch.optim.Optimizer):
         for param, contiguous in [copy for item in work for copy in item.copies]:
             param.copy_(contiguous)
 
-    def _work(
-        self, index: int, grad_scale: Tensor | None, found_inf: Tensor | None, fresh: dict[Tensor, dict[str, Tensor]]
-    ) -> list[Work]:
-        """The work on a group. States that it needs and that are not there yet are added to ``fresh``."""
-        group = self.param_groups[index]
-        check_options(group)  # anew, as a user may write into it
-        self.check_group(group)
-        asked = self._asked(index, group, grad_scale, found_inf)
+    def _work(self, asked: Asked, fresh: dict[Tensor, dict[str, Tensor]]) -> list[Work]:
+        """The work that is asked for. States that it needs and that are not there yet are added to ``fresh``."""
+        group = asked.group
         plans = self.__dict__.setdefault("_plans", {})
-        for gone in [other for other in plans if other >= len(self.param_groups)]:
+        for gone in [place for place in plans if place[0] >= len(self.param_groups)]:
             del plans[gone]
-        plan = plans.get(index)
+        plan = plans.get(asked.place)
         work = plan.work(asked, self._states(asked)) if plan else None
         if work is None:
             for param in asked.owners:
@@ -311,27 +326,52 @@ class Optimizer8bit(torch.optim.Optimizer):
                 )
                 for state, shard, param in zip(self._states(asked), asked.params, asked.owners, strict=True)
             ]
-            plan = plans[index] = Plan(asked, states)
+            plan = plans[asked.place] = Plan(asked, states)
             work = plan.work(asked, states)
             assert work is not None
             for param, state in zip(asked.owners, states, strict=True):
                 fresh[param] = shards.sharded(state, param, group["block_size"])
         return work
 
-    def _asked(self, index: int, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> Asked:
-        grads = list(map(attrgetter("grad"), group["params"]))
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
-        numbers = range(first, first + len(grads))
+    def _asked(
+        self,
+        index: int,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        alone: int | None = None,
+        done: Set[Tensor] = frozenset(),
+    ) -> Asked:
+        """What a step is asked to do with a group.
+
+        Args:
+            index: of the group.
+            alone: of the one parameter in it that is stepped now, if it is not all; its host has what it takes.
+            done: parameters that have been stepped already.
+        """
+        group = self.param_groups[index]
+        check_options(group)  # anew, as a user may write into it
+        self.check_group(group)
         params = group["params"]
-        if any(map(is_, grads, repeat(None))):
-            present = [i for i, grad in enumerate(grads) if grad is not None]
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        numbers = range(first, first + len(params))
+        if alone is not None:
+            params, numbers = params[alone : alone + 1], numbers[alone : alone + 1]
+        grads = list(map(attrgetter("grad"), params))
+        if done or any(map(is_, grads, repeat(None))):
+            present = [i for i, grad in enumerate(grads) if grad is not None and params[i] not in done]
             params, grads = [params[i] for i in present], [grads[i] for i in present]
             numbers = [numbers[i] for i in present]
         owners, types, lying = params, frozenset(map(type, grads)), None
         if types - PLAIN:
-            grads = list(map(shards.local_grad, grads, owners))
-            params, lying = list(map(shards.local, owners)), tuple(map(shards.lying, owners))
+            lying = tuple(map(shards.lying, owners))
+        if group["offload"]:
+            hosts = self._fetched(owners) if alone is None else [self._hosts.of(param) for param in owners]
+            params, grads = [host.param for host in hosts], [host.grad for host in hosts]
+        elif lying:
+            params, grads = list(map(shards.local, owners)), list(map(shards.local_grad, grads, owners))
         return Asked(
+            place=(index, alone),
             rule=self.rule(group),
             group=group,
             wanted_backend=wanted_backend(),
@@ -345,6 +385,54 @@ class Optimizer8bit(torch.optim.Optimizer):
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+
+    @property
+    def _hosts(self) -> Hosts:
+        return self.__dict__.setdefault("_hosts_of_parameters", Hosts())
+
+    def _fetched(self, params: Sequence[Tensor]) -> list[Host]:
+        """Parameters and gradients on the CPU."""
+        for param in params:
+            _check_grad(param)
+        hosts = [self._hosts.fetched(param) for param in params]
+        for host in hosts:
+            host.wait()
+        return hosts
+
+    def _begin(self, param: Tensor) -> None:
+        """Has a parameter stepped beside the backward pass, which has just come to the end of its gradient."""
+        place = self._place(param)
+        if place is None or self.param_groups[place[0]]["offload"] != BACKWARD:
+            return
+        _check_grad(param)
+
+        @torch.no_grad()
+        def step() -> None:
+            fresh: dict[Tensor, dict[str, Tensor]] = {}
+            self._take(self._work(self._asked(place[0], alone=place[1]), fresh), fresh, False)
+
+        self._hosts.begin(param, step)
+
+    def _place(self, param: Tensor) -> tuple[int, int] | None:
+        """The numbers of a parameter's group, and of the parameter in it; None if it is in none any more."""
+        places: dict[Tensor, tuple[int, int]] = self.__dict__.setdefault("_places", {})
+        if param not in places or self.param_groups[places[param][0]]["params"][places[param][1]] is not param:
+            places.clear()
+            places |= {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
+        return places.get(param)
+
+    def _finished(self, grad_scale: Tensor | None) -> set[Tensor]:
+        """Parameters that have been stepped beside the backward pass, and are given back.
+
+        Raises:
+            RuntimeError: GradScaler has a say in the step, which came too late.
+        """
+        done = self._hosts.finish()
+        if done and grad_scale is not None:
+            raise RuntimeError(f"offload={BACKWARD!r} has stepped before GradScaler could unscale: use offload=True")
+        for param in done:
+            self._hosts.give_back(param)
+        return done
 
     def _states(self, asked: Asked) -> list[dict[str, Tensor]]:
         """Those that are there, of the parameters or of their shards."""
@@ -369,6 +457,8 @@ class Optimizer8bit(torch.optim.Optimizer):
                 f"capturable must be left out for {type(self).__name__} on {param.device}, where no kernels in Triton "
                 "serve it, got True"
             )
+        if group["capturable"] and group["offload"]:
+            raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
         self.check_param(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from opt8bit.backends import Rule
 from opt8bit.optim import shards
 from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, family
 from opt8bit.optim.groups import Policy, merged_group, states_of
+from opt8bit.optim.offload import on_cpu
 from opt8bit.optim.reading import Coded, Read, described
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, Spec, is_8bit, is_compensated, specs
 from opt8bit.quant import block_view, quantize_blockwise
@@ -181,11 +182,13 @@ def _read_state(
         target = shards.whole(param)
     else:
         target, state = shards.local(param), shards.states_placed_as(where, param, state)
+    if merged["offload"]:
+        target = on_cpu(target)
     found = dialect.states(Place(where, target, rule, others), saved, state)
     if not found:
         return {}
     stored = _stored(where, target, rule, merged, is_8bit(param, merged), found)
-    if is_whole and target is not param:
+    if is_whole and shards.is_sharded(param):
         stored = shards.cut(stored, param)
     return shards.sharded(stored, param, merged["block_size"])
 

@@ -16,6 +16,7 @@ from opt8bit.optim.base import KEPT, Optimizer8bit
 from opt8bit.optim.dialects import family
 from opt8bit.optim.dialects.torch_optim import STEPLESS
 from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.offload import target
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
 from opt8bit.optim.states import CODEBOOKS, check
@@ -61,11 +62,11 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
         for index, param in enumerate(group["params"], first):
             state = optimizer.state.get(param)
             if state and (not rule.states or set(state) & set(rule.states)):  # else it begins anew with momentum
-                shard, state = shards.local(param), shards.local_states(state)
+                shard, state = target(param, group), shards.local_states(state)
                 check(f"parameter {index}", shard, rule, group, state)
                 states[index] = shards.sharded(_state(shard, rule, group, state), param, group["block_size"])
             elif initial:  # states that torch's Adagrad makes in its constructor, and not when it steps
-                begun = _initial(shards.local(param), initial)
+                begun = _initial(target(param, group), initial)
                 states[index] = shards.sharded(begun, param, group["block_size"])
         first += len(group["params"])
     return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}

@@ -1,4 +1,4 @@
-"""check_distributed_checkpoint: whether torch.distributed.checkpoint can load what it saved, before a tensor changes."""
+"""check_distributed_checkpoint: finds out whether a distributed checkpoint can be loaded before a tensor changes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from opt8bit.backends import (
     describe,
     get,
 )
-from opt8bit.optim.shards import first_element
+from opt8bit.optim.shards import first_element, local
 from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
 from opt8bit.quant import block_view
 
@@ -39,12 +39,13 @@ States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
 
 
 class Asked(NamedTuple):
-    """What a step is asked to do with one parameter group."""
+    """What a step is asked to do with one parameter group, or with one parameter of it."""
 
+    place: tuple[int, int | None]  # the number of the group, and of the parameter if it is one alone
     rule: Rule
-    group: Mapping[str, Any]
+    group: dict[str, Any]
     wanted_backend: str | None
-    params: Sequence[Tensor]  # those that have a gradient; of a sharded one its shard on this process
+    params: Sequence[Tensor]  # that have a gradient: what is stepped, a shard of one or its copy on the CPU
     grads: Sequence[Tensor]
     owners: Sequence[Tensor]  # the parameters themselves
     types: Set[type]  # of the gradients as they came
@@ -214,6 +215,16 @@ def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) ->
         )
     is_staged = backend.name != "reference" and not (param.is_contiguous() and grad.is_contiguous())
     return backend, is_staged
+
+
+def refuse_shared(params: Sequence[Tensor]) -> None:
+    """
+    Raises:
+        ValueError: parameters share memory, so that no copy of one can be stepped without the other.
+    """
+    shared = _overlapping([local(param) for param in params if not param.is_meta])
+    if shared:
+        raise ValueError(f"offload takes parameters that have memory of their own: {len(shared)} share theirs")
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:

@@ -206,11 +206,14 @@ def fully_sharded(model: Net, **options: Any) -> Net:
 @on(2, 4)
 def fsdp2_trains_as_one_process() -> None:
     results = []
-    for model in (fully_sharded(Net()), Net()):
-        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+    for model, offload in ((fully_sharded(Net()), False), (fully_sharded(Net()), True), (Net(), False)):
+        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=offload)
         results.append((losses(model, optimizer), optimizer))
-    assert results[0][0] == results[1][0] and results[0][0][-1] < results[0][0][0]
-    assert_same(results[0][1], results[1][1])
+    expected, plain = results[-1]
+    assert expected[-1] < expected[0]
+    for found, optimizer in results[:-1]:
+        assert found == expected
+        assert_same(optimizer, plain)
 
 
 @on(2)

@@ -1,0 +1,183 @@
+"""States and steps on the CPU, whatever the parameters are on; where there is no GPU the CPU stands for both sides."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import opt8bit
+from opt8bit.optim.base import Optimizer8bit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
+    (opt8bit.AdamW8bit, torch.float32, {"lr": 1e-2}),
+    (opt8bit.SGD8bit, torch.float32, {"lr": 1e-2, "momentum": 0.9}),
+    (opt8bit.LAMB8bit, torch.float32, {"lr": 1e-2}),
+    (opt8bit.AdamW8bit, torch.bfloat16, {"lr": 1e-3, "stochastic_rounding": True}),
+    (opt8bit.AdamW8bit, torch.bfloat16, {"lr": 1e-3, "compensation": True}),
+]
+
+
+def network(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).to(device, dtype)
+
+
+def backward(model: nn.Module, number: int) -> None:
+    param = next(model.parameters())
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(number)).to(param)
+    model(x).float().square().mean().backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for number in range(steps):
+        optimizer.zero_grad()
+        backward(model, number)
+        optimizer.step()
+        scheduler.step()
+
+
+def assert_same(model: nn.Module, optimizer: Optimizer8bit, other: nn.Module, expected: Optimizer8bit) -> None:
+    for param, reference in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param.cpu(), reference.cpu())
+        state, wanted = optimizer.state[param], expected.state[reference]
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(value.cpu(), wanted[name].cpu()) for name, value in state.items())
+
+
+@pytest.mark.parametrize("offload", [True, "backward"])
+@pytest.mark.parametrize(("kind", "dtype", "options"), CASES)
+def test_the_same_bits_as_on_the_cpu(kind: Any, dtype: torch.dtype, options: dict[str, Any], offload: Any) -> None:
+    if DEVICE != "cpu":
+        pytest.skip("gradients have other bits on a GPU")
+    models = [network(dtype), network(dtype)]
+    optimizers = [
+        kind(model.parameters(), **options, offload=where)
+        for model, where in zip(models, (offload, False), strict=True)
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer)
+    assert_same(models[0], optimizers[0], models[1], optimizers[1])
+
+
+@pytest.mark.parametrize("offload", [True, "backward"])
+def test_states_are_on_the_cpu_and_parameters_where_they_were(offload: Any) -> None:
+    model = network(device=DEVICE)
+    before = copy.deepcopy(list(model.parameters()))
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=offload)
+    train(model, optimizer)
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert param.device.type == DEVICE and not torch.equal(param, old)
+        assert all(value.device.type == "cpu" for value in optimizer.state[param].values())
+        assert optimizer.state[param]["step"] == 4
+
+
+def test_a_changed_gradient_and_a_changed_parameter_count() -> None:
+    models = [network(), network()]
+    for model, offload in zip(models, (True, False), strict=True):
+        optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=offload)
+        for number in range(3):
+            for part in range(2):
+                backward(model, 2 * number + part)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            for param in model.parameters():
+                param.data.mul_(0.9)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_beside_the_backward_pass_parameters_wait_for_the_step() -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    before = copy.deepcopy(list(model.parameters()))
+    backward(model, 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match=r"each step, but a parameter of shape \(64,\) has got"):
+        backward(model, 1)
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+def test_beside_the_backward_pass_an_error_is_raised_by_the_step() -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    optimizer.param_groups[0]["lr"] = -1.0
+    backward(model, 0)
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -1.0"):
+        optimizer.step()
+    assert not optimizer.state
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer.zero_grad()
+    scaler.scale(model(torch.ones(8, 64, device=DEVICE)).mean()).backward()
+    with pytest.raises(RuntimeError, match="offload='backward' has stepped before GradScaler could unscale"):
+        scaler.step(optimizer)
+
+
+def test_a_scaler_skips_a_step_on_the_cpu() -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=True)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    before = copy.deepcopy(list(model.parameters()))
+    for value in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((8, 64), value, device=DEVICE)).mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        is_unchanged = all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        assert is_unchanged == (value == torch.inf)
+
+
+@pytest.mark.parametrize("offload", [True, "backward"])
+def test_a_state_dict_goes_on_anywhere(offload: Any) -> None:
+    model = network()
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=offload)
+    train(model, optimizer)
+    for where in (True, "backward", False):
+        other = copy.deepcopy(model)
+        resumed = opt8bit.AdamW8bit(other.parameters(), lr=1e-2, offload=where)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert resumed.param_groups[0]["offload"] == where
+        assert_same(other, resumed, model, optimizer)
+        reference = copy.deepcopy(model)
+        expected = opt8bit.AdamW8bit(reference.parameters(), lr=1e-2)
+        expected.load_state_dict(optimizer.state_dict())
+        train(other, resumed)
+        train(reference, expected)
+        assert_same(other, resumed, reference, expected)
+
+
+def test_an_optimizer_is_let_go_and_copied() -> None:
+    model = network()
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    train(model, optimizer)
+    copied = copy.deepcopy(optimizer)
+    assert copied.param_groups[0]["offload"] == "backward" and len(copied.state) == 4
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    backward(model, 0)  # whose hooks find nobody
+
+
+def test_what_cannot_be_offloaded_is_refused() -> None:
+    values = torch.zeros(64, 256)
+    with pytest.raises(ValueError, match="memory of their own: 2 share theirs"):
+        opt8bit.AdamW8bit([nn.Parameter(values), nn.Parameter(values[:32])], offload=True)
+    with pytest.raises(ValueError, match="offload must be True, False or 'backward', got 'cpu'"):
+        opt8bit.AdamW8bit([nn.Parameter(values)], offload="cpu")
+    param = nn.Parameter(values)
+    optimizer = opt8bit.AdamW8bit([param], offload=True)
+    param.grad = torch.zeros(64, 256).to_sparse()
+    with pytest.raises(RuntimeError, match="gradients must be dense"):
+        optimizer.step()
+    assert not optimizer.state
