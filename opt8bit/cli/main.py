@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     block_size, least = DEFAULTS.get("block_size"), DEFAULTS.get("min_8bit_size")
     sizes.add_argument("--block-size", type=int, default=block_size, help="elements per block of an 8-bit state")
     sizes.add_argument("--min-8bit-size", type=int, default=least, help="smaller tensors keep their states in full")
+    sizes.add_argument("--ranks", type=positive, default=1, help="processes that share the parameters, as FSDP2 does")
     add_compress(commands)
     check = commands.add_parser("verify", help="load a compressed checkpoint, and compare it with what was made")
     check.add_argument("folder", metavar="DIR", help="that opt8bit compress has written")
@@ -133,7 +134,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_memory(options: argparse.Namespace) -> None:
-    print(memory.report(options.model, options.dtype, options.block_size, options.min_8bit_size))
+    print(memory.report(options.model, options.dtype, options.block_size, options.min_8bit_size, options.ranks))
 
 
 def run_compress(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opt8bit.optim import memory_report
+from opt8bit.optim.memory import readable
 
 DTYPES: dict[str, torch.dtype | None] = {
     "config": None,  # as the configuration has it
@@ -24,13 +25,14 @@ class ModelError(Exception):
     """Something the user can mend."""
 
 
-def report(model: str, dtype: str, block_size: int, min_8bit_size: int) -> str:
+def report(model: str, dtype: str, block_size: int, min_8bit_size: int, ranks: int = 1) -> str:
     """The text that ``opt8bit memory`` prints. No weights are loaded, nor is memory taken for them.
 
     Args:
         model: a folder with a ``config.json``, or the id of a model on the Hugging Face hub.
         dtype: of the parameters, a name of :data:`DTYPES`.
         block_size, min_8bit_size: as the optimizers take them.
+        ranks: processes that share the parameters, as FSDP2 does.
 
     Raises:
         ModelError: there is no such folder or model, transformers is not installed or cannot build the model, or
@@ -40,12 +42,25 @@ def report(model: str, dtype: str, block_size: int, min_8bit_size: int) -> str:
     network = build(name)
     network.to(dtype=DTYPES[dtype])
     try:
-        table = memory_report(network, block_size=block_size, min_8bit_size=min_8bit_size)
+        table = memory_report(network, ranks=ranks, block_size=block_size, min_8bit_size=min_8bit_size)
     except (TypeError, ValueError) as error:
         raise ModelError(str(error)) from error
     dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in network.parameters()})
     count = sum(param.numel() for param in network.parameters())
-    return f"{type(network).__name__} of {model}: {count:,} elements, {', '.join(dtypes)}\n\n{table}"
+    text = f"{type(network).__name__} of {model}: {count:,} elements, {', '.join(dtypes)}\n\n{table}"
+    return text if ranks == 1 else f"{text}\n\n{_sharing(network, ranks)}"
+
+
+def _sharing(network: nn.Module, ranks: int) -> str:
+    """What FSDP2's processes send each other in a step, which is the same at 8 bits: states stay where they are."""
+    weights = sum(param.numel() * param.element_size() for param in network.parameters())
+    gradients = sum(param.numel() * param.element_size() for param in network.parameters() if param.requires_grad)
+    share = (ranks - 1) / ranks
+    gathered, reduced = readable(2 * share * weights), readable(share * gradients)
+    return (
+        f"on each of {ranks} ranks, of which the first has most. In a step each receives up to {gathered} of weights, "
+        f"gathered for the forward and for the backward pass, and {reduced} of gradients"
+    )
 
 
 def _checked(model: str) -> str:

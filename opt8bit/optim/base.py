@@ -288,10 +288,31 @@ class Optimizer8bit(torch.optim.Optimizer):
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         asked = [self._asked(i, grad_scale, found_inf, done=done) for i in range(len(self.param_groups))]
-        work = [item for each in asked for item in self._work(each, fresh)]
+        together, one_by_one = _divided(asked)
+        for each in one_by_one:
+            self._check_param(each.owners[0], each.group)
+            _check_grad(each.owners[0])
+        work = [item for each in together for item in self._work(each, fresh)]
         self._take(work, fresh, is_captured)
+        for each in one_by_one:
+            self._step_gathered(each)
         for param in [param for each in asked if each.group["offload"] for param in each.owners]:
             self._hosts.give_back(param)
+
+    def _step_gathered(self, asked: Asked) -> None:
+        """Steps a divided parameter by a rule that looks at whole ones: all processes gather it, and step it alike."""
+        (param,), group = asked.owners, asked.group
+        had = {name: shards.everywhere(value) for name, value in self.state.get(param, {}).items()}
+        whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
+        coded = will_be_coded(had, asked.rule, param, group)
+        states = initialized(had, asked.rule, whole, group, coded, self.initial(group))
+        asked = asked._replace(params=[whole], grads=[grad], owners=[whole], lying=None)
+        work = Plan(asked, [states]).work(asked, [states])
+        assert work is not None
+        self._take(work, {}, False)
+        shards.local(param).copy_(shards.cut({"param": whole}, param)["param"])
+        self.state[param].clear()
+        self.state[param].update(shards.sharded(shards.cut(states, param), param, group["block_size"]))
 
     def _take(self, work: list[Work], fresh: Mapping[Tensor, Mapping[str, Tensor]], is_captured: bool) -> None:
         """Does the work, after the states that are missing have been added."""
@@ -446,7 +467,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             )
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        shards.check(param, whole=self.rule(group).whole, by_chance=group["stochastic_rounding"])
+        shards.check(param, by_chance=group["stochastic_rounding"])
+        if group["offload"] and self.rule(group).whole and shards.is_divided(param):
+            raise TypeError(f"{type(self).__name__} looks at whole parameters: of shards it takes no offload")
         if param.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
         for name in ("stochastic_rounding", "compensation"):
@@ -492,6 +515,18 @@ class Optimizer8bit(torch.optim.Optimizer):
         with reading(self, Policy(KEPT, check)):
             super().load_state_dict(state_dict)
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
+
+
+def _divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
+    """What can be stepped as it lies; and one by one the parameters that no process has the whole of, which their rule
+    looks at."""
+    together, one_by_one = [], []
+    for each in asked:
+        apart = [i for i, param in enumerate(each.owners) if each.rule.whole and shards.is_divided(param)]
+        rest = [i for i in range(len(each.owners)) if i not in apart]
+        together.append(each.part(rest) if apart else each)
+        one_by_one += [each.part([i]) for i in apart]
+    return together, one_by_one
 
 
 def _leave_to_python() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from opt8bit.backends import Rule
+from opt8bit.optim import shards
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.ademamix import AdEMAMix8bit
@@ -51,7 +52,7 @@ UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 @dataclass(frozen=True)
 class OptimizerMemory:
-    """Bytes under one optimizer. Counts of parameters are of those that get states."""
+    """Bytes under one optimizer, on one process. Counts are of whole parameters, those that get states."""
 
     optimizer: str
     weight_bytes: int
@@ -84,7 +85,7 @@ class MemoryReport:
         return aligned(headings, [_cells(row) for row in self.rows])
 
 
-def memory_report(subject: nn.Module | Optimizer8bit, **options: Unpack[Options]) -> MemoryReport:
+def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **options: Unpack[Options]) -> MemoryReport:
     """What weights, gradients and optimizer states take, at 32 bits and as this package stores them.
 
     Only shapes, dtypes and options are looked at, so that a model on the meta device is served as well. States are
@@ -95,7 +96,9 @@ def memory_report(subject: nn.Module | Optimizer8bit, **options: Unpack[Options]
 
     Args:
         subject: an optimizer of this package, reported with its own groups and options; or a model, reported under
-            each optimizer of the package, SGD with momentum.
+            each optimizer of the package, SGD with momentum. Of DTensors the shards on this process are counted.
+        ranks: processes that share the parameters as FSDP2 does, along dimension 0: the report is of the first, which
+            has most.
         options: for a model, the options that its optimizers get; see :class:`opt8bit.optim.base.Options`.
 
     Returns:
@@ -105,13 +108,16 @@ def memory_report(subject: nn.Module | Optimizer8bit, **options: Unpack[Options]
     Raises:
         TypeError: ``subject`` is neither; options are given for an optimizer, which has its own; an unknown option
             or a parameter of an unsupported dtype.
-        ValueError: the model has no parameter that requires a gradient, or an option has a value it cannot have.
+        ValueError: the model has no parameter that requires a gradient, an option has a value it cannot have, or
+            there are several ranks for parameters that are DTensors already.
     """
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks must be a positive integer, got {ranks!r}")
     if isinstance(subject, Optimizer8bit):
         if options:
             raise TypeError(f"an optimizer has its own options; {', '.join(sorted(options))} can be given for a model")
         params = [param for group in subject.param_groups for param in group["params"]]
-        return MemoryReport((_memory(type(subject).__name__, subject, params),))
+        return MemoryReport((_memory(type(subject).__name__, subject, params, ranks),))
     if not isinstance(subject, nn.Module):
         kind = f"{type(subject).__module__}.{type(subject).__qualname__}"
         raise TypeError(f"memory_report takes a module or an optimizer of opt8bit, got {kind}")
@@ -120,27 +126,29 @@ def memory_report(subject: nn.Module | Optimizer8bit, **options: Unpack[Options]
     if not trained:
         raise ValueError("the model has no parameter that requires a gradient: nothing to optimize")
     made = {name: make(trained, **options) for name, make in OPTIMIZERS.items()}
-    return MemoryReport(tuple(_memory(name, optimizer, params) for name, optimizer in made.items() if optimizer))
+    return MemoryReport(tuple(_memory(name, optimizer, params, ranks) for name, optimizer in made.items() if optimizer))
 
 
 def state_bytes(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> int:
-    """Bytes of the states of a parameter, ``step`` included."""
+    """Bytes of the states of a parameter or of a shard, ``step`` included."""
     stored = specs(param, rule, group, coded).values()
     return sum(spec.shape.numel() * spec.dtype.itemsize for spec in stored)
 
 
-def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor]) -> OptimizerMemory:
+def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor], ranks: int) -> OptimizerMemory:
     """The row of an optimizer that holds ``params`` or, where some are frozen, those of them that are not."""
     stepped = [(param, group, optimizer.rule(group)) for param, group in _stepped(optimizer)]
     coded = [will_be_coded(optimizer.state.get(param, {}), rule, param, group) for param, group, rule in stepped]
+    shards_of = {param: _shard(param, ranks) for param in params}
     full = [param.numel() for (param, _, rule), each in zip(stepped, coded, strict=True) if rule.states and not each]
     return OptimizerMemory(
         optimizer=name,
-        weight_bytes=sum(_bytes(param) for param in params),
-        gradient_bytes=sum(_bytes(param) for param in params if param.requires_grad),
-        state_bytes_32=sum(state_bytes(param, rule, group, False) for param, group, rule in stepped),
+        weight_bytes=sum(_bytes(shards_of[param]) for param in params),
+        gradient_bytes=sum(_bytes(shards_of[param]) for param in params if param.requires_grad),
+        state_bytes_32=sum(state_bytes(shards_of[param], rule, group, False) for param, group, rule in stepped),
         state_bytes=sum(
-            state_bytes(param, rule, group, each) for (param, group, rule), each in zip(stepped, coded, strict=True)
+            state_bytes(shards_of[param], rule, group, each)
+            for (param, group, rule), each in zip(stepped, coded, strict=True)
         ),
         parameters=len(stepped),
         elements=sum(param.numel() for param, _, _ in stepped),
@@ -157,6 +165,19 @@ def _stepped(optimizer: Optimizer8bit) -> Iterator[tuple[Tensor, dict[str, Any]]
                 yield param, group
 
 
+def _shard(param: Tensor, ranks: int) -> Tensor:
+    """What a process has of a parameter: the first of so many, or this one of those that have it already.
+
+    Raises:
+        ValueError: both are the case.
+    """
+    if shards.is_sharded(param):
+        if ranks > 1:
+            raise ValueError(f"parameters are sharded already: leave ranks out, got {ranks}")
+        return shards.local(param)
+    return param.detach()[: -(-len(param) // ranks)] if param.dim() else param
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -168,9 +189,9 @@ def _cells(row: OptimizerMemory) -> tuple[str, ...]:
     return (row.optimizer, *map(readable, sizes), f"{row.ratio:.3f}", f"{kept} ({share})")
 
 
-def readable(size: int) -> str:
+def readable(size: float) -> str:
     """Bytes in the largest unit of which there is at least one: ``1.50 GB``."""
     for unit, scale in UNITS:
         if size >= scale:
             return f"{size / scale:,.2f} {unit}"
-    return f"{size} bytes"
+    return f"{size:.0f} bytes"

@@ -55,6 +55,13 @@ class Asked(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
+    def part(self, indices: Sequence[int]) -> Asked:
+        """What is asked of some of the parameters."""
+        columns = (self.params, self.grads, self.owners, self.lying or [None] * len(self.owners), self.numbers)
+        params, grads, owners, lying, numbers = ([column[i] for i in indices] for column in columns)
+        lying = tuple(lying) if any(lying) else None
+        return self._replace(params=params, grads=grads, owners=owners, lying=lying, numbers=numbers)
+
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
         return (

@@ -165,6 +165,12 @@ def _keeps_blocks(param: Any, block_size: int) -> Iterable[bool]:
             yield chunk == -(-view.blocks_per_row // size) * block_size
 
 
+def _dimensions(param: Any) -> list[int | None]:
+    """For each dimension of the mesh with several processes, the one that is sharded over it."""
+    pairs = zip(param.placements, param.device_mesh.shape, strict=True)
+    return [_dimension(placement) for placement, size in pairs if size > 1]
+
+
 def _dimension(placement: Any) -> int | None:
     """That a placement shards; None where it shards none."""
     return getattr(placement, "dim", None)  # is_shard() leaves out the shards of FSDP2 over tensor parallelism
@@ -179,10 +185,14 @@ def first_element(param: Any) -> int:
     return offset[0] * (param.numel() // max(param.shape[0], 1)) if offset else 0
 
 
-def check(param: Any, *, whole: bool, by_chance: bool) -> None:
+def is_divided(param: Any) -> bool:
+    """Whether no process has all of it."""
+    return is_sharded(param) and any(dimension is not None for dimension in _dimensions(param))
+
+
+def check(param: Any, *, by_chance: bool) -> None:
     """
     Args:
-        whole: whether the rule looks at whole parameters.
         by_chance: whether the parameter is rounded stochastically.
 
     Raises:
@@ -197,11 +207,7 @@ def check(param: Any, *, whole: bool, by_chance: bool) -> None:
     described = f"a DTensor placed as {tuple(param.placements)}"
     if any(placement.is_partial() for placement in param.placements):
         raise TypeError(f"a parameter must be sharded or replicated, got {described}: its values are not known")
-    pairs = zip(param.placements, param.device_mesh.shape, strict=True)
-    cuts = [_dimension(placement) for placement, size in pairs if size > 1]
-    if whole and any(dimension is not None for dimension in cuts):
-        raise TypeError(f"this rule looks at a whole parameter at once, which no process has of {described}")
-    if by_chance and any(dimension for dimension in cuts):
+    if by_chance and any(_dimensions(param)):
         raise TypeError(f"stochastic_rounding=True takes DTensors sharded along dimension 0 alone, got {described}")
 
 

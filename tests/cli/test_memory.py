@@ -11,6 +11,7 @@ from torch import nn
 from opt8bit.cli import memory
 from opt8bit.cli.main import main
 from opt8bit.optim import memory_report
+from opt8bit.optim.memory import readable
 
 
 def fail(*_: Any, **__: Any) -> Any:
@@ -65,6 +66,20 @@ def test_options_and_dtype_are_honoured(
     expected = memory_report(nn.Linear(300, 40), block_size=64, min_8bit_size=30)
     printed = capsys.readouterr().out
     assert "12,040 elements, float32" in printed and str(expected) in printed
+
+
+def test_ranks_share_the_parameters(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", str(llama), "--ranks", "4"]) == 0
+    printed = capsys.readouterr().out
+    network = memory.build(str(llama))
+    report = memory_report(network, ranks=4)
+    assert str(report) in printed and "on each of 4 ranks" in printed
+    weights = sum(param.numel() for param in network.parameters()) * 4
+    assert 4 * report.rows[0].weight_bytes == weights  # whose rows are all multiples of four
+    assert f"up to {readable(weights * 3 / 2)} of weights" in printed
+    assert f"{readable(weights * 3 / 4)} of gradients" in printed
+    with pytest.raises(ValueError, match="ranks must be a positive integer, got 0"):
+        memory_report(network, ranks=0)
 
 
 def test_a_language_model_is_built_from_its_configuration(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import opt8bit
-from opt8bit.optim import to_torch_state_dict
+from opt8bit.optim import memory_report, to_torch_state_dict
 
 Check = Callable[[], None]
 CHECKS: dict[int, list[Check]] = {2: [], 4: []}
@@ -117,6 +117,16 @@ def replicas_are_stepped_as_the_whole() -> None:
         assert_same(*train(kind, (16, 512), mesh(), [Replicate()]))
 
 
+@on(2, 4)
+def rules_that_look_at_whole_parameters() -> None:
+    cases = (((18, 512), Shard(0)), ((3, 2048), Shard(0)), ((64, 1024), Shard(1)), ((16, 32), Shard(0)))
+    for kind in (opt8bit.LAMB8bit, opt8bit.LARS8bit, opt8bit.Muon8bit):
+        for shape, placement in cases:
+            assert_same(*train(kind, shape, mesh(), [placement]))
+    options: dict[str, Any] = {"stochastic_rounding": True, "dtype": torch.bfloat16}
+    assert_same(*train(opt8bit.LAMB8bit, (18, 512), mesh(), [Shard(0)], **options))
+
+
 @on(4)
 def two_dimensions_of_a_mesh() -> None:
     for placements in ([Shard(0), Shard(0)], [Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()]):
@@ -143,9 +153,8 @@ def what_cannot_be_stepped_is_refused() -> None:
     def param(*placements: Any, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         return nn.Parameter(placed(random(16, 512).to(dtype), mesh(), placements))
 
-    for kind in (opt8bit.LAMB8bit, opt8bit.LARS8bit, opt8bit.Muon8bit):
-        with pytest.raises(TypeError, match=r"looks at a whole parameter at once, .* placed as \(Shard\(dim=0\),\)"):
-            kind([param(Shard(0))], lr=1e-2)
+    with pytest.raises(TypeError, match="LAMB8bit looks at whole parameters: of shards it takes no offload"):
+        opt8bit.LAMB8bit([param(Shard(0))], lr=1e-2, offload=True)
     with pytest.raises(TypeError, match="sharded along dimension 0 alone, got a DTensor placed as"):
         opt8bit.AdamW8bit([param(Shard(1), dtype=torch.bfloat16)], stochastic_rounding=True)
     partial = nn.Parameter(DTensor.from_local(random(16, 512), mesh(), [Partial()], run_check=False))
@@ -226,6 +235,23 @@ def fsdp2_trains_with_clipped_gradients_and_in_mixed_precision() -> None:
         optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
         assert losses(model, optimizer, clip=0.5) == pytest.approx(expected, abs=tolerance)
         assert all(param.dtype == torch.float32 for param in model.parameters())
+
+
+@on(2, 4)
+def the_memory_report_tells_what_each_process_has() -> None:
+    model = fully_sharded(Net())
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+    losses(model, optimizer, 1)
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    parts = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    has = sum(part.numel() * part.element_size() for part in parts)
+    (row,) = memory_report(optimizer).rows
+    assert row.state_bytes == has
+    all_have: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_have, has)
+    assert memory_report(Net(), ranks=dist.get_world_size()).rows[0].state_bytes == max(all_have)
+    with pytest.raises(ValueError, match="sharded already: leave ranks out, got 2"):
+        memory_report(model, ranks=2)
 
 
 @on(4)
