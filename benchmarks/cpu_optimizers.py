@@ -10,21 +10,14 @@ such rule. Muon steps one parameter of 1024x1024. bitsandbytes is left out where
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from measuring import compare, main, parameters
+from peers import Maker, bitsandbytes
 
 import opt8bit
-
-try:
-    import bitsandbytes  # pyright: ignore[reportMissingImports]
-except ImportError:
-    bitsandbytes = None
-
-Maker = Callable[..., torch.optim.Optimizer]
 
 
 class Question(NamedTuple):

@@ -10,10 +10,12 @@ installed are left out. Writes one JSON line per row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from measuring import compare, main, parameters
+from peers import optimizers
 from torch import nn
 
 import opt8bit
@@ -59,18 +61,8 @@ def adamw_peers() -> dict[str, Maker]:
         "opt8bit.AdamW8bit": lambda params: opt8bit.AdamW8bit(params, lr=1e-3),
         "torch.optim.AdamW foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True),
     }
-    try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports]
-
-        peers["bitsandbytes.AdamW8bit"] = lambda params: bitsandbytes.optim.AdamW8bit(params, lr=1e-3)
-    except ImportError:
-        pass
-    try:
-        from torchao.optim import AdamW8bit as TorchaoAdamW8bit  # pyright: ignore[reportMissingImports]
-
-        peers["torchao.AdamW8bit"] = lambda params: TorchaoAdamW8bit(params, lr=1e-3)
-    except ImportError:
-        pass
+    for name, make in optimizers("AdamW").items():
+        peers[name] = partial(make, lr=1e-3)
     return peers
 
 

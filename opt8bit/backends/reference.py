@@ -83,7 +83,7 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[s
         as_real(param).copy_(new_param)
     for name, book, new in zip(names, books, new_states, strict=True):
         if batch.coded:
-            if not new.abs().amax().isfinite():
+            if new.numel() and not new.abs().amax().isfinite():
                 # An infinity, as the largest of its block, would weigh on the others from then on.
                 new = torch.where(new.isfinite(), new, 0)
             coder.quantize_blockwise(new.contiguous(), book, view, state[name], state[f"{name}_absmax"])

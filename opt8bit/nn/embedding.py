@@ -71,6 +71,11 @@ class StableEmbedding(nn.Embedding):
 
     # Parameters lose their attributes whenever torch makes new ones of them. These are the places where it does.
 
+    def __setattr__(self, name: str, value: Any) -> None:  # by FSDP2
+        super().__setattr__(name, value)
+        if name == "weight" and isinstance(value, nn.Parameter):
+            self._mark()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark()

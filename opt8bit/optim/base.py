@@ -17,8 +17,8 @@ from opt8bit.optim import shards
 from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
 from opt8bit.optim.offload import BACKWARD, Host, Hosts, call_when_accumulated
-from opt8bit.optim.plan import Asked, Plan, Work, refuse_shared
-from opt8bit.optim.states import CODED_DTYPES, initialized, is_cut, will_be_coded
+from opt8bit.optim.plan import Asked, Plan, Work, backend_of, refuse_shared
+from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, will_be_coded
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 
@@ -86,8 +86,8 @@ KEPT = tuple(name for name in DEFAULTS if name != "maximize")  # what loading a 
 
 CUT_BLOCKS = (
     "the states of {count} parameters are kept in 32 bits, as shards cut blocks of block_size={block_size} elements; "
-    "the first is of shape {shape}, placed as {placements} on a mesh of {mesh}. Blocks stay whole where dimension 0 is "
-    "sharded, or dimension 1 in parts of a multiple of block_size"
+    "the first is of shape {shape}, placed as {placements} on a mesh of {mesh}. Of parameters with two dimensions "
+    "or more blocks stay whole where the first is sharded, or the second in parts of a multiple of block_size"
 )
 PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
 
@@ -243,10 +243,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         for param in tensors:
             self._check_param(param, group)
         if group["offload"]:
-            refuse_shared(tensors)
+            others = [of for group in self.param_groups if group["offload"] for of in group["params"]]
+            refuse_shared([*others, *tensors])
         super().add_param_group({**param_group, "params": params})
-        for param in tensors if group["offload"] == BACKWARD else ():
-            call_when_accumulated(param, self._begin)
+        self._watch_gradients()
         cut = [param for param in tensors if is_cut(param, group)]
         if cut:
             about = shards.described(cut[0])
@@ -284,20 +284,31 @@ class Optimizer8bit(torch.optim.Optimizer):
         if is_captured:
             self._check_capture()
         grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
-        done = self._finished(grad_scale)
+        self._watch_gradients()
+        done = self._finished(is_scaled=grad_scale is not None or found_inf is not None)
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         asked = [self._asked(i, grad_scale, found_inf, done=done) for i in range(len(self.param_groups))]
         together, one_by_one = _divided(asked)
         for each in one_by_one:
-            self._check_param(each.owners[0], each.group)
-            _check_grad(each.owners[0])
+            self._check_divided(each)
         work = [item for each in together for item in self._work(each, fresh)]
         self._take(work, fresh, is_captured)
         for each in one_by_one:
             self._step_gathered(each)
         for param in [param for each in asked if each.group["offload"] for param in each.owners]:
             self._hosts.give_back(param)
+        if any(group["offload"] for group in self.param_groups):
+            self._hosts.keep({param for group in self.param_groups for param in group["params"]})
+
+    def _check_divided(self, asked: Asked) -> None:
+        """Raises for one parameter what the plan of many raises: before anything is gathered."""
+        (param,), (shard,), (grad,), (state,) = asked.owners, asked.params, asked.grads, self._states(asked)
+        self._check_param(param, asked.group)
+        _check_grad(param)
+        backend_of(asked, shard, grad)
+        if state:
+            check(f"parameter {asked.numbers[0]}", shard, asked.rule, asked.group, state)
 
     def _step_gathered(self, asked: Asked) -> None:
         """Steps a divided parameter by a rule that looks at whole ones: all processes gather it, and step it alike."""
@@ -340,7 +351,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         if work is None:
             for param in asked.owners:
                 self._check_param(param, group)
-                _check_grad(param)
+                if asked.place[1] is None:
+                    _check_grad(param)
             states = [
                 initialized(
                     state, asked.rule, shard, group, will_be_coded(state, asked.rule, param, group), self.initial(group)
@@ -426,30 +438,49 @@ class Optimizer8bit(torch.optim.Optimizer):
         if place is None or self.param_groups[place[0]]["offload"] != BACKWARD:
             return
         _check_grad(param)
+        self._hosts.fetch_alone(param)
+        with torch.no_grad():
+            asked = self._asked(place[0], alone=place[1])
+        asked = asked._replace(group=dict(asked.group))  # the thread shall not see what is written into it later
 
         @torch.no_grad()
         def step() -> None:
             fresh: dict[Tensor, dict[str, Tensor]] = {}
-            self._take(self._work(self._asked(place[0], alone=place[1]), fresh), fresh, False)
+            self._take(self._work(asked, fresh), fresh, False)
 
         self._hosts.begin(param, step)
+
+    def _watch_gradients(self) -> None:
+        """Has :meth:`_begin` called for every gradient that is to be stepped with at once."""
+        groups = [group for group in self.param_groups if group["offload"] == BACKWARD]
+        watched: set[Tensor] = self.__dict__.setdefault("_watched", set()) if groups else set()
+        for param in [param for group in groups for param in group["params"] if param not in watched]:
+            watched.add(param)
+            call_when_accumulated(param, self._begin)
 
     def _place(self, param: Tensor) -> tuple[int, int] | None:
         """The numbers of a parameter's group, and of the parameter in it; None if it is in none any more."""
         places: dict[Tensor, tuple[int, int]] = self.__dict__.setdefault("_places", {})
-        if param not in places or self.param_groups[places[param][0]]["params"][places[param][1]] is not param:
+        if self._at(places.get(param)) is not param:
             places.clear()
             places |= {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
         return places.get(param)
 
-    def _finished(self, grad_scale: Tensor | None) -> set[Tensor]:
+    def _at(self, place: tuple[int, int] | None) -> Tensor | None:
+        """The parameter of these numbers, if there is one."""
+        if place is None or place[0] >= len(self.param_groups):
+            return None
+        params = self.param_groups[place[0]]["params"]
+        return params[place[1]] if place[1] < len(params) else None
+
+    def _finished(self, is_scaled: bool) -> set[Tensor]:
         """Parameters that have been stepped beside the backward pass, and are given back.
 
         Raises:
             RuntimeError: GradScaler has a say in the step, which came too late.
         """
         done = self._hosts.finish()
-        if done and grad_scale is not None:
+        if done and is_scaled:
             raise RuntimeError(f"offload={BACKWARD!r} has stepped before GradScaler could unscale: use offload=True")
         for param in done:
             self._hosts.give_back(param)
@@ -467,8 +498,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             )
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        shards.check(param, by_chance=group["stochastic_rounding"])
-        if group["offload"] and self.rule(group).whole and shards.is_divided(param):
+        whole = self.rule(group).whole
+        by_chance = group["stochastic_rounding"] and param.dtype == torch.bfloat16 and not whole
+        shards.check(param, by_chance=by_chance)
+        if group["offload"] and whole and shards.is_divided(param):
             raise TypeError(f"{type(self).__name__} looks at whole parameters: of shards it takes no offload")
         if param.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
@@ -483,6 +516,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         if group["capturable"] and group["offload"]:
             raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
         self.check_param(param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch.optim, in tensors of the optimizer's own; see the class for the states."""
+        self._hosts.wait()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._hosts.wait()
+        return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, of its counterpart in torch.optim, or of bitsandbytes.
@@ -508,11 +550,12 @@ class Optimizer8bit(torch.optim.Optimizer):
         if not isinstance(state_dict, dict):
             raise TypeError(f"a state dict must be a dict, got {type(state_dict).__name__}")
 
-        def check(group: dict[str, Any]) -> None:
+        def check_loaded(group: dict[str, Any]) -> None:
             check_options(group)
             self.check_group(group)
 
-        with reading(self, Policy(KEPT, check)):
+        self._hosts.drop()
+        with reading(self, Policy(KEPT, check_loaded)):
             super().load_state_dict(state_dict)
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
 
@@ -522,10 +565,10 @@ def _divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
     looks at."""
     together, one_by_one = [], []
     for each in asked:
-        apart = [i for i, param in enumerate(each.owners) if each.rule.whole and shards.is_divided(param)]
+        apart = {i for i, param in enumerate(each.owners) if each.rule.whole and shards.is_divided(param)}
         rest = [i for i in range(len(each.owners)) if i not in apart]
         together.append(each.part(rest) if apart else each)
-        one_by_one += [each.part([i]) for i in apart]
+        one_by_one += [each.part([i]) for i in sorted(apart)]
     return together, one_by_one
 
 

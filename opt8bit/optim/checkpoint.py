@@ -59,8 +59,21 @@ def read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> Sta
 
     Raises:
         TypeError: it is not a dict.
-        ValueError: it does not belong to the optimizer; the message names the parameter and what was expected.
+        ValueError: it does not belong to the optimizer; the message names the parameter and what was expected. Or it
+            is refused by another process that has a part of the parameters.
     """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    try:
+        result = _read(optimizer, state_dict, policy)
+    except Exception:
+        shards.agree(params, False)
+        raise
+    if not shards.agree(params, True):
+        raise ValueError("another process has refused its part of the state dict, and says why")
+    return result
+
+
+def _read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> StateDict:
     saved_groups, saved_states = _sections(state_dict)
     params = _params_by_key(optimizer, saved_groups)
     strangers = [key for key in saved_states if key not in params]
@@ -167,7 +180,8 @@ def _read_state(
 ) -> dict[str, Tensor]:
     """The state of a parameter as the optimizer stores it, in tensors of its own; none where it begins anew.
 
-    What was saved of a sharded parameter is read shard by shard, or as a whole of which the shard is cut.
+    What was saved of a sharded parameter is read shard by shard where it lies as the parameter does, in blocks of the
+    same size; else as a whole, of which the shard is cut.
 
     Args:
         saved, merged: its group in the state dict, and as the optimizer will have it.
@@ -175,22 +189,28 @@ def _read_state(
     Raises:
         ValueError: it is not one of the parameter.
     """
-    is_whole = not any(isinstance(value, Tensor) and shards.is_sharded(value) for value in state.values())
-    if not shards.is_sharded(param):
-        target = param
-    elif is_whole:
-        target = shards.whole(param)
+    is_cut = shards.is_sharded(param) and _is_placed_alike(param, saved, merged, state)
+    if is_cut:
+        target, state = shards.local(param), shards.shards_of(where, param, state)
+    elif shards.is_sharded(param):
+        target, state = shards.whole(param), {name: shards.everywhere(value) for name, value in state.items()}
     else:
-        target, state = shards.local(param), shards.states_placed_as(where, param, state)
+        target = param
     if merged["offload"]:
         target = on_cpu(target)
     found = dialect.states(Place(where, target, rule, others), saved, state)
     if not found:
         return {}
     stored = _stored(where, target, rule, merged, is_8bit(param, merged), found)
-    if is_whole and shards.is_sharded(param):
+    if shards.is_sharded(param) and not is_cut:
         stored = shards.cut(stored, param)
     return shards.sharded(stored, param, merged["block_size"])
+
+
+def _is_placed_alike(param: Tensor, saved: Group, merged: Mapping[str, Any], state: State) -> bool:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    is_of_blocks = saved.get("block_size", merged["block_size"]) == merged["block_size"]
+    return is_of_blocks and all(shards.placed_alike(value, param) for value in tensors)
 
 
 def _stored(

@@ -44,7 +44,7 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
         optimizer: one of :data:`COUNTERPARTS`, stepped or not.
 
     Returns:
-        New tensors on the parameters' devices, numbered as by :meth:`torch.optim.Optimizer.state_dict`.
+        New tensors where the states are, numbered as by :meth:`torch.optim.Optimizer.state_dict`.
 
     Raises:
         TypeError: torch.optim has no counterpart.

@@ -68,6 +68,8 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nested state dict, by the names that a checkpoint has for them."""
     if isinstance(value, Tensor):
         yield name, value
+    elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):  # which DCP asks for it
+        yield from _tensors(value.state_dict(), name)
     elif isinstance(value, (Mapping, list)):
         for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _tensors(inner, f"{name}.{key}" if name else str(key))

@@ -138,7 +138,10 @@ def state_bytes(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool
 def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor], ranks: int) -> OptimizerMemory:
     """The row of an optimizer that holds ``params`` or, where some are frozen, those of them that are not."""
     stepped = [(param, group, optimizer.rule(group)) for param, group in _stepped(optimizer)]
-    coded = [will_be_coded(optimizer.state.get(param, {}), rule, param, group) for param, group, rule in stepped]
+    coded = [
+        will_be_coded(optimizer.state.get(param, {}), rule, param, group) and (ranks == 1 or param.dim() > 1)
+        for param, group, rule in stepped
+    ]
     shards_of = {param: _shard(param, ranks) for param in params}
     full = [param.numel() for (param, _, rule), each in zip(stepped, coded, strict=True) if rule.states and not each]
     return OptimizerMemory(

@@ -124,7 +124,7 @@ class Plan:
         kinds: dict[_Kind, list[int]] = {}
         for index, (param, grad) in enumerate(zip(asked.params, asked.grads, strict=True)):
             check(f"parameter {asked.numbers[index]}", param, asked.rule, asked.group, states[index])
-            backend, is_staged = _backend(asked, param, grad, index in overlapping)
+            backend, is_staged = backend_of(asked, param, grad, is_overlapping=index in overlapping)
             coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
             kinds.setdefault(_Kind(backend, param.device, is_staged, param.dtype, coded, compensated), []).append(index)
         first = 2 * len(states) + numpy.cumsum([0, *map(len, states)])
@@ -204,8 +204,12 @@ def _of_part(part: _Part, column: Sequence[T]) -> Sequence[T]:
     return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
 
 
-def _backend(asked: Asked, param: Tensor, grad: Tensor, is_overlapping: bool) -> tuple[Backend, bool]:
-    """The backend that serves a parameter, and whether it takes a contiguous copy of it."""
+def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: bool = False) -> tuple[Backend, bool]:
+    """The backend that serves a parameter, and whether it takes a contiguous copy of it.
+
+    Raises:
+        ValueError: the group asks for kernels that do not serve it.
+    """
     backend = backend_for(param.device)
     fused = asked.group["fused"]
     if fused is False or is_overlapping or grad.dtype != param.dtype or not backend.can_step(param):

@@ -93,10 +93,19 @@ def sharded(state: Mapping[str, Tensor], param: Tensor, block_size: int) -> dict
     }
 
 
-def _whole(tensor: Tensor, shape: torch.Size, param: Any) -> Tensor:
+def _whole(local_tensor: Tensor, shape: torch.Size, param: Any) -> Tensor:
+    """The DTensor of a shape, placed as a parameter, of which this process has that part."""
+    module = _distributed()
     stride = torch.empty(shape, device="meta").stride()
-    mesh, placements = param.device_mesh, param.placements
-    return _distributed().DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
+    mesh, placements = param.device_mesh, tuple(param.placements)
+    if local_tensor.device.type == mesh.device_type:
+        return module.DTensor.from_local(local_tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
+    # Which would move it to the mesh's device: states that are kept on the CPU stay there, as those parameters do that
+    # FSDP2 keeps there.
+    specs: Any = importlib.import_module("torch.distributed.tensor._dtensor_spec")
+    meta = specs.TensorMeta(shape, stride, local_tensor.dtype)
+    spec = specs.DTensorSpec(mesh, placements, tensor_meta=meta)
+    return module.DTensor(local_tensor, spec, requires_grad=False)
 
 
 def whole(param: Tensor) -> Tensor:
@@ -104,30 +113,25 @@ def whole(param: Tensor) -> Tensor:
     return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape)
 
 
-def states_placed_as(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of states that were saved as DTensors, the shards on this process.
+def placed_alike(value: Any, param: Any) -> bool:
+    """Whether a tensor lies on the processes as a parameter does; one of no dimensions lies on all."""
+    return lying(value) == lying(param) if value.dim() else not is_sharded(value)
+
+
+def shards_of(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of states that lie on the processes as their parameter does, the shards on this one.
 
     Args:
         where: the parameter, in words.
-        param: a DTensor.
 
     Raises:
-        ValueError: one is on another mesh, or not of the parameter's shape, or not a DTensor, though others are.
+        ValueError: one is not of the parameter's shape.
     """
-    found = dict(state)
-    tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    for name, value in tensors.items():  # who reads them refuses the others
-        if not value.dim() and not is_sharded(value):
-            continue  # the step
-        label = f"{where}: state {name!r}"
-        if not is_sharded(value):
-            raise ValueError(f"{label} must be a DTensor, as the others are, got a {type(value).__name__}")
-        if value.device_mesh != param.device_mesh:
-            raise ValueError(f"{label} must be on the parameter's mesh, {param.device_mesh}, got {value.device_mesh}")
-        if not name.endswith("_absmax") and value.shape[: param.dim()] != param.shape:
-            raise ValueError(f"{label} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
-        found[name] = local(value.redistribute(placements=param.placements))
-    return found
+    for name, value in state.items():
+        is_of_shape = name.endswith("_absmax") or not is_sharded(value) or value.shape[: param.dim()] == param.shape
+        if not is_of_shape:
+            raise ValueError(f"{where}: state {name!r} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
+    return local_states(state)
 
 
 def cut(state: Mapping[str, Tensor], param: Any) -> dict[str, Tensor]:
@@ -136,19 +140,37 @@ def cut(state: Mapping[str, Tensor], param: Any) -> dict[str, Tensor]:
     Args:
         param: a DTensor whose states :func:`keeps_blocks`, or are not in blocks.
     """
-    module = _distributed()
-    everywhere = [module.Replicate()] * param.device_mesh.ndim
+    return {name: _part(tensor, param) if tensor.dim() else tensor for name, tensor in state.items()}
 
-    def part(tensor: Tensor) -> Tensor:
-        whole = module.DTensor.from_local(tensor, param.device_mesh, everywhere, run_check=False)
-        return local(whole.redistribute(placements=param.placements)).clone()
 
-    return {name: part(tensor) if tensor.dim() else tensor for name, tensor in state.items()}
+def _part(tensor: Tensor, param: Any) -> Tensor:
+    sizes, offsets = _extent(tensor.shape, param)
+    for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        tensor = tensor.narrow(dimension, min(offset, tensor.shape[dimension]), size)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _extent(shape: torch.Size, param: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and offset of this process's part of a tensor that is placed as a parameter."""
+    utils: Any = importlib.import_module("torch.distributed.tensor._utils")
+    return utils.compute_local_shape_and_global_offset(shape, param.device_mesh, param.placements)
+
+
+def agree(params: Iterable[Any], is_well: bool) -> bool:
+    """Whether all is well on all processes that have parts of the parameters; they all must ask."""
+    meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
+    for mesh in meshes:
+        flag = torch.tensor(int(is_well), device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            dist = importlib.import_module("torch.distributed")
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group=mesh.get_group(dimension))
+        is_well = bool(flag)
+    return is_well
 
 
 def keeps_blocks(param: Tensor, block_size: int) -> bool:
-    """Whether no block of a parameter, of two dimensions or more, is cut by its shards; the same on all processes."""
-    return not is_sharded(param) or all(_keeps_blocks(param, block_size))
+    """Whether no block of a parameter is cut by its shards; the same on all processes."""
+    return not is_sharded(param) or (param.dim() > 1 and all(_keeps_blocks(param, block_size)))
 
 
 def _keeps_blocks(param: Any, block_size: int) -> Iterable[bool]:
@@ -180,8 +202,7 @@ def first_element(param: Any) -> int:
     """The index, in the whole parameter, of the first element of this process's shard, which holds whole rows."""
     if not is_sharded(param):
         return 0
-    utils = importlib.import_module("torch.distributed.tensor._utils")
-    _, offset = utils.compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    _, offset = _extent(param.shape, param)
     return offset[0] * (param.numel() // max(param.shape[0], 1)) if offset else 0
 
 
@@ -204,11 +225,11 @@ def check(param: Any, *, by_chance: bool) -> None:
     if not is_sharded(param) or _is_wrapper(local(param)):
         kind = type(local(param)).__name__
         raise TypeError(f"parameters must be plain tensors or DTensors of them, got {kind}")
-    described = f"a DTensor placed as {tuple(param.placements)}"
+    kind = f"a DTensor placed as {tuple(param.placements)}"
     if any(placement.is_partial() for placement in param.placements):
-        raise TypeError(f"a parameter must be sharded or replicated, got {described}: its values are not known")
+        raise TypeError(f"a parameter must be sharded or replicated, got {kind}: its values are not known")
     if by_chance and any(_dimensions(param)):
-        raise TypeError(f"stochastic_rounding=True takes DTensors sharded along dimension 0 alone, got {described}")
+        raise TypeError(f"stochastic_rounding=True takes DTensors sharded along dimension 0 alone, got {kind}")
 
 
 def check_grad(param: Any, grad: Any) -> None:

@@ -61,7 +61,7 @@ def _has_blocks(param: Tensor, group: Mapping[str, Any]) -> bool:
     if param.numel() < max(group["min_8bit_size"], 1):
         return False
     if param.dim() < 2:
-        return param.numel() >= MIN_FLAT_LENGTH and not shards.is_sharded(param)
+        return param.numel() >= MIN_FLAT_LENGTH
     return param.numel() // param.shape[0] >= MIN_ROW_LENGTH
 
 

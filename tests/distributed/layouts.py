@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import opt8bit
 from opt8bit.optim import memory_report, to_torch_state_dict
+from opt8bit.quant import dequantize_blockwise, dynamic_map
 
 Check = Callable[[], None]
 CHECKS: dict[int, list[Check]] = {2: [], 4: []}
@@ -378,16 +379,110 @@ def damaged_checkpoints_are_refused() -> None:
             lambda state: state["blocks.0.up.weight"].update(exp_avg_sq=state["blocks.0.down.weight"]["exp_avg_sq"]),
             r"'blocks.0.up.weight': state 'exp_avg_sq' must have shape \(256, 64\), got \(64, 256\)",
         ),
-        (
-            lambda state: state["head.weight"].update(exp_avg=whole(state["head.weight"]["exp_avg"])),
-            "'head.weight': state 'exp_avg' must be a DTensor",
-        ),
     ):
         damaged = {**saved, "state": {name: dict(state) for name, state in saved["state"].items()}}
         change(damaged["state"])
         with pytest.raises(ValueError, match=message):
             set_optimizer_state_dict(model, optimizer, damaged)
         assert unchanged()
+    mixed = {**saved, "state": {name: dict(state) for name, state in saved["state"].items()}}
+    mixed["state"]["head.weight"]["exp_avg"] = whole(saved["state"]["head.weight"]["exp_avg"])
+    set_optimizer_state_dict(model, optimizer, mixed)
+    assert unchanged()
+
+    mine = copy.deepcopy(optimizer.state_dict())
+    if dist.get_rank() == 1:
+        mine["state"][0]["exp_avg_absmax"].to_local()[0] = torch.nan
+    word = "must be finite" if dist.get_rank() == 1 else "another process has refused its part"
+    with pytest.raises(ValueError, match=word):
+        optimizer.load_state_dict(mine)
+    assert unchanged()
+
+
+@on(2)
+def states_are_read_whole_where_they_lie_otherwise() -> None:
+    for shape, block_size, before, after in (
+        ((16, 2880), 256, Shard(0), Shard(1)),
+        ((16, 2880), 300, Shard(0), Shard(1)),
+        ((16, 600), 256, Shard(0), Shard(1)),
+        ((16, 1024), 256, Shard(1), Shard(0)),
+        ((16, 1024), 128, Replicate(), Shard(1)),
+    ):
+        source, plain = train(opt8bit.AdamW8bit, shape, mesh(), [before], block_size=block_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shards that cut blocks
+            placements = [after]
+            param = nn.Parameter(placed(random(*shape), mesh(), placements))
+            target = opt8bit.AdamW8bit([param], lr=1e-2)
+        expected = opt8bit.AdamW8bit([nn.Parameter(random(*shape))], lr=1e-2)
+        for optimizer, of in ((target, source), (expected, plain)):
+            optimizer.load_state_dict(of.state_dict())
+        (found,), (wanted,) = target.state.values(), expected.state.values()
+        if "exp_avg_absmax" in found:
+            assert all(torch.equal(whole(found[name]), value) for name, value in wanted.items())
+        else:  # shards that cut blocks: in full
+            exact = dequantize_blockwise(
+                plain.state_dict()["state"][0]["exp_avg"],
+                plain.state_dict()["state"][0]["exp_avg_absmax"],
+                dynamic_map(True),
+                block_size,
+            )
+            assert torch.equal(whole(found["exp_avg"]), exact)
+
+
+@on(2)
+def the_reference_steps_an_empty_shard() -> None:
+    assert_same(*train(opt8bit.AdamW8bit, (1, 8192), mesh(), [Shard(0)], fused=False))
+
+
+@on(2)
+def a_stable_embedding_keeps_its_states_in_full() -> None:
+    model = nn.Sequential(opt8bit.StableEmbedding(64, 256), nn.Linear(256, 64))
+    fully_shard(model)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
+    model(torch.arange(8)).sum().backward()
+    optimizer.step()
+    dtypes = {name: optimizer.state[param]["exp_avg"].dtype for name, param in model.named_parameters()}
+    assert dtypes["0.weight"] == torch.float32 and dtypes["1.weight"] == torch.uint8
+
+
+@on(2)
+def flat_parameters_are_32_bit_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="Of parameters with two dimensions or more"):
+        sharded, _ = train(opt8bit.SGD8bit, (2**20,), mesh(), [Shard(0)], momentum=0.9)
+    (state,) = sharded.state.values()
+    assert state["momentum_buffer"].dtype == torch.float32
+    row = memory_report(opt8bit.SGD8bit([nn.Parameter(torch.zeros(2**20))], momentum=0.9), ranks=2).rows[0]
+    assert row.state_bytes == 4 * 2**19 + 4
+
+
+@on(2)
+def ddp_is_refused_beside_the_backward_pass() -> None:
+    replicated = DistributedDataParallel(Net())
+    optimizer = opt8bit.AdamW8bit(replicated.parameters(), lr=1e-2, offload="backward")
+    with pytest.raises(RuntimeError, match="averaged over processes by DDP; use offload=True"):
+        losses(replicated, optimizer, 1)
+    plain, model = Net(), Net()
+    optimizers = [
+        opt8bit.AdamW8bit(of.parameters(), lr=1e-2, offload=where) for of, where in ((plain, False), (model, True))
+    ]
+    assert losses(DistributedDataParallel(model), optimizers[1]) == losses(plain, optimizers[0])
+
+
+@on(2)
+def a_failed_step_changes_nothing() -> None:
+    weight, bias = nn.Parameter(placed(random(16, 512), mesh(), [Shard(0)])), nn.Parameter(random(16))
+    optimizer = opt8bit.LAMB8bit([weight, bias], lr=1e-2)
+    for number in range(2):
+        weight.grad, bias.grad = placed(random(16, 512, seed=1), mesh(), [Shard(0)]), random(16, seed=2)
+        before = bias.detach().clone()
+        if number == 0:
+            optimizer.step()
+            optimizer.param_groups[0]["block_size"] = 64
+        else:
+            with pytest.raises(ValueError, match="with block_size 64, state 'exp_avg_absmax' must be"):
+                optimizer.step()
+            assert torch.equal(bias, before)
 
 
 def main(file: Path) -> None:

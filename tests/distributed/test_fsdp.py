@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import training
 from processes import run
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from training import CASES
 
 from opt8bit.optim import check_distributed_checkpoint
@@ -122,4 +123,14 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(folder: Path, s
     refused(lambda copy: None, message, parts_of("AdamW", block_size=64))
     message = "square.exp_avg must have shape .* and be torch.float32, .* and torch.uint8"
     refused(lambda copy: None, message, parts_of("AdamW, 32 bits"))
+
+    class App(Stateful):
+        def state_dict(self) -> dict[str, Any]:
+            return parts
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"has no app.model.square: it is another"):
+        check_distributed_checkpoint({"app": App()}, source)
     dcp.load(parts, checkpoint_id=source)

@@ -100,27 +100,120 @@ def test_beside_the_backward_pass_parameters_wait_for_the_step() -> None:
     before = copy.deepcopy(list(model.parameters()))
     backward(model, 0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-    with pytest.raises(RuntimeError, match=r"each step, but a parameter of shape \(64,\) has got"):
-        backward(model, 1)
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
 
 
-def test_beside_the_backward_pass_an_error_is_raised_by_the_step() -> None:
+def test_beside_the_backward_pass_a_second_one_is_refused() -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    backward(model, 0)
+    with pytest.raises(
+        RuntimeError, match=r"each step, but a parameter of shape \(64,\) has got a second"
+    ):
+        backward(model, 1)
+    with pytest.raises(RuntimeError, match="with a gradient that was changed afterwards: accumulated"):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model, 2)
+    optimizer.step()
+
+
+def test_beside_the_backward_pass_gradients_are_final() -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    backward(model, 0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+    with pytest.raises(RuntimeError, match="with a gradient that was changed afterwards: accumulated, clipped"):
+        optimizer.step()
+
+
+def test_beside_the_backward_pass_bad_options_are_refused_at_once() -> None:
     model = network(device=DEVICE)
     optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
     optimizer.param_groups[0]["lr"] = -1.0
-    backward(model, 0)
     with pytest.raises(ValueError, match=r"Invalid learning rate: -1.0"):
-        optimizer.step()
+        backward(model, 0)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_beside_the_backward_pass_a_scaler_comes_too_late(unscale: bool) -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
-    optimizer.param_groups[0]["lr"] = 1e-2
-    optimizer.zero_grad()
     scaler.scale(model(torch.ones(8, 64, device=DEVICE)).mean()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+        optimizer.zero_grad()  # so that the change does not show
     with pytest.raises(RuntimeError, match="offload='backward' has stepped before GradScaler could unscale"):
         scaler.step(optimizer)
+
+
+def test_beside_the_backward_pass_gradients_may_be_let_go_at_once() -> None:
+    models = [network(), network()]
+    optimizers = [
+        opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=where)
+        for model, where in zip(models, ("backward", False), strict=True)
+    ]
+    for param in models[0].parameters():
+        param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer)
+    assert_same(models[0], optimizers[0], models[1], optimizers[1])
+
+
+def test_beside_the_backward_pass_a_state_dict_is_that_of_whole_steps() -> None:
+    model = network()
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    train(model, optimizer)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    backward(model, 0)
+    assert all(state["step"] == 5 for state in optimizer.state_dict()["state"].values())
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)  # rolls back what the pass has begun
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(state["step"] == 4 for state in optimizer.state.values())
+
+
+def test_hooks_are_there_whenever_they_are_asked_for() -> None:
+    model = network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=True)
+    optimizer.param_groups[0]["offload"] = "backward"
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for of, each in ((model, optimizer), (copied_model, copied)):
+        each.step()  # from here on
+        backward(of, 0)
+        assert len(each._hosts.finish()) == 4
+
+
+def test_parameters_that_are_gone_are_let_go() -> None:
+    model, other = network(device=DEVICE), network(device=DEVICE)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
+    train(model, optimizer)
+    optimizer.param_groups[0]["params"] = list(other.parameters())[:2]
+    backward(model, 0)  # whose parameters are nobody's now
+    backward(other, 0)
+    optimizer.step()
+    assert set(optimizer._hosts._hosts) == set(list(other.parameters())[:2])
+
+
+def test_gradients_keep_their_dtype() -> None:
+    values = torch.randn(64, 256).to(torch.bfloat16)
+    results = []
+    for offload in (False, True):
+        param = nn.Parameter(values.clone())
+        if not hasattr(param, "grad_dtype"):
+            pytest.skip("gradients have their parameter's dtype in this torch")
+        param.grad_dtype = torch.float32
+        param.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+        optimizer = opt8bit.AdamW8bit([param], lr=1e-2, offload=offload)
+        optimizer.step()
+        results.append((param.detach(), optimizer.state[param]["exp_avg"]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_scaler_skips_a_step_on_the_cpu() -> None:
@@ -173,6 +266,8 @@ def test_what_cannot_be_offloaded_is_refused() -> None:
     values = torch.zeros(64, 256)
     with pytest.raises(ValueError, match="memory of their own: 2 share theirs"):
         opt8bit.AdamW8bit([nn.Parameter(values), nn.Parameter(values[:32])], offload=True)
+    with pytest.raises(ValueError, match="memory of their own: 2 share theirs"):
+        opt8bit.AdamW8bit([{"params": [nn.Parameter(of)]} for of in (values, values[:32])], offload=True)
     with pytest.raises(ValueError, match="offload must be True, False or 'backward', got 'cpu'"):
         opt8bit.AdamW8bit([nn.Parameter(values)], offload="cpu")
     param = nn.Parameter(values)

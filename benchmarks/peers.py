@@ -1,0 +1,61 @@
+"""The other libraries that the benchmarks compare with, each where it is installed (``pip install ".[bench]"``)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Maker = Callable[..., torch.optim.Optimizer]
+Quantizer = Callable[[Tensor, int, bool], Tensor]  # (values, block size, signed) -> the values of their codes
+
+
+def imported(name: str) -> Any:
+    """A module, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+bitsandbytes = imported("bitsandbytes")
+torchao = imported("torchao.optim")
+
+
+def optimizers(name: str) -> dict[str, Maker]:
+    """The 8-bit optimizers of a name of torch.optim's, such as AdamW, by the library's name."""
+    found: dict[str, Maker] = {}
+    for label, module in (("bitsandbytes", getattr(bitsandbytes, "optim", None)), ("torchao", torchao)):
+        kind = getattr(module, f"{name}8bit", None)
+        if kind is not None:
+            found[f"{label}.{name}8bit"] = partial(kind, momentum=0.9) if name == "SGD" else kind
+    return found
+
+
+def quantizers() -> dict[str, Quantizer]:
+    """Block-wise quantizers by the dynamic map of 8 bits."""
+    found: dict[str, Quantizer] = {}
+    if bitsandbytes is not None:
+        functional = bitsandbytes.functional
+        maps = {signed: functional.create_dynamic_map(signed=signed) for signed in (False, True)}
+
+        def by_bitsandbytes(x: Tensor, block_size: int, signed: bool) -> Tensor:
+            codes, state = functional.quantize_blockwise(x, code=maps[signed], blocksize=block_size)
+            return functional.dequantize_blockwise(codes, state)
+
+        found["bitsandbytes"] = by_bitsandbytes
+    if torchao is not None:
+        utils = importlib.import_module("torchao.optim.quant_utils")
+        tables = {signed: torch.tensor(utils.create_dynamic_map(signed=signed)) for signed in (False, True)}
+
+        def by_torchao(x: Tensor, block_size: int, signed: bool) -> Tensor:
+            scaled, scale = utils.scale_tensor(x, block_size)
+            codes = utils.quantize_8bit_with_qmap(scaled, tables[signed])
+            return utils.dequant_with_qmap(codes, tables[signed], scale)
+
+        found["torchao"] = by_torchao
+    return found
