@@ -5,7 +5,7 @@
 Table 1 of *8-bit Optimizers via Block-wise Quantization* at a size that two cores can train, three seeds each:
 
 - ``gpt``: a byte-level GPT of 10 million parameters on the source of Python's standard library, AdamW; validation loss.
-- ``images``: a ResNet of 0.3 million parameters on Fashion-MNIST, momentum; test accuracy.
+- ``images``: a ResNet of 0.2 million parameters on Fashion-MNIST, momentum; test accuracy.
 - ``images-lion``: the same with Lion, whose 32-bit form is this package's own, as torch has none.
 
 FOLDER has Fashion-MNIST's four ``*-ubyte.gz`` files (on Debian ``apt install dataset-fashion-mnist`` puts them into
@@ -86,10 +86,10 @@ class Residual(nn.Module):
 
 def resnet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
+        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
         nn.ReLU(),
-        Residual(32, 32, 2),
+        Residual(16, 32, 1),
         Residual(32, 64, 2),
         Residual(64, 96, 2),
         nn.AdaptiveAvgPool2d(1),
@@ -141,7 +141,7 @@ def tasks(quick: bool, fashion: Path) -> list[Task]:
     if not (fashion / "train-images-idx3-ubyte.gz").is_file():
         print(f"{fashion} has no train-images-idx3-ubyte.gz: the tasks on images are left out")
         return found
-    resnet = partial(train_resnet, folder=fashion, epochs=1 if quick else 3, size=1024 if quick else None)
+    resnet = partial(train_resnet, folder=fashion, epochs=1 if quick else 2, size=1024 if quick else None)
     momentum: dict[str, Maker] = {
         "torch.optim.SGD": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
         "opt8bit.SGD8bit": partial(opt8bit.SGD8bit, momentum=0.9, weight_decay=5e-4),

@@ -9,7 +9,7 @@ from pathlib import Path
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
 from opt8bit.cli.models import CommandError
 from opt8bit.cli.recipes import METHODS, read_recipe
-from opt8bit.optim.base import DEFAULTS
+from opt8bit.optim.options import DEFAULTS
 from opt8bit.ptq.bias import CORRECTIONS, SHIFTS
 from opt8bit.ptq.export import FORMATS
 from opt8bit.ptq.methods.outliers import STRUCTURES

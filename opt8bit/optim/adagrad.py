@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,7 +60,7 @@ class Adagrad8bit(Optimizer8bit):
         weight_decay: L2 penalty, added to the gradient.
         initial_accumulator_value: what the sum begins as.
         eps: added to the denominator.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_flags, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_betas, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,7 +96,7 @@ class Adam8bit(_AdamBase):
         weight_decay: L2 penalty, added to the gradient.
         amsgrad: divide by the largest v so far, a third state.
         decoupled_weight_decay: decay the parameter as AdamW does instead.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -143,7 +144,7 @@ class AdamW8bit(_AdamBase):
         eps: added to the denominator.
         weight_decay: decay of the parameter per step, in units of lr.
         amsgrad: divide by the largest second moment so far, a third state.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

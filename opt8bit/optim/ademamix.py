@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_betas, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,7 +85,7 @@ class AdEMAMix8bit(Optimizer8bit):
         t_beta3: steps over which beta3 rises from beta1; 0 for none. The paper takes the whole run.
         eps: added to the denominator.
         weight_decay: decay of the parameter per step, in units of lr.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

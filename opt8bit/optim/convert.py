@@ -12,11 +12,12 @@ from opt8bit.backends import Rule, as_real
 from opt8bit.optim import shards
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
-from opt8bit.optim.base import KEPT, Optimizer8bit
+from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.dialects import family
 from opt8bit.optim.dialects.torch_optim import STEPLESS
 from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.offload import target
+from opt8bit.optim.options import KEPT
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
 from opt8bit.optim.states import CODEBOOKS, check

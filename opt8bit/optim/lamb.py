@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_flags, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_betas, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,7 +75,7 @@ class LAMB8bit(Optimizer8bit):
         weight_decay: part of the parameter that is added to the step.
         bias_correction: divide m and v by 1 - beta^t.
         adapt: take the trust ratio; False, for the groups of biases and norms, takes 1.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,7 +74,7 @@ class LARS8bit(Optimizer8bit):
         eps: added to the denominator.
         nesterov: look ahead by one step; takes momentum.
         adapt: take local_lr; False, for the groups of biases and norms, takes lr.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_betas, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_betas, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,7 +55,7 @@ class Lion8bit(Optimizer8bit):
         lr: learning rate, a float or a tensor of one element; about a tenth of Adam's.
         betas: weight of m in the step, and decay rate of m, each in [0, 1).
         weight_decay: decay of the parameter per step, in units of lr; about ten times Adam's.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -14,11 +14,12 @@ from opt8bit.optim import shards
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.ademamix import AdEMAMix8bit
-from opt8bit.optim.base import Optimizer8bit, Options
+from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.lamb import LAMB8bit
 from opt8bit.optim.lars import LARS8bit
 from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.options import Options
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
 from opt8bit.optim.states import specs, will_be_coded
@@ -99,7 +100,7 @@ def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **optio
             each optimizer of the package, SGD with momentum. Of DTensors the shards on this process are counted.
         ranks: processes that share the parameters as FSDP2 does, along dimension 0: the report is of the first, which
             has most.
-        options: for a model, the options that its optimizers get; see :class:`opt8bit.optim.base.Options`.
+        options: for a model, the options that its optimizers get; see :class:`opt8bit.optim.options.Options`.
 
     Returns:
         A report of one row per optimizer. An optimizer's ``state_bytes`` are the bytes of the tensors in its

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,7 +107,7 @@ class Muon8bit(Optimizer8bit):
         ns_steps: iterations, less than 100.
         adjust_lr_fn: "original" (or None) takes sqrt(max(1, rows / columns)) * lr, "match_rms_adamw"
             0.2 * sqrt(max(rows, columns)) * lr.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or a parameter has not two dimensions.

@@ -71,7 +71,7 @@ class Begun(NamedTuple):
     """A step beside the backward pass, and the gradient that it is taken with."""
 
     step: Future[None]
-    grad: Tensor
+    grad: weakref.ref[Tensor]  # so that it may be let go at once
     version: int
 
 
@@ -121,11 +121,12 @@ class Hosts:
 
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "opt8bit-offload")
-        self._begun[param] = Begun(self._pool.submit(wait_and_step), grad, grad._version)
+        self._begun[param] = Begun(self._pool.submit(wait_and_step), weakref.ref(grad), grad._version)
 
     def wait(self) -> None:
         """Until no step goes on; what it may raise is left to :meth:`finish`."""
-        wait(begun.step for begun in self._begun.values())
+        if self._begun:
+            wait(begun.step for begun in self._begun.values())
 
     def drop(self) -> None:
         """Forgets the steps that were begun: their parameters stay as they are."""
@@ -145,7 +146,7 @@ class Hosts:
             error = step.exception()
             if error is not None:
                 raise error
-            if param.grad is not None and (param.grad is not grad or grad._version != version):
+            if param.grad is not None and (param.grad is not grad() or param.grad._version != version):
                 raise RuntimeError(CHANGED)
         return set(begun)
 

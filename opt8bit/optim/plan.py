@@ -49,7 +49,7 @@ class Asked(NamedTuple):
     grads: Sequence[Tensor]
     owners: Sequence[Tensor]  # the parameters themselves
     types: Set[type]  # of the gradients as they came
-    lying: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
+    placements: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
     numbers: Sequence[int]  # of these parameters in the optimizer
     hyper: Mapping[str, Any]
     grad_scale: Tensor | None
@@ -57,10 +57,10 @@ class Asked(NamedTuple):
 
     def part(self, indices: Sequence[int]) -> Asked:
         """What is asked of some of the parameters."""
-        columns = (self.params, self.grads, self.owners, self.lying or [None] * len(self.owners), self.numbers)
-        params, grads, owners, lying, numbers = ([column[i] for i in indices] for column in columns)
-        lying = tuple(lying) if any(lying) else None
-        return self._replace(params=params, grads=grads, owners=owners, lying=lying, numbers=numbers)
+        columns = (self.params, self.grads, self.owners, self.placements or [None] * len(self.owners), self.numbers)
+        params, grads, owners, placements, numbers = ([column[i] for i in indices] for column in columns)
+        placements = tuple(placements) if any(placements) else None
+        return self._replace(params=params, grads=grads, owners=owners, placements=placements, numbers=numbers)
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
@@ -68,7 +68,7 @@ class Asked(NamedTuple):
             self.rule,
             self.numbers,
             self.types,
-            self.lying,
+            self.placements,
             self.wanted_backend,
             *(self.group[name] for name in OPTIONS),
         )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
-from opt8bit.optim.base import Optimizer8bit, Options, check_flags, check_not_negative
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.options import Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,7 +109,7 @@ class RMSprop8bit(Optimizer8bit):
         weight_decay: L2 penalty, added to the gradient.
         momentum: decay rate of the buffer; 0 has none.
         centered: divide by the standard deviation of the gradient.
-        options: see :class:`opt8bit.optim.base.Options`.
+        options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -66,7 +66,7 @@ def local_states(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: local(value) for name, value in state.items()}
 
 
-def lying(tensor: Any) -> tuple[Any, ...] | None:
+def placement_of(tensor: Any) -> tuple[Any, ...] | None:
     """How a DTensor lies on the processes, to be compared; None for any other tensor."""
     return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else None
 
@@ -115,7 +115,7 @@ def whole(param: Tensor) -> Tensor:
 
 def placed_alike(value: Any, param: Any) -> bool:
     """Whether a tensor lies on the processes as a parameter does; one of no dimensions lies on all."""
-    return lying(value) == lying(param) if value.dim() else not is_sharded(value)
+    return placement_of(value) == placement_of(param) if value.dim() else not is_sharded(value)
 
 
 def shards_of(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:

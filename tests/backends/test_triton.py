@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import opt8bit
 from opt8bit import backends
 from opt8bit.backends import available, backend_for
-from opt8bit.optim.base import Options
+from opt8bit.optim.options import Options
 from opt8bit.quant import dequantize_blockwise, dynamic_map, linear_map, normal_float, quantize_blockwise
 
 triton = pytest.importorskip("triton")

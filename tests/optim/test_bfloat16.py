@@ -8,7 +8,7 @@ from cases import ANY_SHAPE, STATEFUL, Case, gradients, parameter, train, use
 from torch import nn
 
 import opt8bit
-from opt8bit.optim.base import Options
+from opt8bit.optim.options import Options
 
 WAYS: dict[str, Options] = {"stochastic": {"stochastic_rounding": True}, "compensated": {"compensation": True}}
 

@@ -8,8 +8,9 @@ from torch import nn
 
 import opt8bit
 from opt8bit.optim import to_torch_state_dict
-from opt8bit.optim.base import DEFAULTS, Optimizer8bit
+from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.convert import COUNTERPARTS
+from opt8bit.optim.options import DEFAULTS
 
 
 class Case(NamedTuple):

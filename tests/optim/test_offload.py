@@ -109,9 +109,7 @@ def test_beside_the_backward_pass_a_second_one_is_refused() -> None:
     model = network(device=DEVICE)
     optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload="backward")
     backward(model, 0)
-    with pytest.raises(
-        RuntimeError, match=r"each step, but a parameter of shape \(64,\) has got a second"
-    ):
+    with pytest.raises(RuntimeError, match=r"each step, but a parameter of shape \(64,\) has got a second"):
         backward(model, 1)
     with pytest.raises(RuntimeError, match="with a gradient that was changed afterwards: accumulated"):
         optimizer.step()

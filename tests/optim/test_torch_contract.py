@@ -359,7 +359,7 @@ def test_wide_dtypes_equal_torch(key: str, dtype: torch.dtype) -> None:
     ours = nn.Parameter(torch.randn(64, 96, dtype=dtype, generator=torch.Generator().manual_seed(0)))
     theirs = nn.Parameter(ours.detach().clone())
     mine = CLASSES[name]([ours], **copy.deepcopy(kwargs))
-    kept = {key: value for key, value in mine.defaults.items() if key not in opt8bit.optim.base.DEFAULTS}
+    kept = {key: value for key, value in mine.defaults.items() if key not in opt8bit.optim.options.DEFAULTS}
     torchs = HERE_TOO[name].optim_cls([theirs], **kept, maximize=mine.defaults["maximize"])
     for seed in range(3):
         ours.grad = torch.randn(64, 96, dtype=dtype, generator=torch.Generator().manual_seed(seed + 1))
