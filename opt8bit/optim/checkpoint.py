@@ -74,12 +74,14 @@ def read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> Sta
 
 
 def _read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> StateDict:
+    """What :func:`read` gives where no other process has a say."""
     saved_groups, saved_states = _sections(state_dict)
     params = _params_by_key(optimizer, saved_groups)
     strangers = [key for key in saved_states if key not in params]
     if strangers:
         raise ValueError(f"there is a state of a parameter {described(strangers[0])}, but no parameter group lists it")
     groups, states = [], {}
+    refused: list[ValueError] = []
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         mine = {key: saved_states[key] for key in saved["params"] if key in saved_states}
         dialect = dialect_of(saved, list(mine.values()))
@@ -91,10 +93,16 @@ def _read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> St
         rule, others = optimizer.rule(merged), states_of(optimizer, merged)
         for key, state in mine.items():
             where, param = params[key]
-            stored = _read_state(where, param, rule, others, dialect, saved, merged, state) if state else {}
+            try:
+                stored = _read_state(where, param, rule, others, dialect, saved, merged, state) if state else {}
+            except ValueError as error:  # later: all processes go through all parameters, as some are gathered
+                refused.append(error)
+                continue
             if stored:
                 states[key] = {name: _Boxed(tensor) for name, tensor in stored.items()}
         groups.append(merged)
+    if refused:
+        raise refused[0]
     return {**state_dict, "state": states, "param_groups": groups}
 
 
@@ -189,8 +197,8 @@ def _read_state(
     Raises:
         ValueError: it is not one of the parameter.
     """
-    is_cut = shards.is_sharded(param) and _is_placed_alike(param, saved, merged, state)
-    if is_cut:
+    by_shard = shards.is_sharded(param) and _is_placed_alike(param, saved, merged, state)
+    if by_shard:
         target, state = shards.local(param), shards.shards_of(where, param, state)
     elif shards.is_sharded(param):
         target, state = shards.whole(param), {name: shards.everywhere(value) for name, value in state.items()}
@@ -202,7 +210,7 @@ def _read_state(
     if not found:
         return {}
     stored = _stored(where, target, rule, merged, is_8bit(param, merged), found)
-    if shards.is_sharded(param) and not is_cut:
+    if shards.is_sharded(param) and not by_shard:
         stored = shards.cut(stored, param)
     return shards.sharded(stored, param, merged["block_size"])
 

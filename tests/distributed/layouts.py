@@ -431,6 +431,22 @@ def states_are_read_whole_where_they_lie_otherwise() -> None:
 
 
 @on(2)
+def blocks_that_were_cut_in_a_checkpoint_are_put_together() -> None:
+    """As torch distributes a full state dict: by the parameters' placements, whatever the blocks are."""
+    _, plain = train(opt8bit.AdamW8bit, (16, 2880), mesh(), [Shard(0)], block_size=300)
+    saved = copy.deepcopy(plain.state_dict())
+    for name, value in saved["state"][0].items():
+        if value.dim():
+            saved["state"][0][name] = placed(value, mesh(), [Shard(1)])
+    target = opt8bit.AdamW8bit([nn.Parameter(placed(random(16, 2880), mesh(), [Shard(1)]))], block_size=288)
+    expected = opt8bit.AdamW8bit([nn.Parameter(random(16, 2880))], block_size=288)
+    target.load_state_dict(saved)
+    expected.load_state_dict(plain.state_dict())
+    (found,), (wanted,) = target.state.values(), expected.state.values()
+    assert "exp_avg_absmax" in found and all(torch.equal(whole(found[name]), value) for name, value in wanted.items())
+
+
+@on(2)
 def the_reference_steps_an_empty_shard() -> None:
     assert_same(*train(opt8bit.AdamW8bit, (1, 8192), mesh(), [Shard(0)], fused=False))
 
