@@ -418,10 +418,10 @@ def _divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
     looks at."""
     together, one_by_one = [], []
     for each in asked:
-        apart = {i for i, param in enumerate(each.owners) if each.rule.whole and shards.is_divided(param)}
-        rest = [i for i in range(len(each.owners)) if i not in apart]
-        together.append(each.part(rest) if apart else each)
-        one_by_one += [each.part([i]) for i in sorted(apart)]
+        looks_at_wholes = each.rule.whole and each.placements
+        apart = [i for i, param in enumerate(each.owners) if shards.is_divided(param)] if looks_at_wholes else []
+        together.append(each.part(sorted({*range(len(each.owners))} - {*apart})) if apart else each)
+        one_by_one += [each.part([i]) for i in apart]
     return together, one_by_one
 
 
