@@ -12,12 +12,11 @@ gradients are zero always: how far those elements have moved after 1,000 steps o
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine
+from measuring import write_rows
 from peers import Maker, Quantizer, imported, optimizers, quantizers
 from torch import Tensor, nn
 
@@ -147,7 +146,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/rows/codes.png"), help="where to save the plot")
     options = parser.parse_args()
     rows = measure(options.quick)
-    options.rows.write_text("".join(json.dumps({**row, **machine()}) + "\n" for row in rows))
+    write_rows(options.rows, rows)
     plot(rows, options.plot)
     print(f"\nRows: {options.rows}; plot: {options.plot}")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from cpu_step import GPT2_SMALL, adamw_peers
-from measuring import copy_bandwidth, machine, seconds
+from measuring import copy_bandwidth, machine, seconds, write_rows
 from torch import nn
 
 import opt8bit
@@ -161,11 +160,9 @@ def main() -> None:
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
         parser.error(f"there is no device {device}")
     module = getattr(torch, device.type)
-    about = {**machine(), "device": "cpu" if device.type == "cpu" else module.get_device_name(device)}
-    print(
-        f"{about['device']}; "
-        + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    )
+    name = "cpu" if device.type == "cpu" else module.get_device_name(device)
+    versions = machine()["versions"].items()
+    print(f"{name}; " + ", ".join(f"{package} {version}" for package, version in versions if version))
     check(device)
     rounds = 3 if options.quick else options.rounds
     copy = copy_bandwidth(device, functools.partial(seconds_on, device))
@@ -177,9 +174,7 @@ def main() -> None:
                 rows += compare(question, shapes, dtype, device, rounds, copy)
             else:
                 print(f"\n{question}, {dtype}: no room for it")
-    with options.rows.open("w") as file:
-        for row in rows:
-            file.write(json.dumps({**row, "copy_bytes_per_s": copy, **about}) + "\n")
+    write_rows(options.rows, rows, copy_bytes_per_s=copy, device=name)
     plot(rows, options.plot)
     print(f"\nRows: {options.rows}, plot: {options.plot}")
 

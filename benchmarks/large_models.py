@@ -15,7 +15,6 @@ verification of what was written, which ``--no-verify`` leaves out.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
@@ -41,7 +40,7 @@ from cost_model import (
     narrow,
     work_folder,
 )
-from measuring import machine
+from measuring import machine, write_rows
 
 from opt8bit import ptq
 
@@ -193,9 +192,7 @@ def main() -> None:
     rows.append(whole_command(options.smollm2_seconds, costs))
     print(f"\n{'':<13}{'weights':>10}{'bfloat16':>11}{'float16':>11}{'memory':>11}{'work folder':>13}   most time")
     rows += [predict(shape, COMMAND, costs) for shape in LARGE]
-    with options.rows.open("w") as file:
-        for row in rows:
-            file.write(json.dumps({**row, **here}) + "\n")
+    write_rows(options.rows, rows)
     print(f"\nRows: {options.rows}")
 
 

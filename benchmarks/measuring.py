@@ -78,6 +78,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], **about: Any) -> None:
+    """One JSON line for each, with what they have in common and the machine behind it."""
+    common = {**about, **machine()}
+    path.write_text("".join(json.dumps({**row, **common}) + "\n" for row in rows))
+
+
 def compare(
     question: str, optimizers: dict[str, torch.optim.Optimizer], rounds: int, slow_rounds: int = 3
 ) -> list[dict[str, Any]]:
@@ -121,7 +127,5 @@ def main(description: str | None, rows_file: str, measure: Callable[[int, bool],
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e9:.1f} GB/s")
     rows = measure(3 if options.quick else options.rounds, options.quick)
-    with options.rows.open("w") as file:
-        for row in rows:
-            file.write(json.dumps({**row, "copy_bytes_per_s": bandwidth, **about}) + "\n")
+    write_rows(options.rows, rows, copy_bytes_per_s=bandwidth)
     print(f"\nRows: {options.rows}")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import machine
+from measuring import write_rows
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -195,9 +195,7 @@ def main() -> None:
     small = (128, 256, 2, 4, 2, 512) if options.quick else (320, 864, 6, 5, 5, 4096)
     found, large = measured(small), told({name: LARGE[name] for name in list(LARGE)[: 1 if options.quick else None]})
     show(found, large)
-    with options.rows.open("w") as file:
-        for row in [*found, *large]:
-            file.write(json.dumps({**row, **machine()}) + "\n")
+    write_rows(options.rows, [*found, *large])
     print(f"\nRows: {options.rows}")
 
 

@@ -56,7 +56,6 @@ class StableEmbedding(nn.Embedding):
             dtype,
         )
         self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device, dtype=self.weight.dtype)
-        self._mark()
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
@@ -71,7 +70,7 @@ class StableEmbedding(nn.Embedding):
 
     # Parameters lose their attributes whenever torch makes new ones of them. These are the places where it does.
 
-    def __setattr__(self, name: str, value: Any) -> None:  # by FSDP2
+    def __setattr__(self, name: str, value: Any) -> None:  # when it is made, and by FSDP2
         super().__setattr__(name, value)
         if name == "weight" and isinstance(value, nn.Parameter):
             self._mark()
@@ -120,7 +119,6 @@ def replace_embeddings(model: nn.Module) -> nn.Module:
                 dtype=embedding.weight.dtype,
             )
             new.weight = embedding.weight
-            new._mark()
             replaced[embedding] = new.train(embedding.training)
         return replaced[embedding]
 

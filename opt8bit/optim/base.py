@@ -174,7 +174,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         work = Plan(asked, [states]).work(asked, [states])
         assert work is not None
         self._take(work, {}, False)
-        shards.local(param).copy_(shards.cut({"param": whole}, param)["param"])
+        shards.local(param).copy_(shards.part(whole, param))
         self.state[param].clear()
         self.state[param].update(shards.sharded(shards.cut(states, param), param, group["block_size"]))
 
@@ -274,7 +274,9 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @property
     def _hosts(self) -> Hosts:
-        return self.__dict__.setdefault("_hosts_of_parameters", Hosts())
+        if "_hosts_of_parameters" not in self.__dict__:  # as after unpickling
+            self._hosts_of_parameters = Hosts()
+        return self._hosts_of_parameters
 
     def _fetched(self, params: Sequence[Tensor]) -> list[Host]:
         """Parameters and gradients on the CPU."""

@@ -140,10 +140,11 @@ def cut(state: Mapping[str, Tensor], param: Any) -> dict[str, Tensor]:
     Args:
         param: a DTensor whose states :func:`keeps_blocks`, or are not in blocks.
     """
-    return {name: _part(tensor, param) if tensor.dim() else tensor for name, tensor in state.items()}
+    return {name: part(tensor, param) if tensor.dim() else tensor for name, tensor in state.items()}
 
 
-def _part(tensor: Tensor, param: Any) -> Tensor:
+def part(tensor: Tensor, param: Any) -> Tensor:
+    """This process's part of a tensor that every process has, placed as a parameter; a copy."""
     sizes, offsets = _extent(tensor.shape, param)
     for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         tensor = tensor.narrow(dimension, min(offset, tensor.shape[dimension]), size)
@@ -158,11 +159,10 @@ def _extent(shape: torch.Size, param: Any) -> tuple[tuple[int, ...], tuple[int, 
 
 def agree(params: Iterable[Any], is_well: bool) -> bool:
     """Whether all is well on all processes that have parts of the parameters; they all must ask."""
-    meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
-    for mesh in meshes:
+    dist: Any = importlib.import_module("torch.distributed")
+    for mesh in dict.fromkeys(param.device_mesh for param in params if is_sharded(param)):
         flag = torch.tensor(int(is_well), device=mesh.device_type)
         for dimension in range(mesh.ndim):
-            dist = importlib.import_module("torch.distributed")
             dist.all_reduce(flag, dist.ReduceOp.MIN, group=mesh.get_group(dimension))
         is_well = bool(flag)
     return is_well

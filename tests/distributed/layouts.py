@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import traceback
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import end
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from training import whole
 
 import opt8bit
 from opt8bit.optim import memory_report, to_torch_state_dict
@@ -57,10 +58,6 @@ def placed(whole: Tensor, mesh: Any, placements: Any) -> Tensor:
 
 def mesh(*shape: int) -> Any:
     return init_device_mesh("cpu", shape or (dist.get_world_size(),))
-
-
-def whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def assert_same(found: torch.optim.Optimizer, expected: torch.optim.Optimizer) -> None:
@@ -517,8 +514,7 @@ def main(file: Path) -> None:
         found[check.__name__] = "\n".join(filter(None, errors))
     if dist.get_rank() == 0:
         file.write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # meshes hold on to groups, whose threads may fall over the interpreter's end
+    end()
 
 
 if __name__ == "__main__":

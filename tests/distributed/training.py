@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import end
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -177,8 +178,7 @@ def main(phase: str, folder: Path) -> None:
         found = {writer: resume(folder, writer) for writer in ("plain", 1, 2, 4)}
     if dist.get_rank() == 0:
         torch.save(found, folder / f"{phase}-{ranks}.pt")
-    dist.barrier()
-    os._exit(0)  # meshes hold on to groups, whose threads may fall over the interpreter's end
+    end()
 
 
 if __name__ == "__main__":
