@@ -1,48 +1,55 @@
-"""How good is a compressed language model, by rounding method, correction and width?
+"""How good is a compressed language model, by rounding method, correction, width and group?
 
-    pip install ".[compress]"
-    python benchmarks/compress.py MODEL --calibration FILE --test FILE [--bits 3 4] [--recipes gptq default]
+    pip install ".[compress,demo]"
+    python benchmarks/compress.py MODEL --calibration FILE --test FILE [--bits 4 3 2] [--groups 64 row]
 
-Perplexity on windows of the test text, which nothing was chosen by, and on windows of the calibration text behind
-those that calibrate; seconds of rounding and correcting; bits per weight with the scales counted. Every run is one
-line of the rows' file as soon as it is done. Groups of 64, asymmetric grids.
+Perplexity on windows of the test text, which nothing was chosen by; seconds of rounding and correcting; the peak memory
+of a process that does nothing else; bits per weight with scales and zero points counted, and the bytes of the biases.
+Grids are asymmetric. Methods are as their papers have them (ranges from the least to the largest weight, no error
+propagation), but for ``default``, which is what ``compress`` does when it is told nothing. Corrections are those of
+``compress``; "by position" has one bias for each position of a window. A run that has a row is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+import multiprocessing
+import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine
+from measuring import arguments, complete, plot
 
 from opt8bit import ptq
-from opt8bit.cli.models import load, tokens
+from opt8bit.cli.models import load, load_tokenizer, tokens
+from opt8bit.ptq.bias import CORRECTIONS
 from opt8bit.ptq.evaluate import windows
 
-PAPER: dict[str, Any] = {"range": "minmax", "error_propagation": 0.0}  # as the methods' papers have them
-RECIPES: dict[str, dict[str, Any]] = {
+PAPER: dict[str, Any] = {"range": "minmax", "error_propagation": 0.0}
+METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": ptq.RTN(), **PAPER},
-    "rtn, bias local": {"method": ptq.RTN(), "correct": "local", **PAPER},
-    "rtn, bias sequential": {"method": ptq.RTN(), "correct": "sequential", **PAPER},
     "gptq": {"method": ptq.GPTQ(), **PAPER},
-    "gptq, bias local": {"method": ptq.GPTQ(), "correct": "local", **PAPER},
-    "gptq, bias local, median": {"method": ptq.GPTQ(), "correct": "local", "statistic": "median", **PAPER},
-    "gptq, bias local, by position": {"method": ptq.GPTQ(), "correct": "local", "statistic": "position", **PAPER},
-    "gptq, bias sequential": {"method": ptq.GPTQ(), "correct": "sequential", **PAPER},
-    "gptq, no act_order": {"method": ptq.GPTQ(act_order=False), **PAPER},
     "quantease": {"method": ptq.QuantEase(), **PAPER},
     "gptq + quantease": {"method": ptq.QuantEase(start=ptq.GPTQ()), **PAPER},
-    "gptq, searched range": {"method": ptq.GPTQ(), "range": "mse", "error_propagation": 0.0},
-    "quantease, 1% outliers": {"method": ptq.OutlierQuantEase(0.01), **PAPER},
     "default": {},
-    "default, bias local": {"correct": "local", "error_propagation": 0.0},
-    "default, bias sequential": {"correct": "sequential"},
-    "default, bias joint": {"correct": "joint"},
 }
+RECIPES: dict[str, dict[str, Any]] = {
+    name if correct == "none" else f"{name}, bias {correct}": {**method, "correct": correct}
+    for name, method in METHODS.items()
+    for correct in CORRECTIONS
+    if not (name == "rtn" and correct == "joint")  # RTN looks at no inputs, and would round as ever
+}
+RECIPES |= {
+    f"{name}, bias local, by position": {**METHODS[name], "correct": "local", "statistic": "position"}
+    for name in ("rtn", "gptq", "quantease")
+}
+SIZES = {"samples": 64, "windows": 20, "length": 512}
+QUICK_SIZES = {"samples": 2, "windows": 2, "length": 64}
+QUICK_RECIPES = ["rtn", "gptq, bias local", "default, bias joint", "quantease, bias local, by position"]
 
 
 def main() -> None:
@@ -50,57 +57,79 @@ def main() -> None:
     parser.add_argument("model", help="folder with a checkpoint in safetensors, or id of the hub")
     parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate on")
     parser.add_argument("--test", type=Path, required=True, help="text to measure perplexity on")
-    parser.add_argument("--bits", type=int, nargs="+", default=[3])
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
-    parser.add_argument("--windows", type=int, default=20, help="windows of each perplexity")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--rows", type=Path, default=Path("compress.jsonl"), help="where to append the rows")
-    options = parser.parse_args()
-    about = machine()
-    print(f"{about['processor']}, {about['threads']} threads, kernels {about['kernels']}, {about['versions']}")
-    model, tokenizer = load(options.model)
-    text = tokens(options.calibration, tokenizer)
-    calibration = windows(text, options.length, options.samples)
-    samples = {
-        "held_out": windows(text[calibration.numel() :], options.length, options.windows),
-        "test": windows(tokens(options.test, tokenizer), options.length, options.windows),
+    parser.add_argument("--bits", type=int, nargs="+", help="(default 3 4 2)")
+    parser.add_argument("--groups", nargs="+", help='weights that share a scale, or "row" (default 64 row)')
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help="(default all)")
+    parser.add_argument("--samples", type=int, help=f"windows of calibration (default {SIZES['samples']})")
+    parser.add_argument("--windows", type=int, help=f"windows of the perplexity (default {SIZES['windows']})")
+    parser.add_argument("--length", type=int, help=f"tokens of a window (default {SIZES['length']})")
+    options = arguments(parser, "compress")
+    usual = QUICK_SIZES if options.quick else SIZES
+    recipes = options.recipes or (QUICK_RECIPES if options.quick else list(RECIPES))
+    all_bits = options.bits or ([3] if options.quick else [3, 4, 2])
+    groups = options.groups or (["64"] if options.quick else ["64", "row"])
+    sizes = {name: getattr(options, name) or size for name, size in usual.items()}
+    tokenizer = load_tokenizer(options.model)
+    texts = {
+        "calibration": windows(tokens(options.calibration, tokenizer), sizes["length"], sizes["samples"]),
+        "test": windows(tokens(options.test, tokenizer), sizes["length"], sizes["windows"]),
     }
-    shared = {
-        "model": Path(options.model).name,
-        "samples": options.samples,
-        "windows": options.windows,
-        "length": options.length,
-        "dtype": str(model.dtype),
-        **about,
-    }
-    runs = [(bits, name) for bits in options.bits for name in options.recipes]
-    whole = {name: ptq.perplexity(model, part) for name, part in samples.items()}
-    print(f"{'as it is':<36} test {whole['test']:9.3f}  held out {whole['held_out']:9.3f}", flush=True)
-    for bits, name in runs:
-        row = {"bits": bits, "recipe": name, **measure(model, calibration, samples, bits, RECIPES[name])}
-        print(
-            f"{f'{bits} bits, {name}':<36} test {row['test']:9.3f}  held out {row['held_out']:9.3f}  "
-            f"{row['seconds']:4.0f} s  {row['bits_per_weight']:.2f} bits",
-            flush=True,
-        )
-        with options.rows.open("a") as file:
-            file.write(json.dumps({**row, "original": whole, **shared}) + "\n")
+
+    def measure(**about: Any) -> list[dict[str, Any]]:
+        # A process of its own: the peak of its memory is that since its start.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(compressed, options.model, texts, about).result()
+        figures = f"perplexity {found['test']:9.3f}, {found['seconds']:4.0f} s, {found['peak_bytes'] / 1e9:.2f} GB"
+        print(f"{about['bits']} bits, group {about['group_size']}, {about['recipe']}: {figures}", flush=True)
+        return [found]
+
+    common = {"model": Path(options.model).name, **sizes}
+    wanted = [{**common, "bits": None, "group_size": None, "recipe": "as it is"}]
+    wanted += [
+        {**common, "bits": bits, "group_size": None if group == "row" else int(group), "recipe": recipe}
+        for group, bits, recipe in itertools.product(groups, all_bits, recipes)
+    ]
+    show(complete(options.rows, wanted, measure), options.rows)
 
 
-def measure(
-    model: Any, calibration: torch.Tensor, samples: dict[str, torch.Tensor], bits: int, recipe: dict[str, Any]
-) -> dict[str, Any]:
+def compressed(model_name: str, texts: dict[str, torch.Tensor], about: dict[str, Any]) -> dict[str, Any]:
+    model, _ = load(model_name)
     started = time.perf_counter()
-    result = ptq.compress(model, calibration, bits=bits, **recipe)
+    if about["recipe"] == "as it is":
+        bits_per_weight, bias_bytes = 8.0 * model.dtype.itemsize, 0
+    else:
+        recipe = {**RECIPES[about["recipe"]], "bits": about["bits"], "group_size": about["group_size"]}
+        result = ptq.compress(model, texts["calibration"], **recipe)
+        model, bits_per_weight, bias_bytes = result.compressed_model(), result.bits_per_weight, result.bias_bytes
     seconds = time.perf_counter() - started
-    compressed = result.compressed_model()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        **{name: ptq.perplexity(compressed, part) for name, part in samples.items()},
+        "test": ptq.perplexity(model, texts["test"]),
         "seconds": seconds,
-        "bits_per_weight": result.bits_per_weight,
-        "bias_bytes": result.bias_bytes,
+        "peak_bytes": peak,
+        "bits_per_weight": bits_per_weight,
+        "bias_bytes": bias_bytes,
+        "dtype": str(model.dtype),
     }
+
+
+def show(rows: list[dict[str, Any]], path: Path) -> None:
+    original, rows = rows[0], rows[1:]
+    print(f"\nas it is: perplexity {original['test']:.3f}")
+    widths = list(dict.fromkeys((row["group_size"], row["bits"]) for row in rows))
+    heads = [f"{bits} bits, {'rows' if group is None else f'groups of {group}'}" for group, bits in widths]
+    print(f"{'':<34}" + "".join(f"{head:>22}" for head in heads))
+    found = {(row["recipe"], row["group_size"], row["bits"]): row for row in rows}
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    for recipe in recipes:
+        print(f"{recipe:<34}" + "".join(f"{found[(recipe, *width)]['test']:>22.2f}" for width in widths))
+    with plot(path, len(widths), height=5) as axes:
+        for axis, width, head in zip(axes, widths, heads, strict=False):
+            axis.barh(recipes, [found[(recipe, *width)]["test"] for recipe in recipes])
+            axis.axvline(original["test"], color="black")
+            axis.set_xscale("log")
+            axis.invert_yaxis()
+            axis.set_title(f"{head}: perplexity")
 
 
 if __name__ == "__main__":

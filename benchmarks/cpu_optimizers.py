@@ -5,16 +5,19 @@
 One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
 round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
 optimizer, its foreach one where there is no fused one, and torch's fused AdamW, for scale, where torch has no
-such rule. Muon steps one parameter of 1024x1024. bitsandbytes is left out where it is not installed.
+such rule. Muon steps one parameter of 1024x1024. bitsandbytes is left out where it is not installed. Questions that
+have rows are not asked again.
 """
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import compare, main, parameters
+from measuring import arguments, compare, complete, parameters, plot
 from peers import Maker, bitsandbytes
 
 import opt8bit
@@ -91,12 +94,30 @@ def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimi
     return {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
 
 
-def measure(rounds: int, quick: bool) -> list[dict[str, Any]]:
-    rows = []
-    for question in QUESTIONS:
-        rows += compare(question.name, optimizers_of(question, 256 if quick else question.side), rounds)
-    return rows
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=31, help="times that each optimizer steps (default 31)")
+    options = arguments(parser, "cpu_optimizers")
+    questions = {question.name: question for question in QUESTIONS}
+
+    def measure(question: str) -> list[dict[str, Any]]:
+        print(f"\n{question}")
+        side = 256 if options.quick else questions[question].side
+        return compare(optimizers_of(questions[question], side), 3 if options.quick else options.rounds)
+
+    draw(complete(options.rows, [{"question": name} for name in questions], measure), options.rows)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratios to the first optimizer of each question."""
+    ours = [row for row in rows if row["optimizer"].startswith("opt8bit.")]
+    with plot(path, 1, width=6, height=5) as axes:
+        for axis in axes:
+            axis.barh([row["question"] for row in ours], [row["ratio"] for row in ours])
+            axis.axvline(1, color="black")
+            axis.invert_yaxis()
+            axis.set_xlabel("time / torch's")
 
 
 if __name__ == "__main__":
-    main(__doc__, "cpu_optimizers.jsonl", measure)
+    main()

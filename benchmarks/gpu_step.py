@@ -1,6 +1,6 @@
 """How long does an AdamW step take on a GPU, against torch, the other 8-bit optimizers, and the speed of the memory?
 
-    pip install ".[bench]" matplotlib && python benchmarks/gpu_step.py
+    pip install ".[bench,demo]" && python benchmarks/gpu_step.py
 
 First a step of ours is held against the reference, in plain torch on the CPU: nothing is measured where they differ by
 more than rounding. Then each question alternates all optimizers, round by round, on the same parameters and on fresh
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from cpu_step import GPT2_SMALL, adamw_peers
-from measuring import copy_bandwidth, machine, seconds, write_rows
+from measuring import arguments, copy_bandwidth, plot, seconds, write_rows
 from torch import nn
 
 import opt8bit
@@ -132,37 +131,30 @@ def fits(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
     return ROOM * count * (2 * dtype.itemsize + 8) < free
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Nanoseconds a parameter, over the number of parameters."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
-    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(6 * len(dtypes), 4), squeeze=False)
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        for name in dict.fromkeys(row["optimizer"] for row in rows):
-            chosen = [row for row in rows if row["optimizer"] == name and row["dtype"] == dtype]
-            points = sorted((row["parameters"], row["median_ms"] * 1e6 / row["parameters"]) for row in chosen)
-            axis.loglog(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=dtype, xlabel="parameters", ylabel="ns per parameter")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with plot(path, len(dtypes), width=6, height=4) as axes:
+        for axis, dtype in zip(axes, dtypes, strict=False):
+            for name in dict.fromkeys(row["optimizer"] for row in rows):
+                chosen = [row for row in rows if row["optimizer"] == name and row["dtype"] == dtype]
+                points = sorted((row["parameters"], row["median_ms"] * 1e6 / row["parameters"]) for row in chosen)
+                axis.loglog(*zip(*points, strict=True), marker="o", label=name)
+            axis.set(title=dtype, xlabel="parameters", ylabel="ns per parameter")
+            axis.legend()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, xpu, or cpu to try this script (default cuda)")
-    parser.add_argument("--quick", action="store_true", help="one small tensor, to see that it runs")
     parser.add_argument("--rounds", type=int, default=31, help="times that each optimizer steps (default 31)")
-    parser.add_argument("--rows", type=Path, default=Path("gpu_step.jsonl"), help="where to write the rows")
-    parser.add_argument("--plot", type=Path, default=Path("gpu_step.png"), help="where to draw them")
-    options = parser.parse_args()
+    options = arguments(parser, "gpu_step")
     device = torch.device(options.device)
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
         parser.error(f"there is no device {device}")
     module = getattr(torch, device.type)
     name = "cpu" if device.type == "cpu" else module.get_device_name(device)
-    versions = machine()["versions"].items()
-    print(f"{name}; " + ", ".join(f"{package} {version}" for package, version in versions if version))
+    print(name)
     check(device)
     rounds = 3 if options.quick else options.rounds
     copy = copy_bandwidth(device, functools.partial(seconds_on, device))
@@ -175,8 +167,7 @@ def main() -> None:
             else:
                 print(f"\n{question}, {dtype}: no room for it")
     write_rows(options.rows, rows, copy_bytes_per_s=copy, device=name)
-    plot(rows, options.plot)
-    print(f"\nRows: {options.rows}, plot: {options.plot}")
+    draw(rows, options.rows)
 
 
 if __name__ == "__main__":

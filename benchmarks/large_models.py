@@ -40,7 +40,7 @@ from cost_model import (
     narrow,
     work_folder,
 )
-from measuring import machine, write_rows
+from measuring import arguments, write_rows
 
 from opt8bit import ptq
 
@@ -175,15 +175,9 @@ def print_constants(costs: Costs) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="small models, to see that it runs; its figures say nothing"
-    )
     parser.add_argument("--smollm2-seconds", type=float, help="that the command took for SmolLM2-135M on one core")
-    parser.add_argument("--rows", type=Path, default=Path("large_models.jsonl"), help="where to write the rows")
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    here = machine()
-    print(f"{here['processor']}, {here['threads']} threads, kernels {here['kernels']}, {here['versions']}", flush=True)
+    options = arguments(parser, "large_models")
     measured, checked = (QUICK_MEASURED, QUICK_CHECKED) if options.quick else (MEASURED, CHECKED)
     costs = Costs([measure(*each) for each in measured])
     print_constants(costs)

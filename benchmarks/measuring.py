@@ -7,12 +7,16 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import Elsewhere, imported
 from torch import nn
 
 from opt8bit.backends import backend_for
@@ -24,17 +28,17 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(calls: dict[str, Callable[[], Any]], rounds: int, slow_rounds: int) -> dict[str, list[float]]:
-    """Times of each call, in turn. The first is not counted; one ten times slower than the first call gets fewer."""
-    for call in calls.values():
-        call()
-    warm = {name: seconds(call) for name, call in calls.items()}
+def alternate(clocks: dict[str, Callable[[], float]], rounds: int, slow_rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, in turn. The first is not counted; what takes four times as long as the first gets fewer."""
+    for clock in clocks.values():
+        clock()
+    warm = {name: clock() for name, clock in clocks.items()}
     first = next(iter(warm.values()))
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in clocks}
     for turn in range(rounds):
-        for name, call in calls.items():
-            if turn < slow_rounds or warm[name] < 10 * first:
-                times[name].append(seconds(call))
+        for name, clock in clocks.items():
+            if turn < slow_rounds or warm[name] < 4 * first:
+                times[name].append(clock())
     return times
 
 
@@ -84,48 +88,86 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], **about: Any) -> None
     path.write_text("".join(json.dumps({**row, **common}) + "\n" for row in rows))
 
 
-def compare(
-    question: str, optimizers: dict[str, torch.optim.Optimizer], rounds: int, slow_rounds: int = 3
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def complete(
+    path: Path,
+    wanted: Iterable[dict[str, Any]],
+    measure: Callable[..., list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """Steps the optimizers in turn, prints a table, and returns its rows; ratios are to the first of them."""
-    times = alternate({name: optimizer.step for name, optimizer in optimizers.items()}, rounds, slow_rounds)
+    """Measures what has no row yet: a run that was stopped goes on where it was.
+
+    ``measure(**about)`` returns the figures for one of ``wanted``, and rows of both are added to the file at once.
+    Returns those rows of the file that were wanted.
+    """
+    rows = read_rows(path)
+    asked = list(wanted)
+    for about in asked:
+        if not any(about.items() <= row.items() for row in rows):
+            started = time.perf_counter()
+            found = measure(**about)
+            common = {"took_seconds": time.perf_counter() - started, **machine()}
+            new = [{**about, **figures, **common} for figures in found]
+            with path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in new))
+            rows += new
+    return [row for about in asked for row in rows if about.items() <= row.items()]
+
+
+def arguments(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Adds ``--quick`` and ``--rows`` and parses; with ``--quick`` the rows go where none are yet."""
+    parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it runs")
+    parser.add_argument(
+        "--rows", type=Path, help=f"where rows go (benchmarks/rows/{name}.jsonl); the plot goes beside it"
+    )
+    options = parser.parse_args()
+    if options.rows is None:
+        folder = Path(tempfile.mkdtemp()) if options.quick else Path(__file__).parent / "rows"
+        options.rows = folder / f"{name}.jsonl"
+    about = machine()
+    print(f"{about['processor']}, {about['threads']} threads, kernels {about['kernels']}")
+    print(", ".join(f"{package} {version}" for package, version in about["versions"].items() if version), flush=True)
+    return options
+
+
+@contextmanager
+def plot(rows: Path, panels: int, width: float = 4.5, height: float = 3.2) -> Iterator[list[Any]]:
+    """The axes of so many panels, saved beside the rows as a picture; none where matplotlib is not installed."""
+    pyplot: Any = imported("matplotlib.pyplot")
+    if pyplot is None or not panels:
+        yield []
+        return
+    figure, axes = pyplot.subplots(1, panels, figsize=(width * panels, height), squeeze=False)
+    yield list(axes[0])
+    figure.tight_layout()
+    figure.savefig(rows.with_suffix(".png"), dpi=80)
+    print(f"\nRows: {rows}; plot: {rows.with_suffix('.png')}")
+
+
+def compare(
+    optimizers: Mapping[str, torch.optim.Optimizer | Elsewhere], rounds: int, slow_rounds: int = 3
+) -> list[dict[str, Any]]:
+    """Steps optimizers in turn, prints a table and returns its rows; ratios are of medians, to the first of them."""
+
+    def clock(optimizer: Any) -> Callable[[], float]:
+        return optimizer.step_seconds if isinstance(optimizer, Elsewhere) else partial(seconds, optimizer.step)
+
+    times = alternate({name: clock(each) for name, each in optimizers.items()}, rounds, slow_rounds)
     base = statistics.median(next(iter(times.values())))
     rows = []
-    tensors = [param for group in next(iter(optimizers.values())).param_groups for param in group["params"]]
-    count = sum(tensor.numel() for tensor in tensors)
-    print(f"\n{question}: {len(tensors)} tensors, {count / 1e6:.1f}M parameters, {rounds} rounds")
     for name, sample in times.items():
         median = statistics.median(sample)
         row = {
-            "question": question,
             "optimizer": name,
-            "parameters": count,
             "median_ms": median * 1e3,
             "min_ms": min(sample) * 1e3,
             "max_ms": max(sample) * 1e3,
+            "rounds": len(sample),
             "ratio": median / base,
         }
         rows.append(row)
-        print(
-            f"  {name:<44} {row['median_ms']:9.2f} ms ({row['min_ms']:.2f} to {row['max_ms']:.2f})"
-            f"  {median / count * 1e9:7.3f} ns/parameter  {row['ratio']:7.2f}x",
-            flush=True,
-        )
+        spread = f"({row['min_ms']:.3f} to {row['max_ms']:.3f})"
+        print(f"  {name:<44} {row['median_ms']:10.3f} ms  {spread:<24} {row['ratio']:7.2f}x", flush=True)
     return rows
-
-
-def main(description: str | None, rows_file: str, measure: Callable[[int, bool], list[dict[str, Any]]]) -> None:
-    """The command line of a benchmark; ``measure`` takes rounds, and whether to be quick."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small tensors, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=31, help="times that each optimizer steps (default 31)")
-    parser.add_argument("--rows", type=Path, default=Path(rows_file), help="where to write the rows")
-    options = parser.parse_args()
-    about = machine()
-    print(f"{about['processor']}, {about['threads']} threads, kernels {about['kernels']}")
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items() if version))
-    bandwidth = copy_bandwidth()
-    print(f"copy: {bandwidth / 1e9:.1f} GB/s")
-    rows = measure(3 if options.quick else options.rounds, options.quick)
-    write_rows(options.rows, rows, copy_bytes_per_s=bandwidth)
-    print(f"\nRows: {options.rows}")

@@ -1,10 +1,9 @@
-"""How good, and how fast, is llm-compressor's GPTQ on the same model, texts and windows?
+"""How good, and how fast, are llm-compressor's GPTQ and AWQ on the same model, texts and windows as compress.py?
 
     python -m venv peer && peer/bin/pip install torch llmcompressor
-    peer/bin/python benchmarks/peer_llmcompressor.py MODEL --calibration FILE --test FILE
+    peer/bin/python benchmarks/peer_llmcompressor.py MODEL --calibration FILE --test FILE [--method awq] [--bits 4]
 
-In an environment of its own, as its dependencies are. Its 3-bit asymmetric scheme with groups of 64, 64 windows of 512
-tokens; perplexity as ``opt8bit evaluate`` has it.
+In an environment of its own, as its dependencies are. Asymmetric grids; perplexity as ``opt8bit evaluate`` has it.
 """
 
 from __future__ import annotations
@@ -27,15 +26,30 @@ from compressed_tensors.quantization import (  # pyright: ignore[reportMissingIm
 )
 from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
-from llmcompressor.modifiers.quantization import GPTQModifier  # pyright: ignore[reportMissingImports]
+from llmcompressor.modifiers.quantization import (  # pyright: ignore[reportMissingImports]
+    GPTQModifier,
+    QuantizationModifier,
+)
+from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
+from llmcompressor.pipelines.cache import IntermediatesCache  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-LENGTH, SAMPLES, WINDOWS = 512, 64, 20
+if not torch.accelerator.is_available():  # 0.14's AWQ pins memory all the same, and fails
+    IntermediatesCache.pin_memory = lambda *_: None
 
 
-def windows(path: Path, tokenizer: Any, samples: int) -> torch.Tensor:
+def windows(path: Path, tokenizer: Any, samples: int, length: int) -> torch.Tensor:
     ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"])
-    return ids[: samples * LENGTH].view(samples, LENGTH)
+    return ids[: samples * length].view(samples, length)
+
+
+def recipe(method: str, bits: int, group_size: int | None) -> list[Any]:
+    strategy = QuantizationStrategy.GROUP if group_size else QuantizationStrategy.CHANNEL
+    weights = QuantizationArgs(num_bits=bits, symmetric=False, strategy=strategy, group_size=group_size)
+    scheme = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
+    if method == "gptq":
+        return [GPTQModifier(**scheme, ignore=["lm_head"])]
+    return [AWQModifier(), QuantizationModifier(**scheme, ignore=["lm_head"])]
 
 
 @torch.no_grad()
@@ -49,31 +63,43 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--method", choices=("gptq", "awq"), default="gptq")
     parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group", default="64", help='weights that share a scale, or "row" (default 64)')
+    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
+    parser.add_argument("--windows", type=int, default=20, help="windows of the perplexity")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--rows", type=Path, default=Path("peer_llmcompressor.jsonl"), help="where to append the row")
     options = parser.parse_args()
+    group_size = None if options.group == "row" else int(options.group)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    calibration = windows(options.calibration, tokenizer, SAMPLES)
+    calibration = windows(options.calibration, tokenizer, options.samples, options.length)
     dataset = Dataset.from_dict(
         {"input_ids": calibration.tolist(), "attention_mask": torch.ones_like(calibration).tolist()}
     )
-    weights = QuantizationArgs(
-        num_bits=options.bits, symmetric=False, strategy=QuantizationStrategy.GROUP, group_size=64
-    )
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
     calibrating = time.perf_counter()
-    oneshot(model=model, dataset=dataset, recipe=recipe, max_seq_length=LENGTH, num_calibration_samples=SAMPLES)
+    oneshot(
+        model=model,
+        dataset=dataset,
+        recipe=recipe(options.method, options.bits, group_size),
+        max_seq_length=options.length,
+        num_calibration_samples=options.samples,
+    )
     seconds = time.perf_counter() - calibrating
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
     whole_seconds = time.perf_counter() - started
     row = {
-        "recipe": "llm-compressor, gptq",
+        "model": Path(options.model).name,
+        "recipe": f"llm-compressor, {options.method}",
         "bits": options.bits,
-        "test": perplexity(model, windows(options.test, tokenizer, WINDOWS)),
+        "group_size": group_size,
+        "samples": options.samples,
+        "windows": options.windows,
+        "length": options.length,
+        "test": perplexity(model, windows(options.test, tokenizer, options.windows, options.length)),
         "seconds": seconds,
         "whole_seconds": whole_seconds,  # from loading to the written checkpoint
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +28,8 @@ def imported(name: str) -> Any:
         return None
 
 
+for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # of kernels for other machines than this
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 bitsandbytes = imported("bitsandbytes")
 torchao = imported("torchao.optim")
 
@@ -34,6 +42,31 @@ def optimizers(name: str) -> dict[str, Maker]:
         if kind is not None:
             found[f"{label}.{name}8bit"] = partial(kind, momentum=0.9) if name == "SGD" else kind
     return found
+
+
+class Elsewhere:
+    """An optimizer that steps in a process of its own, which waits between steps; to be closed.
+
+    Args:
+        folder: where its package was installed (``pip install --target``), which is looked at first.
+        settings: of step_worker.py.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        worker = Path(__file__).with_name("step_worker.py")
+        command = [sys.executable, str(worker), json.dumps(settings)]
+        pipe = subprocess.PIPE
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def step_seconds(self) -> float:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def quantizers() -> dict[str, Quantizer]:

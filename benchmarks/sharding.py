@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import write_rows
+from measuring import arguments, write_rows
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -185,11 +185,9 @@ def show(measured: list[dict[str, Any]], told: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model, to see that it runs")
-    parser.add_argument("--rows", type=Path, default=Path("benchmarks/rows/sharding.jsonl"), help="where to write rows")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=int, nargs=6, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = arguments(parser, "sharding")
     if options.work:
         work(options.work, tuple(options.sizes))
     small = (128, 256, 2, 4, 2, 512) if options.quick else (320, 864, 6, 5, 5, 4096)

@@ -1,0 +1,194 @@
+"""What does each part of the method buy: dynamic codes, blocks, StableEmbedding?
+
+    pip install ".[demo]" && python benchmarks/ablation.py
+
+Table 3 of *8-bit Optimizers via Block-wise Quantization* at a size that two cores can train: a GPT over words of the
+standard library's source, with each combination of
+
+- states of 32 bits, or of 8 by linear or dynamic codes, for the whole tensor or in blocks of 256;
+- ``nn.Embedding`` or ``StableEmbedding``, whose own states have 32 bits;
+- learning rates and betas, without clipping of gradients, two seeds each.
+
+The states are rounded behind each step of torch.optim.AdamW, all by the same quantizer, so that nothing but the codes
+differs. A run is unstable where its loss is once not finite or above HOPELESS nats, which ends it, or is in the mean
+of its last tenth above that of some earlier tenth by more than HARM nats. The final loss is the mean over the last
+tenth of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measuring import arguments, complete, plot
+from torch import Tensor, nn
+
+import opt8bit
+from opt8bit.cli import demo
+from opt8bit.quant import dequantize_blockwise, dynamic_map, linear_map, quantize_blockwise
+
+HARM = 0.3
+HOPELESS = 100.0  # nats; a run that gets there is not gone on with
+CODEBOOKS = {  # by whether they are signed
+    "linear": {True: linear_map(), False: linear_map(signed=False)},
+    "dynamic": {True: dynamic_map(), False: dynamic_map(signed=False)},
+}
+WORD = re.compile(rb"\w+|[^\w]")
+
+
+class Size(NamedTuple):
+    steps: int = 250
+    vocabulary: int = 4096
+    width: int = 64
+    layers: int = 2
+    context: int = 64
+    batch: int = 8
+
+
+class Variant(NamedTuple):
+    """How states are stored."""
+
+    codes: str  # "linear" or "dynamic"; "" for 32 bits
+    is_blockwise: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.codes}, {'blocks' if self.is_blockwise else 'whole tensor'}" if self.codes else "32 bits"
+
+
+VARIANTS = [Variant("", True), *(Variant(*pair) for pair in itertools.product(CODEBOOKS, (False, True)))]
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW whose states are, after each step, what their 8-bit codes say."""
+
+    def __init__(self, params: Iterable[nn.Parameter], variant: Variant, **options: Any) -> None:
+        super().__init__(params, fused=True, **options)
+        self.variant = variant
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = super().step(closure)
+        for param, state in self.state.items():
+            if self.variant.codes and param.dim() > 1 and getattr(param, "state_bits", 8) == 8:
+                for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                    state[name].copy_(self._rounded(state[name], signed))
+        return loss
+
+    def _rounded(self, state: Tensor, signed: bool) -> Tensor:
+        codebook = CODEBOOKS[self.variant.codes][signed]
+        rows = state if self.variant.is_blockwise else state.view(1, -1)
+        block_size = 256 if self.variant.is_blockwise else rows.shape[1]
+        codes, absmax = quantize_blockwise(rows, codebook, block_size)
+        return dequantize_blockwise(codes, absmax, codebook, block_size).view_as(state)
+
+
+class WordGPT(nn.Module):
+    def __init__(self, size: Size, embedding: type[nn.Embedding]) -> None:
+        super().__init__()
+        self.tokens = embedding(size.vocabulary, size.width)
+        self.positions = nn.Parameter(torch.randn(size.context, size.width) * 0.02)
+        self.blocks = nn.Sequential(*(demo.Block(size.width, heads=2) for _ in range(size.layers)))
+        self.norm = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (batch, context) -> (batch, context, vocabulary)
+        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
+
+
+def words(vocabulary: int) -> Tensor:
+    """The standard library's source as numbers of words, the rarest of which share the last number."""
+    found = WORD.findall(demo.standard_library_text())
+    most = [word for word, _ in collections.Counter(found).most_common(vocabulary - 1)]
+    numbers = {word: number for number, word in enumerate(most)}
+    return torch.tensor([numbers.get(word, vocabulary - 1) for word in found])
+
+
+def train(data: Tensor, size: Size, variant: Variant, stable: bool, lr: float, beta2: float, seed: int) -> list[float]:
+    """The loss of each step, in nats per word, up to one that is hopeless or not finite."""
+    torch.manual_seed(seed)
+    model = WordGPT(size, opt8bit.StableEmbedding if stable else nn.Embedding)
+    optimizer = RoundedAdamW(model.parameters(), variant, lr=lr, betas=(0.9, beta2), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    for step in range(size.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / (size.steps / 10))
+        starts = torch.randint(len(data) - size.context, (size.batch, 1), generator=generator)
+        window = data[starts + torch.arange(size.context + 1)]
+        loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        losses.append(loss.item())
+        if not losses[-1] < HOPELESS:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def verdict(losses: list[float]) -> dict[str, Any]:
+    tenth = max(1, len(losses) // 10)
+    means = [statistics.mean(losses[start : start + tenth]) for start in range(0, len(losses) - tenth + 1, tenth)]
+    has_ended_early = not losses[-1] < HOPELESS
+    final = None if has_ended_early else statistics.mean(losses[-tenth:])
+    return {"is_unstable": final is None or final > min(means) + HARM, "final_loss": final}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = arguments(parser, "ablation")
+    size = Size(steps=10, vocabulary=256, width=32, layers=1) if options.quick else Size()
+    rates = (1e-2,) if options.quick else (1e-3, 4e-3, 1.6e-2)
+    betas = (0.98,) if options.quick else (0.95, 0.999)
+    seeds = (0,) if options.quick else (0, 1)
+    data = words(size.vocabulary)
+    variants = {variant.name: variant for variant in VARIANTS}
+
+    def measure(states: str, stable_embedding: bool, lr: float, beta2: float, seed: int) -> list[dict[str, Any]]:
+        found = verdict(train(data, size, variants[states], stable_embedding, lr, beta2, seed))
+        print(f"{states}, stable {stable_embedding}, lr {lr}, beta2 {beta2}, seed {seed}: {found}", flush=True)
+        return [found]
+
+    wanted = [
+        {"states": name, "stable_embedding": stable, "lr": lr, "beta2": beta2, "seed": seed}
+        for seed, lr, beta2, stable, name in itertools.product(seeds, rates, betas, (False, True), variants)
+    ]
+    show(complete(options.rows, wanted, measure), options)
+
+
+def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    print(f"\n{'states':<24}{'embedding':<18}{'unstable':>9}{'final loss: median':>20}{'of the best':>13}")
+    by_kind: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_kind.setdefault((row["states"], row["stable_embedding"]), []).append(row)
+    for (states, stable), mine in by_kind.items():
+        share = statistics.mean(row["is_unstable"] for row in mine)
+        finals = [row["final_loss"] if row["final_loss"] is not None else math.inf for row in mine]
+        embedding = "StableEmbedding" if stable else "nn.Embedding"
+        print(f"{states:<24}{embedding:<18}{share:>9.0%}{statistics.median(finals):>20.3f}{min(finals):>13.3f}")
+    rates = sorted({row["lr"] for row in rows})
+    with plot(options.rows, len(rates), height=4) as axes:
+        for axis, lr in zip(axes, rates, strict=False):
+            for stable, mark in ((False, "o"), (True, "s")):
+                mine = [row for row in rows if row["lr"] == lr and row["stable_embedding"] == stable]
+                there = [row for row in mine if row["final_loss"] is not None]
+                label = "StableEmbedding" if stable else "nn.Embedding"
+                axis.plot(
+                    [row["final_loss"] for row in there], [row["states"] for row in there], mark, alpha=0.5, label=label
+                )
+            axis.set_title(f"learning rate {lr}")
+            axis.set_xlabel("final loss, nats per word")
+        for axis in axes[:1]:
+            axis.legend()
+
+
+if __name__ == "__main__":
+    main()

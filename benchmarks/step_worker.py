@@ -1,0 +1,36 @@
+"""Steps a peer in a process of its own, for peers whose packages cannot be imported beside others.
+
+    python step_worker.py SETTINGS
+
+SETTINGS is JSON: module and class of the optimizer, shapes and dtype of its parameters, threads. Each line that is read
+takes one step, and its seconds are printed. Started by :class:`peers.Elsewhere`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+
+import torch
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(settings["threads"])
+    kind = getattr(importlib.import_module(settings["module"]), settings["class"])
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, settings["dtype"])
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in settings["shapes"]]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+    optimizer = kind(params, lr=1e-3)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        optimizer.step()
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()
