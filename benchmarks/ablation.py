@@ -184,6 +184,8 @@ def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
                 axis.plot(
                     [row["final_loss"] for row in there], [row["states"] for row in there], mark, alpha=0.5, label=label
                 )
+            unstable = [row["states"] for row in rows if row["lr"] == lr and row["is_unstable"]]
+            axis.plot([axis.get_xlim()[1]] * len(unstable), unstable, "rx", label="unstable")
             axis.set_title(f"learning rate {lr}")
             axis.set_xlabel("final loss, nats per word")
         for axis in axes[:1]:
