@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import repeat
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from opt8bit.backends import Backend, GroupUpdate, Rule, can_capture, wanted_backend
 from opt8bit.optim import shards
+from opt8bit.optim.backward import Backward
 from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
-from opt8bit.optim.offload import BACKWARD, Host, Hosts, call_when_accumulated
+from opt8bit.optim.offload import Host, Hosts
 from opt8bit.optim.options import DEFAULTS, KEPT, Options, check_options, is_on_device
 from opt8bit.optim.plan import Asked, Plan, Work, backend_of, refuse_shared
 from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, will_be_coded
@@ -99,7 +101,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             others = [of for group in self.param_groups if group["offload"] for of in group["params"]]
             refuse_shared([*others, *tensors])
         super().add_param_group({**param_group, "params": params})
-        self._watch_gradients()
+        self._backward.watch()
         cut = [param for param in tensors if is_cut(param, group)]
         if cut:
             about = shards.described(cut[0])
@@ -137,8 +139,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         if is_captured:
             self._check_capture()
         grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
-        self._watch_gradients()
-        done = self._finished(is_scaled=grad_scale is not None or found_inf is not None)
+        self._backward.watch()
+        done = self._backward.finish(is_scaled=grad_scale is not None or found_inf is not None)
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         asked = [self._asked(i, grad_scale, found_inf, done=done) for i in range(len(self.param_groups))]
@@ -158,7 +160,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Raises for one parameter what the plan of many raises: before anything is gathered."""
         (param,), (shard,), (grad,), (state,) = asked.owners, asked.params, asked.grads, self._states(asked)
         self._check_param(param, asked.group)
-        _check_grad(param)
+        shards.check_grad(param)
         backend_of(asked, shard, grad)
         if state:
             check(f"parameter {asked.numbers[0]}", shard, asked.rule, asked.group, state)
@@ -205,7 +207,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             for param in asked.owners:
                 self._check_param(param, group)
                 if asked.place[1] is None:
-                    _check_grad(param)
+                    shards.check_grad(param)
             states = [
                 initialized(
                     state, asked.rule, shard, group, will_be_coded(state, asked.rule, param, group), self.initial(group)
@@ -278,68 +280,30 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._hosts_of_parameters = Hosts()
         return self._hosts_of_parameters
 
+    @property
+    def _backward(self) -> Backward:
+        if "_backward_steps" not in self.__dict__:
+            me = weakref.proxy(self)
+            self._backward_steps = Backward(lambda: me.param_groups, self._hosts, lambda *place: me._prepared(*place))
+        return self._backward_steps
+
     def _fetched(self, params: Sequence[Tensor]) -> list[Host]:
         """Parameters and gradients on the CPU."""
-        for param in params:
-            _check_grad(param)
         hosts = [self._hosts.fetched(param) for param in params]
         for host in hosts:
             host.wait()
         return hosts
 
-    def _begin(self, param: Tensor) -> None:
-        """Has a parameter stepped beside the backward pass, which has just come to the end of its gradient."""
-        place = self._place(param)
-        if place is None or self.param_groups[place[0]]["offload"] != BACKWARD:
-            return
-        _check_grad(param)
-        self._hosts.fetch_alone(param)
-        with torch.no_grad():
-            asked = self._asked(place[0], alone=place[1])
+    def _prepared(self, index: int, alone: int) -> Callable[[], None]:
+        """The step of one parameter, which its host has or is about to have, for a thread to take."""
+        asked = self._asked(index, alone=alone)
         asked = asked._replace(group=dict(asked.group))  # the thread shall not see what is written into it later
 
-        @torch.no_grad()
         def step() -> None:
             fresh: dict[Tensor, dict[str, Tensor]] = {}
             self._take(self._work(asked, fresh), fresh, False)
 
-        self._hosts.begin(param, step)
-
-    def _watch_gradients(self) -> None:
-        """Has :meth:`_begin` called for every gradient that is to be stepped with at once."""
-        groups = [group for group in self.param_groups if group["offload"] == BACKWARD]
-        watched: set[Tensor] = self.__dict__.setdefault("_watched", set()) if groups else set()
-        for param in [param for group in groups for param in group["params"] if param not in watched]:
-            watched.add(param)
-            call_when_accumulated(param, self._begin)
-
-    def _place(self, param: Tensor) -> tuple[int, int] | None:
-        """The numbers of a parameter's group, and of the parameter in it; None if it is in none any more."""
-        places: dict[Tensor, tuple[int, int]] = self.__dict__.setdefault("_places", {})
-        if self._at(places.get(param)) is not param:
-            places.clear()
-            places |= {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
-        return places.get(param)
-
-    def _at(self, place: tuple[int, int] | None) -> Tensor | None:
-        """The parameter of these numbers, if there is one."""
-        if place is None or place[0] >= len(self.param_groups):
-            return None
-        params = self.param_groups[place[0]]["params"]
-        return params[place[1]] if place[1] < len(params) else None
-
-    def _finished(self, is_scaled: bool) -> set[Tensor]:
-        """Parameters that have been stepped beside the backward pass, and are given back.
-
-        Raises:
-            RuntimeError: GradScaler has a say in the step, which came too late.
-        """
-        done = self._hosts.finish()
-        if done and is_scaled:
-            raise RuntimeError(f"offload={BACKWARD!r} has stepped before GradScaler could unscale: use offload=True")
-        for param in done:
-            self._hosts.give_back(param)
-        return done
+        return step
 
     def _states(self, asked: Asked) -> list[dict[str, Tensor]]:
         """Those that are there, of the parameters or of their shards."""
@@ -374,11 +338,11 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch.optim, in tensors of the optimizer's own; see the class for the states."""
-        self._hosts.wait()
+        self._backward.wait()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._hosts.wait()
+        self._backward.wait()
         return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -409,7 +373,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             check_options(group)
             self.check_group(group)
 
-        self._hosts.drop()
+        self._backward.drop()
         with reading(self, Policy(KEPT, check_loaded)):
             super().load_state_dict(state_dict)
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
@@ -441,13 +405,3 @@ def _tensor(value: Any) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value if value is None else shards.everywhere(value)
     return torch.tensor(float(value))
-
-
-def _check_grad(param: Tensor) -> None:
-    grad = param.grad
-    assert grad is not None
-    shards.check_grad(param, grad)
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
-    if grad.shape != param.shape:
-        raise RuntimeError(f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")

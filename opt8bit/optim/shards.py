@@ -232,11 +232,14 @@ def check(param: Any, *, by_chance: bool) -> None:
         raise TypeError(f"stochastic_rounding=True takes DTensors sharded along dimension 0 alone, got {kind}")
 
 
-def check_grad(param: Any, grad: Any) -> None:
+def check_grad(param: Any) -> None:
     """
     Raises:
-        RuntimeError: a parameter is a DTensor and its gradient is not, or the reverse; or they are on two meshes.
+        RuntimeError: a parameter is a DTensor and its gradient is not, or the reverse; or they are on two meshes; or
+            the gradient is sparse, or not of the parameter's shape.
     """
+    grad = param.grad
+    assert grad is not None
     if is_sharded(param) != is_sharded(grad):
         kinds = type(grad).__name__, type(param).__name__
         raise RuntimeError("a {} cannot be the gradient of a {}: both or neither must be DTensors".format(*kinds))
@@ -244,3 +247,7 @@ def check_grad(param: Any, grad: Any) -> None:
         raise RuntimeError(f"a gradient must be on its parameter's mesh {param.device_mesh}, got {grad.device_mesh}")
     if not is_sharded(param) and _is_wrapper(grad):
         raise RuntimeError(f"gradients must be plain tensors or DTensors, got {type(grad).__name__}")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
+    if grad.shape != param.shape:
+        raise RuntimeError(f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")

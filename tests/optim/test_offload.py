@@ -185,7 +185,7 @@ def test_hooks_are_there_whenever_they_are_asked_for() -> None:
     for of, each in ((model, optimizer), (copied_model, copied)):
         each.step()  # from here on
         backward(of, 0)
-        assert len(each._hosts.finish()) == 4
+        assert len(each._backward.finish(is_scaled=False)) == 4
 
 
 def test_parameters_that_are_gone_are_let_go() -> None:
