@@ -97,28 +97,36 @@ def main() -> None:
 
     def code(data: str, block_size: int, **_: Any) -> list[dict[str, Any]]:
         x, signed = known[data] if data in known else trained()[data]
-        print(f"\n{data}, {len(x):,} numbers in blocks of {block_size}")
-        rows = []
-        for name, quantize in coders.items():
-            found = errors(x, quantize(x, block_size, signed))
-            kept = zeros_kept(quantize, x, block_size, signed)
-            rows.append({"by": name, **found, "zeros_kept": kept})
-            print(f"  {name:<14} norm {found['norm']:9.6f}   mean {found['mean']:11.6f}   zeros kept {kept:3}")
-        return rows
+        print(f"{data}, {len(x):,} numbers in blocks of {block_size}", flush=True)
+        return [
+            {
+                "by": name,
+                **errors(x, quantize(x, block_size, signed)),
+                "zeros_kept": zeros_kept(quantize, x, block_size, signed),
+            }
+            for name, quantize in coders.items()
+        ]
 
     def move(steps: int, **_: Any) -> list[dict[str, Any]]:
-        print("\nelements without gradient have moved, at most, in learning rates")
-        rows = [{"by": name, "moved": drift(make, steps)} for name, make in makers.items()]
-        for row in rows:
-            print(f"  {row['by']:<24} {row['moved']:10.3e}")
-        return rows
+        return [{"by": name, "moved": drift(make, steps)} for name, make in makers.items()]
 
     blocks = [
         {"question": "codes", "data": data, "block_size": size} for data in (*known, *MOMENTS) for size in BLOCK_SIZES
     ]
     coded = complete(options.rows, blocks, code)
-    complete(options.rows, [{"question": "drift", "steps": drift_steps}], move)
+    moved = complete(options.rows, [{"question": "drift", "steps": drift_steps}], move)
+    show(coded, moved)
     draw(coded, options.rows)
+
+
+def show(coded: list[dict[str, Any]], moved: list[dict[str, Any]]) -> None:
+    print(f"\n{'':<24}{'block':>6}  {'by':<14}{'norm':>9}{'mean':>12}{'zeros kept':>12}")
+    for row in coded:
+        place = f"{row['data']:<24}{row['block_size']:>6}  {row['by']:<14}"
+        print(f"{place}{row['norm']:>9.5f}{row['mean']:>12.4f}{row['zeros_kept']:>12}")
+    print("\nelements without gradient have moved, at most, in learning rates")
+    for row in moved:
+        print(f"  {row['by']:<24}{row['moved']:10.3f}")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

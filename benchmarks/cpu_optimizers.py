@@ -105,7 +105,13 @@ def main() -> None:
         side = 256 if options.quick else questions[question].side
         return compare(optimizers_of(questions[question], side), 3 if options.quick else options.rounds)
 
-    draw(complete(options.rows, [{"question": name} for name in questions], measure), options.rows)
+    rows = complete(options.rows, [{"question": name} for name in questions], measure)
+    print(f"\n{'':<40}{'first':<30}{'ms':>9}{'ours':>9}{'ratio':>8}")
+    for name in questions:
+        first, ours, *_ = [row for row in rows if row["question"] == name]
+        times = f"{first['median_ms']:>9.2f}{ours['median_ms']:>9.2f}{ours['ratio']:>7.2f}x"
+        print(f"{name:<40}{first['optimizer']:<30}{times}")
+    draw(rows, options.rows)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import arguments, compare, complete, parameters, plot
+from measuring import arguments, compare, complete, parameters, plot, print_ratios
 from peers import Elsewhere, optimizers
 from torch import nn
 
@@ -109,7 +109,13 @@ def main() -> None:
         {"question": question, "dtype": dtype, "threads": threads}
         for threads, dtype, question in itertools.product(options.threads, options.dtypes, asked)
     ]
-    draw(complete(options.rows, wanted, measure), options.rows)
+    rows = complete(options.rows, wanted, measure)
+    for threads, dtype in itertools.product(options.threads, options.dtypes):
+        print_ratios(
+            f"{dtype}, {threads} threads",
+            [row for row in rows if (row["threads"], row["dtype"]) == (threads, dtype)],
+        )
+    draw(rows, options.rows)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -171,3 +171,13 @@ def compare(
         spread = f"({row['min_ms']:.3f} to {row['max_ms']:.3f})"
         print(f"  {name:<44} {row['median_ms']:10.3f} ms  {spread:<24} {row['ratio']:7.2f}x", flush=True)
     return rows
+
+
+def print_ratios(title: str, rows: list[dict[str, Any]]) -> None:
+    """A line for each question: milliseconds of its first optimizer, and the ratios of the others to it."""
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
+    print(f"\n{title}\n{'':<20}{names[0] + ', ms':>28}" + "".join(f"{name:>{len(name) + 2}}" for name in names[1:]))
+    for question in dict.fromkeys(row["question"] for row in rows):
+        found = {row["optimizer"]: row for row in rows if row["question"] == question}
+        ratios = [f"{found[name]['ratio']:>{len(name) + 1}.2f}x" for name in names[1:]]
+        print(f"{question:<20}{found[names[0]]['median_ms']:>28.3f}" + "".join(ratios))
