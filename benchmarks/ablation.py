@@ -9,6 +9,8 @@ standard library's source, with each combination of
 - ``nn.Embedding`` or ``StableEmbedding``, whose own states have 32 bits;
 - learning rates and betas, without clipping of gradients, two seeds each.
 
+At the first of those rates and betas, one moment at a time is rounded, too: which of them needs what.
+
 The states are rounded behind each step of torch.optim.AdamW, all by the same quantizer, so that nothing but the codes
 differs. A run is unstable where its loss is once not finite or above HOPELESS nats, which ends it, or is in the mean
 of its last tenth above that of some earlier tenth by more than HARM nats. The final loss is the mean over the last
@@ -58,6 +60,7 @@ class Variant(NamedTuple):
 
     codes: str  # "linear" or "dynamic"; "" for 32 bits
     is_blockwise: bool
+    moments: str = "both"  # that have 8 bits: or "first", or "second"
 
     @property
     def name(self) -> str:
@@ -79,8 +82,9 @@ class RoundedAdamW(torch.optim.AdamW):
         loss = super().step(closure)
         for param, state in self.state.items():
             if self.variant.codes and param.dim() > 1 and getattr(param, "state_bits", 8) == 8:
-                for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                    state[name].copy_(self._rounded(state[name], signed))
+                for moment, name, signed in (("first", "exp_avg", True), ("second", "exp_avg_sq", False)):
+                    if self.variant.moments in ("both", moment):
+                        state[name].copy_(self._rounded(state[name], signed))
         return loss
 
     def _rounded(self, state: Tensor, signed: bool) -> Tensor:
@@ -152,16 +156,35 @@ def main() -> None:
     data = words(size.vocabulary)
     variants = {variant.name: variant for variant in VARIANTS}
 
-    def measure(states: str, stable_embedding: bool, lr: float, beta2: float, seed: int) -> list[dict[str, Any]]:
-        found = verdict(train(data, size, variants[states], stable_embedding, lr, beta2, seed))
-        print(f"{states}, stable {stable_embedding}, lr {lr}, beta2 {beta2}, seed {seed}: {found}", flush=True)
+    def measure(
+        states: str, moments: str, stable_embedding: bool, lr: float, beta2: float, seed: int
+    ) -> list[dict[str, Any]]:
+        variant = variants[states]._replace(moments=moments)
+        found = verdict(train(data, size, variant, stable_embedding, lr, beta2, seed))
+        about = f"{states}, {moments}, stable {stable_embedding}, lr {lr}, beta2 {beta2}, seed {seed}"
+        print(f"{about}: {found}", flush=True)
         return [found]
 
     wanted = [
-        {"states": name, "stable_embedding": stable, "lr": lr, "beta2": beta2, "seed": seed}
+        {"states": name, "moments": "both", "stable_embedding": stable, "lr": lr, "beta2": beta2, "seed": seed}
         for seed, lr, beta2, stable, name in itertools.product(seeds, rates, betas, (False, True), variants)
     ]
-    show(complete(options.rows, wanted, measure), options)
+    first = {"stable_embedding": False, "lr": rates[0], "beta2": betas[0]}
+    wanted_single = [
+        {"states": name, "moments": moment, **first, "seed": seed}
+        for seed, name, moment in itertools.product(seeds, list(variants)[1:], ("first", "second"))
+    ]
+    rows, single = complete(options.rows, wanted, measure), complete(options.rows, wanted_single, measure)
+    print(f"\n{'8 bits for one moment':<24}{'moment':<18}{'unstable':>9}{'final loss: median':>20}")
+    for name, moment in itertools.product(list(variants)[1:], ("first", "second")):
+        mine = [row for row in single if (row["states"], row["moments"]) == (name, moment)]
+        share, median = statistics.mean(row["is_unstable"] for row in mine), statistics.median(finals(mine))
+        print(f"{name:<24}{moment:<18}{share:>9.0%}{median:>20.3f}")
+    show(rows, options)
+
+
+def finals(rows: list[dict[str, Any]]) -> list[float]:
+    return [math.inf if row["final_loss"] is None else row["final_loss"] for row in rows]
 
 
 def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -171,9 +194,10 @@ def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         by_kind.setdefault((row["states"], row["stable_embedding"]), []).append(row)
     for (states, stable), mine in by_kind.items():
         share = statistics.mean(row["is_unstable"] for row in mine)
-        finals = [row["final_loss"] if row["final_loss"] is not None else math.inf for row in mine]
         embedding = "StableEmbedding" if stable else "nn.Embedding"
-        print(f"{states:<24}{embedding:<18}{share:>9.0%}{statistics.median(finals):>20.3f}{min(finals):>13.3f}")
+        print(
+            f"{states:<24}{embedding:<18}{share:>9.0%}{statistics.median(finals(mine)):>20.3f}{min(finals(mine)):>13.3f}"
+        )
     rates = sorted({row["lr"] for row in rows})
     with plot(options.rows, len(rates), height=4) as axes:
         for axis, lr in zip(axes, rates, strict=False):

@@ -91,6 +91,7 @@ def main() -> None:
 
     def measure(question: str, dtype: str, threads: int) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
+        torch._dynamo.reset()  # or torchao, which compiles for each shape, gives up compiling after a few questions
         shapes = asked[question]
         print(f"\n{question}, {dtype}, {threads} threads: {len(shapes)} tensors")
         made: dict[str, Any] = {
