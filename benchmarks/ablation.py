@@ -5,9 +5,10 @@
 Table 3 of *8-bit Optimizers via Block-wise Quantization* at a size that two cores can train: a GPT over words of the
 standard library's source, with each combination of
 
-- states of 32 bits, or of 8 by linear or dynamic codes, for the whole tensor or in blocks of 256;
+- states of 32 bits, or of 8 by linear or dynamic codes, with one scale for the whole tensor, for each 256 elements one
+  after another as in the paper, or for each row, which is how this package cuts matrices as narrow as most here;
 - ``nn.Embedding`` or ``StableEmbedding``, whose own states have 32 bits;
-- learning rates and betas, without clipping of gradients, two seeds each.
+- learning rates, which a tenth of the steps warms up to, and betas, without clipping of gradients, two seeds each.
 
 At the first of those rates and betas, one moment at a time is rounded, too: which of them needs what.
 
@@ -37,6 +38,7 @@ import opt8bit
 from opt8bit.cli import demo
 from opt8bit.quant import dequantize_blockwise, dynamic_map, linear_map, quantize_blockwise
 
+BLOCKS = ("whole tensor", "blocks of 256", "rows")
 HARM = 0.3
 HOPELESS = 100.0  # nats; a run that gets there is not gone on with
 CODEBOOKS = {  # by whether they are signed
@@ -59,15 +61,15 @@ class Variant(NamedTuple):
     """How states are stored."""
 
     codes: str  # "linear" or "dynamic"; "" for 32 bits
-    is_blockwise: bool
+    blocks: str = ""  # of BLOCKS
     moments: str = "both"  # that have 8 bits: or "first", or "second"
 
     @property
     def name(self) -> str:
-        return f"{self.codes}, {'blocks' if self.is_blockwise else 'whole tensor'}" if self.codes else "32 bits"
+        return f"{self.codes}, {self.blocks}" if self.codes else "32 bits"
 
 
-VARIANTS = [Variant("", True), *(Variant(*pair) for pair in itertools.product(CODEBOOKS, (False, True)))]
+VARIANTS = [Variant(""), *(Variant(*pair) for pair in itertools.product(CODEBOOKS, BLOCKS))]
 
 
 class RoundedAdamW(torch.optim.AdamW):
@@ -89,8 +91,8 @@ class RoundedAdamW(torch.optim.AdamW):
 
     def _rounded(self, state: Tensor, signed: bool) -> Tensor:
         codebook = CODEBOOKS[self.variant.codes][signed]
-        rows = state if self.variant.is_blockwise else state.view(1, -1)
-        block_size = 256 if self.variant.is_blockwise else rows.shape[1]
+        rows = state if self.variant.blocks == "rows" else state.view(1, -1)
+        block_size = rows.shape[1] if self.variant.blocks == "whole tensor" else 256
         codes, absmax = quantize_blockwise(rows, codebook, block_size)
         return dequantize_blockwise(codes, absmax, codebook, block_size).view_as(state)
 

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from measuring import arguments, complete, plot
-from peers import Maker, Quantizer, optimizers, quantizers
+from peers import Maker, Quantizer, adamw, quantizers
 from torch import Tensor, nn
 from training_tasks import GPT_10M, GPT_QUICK, trained_gpt
 
-import opt8bit
 from opt8bit.cli import demo
 from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
 
@@ -89,7 +88,8 @@ def drift(make: Maker, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = arguments(parser, "codes")
-    makers: dict[str, Maker] = {"opt8bit.AdamW8bit": opt8bit.AdamW8bit, **optimizers("AdamW")}
+    makers = adamw()
+    del makers["torch.optim.AdamW"]
     coders: dict[str, Quantizer] = {"opt8bit": by_opt8bit, **quantizers()}
     count, drift_steps = (2**14, 20) if options.quick else (2**22, 1000)
     known = distributions(count)

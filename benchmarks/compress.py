@@ -15,19 +15,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import arguments, complete, plot
+from measuring import arguments, complete, peak_bytes, plot
 
 from opt8bit import ptq
 from opt8bit.cli.models import load, load_tokenizer, tokens
 from opt8bit.ptq.bias import CORRECTIONS
 from opt8bit.ptq.evaluate import windows
+from opt8bit.ptq.source import digest
 
 PAPER: dict[str, Any] = {"range": "minmax", "error_propagation": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -76,14 +76,14 @@ def main() -> None:
     }
 
     def measure(**about: Any) -> list[dict[str, Any]]:
-        # A process of its own: the peak of its memory is that since its start.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             found = pool.submit(compressed, options.model, texts, about).result()
         figures = f"perplexity {found['test']:9.3f}, {found['seconds']:4.0f} s, {found['peak_bytes'] / 1e9:.2f} GB"
         print(f"{about['bits']} bits, group {about['group_size']}, {about['recipe']}: {figures}", flush=True)
         return [found]
 
-    common = {"model": Path(options.model).name, **sizes}
+    digests = {f"{name}_digest": digest([text]) for name, text in texts.items()}
+    common = {"model": Path(options.model).name, **sizes, **digests}
     wanted = [{**common, "bits": None, "group_size": None, "recipe": "as it is"}]
     wanted += [
         {**common, "bits": bits, "group_size": None if group == "row" else int(group), "recipe": recipe}
@@ -102,7 +102,7 @@ def compressed(model_name: str, texts: dict[str, torch.Tensor], about: dict[str,
         result = ptq.compress(model, texts["calibration"], **recipe)
         model, bits_per_weight, bias_bytes = result.compressed_model(), result.bits_per_weight, result.bias_bytes
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     return {
         "test": ptq.perplexity(model, texts["test"]),
         "seconds": seconds,
@@ -118,11 +118,14 @@ def show(rows: list[dict[str, Any]], path: Path) -> None:
     print(f"\nas it is: perplexity {original['test']:.3f}")
     widths = list(dict.fromkeys((row["group_size"], row["bits"]) for row in rows))
     heads = [f"{bits} bits, {'rows' if group is None else f'groups of {group}'}" for group, bits in widths]
-    print(f"{'':<34}" + "".join(f"{head:>22}" for head in heads))
     found = {(row["recipe"], row["group_size"], row["bits"]): row for row in rows}
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    for recipe in recipes:
-        print(f"{recipe:<34}" + "".join(f"{found[(recipe, *width)]['test']:>22.2f}" for width in widths))
+    for width, head in zip(widths, heads, strict=True):
+        print(f"\n{head:<36}{'perplexity':>11}{'seconds':>9}{'peak GB':>9}{'bits/weight':>13}{'bias bytes':>12}")
+        for recipe in recipes:
+            row = found[(recipe, *width)]
+            taken = f"{row['seconds']:>9.0f}{row['peak_bytes'] / 1e9:>9.2f}"
+            print(f"{recipe:<36}{row['test']:>11.2f}{taken}{row['bits_per_weight']:>13.2f}{row['bias_bytes']:>12,}")
     with plot(path, len(widths), height=5) as axes:
         for axis, width, head in zip(axes, widths, heads, strict=False):
             axis.barh(recipes, [found[(recipe, *width)]["test"] for recipe in recipes])

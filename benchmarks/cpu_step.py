@@ -6,7 +6,8 @@
 
 Tensors of 10^4 to 10^8 elements, the parameters of three models, and a thousand small tensors. Each question alternates
 all optimizers, round by round, on their own copies of the same parameters and gradients, and reports medians and ratios
-of medians to torch's fused optimizer. (Its states have the parameters' dtype.) Peers that are not installed are left
+of medians to torch's fused optimizer. (Its states have the parameters' dtype; torchao's have 32 bits where the elements
+are no multiple of 256.) Peers that are not installed are left
 out; bitsandbytes-cpu-fork, which cannot be imported beside bitsandbytes, steps in a process of its own. Questions that
 have rows are not asked again.
 """
@@ -15,19 +16,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import arguments, compare, complete, parameters, plot, print_ratios
-from peers import Elsewhere, optimizers
-from torch import nn
+from peers import Elsewhere, Maker, optimizers
 
 import opt8bit
 
-Maker = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Shapes = list[tuple[int, ...]]
 
 
@@ -91,7 +89,6 @@ def main() -> None:
 
     def measure(question: str, dtype: str, threads: int) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
-        torch._dynamo.reset()  # or torchao, which compiles for each shape, gives up compiling after a few questions
         shapes = asked[question]
         print(f"\n{question}, {dtype}, {threads} threads: {len(shapes)} tensors")
         made: dict[str, Any] = {

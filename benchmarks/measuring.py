@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +31,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def alternate(clocks: dict[str, Callable[[], float]], rounds: int, slow_rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, in turn. The first is not counted; what takes four times as long as the first gets fewer."""
+    """Seconds of each, in turn, after two that do not count; what takes four times as long as the first gets fewer."""
     for clock in clocks.values():
         clock()
     warm = {name: clock() for name, clock in clocks.items()}
@@ -97,35 +99,34 @@ def complete(
     wanted: Iterable[dict[str, Any]],
     measure: Callable[..., list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """Measures what has no row yet: a run that was stopped goes on where it was.
+    """Measures what has no row yet: a run that was stopped goes on where it was. What it was measured on is in the row.
 
     ``measure(**about)`` returns the figures for one of ``wanted``, and rows of both are added to the file at once.
     Returns those rows of the file that were wanted.
     """
     rows = read_rows(path)
     asked = list(wanted)
-    for about in asked:
-        if not any(about.items() <= row.items() for row in rows):
-            started = time.perf_counter()
-            found = measure(**about)
-            common = {"took_seconds": time.perf_counter() - started, **machine()}
-            new = [{**about, **figures, **common} for figures in found]
-            with path.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new))
-            rows += new
+    missing = [about for about in asked if not any(about.items() <= row.items() for row in rows)]
+    if len(missing) < len(asked):
+        print(f"{len(asked) - len(missing)} of {len(asked)} are in {path} and not measured again", flush=True)
+    for about in missing:
+        started = time.perf_counter()
+        found = measure(**about)
+        common = {"took_seconds": time.perf_counter() - started, **machine()}
+        new = [{**about, **figures, **common} for figures in found]
+        with path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in new))
+        rows += new
     return [row for about in asked for row in rows if about.items() <= row.items()]
 
 
 def arguments(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
-    """Adds ``--quick`` and ``--rows`` and parses; with ``--quick`` the rows go where none are yet."""
+    """Adds ``--quick`` and ``--rows`` and parses; quick rows go to a new folder unless told otherwise."""
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it runs")
-    parser.add_argument(
-        "--rows", type=Path, help=f"where rows go (benchmarks/rows/{name}.jsonl); the plot goes beside it"
-    )
+    parser.add_argument("--rows", type=Path, help=f"where rows go (default {name}.jsonl); the plot goes beside it")
     options = parser.parse_args()
     if options.rows is None:
-        folder = Path(tempfile.mkdtemp()) if options.quick else Path(__file__).parent / "rows"
-        options.rows = folder / f"{name}.jsonl"
+        options.rows = Path(tempfile.mkdtemp() if options.quick else "") / f"{name}.jsonl"
     about = machine()
     print(f"{about['processor']}, {about['threads']} threads, kernels {about['kernels']}")
     print(", ".join(f"{package} {version}" for package, version in about["versions"].items() if version), flush=True)
@@ -156,11 +157,14 @@ def compare(
 
     times = alternate({name: clock(each) for name, each in optimizers.items()}, rounds, slow_rounds)
     base = statistics.median(next(iter(times.values())))
+    bandwidth = copy_bandwidth()
+    print(f"  copy: {bandwidth / 1e9:.1f} GB/s")
     rows = []
     for name, sample in times.items():
         median = statistics.median(sample)
         row = {
             "optimizer": name,
+            "copy_bytes_per_s": bandwidth,
             "median_ms": median * 1e3,
             "min_ms": min(sample) * 1e3,
             "max_ms": max(sample) * 1e3,
@@ -173,11 +177,23 @@ def compare(
     return rows
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had. (What getrusage tells begins with the most that its parent had.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def print_ratios(title: str, rows: list[dict[str, Any]]) -> None:
     """A line for each question: milliseconds of its first optimizer, and the ratios of the others to it."""
     names = list(dict.fromkeys(row["optimizer"] for row in rows))
     print(f"\n{title}\n{'':<20}{names[0] + ', ms':>28}" + "".join(f"{name:>{len(name) + 2}}" for name in names[1:]))
     for question in dict.fromkeys(row["question"] for row in rows):
         found = {row["optimizer"]: row for row in rows if row["question"] == question}
-        ratios = [f"{found[name]['ratio']:>{len(name) + 1}.2f}x" for name in names[1:]]
+        ratios = [
+            f"{found[name]['ratio']:>{len(name) + 1}.2f}x" if name in found else " " * (len(name) + 2)
+            for name in names[1:]
+        ]
         print(f"{question:<20}{found[names[0]]['median_ms']:>28.3f}" + "".join(ratios))

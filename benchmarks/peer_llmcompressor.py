@@ -88,6 +88,7 @@ def main() -> None:
         num_calibration_samples=options.samples,
     )
     seconds = time.perf_counter() - calibrating
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of a program that nothing large has started
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
     whole_seconds = time.perf_counter() - started
@@ -102,7 +103,7 @@ def main() -> None:
         "test": perplexity(model, windows(options.test, tokenizer, options.windows, options.length)),
         "seconds": seconds,
         "whole_seconds": whole_seconds,  # from loading to the written checkpoint
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak,
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("llmcompressor", "torch", "transformers")},
     }

@@ -1,4 +1,4 @@
-"""The other libraries that the benchmarks compare with, each where it is installed (``pip install ".[bench]"``)."""
+"""The libraries that the benchmarks compare with, each where it is installed (``pip install ".[bench]"``)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import opt8bit
 
 Maker = Callable[..., torch.optim.Optimizer]
 Quantizer = Callable[[Tensor, int, bool], Tensor]  # (values, block size, signed) -> the values of their codes
@@ -34,6 +36,11 @@ bitsandbytes = imported("bitsandbytes")
 torchao = imported("torchao.optim")
 
 
+def adamw() -> dict[str, Maker]:
+    """torch's AdamW, ours, and those of others; the first has 32-bit states."""
+    return {"torch.optim.AdamW": torch.optim.AdamW, "opt8bit.AdamW8bit": opt8bit.AdamW8bit, **optimizers("AdamW")}
+
+
 def optimizers(name: str) -> dict[str, Maker]:
     """The 8-bit optimizers of a name of torch.optim's, such as AdamW, by the library's name."""
     found: dict[str, Maker] = {}
@@ -50,6 +57,9 @@ class Elsewhere:
     Args:
         folder: where its package was installed (``pip install --target``), which is looked at first.
         settings: of step_worker.py.
+
+    Raises:
+        RuntimeError: the package is not in that folder.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -58,6 +68,11 @@ class Elsewhere:
         pipe = subprocess.PIPE
         environment = {**os.environ, "PYTHONPATH": str(folder)}
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        assert self._process.stdout is not None
+        file = Path(self._process.stdout.readline().strip())
+        if not file.is_relative_to(folder.resolve()):
+            self.close()
+            raise RuntimeError(f"{settings['module']} is not in {folder}, but in {file}")
 
     def step_seconds(self) -> float:
         assert self._process.stdin is not None and self._process.stdout is not None

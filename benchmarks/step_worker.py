@@ -3,7 +3,7 @@
     python step_worker.py SETTINGS
 
 SETTINGS is JSON: module and class of the optimizer, shapes and dtype of its parameters, threads. Each line that is read
-takes one step, and its seconds are printed. Started by :class:`peers.Elsewhere`.
+takes one step, and its seconds are printed; first of all, where the module is. Started by :class:`peers.Elsewhere`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,9 @@ import torch
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    kind = getattr(importlib.import_module(settings["module"]), settings["class"])
+    module = importlib.import_module(settings["module"])
+    print(Path(str(module.__file__)).resolve(), flush=True)
+    kind = getattr(module, settings["class"])
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, settings["dtype"])
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in settings["shapes"]]

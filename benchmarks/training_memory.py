@@ -4,33 +4,25 @@
 
 A LLaMA-type model of SmolLM2's shape, 135 million parameters of random float32 weights, takes three AdamW steps on one
 window of 128 tokens, in a process of its own for each optimizer. Reported are the peak of the process's resident memory
-and the peak above what it had before the model was made (Python, torch and the code of all libraries), the bytes of the
+and the peak above what it had before the model was made (torchao's compiler is loaded later), the bytes of the
 optimizer's states, and those of a file with the state dicts of model and optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
-import resource
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import arguments, complete, plot
-from peers import Maker, optimizers
+from measuring import arguments, complete, peak_bytes, plot
+from peers import adamw
 from torch import Tensor
 
-import opt8bit
-
-MAKERS: dict[str, Maker] = {
-    "torch.optim.AdamW": torch.optim.AdamW,
-    "opt8bit.AdamW8bit": opt8bit.AdamW8bit,
-    **optimizers("AdamW"),
-}
+MAKERS = adamw()
 SIZE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -41,10 +33,6 @@ SIZE = {
     "tie_word_embeddings": True,
 }
 QUICK = {**SIZE, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 1, "num_key_value_heads": 1}
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bytes_of(value: Any) -> int:
@@ -71,7 +59,6 @@ def trained(size: dict[str, Any], optimizer_name: str) -> dict[str, Any]:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     peak = peak_bytes()
-    gc.collect()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "checkpoint.pt"
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -90,7 +77,6 @@ def main() -> None:
     options = arguments(parser, "training_memory")
 
     def measure(optimizer: str) -> list[dict[str, Any]]:
-        # A process of its own: the peak of its memory is that since its start.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return [pool.submit(trained, QUICK if options.quick else SIZE, optimizer).result()]
 
