@@ -4,9 +4,9 @@
 
 One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
 round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
-optimizer, its foreach one where there is no fused one, and torch's fused AdamW, for scale, where torch has no
-such rule. Muon steps one parameter of 1024x1024. bitsandbytes is left out where it is not installed. Questions that
-have rows are not asked again.
+optimizer, its foreach one where there is no fused one, its only one for Muon, and torch's fused AdamW, for scale, where
+torch has no such rule. Muon steps one parameter of 1024x1024. bitsandbytes stands beside the rules that it has, for
+float32, where it is installed. Questions that have rows are not asked again.
 """
 
 from __future__ import annotations
