@@ -30,7 +30,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from measuring import arguments, complete, plot
 from torch import Tensor, nn
 
@@ -45,16 +44,9 @@ CODEBOOKS = {  # by whether they are signed
     "linear": {True: linear_map(), False: linear_map(signed=False)},
     "dynamic": {True: dynamic_map(), False: dynamic_map(signed=False)},
 }
-WORD = re.compile(rb"\w+|[^\w]")
-
-
-class Size(NamedTuple):
-    steps: int = 250
-    vocabulary: int = 4096
-    width: int = 64
-    layers: int = 2
-    context: int = 64
-    batch: int = 8
+SIZE = demo.Settings(steps=250, width=64, heads=2, layers=2, context=64, batch=8)
+QUICK = demo.Settings(steps=10, width=32, heads=2, layers=1, context=64, batch=8)
+WORD = re.compile(rb"\w+|\W")
 
 
 class Variant(NamedTuple):
@@ -98,13 +90,13 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 class WordGPT(nn.Module):
-    def __init__(self, size: Size, embedding: type[nn.Embedding]) -> None:
+    def __init__(self, vocabulary: int, size: demo.Settings, embedding: type[nn.Embedding]) -> None:
         super().__init__()
-        self.tokens = embedding(size.vocabulary, size.width)
+        self.tokens = embedding(vocabulary, size.width)
         self.positions = nn.Parameter(torch.randn(size.context, size.width) * 0.02)
-        self.blocks = nn.Sequential(*(demo.Block(size.width, heads=2) for _ in range(size.layers)))
+        self.blocks = nn.Sequential(*(demo.Block(size.width, size.heads) for _ in range(size.layers)))
         self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
+        self.head = nn.Linear(size.width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (batch, context) -> (batch, context, vocabulary)
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
@@ -118,19 +110,27 @@ def words(vocabulary: int) -> Tensor:
     return torch.tensor([numbers.get(word, vocabulary - 1) for word in found])
 
 
-def train(data: Tensor, size: Size, variant: Variant, stable: bool, lr: float, beta2: float, seed: int) -> list[float]:
+def train(
+    data: Tensor,
+    vocabulary: int,
+    size: demo.Settings,
+    variant: Variant,
+    *,
+    stable: bool,
+    lr: float,
+    beta2: float,
+    seed: int,
+) -> list[float]:
     """The loss of each step, in nats per word, up to one that is hopeless or not finite."""
     torch.manual_seed(seed)
-    model = WordGPT(size, opt8bit.StableEmbedding if stable else nn.Embedding)
+    model = WordGPT(vocabulary, size, opt8bit.StableEmbedding if stable else nn.Embedding)
     optimizer = RoundedAdamW(model.parameters(), variant, lr=lr, betas=(0.9, beta2), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     for step in range(size.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (size.steps / 10))
-        starts = torch.randint(len(data) - size.context, (size.batch, 1), generator=generator)
-        window = data[starts + torch.arange(size.context + 1)]
-        loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        loss = demo.batch_loss(model, data, size, generator)
         losses.append(loss.item())
         if not losses[-1] < HOPELESS:
             break
@@ -151,18 +151,19 @@ def verdict(losses: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = arguments(parser, "ablation")
-    size = Size(steps=10, vocabulary=256, width=32, layers=1) if options.quick else Size()
+    vocabulary, size = (256, QUICK) if options.quick else (4096, SIZE)
     rates = (1e-2,) if options.quick else (1e-3, 4e-3, 1.6e-2)
     betas = (0.98,) if options.quick else (0.95, 0.999)
     seeds = (0,) if options.quick else (0, 1)
-    data = words(size.vocabulary)
+    data = words(vocabulary)
     variants = {variant.name: variant for variant in VARIANTS}
 
     def measure(
         states: str, moments: str, stable_embedding: bool, lr: float, beta2: float, seed: int
     ) -> list[dict[str, Any]]:
         variant = variants[states]._replace(moments=moments)
-        found = verdict(train(data, size, variant, stable_embedding, lr, beta2, seed))
+        losses = train(data, vocabulary, size, variant, stable=stable_embedding, lr=lr, beta2=beta2, seed=seed)
+        found = verdict(losses)
         about = f"{states}, {moments}, stable {stable_embedding}, lr {lr}, beta2 {beta2}, seed {seed}"
         print(f"{about}: {found}", flush=True)
         return [found]

@@ -7,15 +7,15 @@
 Tensors of 10^4 to 10^8 elements, the parameters of three models, and a thousand small tensors. Each question alternates
 all optimizers, round by round, on their own copies of the same parameters and gradients, and reports medians and ratios
 of medians to torch's fused optimizer. (Its states have the parameters' dtype; torchao's have 32 bits where the elements
-are no multiple of 256.) Peers that are not installed are left
-out; bitsandbytes-cpu-fork, which cannot be imported beside bitsandbytes, steps in a process of its own. Questions that
-have rows are not asked again.
+are no multiple of 256.) Peers that are not installed are left out; bitsandbytes-cpu-fork, which cannot be imported
+beside bitsandbytes, steps in a process of its own. Questions that have rows are not asked again.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,13 @@ def questions(quick: bool) -> dict[str, Shapes]:
 
 
 def adamw_peers() -> dict[str, Maker]:
-    peers: dict[str, Maker] = {
-        "torch.optim.AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        "opt8bit.AdamW8bit": lambda params: opt8bit.AdamW8bit(params, lr=1e-3),
-        "torch.optim.AdamW foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True),
+    makers: dict[str, Maker] = {
+        "torch.optim.AdamW fused": partial(torch.optim.AdamW, fused=True),
+        "opt8bit.AdamW8bit": opt8bit.AdamW8bit,
+        "torch.optim.AdamW foreach": partial(torch.optim.AdamW, foreach=True),
+        **optimizers("AdamW"),
     }
-    for name, make in optimizers("AdamW").items():
-        peers[name] = partial(make, lr=1e-3)
-    return peers
+    return {name: partial(make, lr=1e-3) for name, make in makers.items()}
 
 
 def main() -> None:
@@ -94,14 +93,12 @@ def main() -> None:
         made: dict[str, Any] = {
             name: make(parameters(shapes, getattr(torch, dtype))) for name, make in adamw_peers().items()
         }
-        if options.fork:
-            worker = {"module": "bitsandbytes.optim", "class": "AdamW8bit", "shapes": shapes}
-            fork = Elsewhere(options.fork, **worker, dtype=dtype, threads=threads)
-            made["bitsandbytes-cpu-fork, AdamW8bit"] = fork
-        rows = compare(made, 3 if options.quick else options.rounds)
-        if options.fork:
-            made["bitsandbytes-cpu-fork, AdamW8bit"].close()
-        return rows
+        with ExitStack() as stack:
+            if options.fork:
+                worker = {"module": "bitsandbytes.optim", "class": "AdamW8bit", "shapes": shapes}
+                fork = Elsewhere(options.fork, **worker, dtype=dtype, threads=threads)
+                made["bitsandbytes-cpu-fork, AdamW8bit"] = stack.enter_context(closing(fork))
+            return compare(made, 3 if options.quick else options.rounds)
 
     wanted = [
         {"question": question, "dtype": dtype, "threads": threads}

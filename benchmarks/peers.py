@@ -66,7 +66,8 @@ class Elsewhere:
         worker = Path(__file__).with_name("step_worker.py")
         command = [sys.executable, str(worker), json.dumps(settings)]
         pipe = subprocess.PIPE
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         assert self._process.stdout is not None
         file = Path(self._process.stdout.readline().strip())

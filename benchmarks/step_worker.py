@@ -11,10 +11,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
+from measuring import parameters, seconds
 
 
 def main() -> None:
@@ -22,17 +22,10 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     module = importlib.import_module(settings["module"])
     print(Path(str(module.__file__)).resolve(), flush=True)
-    kind = getattr(module, settings["class"])
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, settings["dtype"])
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in settings["shapes"]]
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(dtype)
-    optimizer = kind(params, lr=1e-3)
+    params = parameters(settings["shapes"], getattr(torch, settings["dtype"]))
+    optimizer = getattr(module, settings["class"])(params, lr=1e-3)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        optimizer.step()
-        print(time.perf_counter() - start, flush=True)
+        print(seconds(optimizer.step), flush=True)
 
 
 if __name__ == "__main__":
