@@ -41,6 +41,12 @@ struct EncoderTables {
         cap(Simd::table16(encoder.cap)) {}
 };
 
+inline bool has_good_reciprocal(float absmax) { return absmax >= 0x1p-100f && absmax <= 0x1p100f; }
+// Zero, which makes every code that of zero, where it would not be good.
+inline Simd::Floats reciprocal_of(float absmax) {
+  return Simd::broadcast(has_good_reciprocal(absmax) ? 1 / absmax : 0.0f);
+}
+
 // The first half of a chunk's encoding, by the arithmetic of codebook.h: which lines its values are on.
 struct Chunk {
   Simd::Floats normalized[4];
@@ -49,15 +55,14 @@ struct Chunk {
 
 template <bool kSigned>
 OPT8BIT_INLINE Chunk find_lines(const float* values, Simd::Floats reciprocal, const EncoderTables& tables) {
-  const Simd::Floats smallest = Simd::broadcast(kSmallestNormalized);
   Chunk chunk;
 #pragma GCC unroll 4  // or a chunk would live in memory
   for (int k = 0; k < 4; ++k) {
-    const Simd::Floats ratio = Simd::load(values + k * Simd::kLanes) * reciprocal;
-    chunk.normalized[k] = kSigned ? Simd::max_abs(ratio, smallest) : Simd::max(ratio, smallest);
+    const Simd::Floats value = Simd::load(values + k * Simd::kLanes);
+    chunk.normalized[k] = Simd::fma(kSigned ? Simd::abs(value) : value, reciprocal, Simd::broadcast(kEncoderShift));
     const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(chunk.normalized[k]));
-    chunk.line[k] =
-        Simd::add_where(Simd::greater(chunk.normalized[k], line_end), Simd::bits(line_end), Simd::broadcast(-1));
+    const Simd::Mask is_beyond = Simd::greater_or_nan(chunk.normalized[k], line_end);
+    chunk.line[k] = Simd::add_where(is_beyond, Simd::bits(line_end), Simd::broadcast(-1));
   }
   return chunk;
 }
@@ -83,8 +88,8 @@ OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const 
   for (int k = 0; k < 4; ++k) {
     const Simd::Ints uncapped = place<kSigned>(chunk, k, tables);
     least_fraction = Simd::min_of_halves(least_fraction, uncapped);
-    // As integers these have one sign, and compare as the sums do.
-    capped[k] = Simd::min(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
+    // As integers these compare as the sums do.
+    capped[k] = Simd::min_unsigned(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
   }
   if (kSigned) Simd::store_mirrored_bytes(codes, capped, kSignedZeroCode, values);
   else Simd::store_third_bytes(codes, capped);
@@ -96,7 +101,7 @@ template <bool kSigned>
 OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* codes) {
   const Codebook& codebook = dynamic_map(kSigned);
   const EncoderTables tables(codebook.dynamic->encoder);
-  const Chunk chunk = find_lines<kSigned>(values, Simd::broadcast(1 / absmax), tables);
+  const Chunk chunk = find_lines<kSigned>(values, reciprocal_of(absmax), tables);
   for (int k = 0; k < 4; ++k) {
     for (uint32_t lanes = uncertain_lanes(fraction(place<kSigned>(chunk, k, tables))); lanes; lanes &= lanes - 1) {
       const int lane = k * Simd::kLanes + __builtin_ctz(lanes);
@@ -106,19 +111,20 @@ OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* c
 }
 
 // The nearest codes of blocks that follow each other. Their values begin `stride` after each other's, and behind the
-// last there is room for one more chunk. No value is larger than its absmax in magnitude; a NaN is coded as zero.
+// last there is room for one more chunk. No value is larger than its absmax in magnitude, or negative where the map has
+// no signs; a NaN is coded as zero.
 template <bool kSigned>
 OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const int64_t* lengths, const float* absmax,
                                     int64_t count, uint8_t* codes) {
   const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
   // The halves of two chunks alternate, also from one block to the next, as one alone is a chain that leaves the
   // processor waiting.
-  Simd::Floats next_reciprocal = Simd::broadcast(1 / absmax[0]);
+  Simd::Floats next_reciprocal = reciprocal_of(absmax[0]);
   Chunk chunk = find_lines<kSigned>(values, next_reciprocal, tables);
   for (int64_t block = 0; block < count; ++block, values += stride) {
     const int64_t n = lengths[block];
     const Simd::Floats reciprocal = next_reciprocal;
-    if (block + 1 < count) next_reciprocal = Simd::broadcast(1 / absmax[block + 1]);
+    if (block + 1 < count) next_reciprocal = reciprocal_of(absmax[block + 1]);
     for (int64_t i = 0; i < n; i += kChunk) {
       const bool is_last = i + kChunk >= n;
       const Chunk next = find_lines<kSigned>(is_last ? values + stride : values + i + kChunk,
@@ -127,11 +133,10 @@ OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const i
       uint8_t* const target = i + kChunk <= n ? codes + i : tail;
       if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, target), 0))
         decide_chunk<kSigned>(values + i, absmax[block], target);
-      if (target == tail) std::memcpy(codes + i, tail, n - i);
+      if (target == tail) Simd::copy(codes + i, tail, n - i);
       chunk = next;
     }
-    const bool has_good_reciprocal = absmax[block] >= 0x1p-100f && absmax[block] <= 0x1p100f;
-    if (!has_good_reciprocal)
+    if (absmax[block] != 0 && !has_good_reciprocal(absmax[block]))
       for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax[block], dynamic_map(kSigned));
     codes += n;
   }

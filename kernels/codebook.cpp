@@ -63,12 +63,13 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   const int j_of_first_line = is_signed ? -1 : 0;
 
   DynamicEncoder encoder = {};
+  double intercept[16] = {};
   const double base = is_signed ? kEncoderBase : 2 * kEncoderBase - 1;  // code = c - 1 in the unsigned map
   double line_end[kDecades + 1];                                        // of lines -1 .. 6
   for (int i = -1; i <= kDecades; ++i) {
     const int j = i + 1 + j_of_first_line, entry = 7 - i;
     const double scale = std::ldexp(1.0, j);
-    encoder.intercept[entry] = static_cast<float>(base + kIntercept * scale + kErrors);
+    intercept[entry] = base + kIntercept * scale;
     encoder.cap[entry] = fixed_point(base + 2 * scale - 0.5, is_signed);
     if (i == kDecades) break;
     const int last_code = i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j) - 1;
@@ -78,15 +79,20 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   // The first line has one code, zero's: it begins at its cap, and is tilted so that it, too, crosses a whole number at
   // its end. The last one, which holds the value 1, begins inside the last cell of the line below and crosses 2^j at
   // that cell's end.
-  encoder.intercept[8] = static_cast<float>(base + std::ldexp(2.0, j_of_first_line) - 0.5);
+  intercept[8] = base + std::ldexp(2.0, j_of_first_line) - 0.5;
   encoder.slope[8] = static_cast<float>(1.5 / line_end[0]);
   encoder.slope[0] = static_cast<float>(std::ldexp(1 - 8.0 / 9, 8 + j_of_first_line) / line_end[kDecades]);
   line_end[kDecades] = codebook.values[254];
+  for (int entry = 0; entry < 9; ++entry)
+    encoder.intercept[entry] =
+        static_cast<float>(intercept[entry] + kErrors - encoder.slope[entry] * double{kEncoderShift});
+  encoder.cap[15] = encoder.cap[8];  // of a NaN, which is coded as zero
 
   int i = -1;
   for (int binade = 0; binade < 32; ++binade) {
-    const bool ends_here = i < kDecades && line_end[i + 1] < std::ldexp(1.0, binade - 30);
-    const float end = ends_here ? static_cast<float>(line_end[i + 1]) : std::numeric_limits<float>::infinity();
+    const double shifted_end = i < kDecades ? line_end[i + 1] + kEncoderShift : 0;
+    const bool ends_here = i < kDecades && shifted_end < std::ldexp(1.0, binade - 30);
+    const float end = ends_here ? static_cast<float>(shifted_end) : std::numeric_limits<float>::max();
     encoder.line_end[binade] = with_low_bits(end, 7 - i, ends_here);
     if (ends_here) ++i;
   }

@@ -20,7 +20,7 @@ struct DynamicDecoder {
 // Encoding: slope * x + intercept runs from 2^j to 2^(j+1) over the decade, plus a constant, so truncating gives c. The
 // exponent of x names the line, except where a line ends inside a binade, at `line_end`. A line's last cell ends one
 // step past 2^(j+1), where the next decade's wider cells begin: the sum is capped. A negative x is encoded as -x, and
-// its code mirrored about that of zero.
+// its code mirrored about that of zero. The tables are for x + kEncoderShift, which has 32 exponents only.
 //
 // The arithmetic is in float32, in one binade: the bits of the sum are a number in fixed point. Their low 16 are the
 // fraction and the next 8 the code: kEncoderBase + c of the signed map has 16 bits of fraction, 2 kEncoderBase + code
@@ -28,17 +28,17 @@ struct DynamicDecoder {
 // the true sum and never below it, so a code is certain unless the fraction is under that; an exact search decides the
 // rest.
 struct DynamicEncoder {
-  float line_end[32];  // by the low 5 bits of x's exponent: the x above which the next line holds; infinity, or a NaN,
-                       // where none does. The low 4 bits name the line at the binade's lower end, as 7 - i.
+  float line_end[32];  // by the low 5 bits of x's exponent: the x above which the next line holds, or the largest
+                       // number. The low 4 bits name the line at the binade's lower end, as 7 - i.
   float slope[16];     // by 7 - i, with i = -1 for the line whose only code is zero's and i = 7 for that of one
   float intercept[16];
-  float cap[16];  // what has the bits of the capped sum in fixed point
+  float cap[16];  // what has the bits of the capped sum in fixed point; a NaN is above every line_end, and finds 15
 };
 constexpr float kEncoderBase = 128;
 constexpr int kFractionBits = 16;
-constexpr int32_t kEncoderSlack = 16;  // in units of 2^-16
+constexpr int32_t kEncoderSlack = 12;  // in units of 2^-16
 constexpr int32_t kSignedZeroCode = 127;
-constexpr float kSmallestNormalized = 0x1p-31f;  // below every threshold; keeps 5 bits of exponent unambiguous
+constexpr float kEncoderShift = 0x1p-31f;
 
 struct DynamicMap {
   bool is_signed;

@@ -107,21 +107,13 @@ class CodedState {
     magnitude_ = Simd::broadcast(0.0f);
   }
   void prefetch(int64_t) const {}  // a block at a time, as a vector takes a part of a line only
-  Scaled load(int64_t i) const { return {decode_(codes_ + i), scale_}; }
-  Scaled load_tail(int64_t i, int64_t n) const {
-    uint8_t tail[Simd::kLanes] = {};
-    std::memcpy(tail, codes_ + i, n - i);
-    return {decode_(tail), scale_};
-  }
+  Scaled load(int64_t i) const { return {decode_(Simd::load(codes_ + i)), scale_}; }
+  Scaled load_tail(int64_t i, int64_t n) const { return {decode_(load_first(codes_ + i, n - i)), scale_}; }
   void store(int64_t i, Simd::Floats x) {
     Simd::store(buffer_ + i, x);
     magnitude_ = Simd::max_abs(x, magnitude_);
   }
-  void store_tail(int64_t i, int64_t n, Simd::Floats x) {
-    Simd::store(buffer_ + i, x);
-    std::memset(buffer_ + n, 0, (i + Simd::kLanes - n) * sizeof(float));
-    magnitude_ = Simd::max_abs(Simd::load(buffer_ + i), magnitude_);
-  }
+  void store_tail(int64_t i, int64_t n, Simd::Floats x) { store(i, keep_first(x, n - i)); }
   // An infinity becomes zero, as a NaN does: as the largest of its block it would weigh on the others from then on.
   void close(int64_t slot, int64_t n) {
     const float largest = Simd::horizontal_max(magnitude_);
@@ -173,17 +165,21 @@ class Grad {
  public:
   Grad(const Tensor& tensor, const Group& group)
       : tensor_(static_cast<const T*>(tensor.grad)),
-        scale_(Simd::broadcast(static_cast<float>(1 / group.grad_scale))) {}
+        scale_(Simd::broadcast(static_cast<float>(1 / group.grad_scale))),
+        is_scaled_(group.grad_scale != 1) {}
 
   void open(int64_t offset) { values_ = tensor_ + offset; }
-  Simd::Floats load(int64_t i) const { return Simd::load(values_ + i) * scale_; }
-  Simd::Floats load_tail(int64_t i, int64_t n) const { return load_first(values_ + i, n - i) * scale_; }
+  Simd::Floats load(int64_t i) const { return scaled(Simd::load(values_ + i)); }
+  Simd::Floats load_tail(int64_t i, int64_t n) const { return scaled(load_first(values_ + i, n - i)); }
   const T* values() const { return values_; }
 
  private:
+  Simd::Floats scaled(Simd::Floats x) const { return is_scaled_ ? x * scale_ : x; }
+
   const T* const tensor_;
   const T* values_;
   const Simd::Floats scale_;
+  const bool is_scaled_;
 };
 
 template <class T>
@@ -256,11 +252,7 @@ void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& vi
     }
     if (i < n) {
       rule.measure(param.load_tail(i, n), grad.load_tail(i, n), states.load_tail(i, n)..., x);
-      for (int k = 0; k < kNorms; ++k) {
-        float all[Simd::kLanes];
-        Simd::store(all, x[k]);
-        Simd::add_squares(sums[k] + i % kSums, load_first(all, n - i));
-      }
+      for (int k = 0; k < kNorms; ++k) Simd::add_squares(sums[k] + i % kSums, keep_first(x[k], n - i));
     }
   });
   for (int k = 0; k < kNorms; ++k) {
@@ -383,8 +375,9 @@ void quantize_typed(const T* x, const BlockView& view, const Codebook& codebook,
     for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax, codebook);
   };
   const auto encode = [&](float* values, int64_t n, float absmax, uint8_t* codes) {
-    // Infinities are coded as the largest value; their arithmetic would hide which neighbours want a search.
-    for (int64_t i = 0; i < n; ++i) values[i] = values[i] > absmax ? absmax : values[i] < -absmax ? -absmax : values[i];
+    // Infinities are coded as the largest value, and what is below the map as the least.
+    const float least = codebook.dynamic->is_signed ? -absmax : 0.0f;
+    for (int64_t i = 0; i < n; ++i) values[i] = values[i] > absmax ? absmax : values[i] < least ? least : values[i];
     const auto encode_blocks_of_sign = codebook.dynamic->is_signed ? encode_blocks<true> : encode_blocks<false>;
     encode_blocks_of_sign(values, 0, &n, &absmax, 1, codes);
   };

@@ -45,18 +45,24 @@ class RandomBits {
   Simd::Ints low_key_, high_key_;
 };
 
-// The first n of a vector's lanes, 0 < n < kLanes; the others are zero.
+// The first n of a vector's lanes, 0 < n < kLanes; the others are zero. A set that has masks overloads these.
 template <class T>
-Simd::Floats load_first(const T* x, int64_t n) {
+auto load_first(const T* x, int64_t n) {
   T tail[Simd::kLanes] = {};
   std::memcpy(tail, x, n * sizeof(T));
   return Simd::load(tail);
+}
+template <class Floats>
+Floats keep_first(Floats a, int64_t n) {
+  float all[Simd::kLanes];
+  Simd::store(all, a);
+  return load_first(all, n);
 }
 template <class T>
 void store_first(T* x, int64_t n, Simd::Floats a) {
   T tail[Simd::kLanes];
   Simd::store(tail, a);
-  std::memcpy(x, tail, n * sizeof(T));
+  Simd::copy(x, tail, n * sizeof(T));
 }
 
 template <class T, Rounding rounding>
@@ -94,18 +100,19 @@ class ExactParam {
   Simd::Floats load(int64_t i) const { return load(values_ + i, low_ + (kHasLow ? i : 0)); }
   void store(int64_t i, Simd::Floats p) { store(values_ + i, low_ + (kHasLow ? i : 0), i, p); }
   Simd::Floats load_tail(int64_t i, int64_t n) const {
+    if (!kHasLow) return load_first(values_ + i, n - i);
     bfloat16 tail[Simd::kLanes] = {};
     int16_t low_tail[Simd::kLanes] = {};
-    std::memcpy(tail, values_ + i, (n - i) * sizeof *tail);
-    if (kHasLow) std::memcpy(low_tail, low_ + i, (n - i) * sizeof *low_tail);
+    Simd::copy(tail, values_ + i, (n - i) * sizeof *tail);
+    Simd::copy(low_tail, low_ + i, (n - i) * sizeof *low_tail);
     return load(tail, low_tail);
   }
   void store_tail(int64_t i, int64_t n, Simd::Floats p) {
     bfloat16 tail[Simd::kLanes];
     int16_t low_tail[Simd::kLanes];
     store(tail, low_tail, i, p);
-    std::memcpy(values_ + i, tail, (n - i) * sizeof *tail);
-    if (kHasLow) std::memcpy(low_ + i, low_tail, (n - i) * sizeof *low_tail);
+    Simd::copy(values_ + i, tail, (n - i) * sizeof *tail);
+    if (kHasLow) Simd::copy(low_ + i, low_tail, (n - i) * sizeof *low_tail);
   }
   const bfloat16* values() const { return values_; }
 

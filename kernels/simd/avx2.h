@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "codebook.h"
 #include "half.h"
@@ -18,6 +19,9 @@ struct Simd {
   };
   struct Ints {
     __m256i v;
+  };
+  struct Codes {
+    __m128i v;
   };
   using Mask = __m256;
 
@@ -51,6 +55,7 @@ struct Simd {
   static Floats load(const float16* source) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
   }
+  static Codes load(const uint8_t* source) { return {_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))}; }
   static void store(float* target, Floats a) { _mm256_storeu_ps(target, a.v); }
   static void store(bfloat16* target, Floats a) {
     const __m256i x = _mm256_castps_si256(a.v);
@@ -84,7 +89,7 @@ struct Simd {
   static Ints subtract(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
   static Ints multiply(Ints a, Ints b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
   static Ints exclusive_or(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
-  static Ints min(Ints a, Ints b) { return {_mm256_min_epi32(a.v, b.v)}; }
+  static Ints min_unsigned(Ints a, Ints b) { return {_mm256_min_epu32(a.v, b.v)}; }
   static Ints min_of_halves(Ints a, Ints b) { return {_mm256_min_epu16(a.v, b.v)}; }
   template <int kBits>
   static Ints shift_right(Ints a) {
@@ -113,6 +118,7 @@ struct Simd {
   }
   static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
   static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static Mask greater_or_nan(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }
   static Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
   static Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v)); }
   static Mask is_nan(Floats a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
@@ -146,6 +152,7 @@ struct Simd {
     return _mm256_packus_epi16(_mm256_packus_epi32(bytes[0].v, bytes[1].v),
                                _mm256_packus_epi32(bytes[2].v, bytes[3].v));
   }
+  static void copy(void* target, const void* source, int64_t bytes) { std::memcpy(target, source, bytes); }
   static void store_bytes(uint8_t* target, __m256i packed) {
     // Packing interleaves 128-bit lanes: dword 4 * lane + vector is wanted at 2 * vector + lane.
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -166,8 +173,8 @@ struct Simd {
       scale = _mm256_set1_ps(decoder.scale);
       offset = _mm256_set1_ps(decoder.scale * decoder.code_offset);
     }
-    Floats operator()(const uint8_t* codes) const {
-      const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    Floats operator()(Codes codes) const {
+      const __m256i code = _mm256_cvtepu8_epi32(codes.v);
       const Floats c = {_mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale, offset)};
       const Ints line = exponent(c);
       Floats start = lookup(intercept, line);

@@ -19,6 +19,9 @@ struct Simd {
   struct Ints {
     __m512i v;
   };
+  struct Codes {
+    __m128i v;
+  };
   using Mask = __mmask16;
 
   struct Table32 {
@@ -35,10 +38,9 @@ struct Simd {
   static Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Ints broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static Floats load(const float* source) { return {_mm512_loadu_ps(source)}; }
-  static Floats load(const bfloat16* source) { return {_mm512_castsi512_ps(bits_of(source).v)}; }
-  static Floats load(const float16* source) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
-  }
+  static Floats load(const bfloat16* source) { return floats(bits_of(source)); }
+  static Floats load(const float16* source) { return {_mm512_cvtph_ps(words(source))}; }
+  static Codes load(const uint8_t* source) { return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))}; }
   static void store(float* target, Floats a) { _mm512_storeu_ps(target, a.v); }
   static void store(bfloat16* target, Floats a) {
     const __m512i x = _mm512_castps_si512(a.v);
@@ -52,7 +54,7 @@ struct Simd {
   }
 
   static Ints load(const int16_t* source) {
-    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
+    return {_mm512_cvtepi16_epi32(words(source))};
   }
   static void store(int16_t* target, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(a.v));
@@ -66,17 +68,19 @@ struct Simd {
     return _mm512_add_epi32(_mm512_set1_epi32(0x00030001),
                             _mm512_mullo_epi32(lane_numbers().v, _mm512_set1_epi32(0x00040004)));
   }
-  static Ints bits_of(const bfloat16* source) {
-    const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-    return {_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lane_numbers().v, 16), words)};
+  static Ints bits_of(const bfloat16* source) { return high_halves(words(source)); }
+  static Ints high_halves(__m256i words) {
+    const __m512i order = _mm512_slli_epi32(lane_numbers().v, 16);
+    return {_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512(words))};
   }
+  static __m256i words(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
 
   static Ints bits(Floats a) { return {_mm512_castps_si512(a.v)}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
   static Ints subtract(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   static Ints multiply(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
   static Ints exclusive_or(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
-  static Ints min(Ints a, Ints b) { return {_mm512_min_epi32(a.v, b.v)}; }
+  static Ints min_unsigned(Ints a, Ints b) { return {_mm512_min_epu32(a.v, b.v)}; }
   static Ints min_of_halves(Ints a, Ints b) { return {_mm512_min_epu16(a.v, b.v)}; }
   template <int kBits>
   static Ints shift_right(Ints a) {
@@ -106,11 +110,12 @@ struct Simd {
     return {_mm512_range_ps(a.v, b.v, kLargerMagnitudeWithoutSign)};
   }
   static Floats times_sign_of(Floats sign, Floats a) {
-    constexpr int kFirstAndThirdXorSecond = 0b01101100;
-    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(sign.v), _mm512_castps_si512(a.v),
-                                                          _mm512_set1_epi32(INT32_MIN), kFirstAndThirdXorSecond))};
+    constexpr int kSecondAndThirdXorFirst = 0b01111000;
+    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(sign.v),
+                                                          _mm512_set1_epi32(INT32_MIN), kSecondAndThirdXorFirst))};
   }
   static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static Mask greater_or_nan(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
   static Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
   static Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a.v, b.v); }
   static Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
@@ -141,24 +146,31 @@ struct Simd {
   static __m256i third_bytes(Ints a, Ints b) {
     return _mm512_cvtepi16_epi8(_mm512_permutex2var_epi16(a.v, odd_words(), b.v));
   }
+  static void copy(void* target, const void* source, int64_t bytes) {  // fewer than 64
+    const __mmask64 first = (UINT64_C(1) << bytes) - 1;
+    _mm512_mask_storeu_epi8(target, first, _mm512_maskz_loadu_epi8(first, source));
+  }
   static void store_bytes(uint8_t* target, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), a); }
   static __mmask16 sign_bits(const float* values) { return _mm512_movepi32_mask(_mm512_loadu_si512(values)); }
 
   // The map's own arithmetic: the exponent of c picks a line from two permutes, one fused multiply-add follows it.
   template <bool kSigned>
   struct Decoder {
-    __m512 slope, intercept, scale, offset;
+    __m512 slope, intercept, offset;
+    __m512i exponent_bits;
     explicit Decoder(const Codebook& codebook) {
       const DynamicDecoder& decoder = codebook.dynamic->decoder;
       const __m512 inverse_scale = _mm512_set1_ps(1 / decoder.scale);
       slope = _mm512_mul_ps(_mm512_loadu_ps(decoder.slope), inverse_scale);
       intercept = _mm512_loadu_ps(decoder.intercept);
-      scale = _mm512_set1_ps(decoder.scale);
-      offset = _mm512_set1_ps(decoder.scale * decoder.code_offset);
+      // A code in the low bits of this float adds `scale` to it for each code.
+      const float large = 0x1p23f * decoder.scale;
+      exponent_bits = _mm512_castps_si512(_mm512_set1_ps(large));
+      offset = _mm512_set1_ps(large - decoder.scale * decoder.code_offset);
     }
-    Floats operator()(const uint8_t* codes) const {
-      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-      const Floats c = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, offset)};
+    Floats operator()(Codes codes) const {
+      const __m512i code = _mm512_cvtepu8_epi32(codes.v);
+      const Floats c = {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_epi32(code, exponent_bits)), offset)};
       const __m512i line = exponent(c).v;
       Floats start = {_mm512_permutexvar_ps(line, intercept)};
       if (kSigned) start = times_sign_of(c, start);
@@ -171,6 +183,18 @@ inline Simd::Floats operator+(Simd::Floats a, Simd::Floats b) { return {_mm512_a
 inline Simd::Floats operator-(Simd::Floats a, Simd::Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Simd::Floats operator*(Simd::Floats a, Simd::Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Simd::Floats operator/(Simd::Floats a, Simd::Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+
+// What rounding.h has for every set, by masks.
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Simd::Floats load_first(const float* x, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), x)}; }
+inline Simd::Floats load_first(const bfloat16* x, int64_t n) {
+  return Simd::floats(Simd::high_halves(_mm256_maskz_loadu_epi16(first_lanes(n), x)));
+}
+inline Simd::Floats load_first(const float16* x, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), x))};
+}
+inline Simd::Codes load_first(const uint8_t* x, int64_t n) { return {_mm_maskz_loadu_epi8(first_lanes(n), x)}; }
+inline Simd::Floats keep_first(Simd::Floats a, int64_t n) { return {_mm512_maskz_mov_ps(first_lanes(n), a.v)}; }
 
 }  // namespace
 }  // namespace opt8bit

@@ -19,6 +19,9 @@ struct Simd {
   struct Ints {
     int32_t v;
   };
+  struct Codes {
+    uint8_t v;
+  };
   using Mask = bool;
 
   // The tables of an encoder, as it looks them up.
@@ -38,6 +41,7 @@ struct Simd {
   static Floats load(const float* source) { return {*source}; }
   static Floats load(const bfloat16* source) { return {float_from_bfloat16(*source)}; }
   static Floats load(const float16* source) { return {float_from_float16(*source)}; }
+  static Codes load(const uint8_t* source) { return {*source}; }
   static void store(float* target, Floats a) { *target = a.v; }
   static void store(bfloat16* target, Floats a) { *target = bfloat16_from_float(a.v); }
   static void store(float16* target, Floats a) { *target = float16_from_float(a.v); }
@@ -63,7 +67,9 @@ struct Simd {
     return {static_cast<int32_t>(static_cast<uint32_t>(a.v) * static_cast<uint32_t>(b.v))};
   }
   static Ints exclusive_or(Ints a, Ints b) { return {a.v ^ b.v}; }
-  static Ints min(Ints a, Ints b) { return a.v < b.v ? a : b; }
+  static Ints min_unsigned(Ints a, Ints b) {
+    return static_cast<uint32_t>(a.v) < static_cast<uint32_t>(b.v) ? a : b;
+  }
   // Of the low and of the high halves, without sign.
   static Ints min_of_halves(Ints a, Ints b) {
     const uint32_t x = static_cast<uint32_t>(a.v), y = static_cast<uint32_t>(b.v);
@@ -100,6 +106,7 @@ struct Simd {
   // The larger magnitude, the other operand where one is NaN.
   static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
   static Mask greater(Floats a, Floats b) { return a.v > b.v; }
+  static Mask greater_or_nan(Floats a, Floats b) { return !(a.v <= b.v); }
   static Mask less(Floats a, Floats b) { return a.v < b.v; }
   static Mask less(Ints a, Ints b) { return a.v < b.v; }
   static Mask is_nan(Floats a) { return a.v != a.v; }
@@ -109,6 +116,8 @@ struct Simd {
   static uint32_t lanes(Mask mask) { return mask; }
 
   static float horizontal_max(Floats a) { return a.v; }
+
+  static void copy(void* target, const void* source, int64_t bytes) { std::memcpy(target, source, bytes); }
 
   // Bits 16 to 23 of four vectors of integers.
   static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) {
@@ -127,7 +136,7 @@ struct Simd {
   struct Decoder {
     const float* values;
     explicit Decoder(const Codebook& codebook) : values(codebook.values) {}
-    Floats operator()(const uint8_t* codes) const { return {values[*codes]}; }
+    Floats operator()(Codes codes) const { return {values[codes.v]}; }
   };
 };
 

@@ -80,4 +80,4 @@ def _keep(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 def _square(values: Tensor, mask: Tensor | None) -> float:
     counted = values if mask is None else values[mask.bool()]
-    return float(counted.square().sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(counted, dim=-1).double().square().sum())

