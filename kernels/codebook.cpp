@@ -86,7 +86,6 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   for (int entry = 0; entry < 9; ++entry)
     encoder.intercept[entry] =
         static_cast<float>(intercept[entry] + kErrors - encoder.slope[entry] * double{kEncoderShift});
-  encoder.cap[15] = encoder.cap[8];  // of a NaN, which is coded as zero
 
   int i = -1;
   for (int binade = 0; binade < 32; ++binade) {

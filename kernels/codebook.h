@@ -32,7 +32,8 @@ struct DynamicEncoder {
                        // number. The low 4 bits name the line at the binade's lower end, as 7 - i.
   float slope[16];     // by 7 - i, with i = -1 for the line whose only code is zero's and i = 7 for that of one
   float intercept[16];
-  float cap[16];  // what has the bits of the capped sum in fixed point; a NaN is above every line_end, and finds 15
+  float cap[16];  // what has the bits of the capped sum in fixed point. A NaN is taken to be above every line_end: it
+                  // finds entry 15, where all is zero.
 };
 constexpr float kEncoderBase = 128;
 constexpr int kFractionBits = 16;
