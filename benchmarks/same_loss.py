@@ -90,11 +90,13 @@ def tasks(quick: bool, archive: Path, fashion: Path) -> dict[str, Task]:
 def show(name: str, task: Task, rows: list[dict[str, Any]]) -> None:
     """Mean and spread; and whether the mean lies within the spread of 32-bit states."""
     print(f"\n{name}: {task.metric}")
-    exact = [row["value"] for row in rows if row["optimizer"] == next(iter(task.makers))]
+    baseline = next(iter(task.makers))
+    exact = [row["value"] for row in rows if row["optimizer"] == baseline]
     for optimizer in task.makers:
         values = [row["value"] for row in rows if row["optimizer"] == optimizer]
         mean = statistics.mean(values)
-        verdict = "within the spread of 32 bits" if min(exact) <= mean <= max(exact) else ""
+        is_within = optimizer != baseline and min(exact) <= mean <= max(exact)
+        verdict = "within the spread of 32 bits" if is_within else ""
         print(f"  {optimizer:<36}{mean:9.4f}  {min(values):9.4f} to {max(values):9.4f}  {len(values)} seeds  {verdict}")
 
 

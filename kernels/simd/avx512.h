@@ -53,9 +53,7 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), halves);
   }
 
-  static Ints load(const int16_t* source) {
-    return {_mm512_cvtepi16_epi32(words(source))};
-  }
+  static Ints load(const int16_t* source) { return {_mm512_cvtepi16_epi32(words(source))}; }
   static void store(int16_t* target, Ints a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(a.v));
   }

@@ -49,8 +49,9 @@ NO_TRITON = (
     "so a slower reference serves {device}: pip install triton, or a newer torch"
 )
 NO_KERNELS = (
-    "opt8bit was installed without its compiled kernels, so a slower reference serves the CPU. With a C++17 "
-    "compiler at hand (g++ or clang++), install it again with pip's --force-reinstall --no-cache-dir"
+    f"opt8bit has no compiled kernels in {native.FOLDER}, so a slower reference serves the CPU. If "
+    "that is a clone's source, run Python elsewhere; else install it again, with a C++17 compiler (g++ or clang++) at "
+    "hand and pip's --force-reinstall --no-cache-dir"
 )
 
 

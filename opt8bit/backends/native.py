@@ -20,6 +20,7 @@ Words = numpy.typing.NDArray[numpy.int64]
 
 MAX_STATES = 3  # kMaxStates of kernels/optimizer_step.h
 MAX_HYPER = 12  # kMaxHyper
+FOLDER = Path(__file__).parents[1] / "lib"
 LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}.get(
     sys.platform, "libopt8bit_kernels.so"
 )
@@ -28,7 +29,7 @@ LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The shared library, or None where the package was installed without it."""
-    path = Path(__file__).parent.parent / "lib" / LIBRARY
+    path = FOLDER / LIBRARY
     if not path.exists():
         return None
     lib = ctypes.CDLL(str(path))

@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def add_compress(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compress",
-        help="round a trained language model's weights to 2-8 bits, correct its outputs, and write it",
+        help="round a trained language model's weights to 2-8 bits, and write it",
         formatter_class=HelpFormatter,
     )
     add = command.add_argument

@@ -1,4 +1,4 @@
-"""StableEmbedding: an embedding that keeps language-model training stable."""
+"""StableEmbedding: the embedding that the paper on 8-bit optimizers proposes for stable training of language models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compress and correct: round a trained model's weights, and correct its outputs by Bias Compensation."""
+"""Compress and correct: round a trained model's weights, and, if asked, correct its outputs by Bias Compensation."""
 
 from opt8bit.ptq.compress import compress
 from opt8bit.ptq.evaluate import mean_loss, perplexity

@@ -57,7 +57,7 @@ def compress(
     checkpoint_format: str | None = None,
     see: Callable[[LayerReport, int], None] | None = None,
 ) -> Result:
-    """Rounds the weights of a language model's blocks, block by block, and corrects its outputs.
+    """Rounds the weights of a language model's blocks, block by block, and, if asked, corrects its outputs.
 
     Where ``torch.distributed`` is initialized, the processes share the calibration's batches and the rows of the
     weights; all are to be called alike, and get the same result.
@@ -71,7 +71,8 @@ def compress(
         method: rounds; see :mod:`opt8bit.ptq.methods`.
         bits: of a weight, 2 to 8.
         group_size: weights of a row that share a scale; it divides every layer's inputs. None for whole rows.
-        symmetric: whether the grid's zero point is fixed in its middle.
+        symmetric: whether the grid's zero point is fixed in its middle, as servers want it (and the command, at 4 and 8
+            bits, does it).
         range: "minmax" or "mse"; by default "mse", and "minmax" for RTN, which it hurts. See :class:`UniformGrid`.
         grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
             its own and must be left as they are.

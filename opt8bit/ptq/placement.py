@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.layer import Compressed
 
 KEYS, VALUES, OUTPUTS = "k_proj", "v_proj", ("o_proj", "out_proj")
-OF_KEYS = "a constant in the keys does nothing, or harm"
+OF_KEYS = "a constant in the keys shifts all scores alike, or harms under rotary embedding"
 LLAMA = "LlamaForCausalLM"
 
 
