@@ -3,7 +3,6 @@
 // no instruction of one set can end up in the code of another.
 #include OPT8BIT_SIMD
 
-#include <cstring>
 #include <utility>
 
 #include "blockwise.h"

@@ -3,8 +3,6 @@
 // simd/*.h.
 #pragma once
 
-#include <cstring>
-
 #include "optimizer_step.h"
 
 namespace opt8bit {
@@ -49,7 +47,7 @@ class RandomBits {
 template <class T>
 auto load_first(const T* x, int64_t n) {
   T tail[Simd::kLanes] = {};
-  std::memcpy(tail, x, n * sizeof(T));
+  Simd::copy(tail, x, n * sizeof(T));
   return Simd::load(tail);
 }
 template <class Floats>

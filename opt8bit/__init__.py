@@ -1,4 +1,4 @@
-"""opt8bit: optimizers for PyTorch whose states take 8 bits; trained weights, rounded to few bits, and corrected."""
+"""opt8bit: optimizers for PyTorch whose states take 8 bits; trained weights rounded to few bits, and corrected."""
 
 from importlib.metadata import version
 
