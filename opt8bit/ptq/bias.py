@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from opt8bit.ptq import ranks
 from opt8bit.ptq.statistics import Inputs, Statistics
 
 CORRECTIONS = ("none", "local", "sequential", "joint")
@@ -37,17 +38,17 @@ def mean_shift(
     shifts = statistics.sum_x @ weight.to(dtype).T - sum_x_hat @ rounded.to(dtype).T  # (sequences, out), over tokens
     if drift_share:
         shifts = shifts + drift_share * statistics.sum_drift
-    shift = shifts.sum(0) / statistics.count
-    return shift, _standard_error(shifts, statistics.tokens, shift)
+    return _mean(shifts, statistics.tokens)
 
 
-def _standard_error(sums: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
-    """Of a mean over tokens whose sequences are independent: a ratio estimator's, by its residuals."""
+def _mean(sums: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Over tokens whose sequences are independent, and its standard error: a ratio estimator's, by its residuals."""
+    mean = sums.sum(0) / tokens.sum()
     sequences = int((tokens > 0).sum())
     if sequences < 2:
-        return torch.full_like(mean, torch.inf)
+        return mean, torch.full_like(mean, torch.inf)
     residuals = sums - tokens[:, None] * mean
-    return (residuals.square().sum(0) * sequences / (sequences - 1)).sqrt() / tokens.sum()
+    return mean, (residuals.square().sum(0) * sequences / (sequences - 1)).sqrt() / tokens.sum()
 
 
 def median_shift(
@@ -71,12 +72,16 @@ def median_shift(
     found = []
     for start in range(0, len(weight), channels):
         part = slice(start, start + channels)
-        errors = [_errors(weight, rounded, batch, part, local, drift_share) for batch in inputs]
-        whole = torch.cat([error.flatten(0, 1) for error in errors]).nanmedian(0).values
-        of_sequences = torch.cat([error.nanmedian(1).values for error in errors])
-        found.append((whole, _spread(of_sequences[~of_sequences.isnan().any(1)])))
+        found.append(_median([_errors(weight, rounded, batch, part, local, drift_share) for batch in inputs]))
     shifts, noises = zip(*found, strict=True)
     return torch.cat(shifts), torch.cat(noises)
+
+
+def _median(errors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Over tokens, and its standard error."""
+    whole = torch.cat([error.flatten(0, 1) for error in errors]).nanmedian(0).values
+    of_sequences = torch.cat([error.nanmedian(1).values for error in errors])
+    return whole, _spread(of_sequences[~of_sequences.isnan().any(1)])
 
 
 def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
@@ -112,16 +117,44 @@ def position_shift(
 
     Source: Minimize Quantization Output Error with Bias Compensation, section 3, where the bias has the output's shape.
     """
-    lengths = {batch.x.shape[1] for batch in inputs}
+    return _by_position(_errors(weight, rounded, batch, slice(None), local, drift_share) for batch in inputs)
+
+
+def _by_position(errors: Iterable[Tensor]) -> Tensor:
+    """The mean over sequences at each position, (length, out)."""
+    sums, tokens = [], []
+    for error in errors:
+        sums.append(error.nansum(0))
+        tokens.append((~error[..., 0].isnan()).sum(0))
+    lengths = {len(part) for part in sums}
     if len(lengths) != 1:
         raise ValueError(f"a bias by position takes sequences of one length, got {sorted(lengths)}")
-    length = lengths.pop()
-    sums, tokens = weight.new_zeros(length, len(weight)), weight.new_zeros(length)
-    for batch in inputs:
-        errors = _errors(weight, rounded, batch, slice(None), local, drift_share)
-        sums += errors.nansum(0)
-        tokens += len(errors) if batch.mask is None else batch.mask.bool().sum(0)
-    return sums / tokens.clamp(min=1)[:, None]
+    return torch.stack(sums).sum(0) / torch.stack(tokens).sum(0).clamp(min=1)[:, None]
+
+
+def block_shift(errors: Iterable[Tensor], statistic: str) -> Tensor:
+    """The constant that makes up for what a whole block puts out wrong, of :data:`SHIFTS`.
+
+    Args:
+        errors: of each batch, (sequences, length, h), the float block's output minus the rounded one's for the same
+            inputs; NaN where a token does not count.
+
+    Returns:
+        (h,), shrunk to what the data support; or (length, h) by position.
+
+    Source: the code of Minimize Quantization Output Error with Bias Compensation, where every block has such a bias
+    beside those of its layers.
+    """
+    if statistic == "position":
+        return _by_position(errors)
+    if statistic == "median":
+        return shrunk(*_median(list(errors)))
+    sums, tokens = [], []
+    for error in errors:
+        sums.append(error.nansum(1, dtype=torch.float64))
+        tokens.append((~error[..., 0].isnan()).sum(1))
+    of_ranks = ranks.gathered((torch.cat(sums), torch.cat(tokens)))
+    return shrunk(*_mean(*(torch.cat(parts) for parts in zip(*of_ranks, strict=True))))
 
 
 def shrunk(shift: Tensor, standard_error: Tensor) -> Tensor:

@@ -42,8 +42,10 @@ class Recipe:
         method: rounds the weights.
         format: of the rounded weights.
         correct: the stream that Bias Compensation takes its errors from, of :data:`CORRECTIONS`: "none" for no bias;
-            "local" for the float model's inputs, as in the paper; "sequential" for the inputs that the layer will
-            see; "joint" for those, with the weights rounded on the centred covariance, so that the bias has its share.
+            "local" for the float model's, as in the paper: each layer's error on the inputs it had, and in the block's
+            last layer that writes to the hidden states the error of the whole block; "sequential" for the inputs that
+            the layer will see; "joint" for those, with the weights rounded on the centred covariance, so that the bias
+            has its share.
         statistic: "mean" for least squares, "median" for least absolute error, both shrunk to what the data support;
             "position" for a mean at each position of a sequence, which only this package can apply.
         error_propagation: strength of the asymmetric target, 0 to 1: see :func:`asymmetric_target`. As much of the
@@ -115,6 +117,11 @@ class Compressed:
         """The weight as the model will hold it, (out, in)."""
         return self.rounded.dequantize().to(self.dtype)
 
+    def corrected(self, shift: Tensor) -> Compressed:
+        """With what Bias Compensation adds to the bias."""
+        shift = shift.to(torch.promote_types(self.dtype, torch.float32))
+        return replace(self, bias=shift if self.bias is None else self.bias + shift, shift=shift)
+
 
 def symmetry_cost(weight: Tensor, format: Format) -> float | None:
     """By how much a grid's symmetry raises the squared error of rounding to nearest; None where it is not symmetric."""
@@ -162,8 +169,7 @@ def compress_stage(
         layer = Compressed(rounded[name], first.dtype, None if had is None else had.detach().to(dtype), None)
         if name in corrected:
             share = recipe.error_propagation if name in writers else 0.0
-            shift = _shift(weight, layer.installed.to(dtype), statistics, inputs, recipe, share)
-            layer = replace(layer, bias=shift if layer.bias is None else layer.bias + shift, shift=shift)
+            layer = layer.corrected(_shift(weight, layer.installed.to(dtype), statistics, inputs, recipe, share))
         result[name] = layer
     return result
 
@@ -214,7 +220,7 @@ def _shift(
     recipe: Recipe,
     drift_share: float,
 ) -> Tensor:
-    """What Bias Compensation adds to a layer's bias, in the dtype of the weight."""
+    """What Bias Compensation adds to a layer's bias."""
     local = recipe.correct == "local"
     if recipe.statistic == "position":
         return compensation.position_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
@@ -222,4 +228,4 @@ def _shift(
         shift, noise = compensation.median_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
     else:
         shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local, drift_share=drift_share)
-    return compensation.shrunk(shift, noise).to(weight.dtype)
+    return compensation.shrunk(shift, noise)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.bias import block_shift
 from opt8bit.ptq.blocks import block_layers, evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.ends import ModelEnd, probe, quality
@@ -163,6 +164,7 @@ class _BlockTask:
         self.order = [names for names in kept if names]
         # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for.
         self.writers = parts.writers if result.recipe.error_propagation else set()
+        self.last_writer = next((n for names in reversed(parts.stages) for n in names if n in parts.writers), None)
         self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
         self.drifts: list[Tensor] = []  # of each batch, if there are writers
         self.pending: _Stage | None = None
@@ -196,7 +198,7 @@ class _BlockTask:
                     self._compare(i)
                     inputs.append(self._inputs(i, x, x_hat, writes=not self.writers.isdisjoint(names)))
                 self._report()
-                self.pending = self._compress(names, inputs)
+                self.pending = self._compress(names, inputs, calls)
                 stack.callback(self.pending.errors.close)
             ends = []
             for i, (walk, walk_hat) in enumerate(pairs):
@@ -236,7 +238,7 @@ class _BlockTask:
             self.result.report.append(report)
             self.see(report)
 
-    def _compress(self, names: list[str], inputs: Sequence[Inputs]) -> _Stage:
+    def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> _Stage:
         started = time.perf_counter()
         places = self.result.places
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
@@ -244,15 +246,33 @@ class _BlockTask:
         for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
             full = {n: f"{self.name}.{n}" for n in group}
             corrected = {n for n in group if recipe.correct != "none" and why_uncorrected(full[n], places) is None}
+            of_block = corrected & {self.last_writer} if recipe.correct == "local" else set()
             try:
-                done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected, self.writers)
+                done |= compress_stage(
+                    {n: layers[n] for n in group}, inputs, recipe, corrected - of_block, self.writers
+                )
+                for name in group:
+                    install(layers_hat[name], done[name])
+                for name in of_block:  # its own error is in the block's
+                    shift = block_shift(self._block_errors(calls), recipe.statistic)
+                    done[name] = done[name].corrected(shift)
+                    install(layers_hat[name], done[name])
             except ValueError as error:
                 raise ValueError(f"{self.name}.{group[0]}: {error}") from error
-        for name, layer in done.items():
-            install(layers_hat[name], layer)
-            self.done[f"{self.name}.{name}"] = layer
+        self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
         errors = OutputErrors(layers, layers_hat, {name: layer.shift for name, layer in done.items()})
         return _Stage(done, errors, time.perf_counter() - started)
+
+    def _block_errors(self, calls: Sequence[Call]) -> Iterator[Tensor]:
+        """What the block as it is now puts out less than the float one, for the float model's hidden states."""
+        for call, mask in zip(calls, self.masks, strict=True):
+            y, y_hat = call.of(self.block), call.of(self.compressed)
+            dtype = torch.promote_types(y.dtype, torch.float32)
+            error = y.to(dtype) - y_hat.to(dtype)
+            counts = torch.ones_like(error[..., :1]).bool() if mask is None else mask.bool().unsqueeze(-1)
+            if not bool(torch.where(counts, error, 0).isfinite().all()):
+                raise ValueError("the output of its block is not finite")
+            yield torch.where(counts, error, torch.nan)
 
 
 def _by_recipe(recipes: dict[str, Recipe | None]) -> list[tuple[Recipe, list[str]]]:
