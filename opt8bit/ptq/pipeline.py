@@ -240,31 +240,40 @@ class _BlockTask:
 
     def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> _Stage:
         started = time.perf_counter()
-        places = self.result.places
-        layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         done: dict[str, Compressed] = {}
         for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
-            full = {n: f"{self.name}.{n}" for n in group}
-            corrected = {n for n in group if recipe.correct != "none" and why_uncorrected(full[n], places) is None}
-            of_block = corrected & {self.last_writer} if recipe.correct == "local" else set()
             try:
-                done |= compress_stage(
-                    {n: layers[n] for n in group}, inputs, recipe, corrected - of_block, self.writers
-                )
-                for name in group:
-                    install(layers_hat[name], done[name])
-                for name in of_block:  # its own error is in the block's
-                    shift = block_shift(self._block_errors(calls), recipe.statistic)
-                    done[name] = done[name].corrected(shift)
-                    install(layers_hat[name], done[name])
+                done |= self._compress_alike(group, recipe, inputs, calls)
             except ValueError as error:
                 raise ValueError(f"{self.name}.{group[0]}: {error}") from error
         self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
+        layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         errors = OutputErrors(layers, layers_hat, {name: layer.shift for name, layer in done.items()})
         return _Stage(done, errors, time.perf_counter() - started)
 
+    def _compress_alike(
+        self, names: list[str], recipe: Recipe, inputs: Sequence[Inputs], calls: Sequence[Call]
+    ) -> dict[str, Compressed]:
+        """Compresses the layers of a stage that share a recipe, and puts them into the compressed block."""
+        layers, layers_hat = linear_layers(self.block), linear_layers(self.compressed)
+        corrected: set[str] = set()
+        if recipe.correct != "none":
+            corrected = {n for n in names if why_uncorrected(f"{self.name}.{n}", self.result.places) is None}
+        by_block = corrected & {self.last_writer} if recipe.correct == "local" else set()
+        done = compress_stage({n: layers[n] for n in names}, inputs, recipe, corrected - by_block, self.writers)
+        for name, layer in done.items():
+            install(layers_hat[name], layer)
+        for name in by_block:  # the block's error has the layer's own in it
+            done[name] = done[name].corrected(block_shift(self._block_errors(calls), recipe.statistic))
+            install(layers_hat[name], done[name])
+        return done
+
     def _block_errors(self, calls: Sequence[Call]) -> Iterator[Tensor]:
-        """What the block as it is now puts out less than the float one, for the float model's hidden states."""
+        """What the block as it is now puts out less than the float one, both for the float model's hidden states.
+
+        Raises:
+            ValueError: an output that counts is not finite.
+        """
         for call, mask in zip(calls, self.masks, strict=True):
             y, y_hat = call.of(self.block), call.of(self.compressed)
             dtype = torch.promote_types(y.dtype, torch.float32)

@@ -60,7 +60,7 @@ def run(folder: Path, **options: Any) -> None:
             process.kill()
 
 
-@pytest.mark.parametrize("correct", ["none", "joint"])
+@pytest.mark.parametrize("correct", ["none", "local", "joint"])
 def test_two_do_what_one_does(correct: str, tmp_path: Path) -> None:
     run(tmp_path, bits=4, group_size=16, correct=correct)
     expected = ptq.compress(
@@ -71,6 +71,9 @@ def test_two_do_what_one_does(correct: str, tmp_path: Path) -> None:
     weights = {name: layer.installed for name, layer in expected.layers.items()}
     same = sum(int((first[f"{name} weight"] == weight).sum()) for name, weight in weights.items())
     assert same / sum(weight.numel() for weight in weights.values()) > 0.99
+    for name, layer in expected.layers.items():
+        if layer.bias is not None:
+            assert float((first[f"{name} bias"] - layer.bias).norm()) < 0.1 * float(layer.bias.norm())
     quality, errors = eval((tmp_path / "0.txt").read_text(), {"Quality": ptq.ends.Quality})  # type: ignore[attr-defined]
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
     assert expected.quality is not None and quality.tokens == expected.quality.tokens
