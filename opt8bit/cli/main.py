@@ -102,7 +102,7 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     symmetric = "grids with a fixed zero point (default: at 4 and 8 bits, as servers ask for it, but for dense)"
     add("--symmetric", action=argparse.BooleanOptionalAction, help=symmetric)
     add("--range", choices=RANGES, help="of a grid (default: mse; minmax for rtn)")
-    add("--correct", choices=CORRECTIONS, default="none", help="inputs that Bias Compensation takes the errors from")
+    add("--correct", choices=CORRECTIONS, default="none", help="errors that Bias Compensation makes up for")
     add("--statistic", choices=SHIFTS[:2], default="mean", help="of the errors")
     polish = "coordinate descent and refitted scales after rounding (default: for all but rtn)"
     add("--polish", action=argparse.BooleanOptionalAction, help=polish)

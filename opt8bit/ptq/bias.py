@@ -1,8 +1,8 @@
-"""Bias Compensation: the bias that makes up for what rounding did to a layer's mean or median output."""
+"""Bias Compensation: the bias that makes up for what rounding did to the mean or median output of a layer, or block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from opt8bit.ptq.statistics import Inputs, Statistics
 
 CORRECTIONS = ("none", "local", "sequential", "joint")
 SHIFTS = ("mean", "median", "position")
+CHANNELS = 64  # whose errors are in memory together for a median
 
 
 def mean_shift(
@@ -42,7 +43,7 @@ def mean_shift(
 
 
 def _mean(sums: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Over tokens whose sequences are independent, and its standard error: a ratio estimator's, by its residuals."""
+    """The mean over tokens whose sequences are independent, and its standard error: a ratio estimator's."""
     mean = sums.sum(0) / tokens.sum()
     sequences = int((tokens > 0).sum())
     if sequences < 2:
@@ -58,7 +59,7 @@ def median_shift(
     *,
     local: bool = False,
     drift_share: float = 0.0,
-    channels: int = 64,
+    channels: int = CHANNELS,
 ) -> tuple[Tensor, Tensor]:
     """The median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error.
 
@@ -69,19 +70,22 @@ def median_shift(
 
     Source: Minimize Quantization Output Error with Bias Compensation, section 3, with the absolute error.
     """
-    found = []
-    for start in range(0, len(weight), channels):
-        part = slice(start, start + channels)
-        found.append(_median([_errors(weight, rounded, batch, part, local, drift_share) for batch in inputs]))
-    shifts, noises = zip(*found, strict=True)
+    return _medians(
+        lambda part: [_errors(weight, rounded, batch, part, local, drift_share) for batch in inputs],
+        len(weight),
+        channels,
+    )
+
+
+def _medians(errors: Callable[[slice], Sequence[Tensor]], outputs: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Of every channel over tokens, and their standard errors; ``errors`` of some of the channels, by batch."""
+    shifts, noises = [], []
+    for start in range(0, outputs, channels):
+        part = errors(slice(start, start + channels))
+        shifts.append(torch.cat([error.flatten(0, 1) for error in part]).nanmedian(0).values)
+        of_sequences = torch.cat([error.nanmedian(1).values for error in part])
+        noises.append(_spread(of_sequences[~of_sequences.isnan().any(1)]))
     return torch.cat(shifts), torch.cat(noises)
-
-
-def _median(errors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Over tokens, and its standard error."""
-    whole = torch.cat([error.flatten(0, 1) for error in errors]).nanmedian(0).values
-    of_sequences = torch.cat([error.nanmedian(1).values for error in errors])
-    return whole, _spread(of_sequences[~of_sequences.isnan().any(1)])
 
 
 def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
@@ -122,22 +126,22 @@ def position_shift(
 
 def _by_position(errors: Iterable[Tensor]) -> Tensor:
     """The mean over sequences at each position, (length, out)."""
-    sums, tokens = [], []
+    total, tokens = torch.zeros(()), torch.zeros(())
     for error in errors:
-        sums.append(error.nansum(0))
-        tokens.append((~error[..., 0].isnan()).sum(0))
-    lengths = {len(part) for part in sums}
-    if len(lengths) != 1:
-        raise ValueError(f"a bias by position takes sequences of one length, got {sorted(lengths)}")
-    return torch.stack(sums).sum(0) / torch.stack(tokens).sum(0).clamp(min=1)[:, None]
+        if total.dim() and len(total) != error.shape[1]:
+            raise ValueError(f"a bias by position takes sequences of one length, got {len(total)} and {error.shape[1]}")
+        total = total + error.nansum(0)
+        tokens = tokens + (~error[..., 0].isnan()).sum(0)
+    return total / tokens.clamp(min=1)[:, None]
 
 
 def block_shift(errors: Iterable[Tensor], statistic: str) -> Tensor:
-    """The constant that makes up for what a whole block puts out wrong, of :data:`SHIFTS`.
+    """The bias that makes up for what a whole block puts out wrong.
 
     Args:
         errors: of each batch, (sequences, length, h), the float block's output minus the rounded one's for the same
             inputs; NaN where a token does not count.
+        statistic: of :data:`SHIFTS`; a mean is that of all processes' tokens.
 
     Returns:
         (h,), shrunk to what the data support; or (length, h) by position.
@@ -148,13 +152,13 @@ def block_shift(errors: Iterable[Tensor], statistic: str) -> Tensor:
     if statistic == "position":
         return _by_position(errors)
     if statistic == "median":
-        return shrunk(*_median(list(errors)))
+        kept = list(errors)
+        return shrunk(*_medians(lambda part: [error[..., part] for error in kept], kept[0].shape[-1], CHANNELS))
     sums, tokens = [], []
     for error in errors:
         sums.append(error.nansum(1, dtype=torch.float64))
         tokens.append((~error[..., 0].isnan()).sum(1))
-    of_ranks = ranks.gathered((torch.cat(sums), torch.cat(tokens)))
-    return shrunk(*_mean(*(torch.cat(parts) for parts in zip(*of_ranks, strict=True))))
+    return shrunk(*_mean(*ranks.concatenated(torch.cat(sums), torch.cat(tokens))))
 
 
 def shrunk(shift: Tensor, standard_error: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ class Anatomy(NamedTuple):
 
     stages: list[list[str]]  # in the order of their calls; those of a stage read one tensor
     writers: set[str]  # whose output is added to the hidden states as it is, such as o_proj and down_proj
+    overwritten: set[str]  # whose output is changed in place afterwards: who keeps it has to copy it
 
 
 def anatomy(block: nn.Module, call: Call) -> Anatomy:
@@ -106,7 +107,7 @@ def anatomy(block: nn.Module, call: Call) -> Anatomy:
         ValueError: a layer is called twice, or never.
     """
     writers = stream_writers(block, call)
-    return Anatomy(_one_writer_each(stages(block, call), writers), writers)
+    return Anatomy(_one_writer_each(stages(block, call), writers), writers, overwritten(block, call))
 
 
 def stages(block: nn.Module, call: Call) -> list[list[str]]:
@@ -136,7 +137,7 @@ def stages(block: nn.Module, call: Call) -> list[list[str]]:
 
 
 def _one_writer_each(order: list[list[str]], writers: set[str]) -> list[list[str]]:
-    """Cuts stages before a second writer: what the first one leaves of the drift is the second one's to make up for."""
+    """Cuts stages before a second writer, which makes up for what the first one leaves of the drift, or of an error."""
     result: list[list[str]] = []
     for names in order:
         result.append([])
@@ -180,6 +181,25 @@ def stream_writers(block: nn.Module, call: Call) -> set[str]:
             if torch.allclose(call.of(block), call.hidden + trial):
                 found.add(name)
     return found
+
+
+def overwritten(block: nn.Module, call: Call) -> set[str]:
+    """The linear layers whose output the block changes in place, as Falcon's does to save memory."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def after(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[name] = (output, output.clone())
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in linear_layers(block).items()]
+    try:
+        call.of(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, (output, copy) in seen.items() if not torch.equal(output, copy)}
 
 
 def _constant(output: Tensor) -> Callable[[Tensor], Tensor]:

@@ -42,10 +42,10 @@ class Recipe:
         method: rounds the weights.
         format: of the rounded weights.
         correct: the stream that Bias Compensation takes its errors from, of :data:`CORRECTIONS`: "none" for no bias;
-            "local" for the float model's, as in the paper: each layer's error on the inputs it had, and in the block's
-            last layer that writes to the hidden states the error of the whole block; "sequential" for the inputs that
-            the layer will see; "joint" for those, with the weights rounded on the centred covariance, so that the bias
-            has its share.
+            "local" for the float model's, as the paper's code has it: each layer's error on the float model's inputs,
+            and in the block's last layer, if its output is added to the hidden states and it can hold a bias, the error
+            of the whole block in its place; "sequential" for the inputs that the layer will see; "joint" for those,
+            with the weights rounded on the centred covariance, so that the bias has its share.
         statistic: "mean" for least squares, "median" for least absolute error, both shrunk to what the data support;
             "position" for a mean at each position of a sequence, which only this package can apply.
         error_propagation: strength of the asymmetric target, 0 to 1: see :func:`asymmetric_target`. As much of the
@@ -147,7 +147,7 @@ def compress_stage(
     """Rounds the layers of a stage and corrects those that are named.
 
     Args:
-        corrected: names of the layers that get a bias.
+        corrected: names of the layers that get a bias from their own error.
         writers: names of those whose output is added to the hidden states; they make up for the drift in ``inputs``.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class OutputErrors:
         layers: of the float model.
         layers_hat: of the compressed model.
         shifts: what Bias Compensation added to each of those, (out,) or (length, out), if anything.
+        overwritten: names of the layers whose output others change in place.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class OutputErrors:
         layers: Mapping[str, nn.Module],
         layers_hat: Mapping[str, nn.Module],
         shifts: Mapping[str, Tensor | None],
+        overwritten: Collection[str] = (),
     ) -> None:
         self._shifts = shifts
         self._outputs: dict[str, Tensor] = {}
@@ -36,7 +38,7 @@ class OutputErrors:
         self._rounded = dict.fromkeys(layers, 0.0)
         self._corrected = dict.fromkeys(layers, 0.0)
         self._hooks = [
-            modules[name].register_forward_hook(_keep(outputs, name))
+            modules[name].register_forward_hook(_keep(outputs, name, copy=name in overwritten))
             for modules, outputs in ((layers, self._outputs), (layers_hat, self._outputs_hat))
             for name in layers
         ]
@@ -71,9 +73,9 @@ class OutputErrors:
             hook.remove()
 
 
-def _keep(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _keep(outputs: dict[str, Tensor], name: str, copy: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        outputs[name] = output
+        outputs[name] = output.clone() if copy else output
 
     return hook
 

@@ -138,7 +138,7 @@ class _BlockTask:
         name: of the block in the model.
         block: of the float model; it is left as it is.
         parts: what it does with its layers.
-        result: gets the layers and their reports.
+        result: gets the reports.
         masks: of each batch that is learned from; those behind them only go through.
         see: gets each report.
 
@@ -156,7 +156,7 @@ class _BlockTask:
         masks: Sequence[Tensor | None],
         see: Callable[[LayerReport], None],
     ) -> None:
-        self.name, self.block, self.result, self.masks, self.see = name, block, result, masks, see
+        self.name, self.block, self.parts, self.result, self.masks, self.see = name, block, parts, result, masks, see
         self.compressed = copy.deepcopy(block)
         self.done: dict[str, Compressed] = {}
         self.reports: list[LayerReport] = []
@@ -164,13 +164,21 @@ class _BlockTask:
         self.order = [names for names in kept if names]
         # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for.
         self.writers = parts.writers if result.recipe.error_propagation else set()
-        self.last_writer = next((n for names in reversed(parts.stages) for n in names if n in parts.writers), None)
+        self.of_block: str | None = None  # the layer whose bias makes up for the error of the whole block
+        if result.recipe.correct == "local":
+            self.of_block = next((n for n in parts.stages[-1] if n in parts.writers and self._corrects(n)), None)
         self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
         self.drifts: list[Tensor] = []  # of each batch, if there are writers
         self.pending: _Stage | None = None
 
     def _recipe(self, layer: str) -> Recipe | None:
         return self.result.recipe.of(f"{self.name}.{layer}")
+
+    def _corrects(self, layer: str) -> bool:
+        recipe = self._recipe(layer)
+        if recipe is None or recipe.correct == "none":
+            return False
+        return why_uncorrected(f"{self.name}.{layer}", self.result.places) is None
 
     def run(self, calls: Streams) -> Streams:
         """Returns the hidden states after the block."""
@@ -240,48 +248,43 @@ class _BlockTask:
 
     def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> _Stage:
         started = time.perf_counter()
+        layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         done: dict[str, Compressed] = {}
         for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
+            corrected = {n for n in group if self._corrects(n) and n != self.of_block}
             try:
-                done |= self._compress_alike(group, recipe, inputs, calls)
+                done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected, self.writers)
             except ValueError as error:
                 raise ValueError(f"{self.name}.{group[0]}: {error}") from error
-        self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
-        layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
-        errors = OutputErrors(layers, layers_hat, {name: layer.shift for name, layer in done.items()})
-        return _Stage(done, errors, time.perf_counter() - started)
-
-    def _compress_alike(
-        self, names: list[str], recipe: Recipe, inputs: Sequence[Inputs], calls: Sequence[Call]
-    ) -> dict[str, Compressed]:
-        """Compresses the layers of a stage that share a recipe, and puts them into the compressed block."""
-        layers, layers_hat = linear_layers(self.block), linear_layers(self.compressed)
-        corrected: set[str] = set()
-        if recipe.correct != "none":
-            corrected = {n for n in names if why_uncorrected(f"{self.name}.{n}", self.result.places) is None}
-        by_block = corrected & {self.last_writer} if recipe.correct == "local" else set()
-        done = compress_stage({n: layers[n] for n in names}, inputs, recipe, corrected - by_block, self.writers)
         for name, layer in done.items():
             install(layers_hat[name], layer)
-        for name in by_block:  # the block's error has the layer's own in it
-            done[name] = done[name].corrected(block_shift(self._block_errors(calls), recipe.statistic))
-            install(layers_hat[name], done[name])
-        return done
+        if self.of_block is not None and self.of_block in done:
+            shift = block_shift(self._block_errors(calls), self.result.recipe.statistic)
+            done[self.of_block] = done[self.of_block].corrected(shift)
+            install(layers_hat[self.of_block], done[self.of_block])
+        self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
+        shifts = {name: layer.shift for name, layer in done.items()}
+        errors = OutputErrors(layers, layers_hat, shifts, self.parts.overwritten)
+        return _Stage(done, errors, time.perf_counter() - started)
 
     def _block_errors(self, calls: Sequence[Call]) -> Iterator[Tensor]:
-        """What the block as it is now puts out less than the float one, both for the float model's hidden states.
+        """Of each batch, the float block's output minus the compressed one's, both for the float model's hidden states.
+
+        NaN where a token does not count.
 
         Raises:
             ValueError: an output that counts is not finite.
         """
         for call, mask in zip(calls, self.masks, strict=True):
-            y, y_hat = call.of(self.block), call.of(self.compressed)
-            dtype = torch.promote_types(y.dtype, torch.float32)
-            error = y.to(dtype) - y_hat.to(dtype)
-            counts = torch.ones_like(error[..., :1]).bool() if mask is None else mask.bool().unsqueeze(-1)
-            if not bool(torch.where(counts, error, 0).isfinite().all()):
-                raise ValueError("the output of its block is not finite")
-            yield torch.where(counts, error, torch.nan)
+            outputs = []
+            for which, block in (("float", self.block), ("compressed", self.compressed)):
+                y = call.of(block)
+                y = y.to(torch.promote_types(y.dtype, torch.float32))
+                if not bool((y if mask is None else y[mask.bool()]).isfinite().all()):
+                    raise ValueError(f"{self.name}: an output of the {which} block is not finite")
+                outputs.append(y)
+            error = outputs[0] - outputs[1]
+            yield error if mask is None else torch.where(mask.bool().unsqueeze(-1), error, torch.nan)
 
 
 def _by_recipe(recipes: dict[str, Recipe | None]) -> list[tuple[Recipe, list[str]]]:

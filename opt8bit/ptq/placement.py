@@ -155,8 +155,8 @@ def value_bias_through(places: Places, layers: dict[str, Compressed], model: nn.
         if place is None or place.kind != "through" or layer.bias is None:
             continue
         output = layers[place.name]
-        weight = output.installed
-        moved = weight @ _per_query_head(layer.bias, weight.shape[1], model).to(weight)
+        weight = output.installed.to(layer.bias.dtype)
+        moved = weight @ _per_query_head(layer.bias, weight.shape[1], model)
         bias = moved if output.bias is None else output.bias + moved
         layers[name] = replace(layer, bias=None)
         layers[place.name] = replace(output, bias=bias)

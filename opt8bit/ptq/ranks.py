@@ -50,6 +50,14 @@ def gathered(value: T) -> list[T]:
     return found
 
 
+def concatenated(*tensors: Tensor) -> list[Tensor]:
+    """Each with the rows of all processes, however many each has, in the order of their numbers."""
+    if not _are_several():
+        return list(tensors)
+    found = gathered([tensor.cpu() for tensor in tensors])  # as they are, they would come back on the senders' devices
+    return [torch.cat(parts).to(mine.device) for mine, parts in zip(tensors, zip(*found, strict=True), strict=True)]
+
+
 def rows_of_this(tensor: Tensor) -> Tensor:
     """This process's part of the rows of a tensor that all have; the same number for each, the last ones twice."""
     each = -(-len(tensor) // size())

@@ -26,7 +26,7 @@ class LayerReport:
         shape: (out, in).
         bits_per_weight: everything stored counted, but the bias.
         error_rounded: of the output against the float model's, squared, relative to the square of that output.
-        error_corrected: the same with the bias.
+        error_corrected: the same with the bias; higher, maybe, where that is from the error of the whole block.
         bias_norm: of what Bias Compensation added.
         bias_bytes: that it takes beyond what the layer had, at the model's dtype; 0 where another layer holds it.
         bias_place: what holds it: "own", a switch of the configuration, "through NAME"; None if there is none.

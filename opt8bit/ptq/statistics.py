@@ -132,9 +132,8 @@ class Statistics:
     def of_all_ranks(self) -> None:
         """Adds what all other processes have seen, if there are several."""
         ranks.add(self.sum_x_hat_x_hat, self.sum_cross, self.sum_drift_cross)
-        mine = (self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift)
-        self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift = (
-            torch.cat(parts) for parts in zip(*ranks.gathered(mine), strict=True)
+        self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift = ranks.concatenated(
+            self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift
         )
 
     @property
