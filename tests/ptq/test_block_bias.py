@@ -149,7 +149,7 @@ def test_half_precision_models_have_their_errors_centred(dtype: torch.dtype) -> 
         with evaluating(model):
             call = block_calls(model, blocks, batches[0], as_tuple=False)[0]
             errors[correct] = float((call.of(blocks[0]) - call.of(rounded[0])).float().mean((0, 1)).norm())
-    assert errors["local"] < 0.5 * errors["none"]
+    assert errors["local"] < 0.3 * errors["none"]
 
 
 def test_what_data_cannot_support_is_shrunk_away() -> None:
