@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from opt8bit.ptq import ranks
 from opt8bit.ptq.statistics import Inputs, Statistics
@@ -91,7 +92,7 @@ def _medians(errors: Callable[[slice], Sequence[Tensor]], outputs: int, channels
 def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
     """Of a batch, for some of the channels, (sequences, length, channels): NaN where a token does not count."""
     x, x_hat, mask, drift = batch.to(weight.dtype)
-    error = x @ weight[part].T - (x if local else x_hat) @ rounded[part].T
+    error = linear(x, weight[part]) - linear(x if local else x_hat, rounded[part])
     if drift_share and drift is not None:
         error += drift_share * drift[..., part]
     return error if mask is None else torch.where(mask.bool().unsqueeze(-1), error, torch.nan)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.products import Products
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is ``nn.Linear``, or GPT-2's Conv1D, which is one with its weight transposed."""
@@ -73,11 +75,11 @@ def _are_blocks(modules: nn.ModuleList) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's mode is as before afterwards."""
+    """No dropout and no gradients inside, and fast products; every module's mode is as before afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Products():
             yield
     finally:
         for module in training:

@@ -193,10 +193,10 @@ def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe, writers
     """Rounds the weights of a stage, all rows together where the method goes row by row."""
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
     if recipe.error_propagation:
-        wanted = target.to(moments.cross.dtype) @ moments.cross
-        parts = zip(weights, wanted.split(sizes), strict=True)
-        wanted = torch.cat([part + moments.drift_cross if name in writers else part for name, part in parts])
-        target = asymmetric_target(target, wanted, moments.x_hat_x_hat, recipe.error_propagation)
+        missing = target.to(moments.cross.dtype) @ (moments.cross - moments.x_hat_x_hat)
+        parts = zip(weights, missing.split(sizes), strict=True)
+        missing = torch.cat([part + moments.drift_cross if name in writers else part for name, part in parts])
+        target = asymmetric_target(target, missing, moments.x_hat_x_hat, recipe.error_propagation)
     method, hessian = recipe.method, moments.x_hat_x_hat
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)

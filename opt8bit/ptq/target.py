@@ -12,19 +12,19 @@ DAMPING = 0.01
 
 def asymmetric_target(
     weight: Tensor,  # (out, in)
-    wanted: Tensor,  # (out, in)
+    missing: Tensor,  # (out, in)
     hessian: Tensor,  # (in, in)
     strength: float,
     damping: float = DAMPING,
 ) -> Tensor:
-    """``W* = W + α (E[y x̂ᵀ] - W E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] + λI)⁻¹``, in the dtype of ``weight``.
+    """``W* = W + α E[(y - W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λI)⁻¹``, in the dtype of ``weight``.
 
     The layer will see x̂ where the float model saw x, and should put out y: ``W x``, and where its output is added to
     hidden states that have drifted by δ from the float model's, ``W x + δ``. With α = 1 and λ = 0, ``W* x̂`` is the best
     linear guess of y; with α = 0 the target is W itself.
 
     Args:
-        wanted: ``E[y x̂ᵀ]``.
+        missing: ``E[(y - W x̂) x̂ᵀ]``.
         hessian: ``E[x̂ x̂ᵀ]``.
         strength: α, from 0 to 1.
         damping: λ as a fraction of the mean of the diagonal.
@@ -35,5 +35,4 @@ def asymmetric_target(
     Source: the family of QEP, GPTAQ and Qronos, with the drift of the hidden states beside that of the input.
     """
     _, factor = cholesky(hessian, damping)
-    missing = wanted - weight.to(hessian.dtype) @ hessian
     return weight + strength * torch.cholesky_solve(missing.T, factor).T.to(weight.dtype)

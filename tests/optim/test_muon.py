@@ -4,16 +4,25 @@ from cases import gradients, parameter, train
 from torch.optim import _muon
 
 import opt8bit
-from opt8bit.optim.muon import orthogonalized
+from opt8bit.optim.muon import PANEL, orthogonalized, symmetric_product
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (32, 32)])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (32, 32), (2 * PANEL + 90, 700), (700, 3 * PANEL)])
 @pytest.mark.parametrize("steps", [0, 5])
 def test_iterations_are_torchs(shape: tuple[int, int], steps: int) -> None:
     matrix = gradients(1, shape)[0]
     coefficients = (3.4445, -4.775, 2.0315)
     theirs = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, 1e-7)
     assert torch.equal(orthogonalized(matrix, coefficients, steps, 1e-7), theirs)
+
+
+@pytest.mark.parametrize("n", [0, 1, PANEL, 2 * PANEL, 2 * PANEL + 1])
+def test_symmetric_products_are_products(n: int) -> None:
+    rows = gradients(1, (n, 8))[0].double()
+    added = rows[:, :1] @ rows[:, :1].T
+    torch.testing.assert_close(symmetric_product(rows, rows.T), rows @ rows.T)
+    expected = 0.5 * rows @ rows.T - 2 * added
+    torch.testing.assert_close(symmetric_product(rows, rows.T, added, beta=-2.0, alpha=0.5), expected)
 
 
 def test_iterations_lead_to_singular_values_near_one() -> None:

@@ -229,7 +229,7 @@ def test_gptq_then_quantease_is_better_than_either_start() -> None:
 def test_refitted_scales_are_those_of_least_squares(grid: str) -> None:
     weight, hessian = layer()
     rounded = GPTQ().round(weight, hessian, Format(GRIDS[grid], GROUP))
-    refitted = refit_scales(weight, rounded, hessian)
+    refitted = refit_scales(weight @ hessian, rounded, hessian)
     assert torch.equal(refitted.codes, rounded.codes)
     root = torch.linalg.cholesky(hessian).T
     for i in range(OUTPUTS):
@@ -255,9 +255,9 @@ def test_refits_never_raise_the_objective(start: Method, dtype: torch.dtype) -> 
 def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
     weight, hessian = layer()
     rounded = RTN().round(weight, hessian, Format(UniformGrid(3), GROUP))
-    assert torch.equal(refit_scales(-weight, rounded, hessian).scales.scale, rounded.scales.scale)
+    assert torch.equal(refit_scales(-weight @ hessian, rounded, hessian).scales.scale, rounded.scales.scale)
     hessian[:GROUP] = hessian[:, :GROUP] = 0
-    refitted = refit_scales(weight, rounded, hessian).scales.scale
+    refitted = refit_scales(weight @ hessian, rounded, hessian).scales.scale
     assert torch.equal(refitted[:, 0], rounded.scales.scale[:, 0])
     assert not torch.equal(refitted[:, 1:], rounded.scales.scale[:, 1:])
 
@@ -266,7 +266,7 @@ def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
 def test_refitted_scales_are_storable_and_still_no_worse(dtype: torch.dtype) -> None:
     weight, hessian = layer()
     rounded = RTN().round(weight, hessian, Format(UniformGrid(3, scale_dtype=dtype), GROUP))
-    refitted = refit_scales(weight, rounded, hessian)
+    refitted = refit_scales(weight @ hessian, rounded, hessian)
     scale = refitted.scales.scale
     assert torch.equal(scale.to(dtype).to(scale.dtype), scale) and not torch.equal(scale, rounded.scales.scale)
     assert objective(weight, refitted.dequantize(), hessian) < objective(weight, rounded.dequantize(), hessian)

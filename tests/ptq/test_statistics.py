@@ -109,7 +109,7 @@ def test_sums_that_are_not_asked_for_stay_empty() -> None:
 
 def test_gram_of_more_columns_than_one_piece() -> None:
     rows = torch.randn(3, 2 * TRIANGLE + 7, dtype=torch.float64)
-    torch.testing.assert_close(gram(rows), rows.T @ rows)
+    torch.testing.assert_close(gram(rows.T), rows.T @ rows)
 
 
 def test_what_is_not_finite_is_refused_and_changes_nothing() -> None:

@@ -21,22 +21,15 @@ def test_at_full_strength_it_is_the_best_linear_guess(drifted: bool) -> None:
     statistics = Statistics(6, drift=3)
     statistics.update(x[None], x_hat[None], None, drift[None])
     moments = Moments(statistics, centred=False)
-    wanted = weight @ moments.cross + (moments.drift_cross if drifted else 0)
-    target = asymmetric_target(weight, wanted, moments.x_hat_x_hat, 1.0, damping=1e-12)
+    missing = weight @ (moments.cross - moments.x_hat_x_hat) + (moments.drift_cross if drifted else 0)
+    target = asymmetric_target(weight, missing, moments.x_hat_x_hat, 1.0, damping=1e-12)
     best = torch.linalg.lstsq(x_hat, x @ weight.T + (drift if drifted else 0)).solution.T
     torch.testing.assert_close(target, best, rtol=1e-8, atol=1e-8)
 
 
 def test_strength_goes_from_the_weight_to_the_guess() -> None:
     weight, x, x_hat, _ = problem()
-    given = weight @ x.T @ x_hat, x_hat.T @ x_hat
+    given = weight @ (x - x_hat).T @ x_hat, x_hat.T @ x_hat
     none, half, full = (asymmetric_target(weight, *given, strength) for strength in (0.0, 0.5, 1.0))
     assert torch.equal(none, weight)
     torch.testing.assert_close(half, (weight + full) / 2)
-
-
-@pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_where_the_streams_agree_it_is_the_weight(strength: float) -> None:
-    weight, x, _, _ = problem()
-    target = asymmetric_target(weight, weight @ x.T @ x, x.T @ x, strength)
-    torch.testing.assert_close(target, weight, rtol=1e-12, atol=1e-12)

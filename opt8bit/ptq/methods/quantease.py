@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from opt8bit.ptq.methods.kernels import kernels_for
 from opt8bit.ptq.methods.method import PIECE, Format, Method, Rounded, by_column, group_numbers
@@ -53,12 +54,17 @@ class QuantEase(Method):
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         rounded = self.start.round(weight, hessian, format)
         target = weight - (rounded.dequantize() - rounded.on_grid())  # what outliers leave
-        for refit in range(1 + self.refits):
-            if refit:
-                rounded = refit_scales(target, rounded, hessian)
-            on_grid = descend(target, rounded.on_grid(), hessian, rounded.scales, format, self.sweeps)
-            rounded = Rounded.of(on_grid, rounded.scales, format, rounded.outliers)
+        hessian = hessian.to(weight.dtype)
+        rounded = self._descended(target, rounded, hessian)
+        if self.refits:
+            wanted = linear(target, hessian)
+            for _ in range(self.refits):
+                rounded = self._descended(target, refit_scales(wanted, rounded, hessian), hessian)
         return rounded
+
+    def _descended(self, target: Tensor, rounded: Rounded, hessian: Tensor) -> Rounded:
+        on_grid = descend(target, rounded.on_grid(), hessian, rounded.scales, rounded.format, self.sweeps)
+        return Rounded.of(on_grid, rounded.scales, rounded.format, rounded.outliers)
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -80,7 +86,6 @@ def descend(
 ) -> Tensor:
     """Coordinate descent on a fixed grid; returns the weight (out, in), of which every value lies on the grid."""
     group_of = group_numbers(weight, format.groups_of(weight))
-    hessian = hessian.to(weight.dtype)
     kernels = kernels_for(weight, format.grid)
     if kernels is not None:
         return kernels.coordinate_descent(weight, on_grid, hessian, group_of, scales, sweeps)

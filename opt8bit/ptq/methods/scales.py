@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from opt8bit.ptq.methods.method import Rounded
 from opt8bit.quant.grid import Grid, Scales
 
-ROWS = 256  # whose systems are in memory at once
+ROWS = 512  # whose systems are in memory at once
 
 
 def refit_scales(
-    weight: Tensor,  # (out, in), without what outliers add
+    wanted: Tensor,  # (out, in), W H; W without what outliers add
     rounded: Rounded,
     hessian: Tensor,  # (in, in)
 ) -> Rounded:
@@ -23,12 +24,14 @@ def refit_scales(
     With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
     ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones are not all positive.
     """
-    hessian = hessian.to(weight.dtype)
     groups = rounded.scales.scale.shape[1]
     values = rounded.format.grid.decode(rounded.codes.unflatten(1, (groups, -1)), _unit(rounded.scales))
+    size = values.shape[-1]
+    # Of each group, H's columns from the diagonal down: the rest follows from symmetry.
+    columns = [hessian[start:, start : start + size].contiguous() for start in range(0, len(hessian), size)]
     scale = rounded.scales.scale.clone()
-    for rows in torch.arange(len(weight), device=weight.device).split(ROWS):
-        scale[rows] = _best(weight[rows], values[rows], hessian, scale[rows], rounded.format.grid)
+    for rows in torch.arange(len(wanted), device=wanted.device).split(ROWS):
+        scale[rows] = _best(wanted[rows], values[rows], columns, scale[rows], rounded.format.grid)
     return replace(rounded, scales=rounded.scales._replace(scale=scale))
 
 
@@ -37,21 +40,19 @@ def _unit(scales: Scales) -> Scales:
 
 
 def _best(
-    weight: Tensor,  # (rows, in)
+    wanted: Tensor,  # (rows, in)
     values: Tensor,  # (rows, groups, g)
-    hessian: Tensor,  # (in, in)
+    columns: list[Tensor],  # (in - start of the group, g) each
     scale: Tensor,  # (rows, groups)
     grid: Grid,
 ) -> Tensor:
     groups, size = values.shape[1:]
-    right = ((weight @ hessian).unflatten(1, (groups, size)) * values).sum(-1).double()
-    left = torch.stack(
-        [
-            ((values[:, g] @ hessian[g * size : (g + 1) * size]).unflatten(1, (groups, size)) * values).sum(-1)
-            for g in range(groups)
-        ],
-        1,
-    ).double()
+    right = (wanted.unflatten(1, (groups, size)) * values).sum(-1).double()
+    left = values.new_empty(len(values), groups, groups)
+    for g, of_group in enumerate(columns):
+        products = linear(values[:, g].contiguous(), of_group).unflatten(1, (groups - g, size))
+        left[:, g, g:] = left[:, g:, g] = (products * values[:, g:]).sum(-1)
+    left = left.double()
     dead = left.diagonal(dim1=1, dim2=2) <= 0  # all of a group's values are 0, or no input reaches it
     left.diagonal(dim1=1, dim2=2)[dead] = 1
     found, failed = torch.linalg.solve_ex(left, right)

@@ -1,0 +1,61 @@
+"""Products of float32 matrices on CPUs by oneDNN, which torch brings along but uses for other dtypes only.
+
+MKL, torch's choice for float32, leaves half of the width of some processors idle (AMD's Zen 5, for one). The products
+are those of float32 either way, summed in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+LEAST = 2**16  # multiplications; below, the way to oneDNN takes longer than the product
+
+
+class Products(TorchFunctionMode):
+    """Inside, ``nn.functional.linear``, and so ``nn.Linear``, goes to oneDNN where that serves; without gradients."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is linear and not kwargs and len(args) in (2, 3):
+            operands: tuple[Any, ...] = (*args, None)[:3]
+            if _serves(*operands):
+                return _product(*operands)
+        return func(*args, **(kwargs or {}))
+
+
+def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN can multiply them, and fast: parts of rows or columns go to its reference code."""
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        _operator() is not None
+        and not torch.is_grad_enabled()
+        and all(_is_plain(operand) for operand in operands)
+        and x.shape[:-1].numel() * weight.numel() >= LEAST
+    )
+
+
+def _is_plain(operand: Tensor) -> bool:
+    return (
+        type(operand) in (Tensor, nn.Parameter)
+        and operand.dtype == torch.float32
+        and operand.device.type == "cpu"
+        and operand.layout == torch.strided
+        and (operand.is_contiguous() or (operand.dim() == 2 and operand.T.is_contiguous()))
+    )
+
+
+def _operator() -> Any:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _operator()(x, weight, bias, "none", [], "")

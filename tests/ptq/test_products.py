@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from opt8bit.ptq import products
+from opt8bit.ptq.blocks import evaluating
+from opt8bit.ptq.products import Products
+
+ONEDNN = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    reason="this torch has no oneDNN",
+)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the inputs that oneDNN was given."""
+    shapes: list[tuple[int, ...]] = []
+    product = products._product
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(products, "_product", counted)
+    return shapes
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@ONEDNN
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (draw(70, 40), draw(50, 40), None),
+        (draw(70, 40), draw(50, 40), draw(50)),
+        (draw(3, 30, 40), draw(50, 40), draw(50)),
+        (draw(40, 70).T, draw(50, 40), None),
+        (draw(40, 70).T, draw(40, 50).T, None),
+        (draw(1, 40), draw(4000, 40), None),
+    ],
+    ids=["plain", "bias", "3-D", "transposed", "both transposed", "one row"],
+)
+def test_products_of_onednn_are_those_of_float32(
+    x: Tensor, weight: Tensor, bias: Tensor | None, served: list[tuple[int, ...]]
+) -> None:
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    with torch.no_grad(), Products():
+        result = linear(x, weight, bias)
+    assert served == [tuple(x.shape)]
+    assert result.dtype == torch.float32 and result.shape == exact.shape and result.is_contiguous()
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
+
+
+@ONEDNN
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (draw(70, 80)[:, :40], draw(50, 40), None),  # oneDNN's own code for these is hundreds of times slower
+        (draw(70, 40), draw(50, 80)[:, 40:], None),
+        (draw(40, 90).T[:70], draw(50, 40), None),
+        (draw(3, 40, 30).transpose(1, 2), draw(50, 40), None),
+        (draw(70, 40).double(), draw(50, 40).double(), None),
+        (draw(70, 40).bfloat16(), draw(50, 40).bfloat16(), None),
+        (draw(70, 40), draw(50, 40), draw(100)[::2]),
+        (draw(7, 4), draw(5, 4), None),
+        (draw(0, 40), draw(50, 40), None),
+        (draw(70, 0), draw(50, 0), None),
+    ],
+    ids=[
+        "part",
+        "weight's part",
+        "rows of a transpose",
+        "3-D transposed",
+        "float64",
+        "bfloat16",
+        "bias",
+        "small",
+        "0",
+        "-",
+    ],
+)
+def test_others_are_left_to_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, served: list[tuple[int, ...]]
+) -> None:
+    with torch.no_grad(), Products():
+        result = linear(x, weight, bias)
+    assert not served and torch.equal(result, linear(x, weight, bias))
+
+
+def test_gradients_are_torchs(served: list[tuple[int, ...]]) -> None:
+    x, layer = draw(70, 40).requires_grad_(), torch.nn.Linear(40, 50)
+    with Products():
+        layer(x).sum().backward()
+    assert not served
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(70, 40))
+
+
+@ONEDNN
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of torch's own flags
+def test_modules_and_evaluation_go_there_and_may_be_kept_from_it(served: list[tuple[int, ...]]) -> None:
+    x, layer = draw(70, 40), torch.nn.Linear(40, 50)
+    with evaluating(layer):
+        result = layer(x)
+        assert served == [(70, 40)]
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = layer(x)
+        linear(input=x, weight=layer.weight)
+    assert served == [(70, 40)]
+    assert torch.equal(plain, layer(x))
+    torch.testing.assert_close(result, plain)
