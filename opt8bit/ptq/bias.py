@@ -35,11 +35,12 @@ def mean_shift(
 
     Source: Minimize Quantization Output Error with Bias Compensation, equation 6.
     """
-    sum_x_hat = statistics.sum_x if local else statistics.sum_x_hat
     dtype = statistics.sum_x.dtype
-    shifts = statistics.sum_x @ weight.to(dtype).T - sum_x_hat @ rounded.to(dtype).T  # (sequences, out), over tokens
+    outputs = statistics.sum_x @ weight.to(dtype).T  # (sequences, out), over tokens
+    rounded_outputs = (statistics.sum_x if local else statistics.sum_x_hat) @ rounded.to(dtype).T
     if drift_share:
-        shifts = shifts + drift_share * statistics.sum_drift
+        outputs = outputs.lerp(statistics.sum_wanted, drift_share)
+    shifts = outputs - rounded_outputs
     return _mean(shifts, statistics.tokens)
 
 
@@ -91,10 +92,11 @@ def _medians(errors: Callable[[slice], Sequence[Tensor]], outputs: int, channels
 
 def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
     """Of a batch, for some of the channels, (sequences, length, channels): NaN where a token does not count."""
-    x, x_hat, mask, drift = batch.to(weight.dtype)
-    error = linear(x, weight[part]) - linear(x if local else x_hat, rounded[part])
-    if drift_share and drift is not None:
-        error += drift_share * drift[..., part]
+    x, x_hat, mask, wanted = batch.to(weight.dtype)
+    outputs = linear(x, weight[part])
+    if drift_share and wanted is not None:
+        outputs = outputs.lerp(wanted[..., part], drift_share)
+    error = outputs - linear(x if local else x_hat, rounded[part])
     return error if mask is None else torch.where(mask.bool().unsqueeze(-1), error, torch.nan)
 
 

@@ -106,8 +106,7 @@ def anatomy(block: nn.Module, call: Call) -> Anatomy:
     Raises:
         ValueError: a layer is called twice, or never.
     """
-    writers = stream_writers(block, call)
-    return Anatomy(_one_writer_each(stages(block, call), writers), writers, overwritten(block, call))
+    return Anatomy(stages(block, call), stream_writers(block, call), overwritten(block, call))
 
 
 def stages(block: nn.Module, call: Call) -> list[list[str]]:
@@ -136,15 +135,16 @@ def stages(block: nn.Module, call: Call) -> list[list[str]]:
     return result
 
 
-def _one_writer_each(order: list[list[str]], writers: set[str]) -> list[list[str]]:
-    """Cuts stages before a second writer, which makes up for what the first one leaves of the drift, or of an error."""
+def apart(order: list[list[str]], names: set[str]) -> list[list[str]]:
+    """Stages of which each of the named layers has one of its own."""
     result: list[list[str]] = []
-    for names in order:
-        result.append([])
-        for name in names:
-            if name in writers and not writers.isdisjoint(result[-1]):
+    for stage in order:
+        last_is_alone = True
+        for name in stage:
+            if name in names or last_is_alone:
                 result.append([])
             result[-1].append(name)
+            last_is_alone = name in names
     return result
 
 

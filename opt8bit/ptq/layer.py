@@ -142,13 +142,12 @@ def compress_stage(
     inputs: Sequence[Inputs],
     recipe: Recipe,
     corrected: set[str],
-    writers: set[str],
 ) -> dict[str, Compressed]:
     """Rounds the layers of a stage and corrects those that are named.
 
     Args:
+        inputs: of the layers; if they say what is ``wanted``, of a single one.
         corrected: names of the layers that get a bias from their own error.
-        writers: names of those whose output is added to the hidden states; they make up for the drift in ``inputs``.
 
     Raises:
         ValueError: an input is not finite.
@@ -162,25 +161,24 @@ def compress_stage(
         part = {n: weight for n, weight in weights.items() if (recipe.correct == "joint" and n in corrected) == centred}
         if part:
             # Where a bias will take the mean error, only the rest is the weights' to keep small.
-            rounded |= _round(part, Moments(statistics, centred=centred), recipe, writers)
+            rounded |= _round(part, Moments(statistics, centred=centred), recipe)
     result = {}
     for name, weight in weights.items():
         had: Tensor | None = layers[name].bias  # type: ignore[assignment]
         layer = Compressed(rounded[name], first.dtype, None if had is None else had.detach().to(dtype), None)
         if name in corrected:
-            share = recipe.error_propagation if name in writers else 0.0
-            layer = layer.corrected(_shift(weight, layer.installed.to(dtype), statistics, inputs, recipe, share))
+            layer = layer.corrected(_shift(weight, layer.installed.to(dtype), statistics, inputs, recipe))
         result[name] = layer
     return result
 
 
 def _statistics(inputs: Sequence[Inputs], recipe: Recipe, dtype: torch.dtype) -> Statistics:
-    x, _, _, drift = inputs[0]
+    x, _, _, wanted = inputs[0]
     statistics = Statistics(
         x.shape[-1],
         hessian=recipe.method.uses_hessian,
         cross=recipe.error_propagation > 0,
-        drift=0 if drift is None else drift.shape[-1],
+        wanted=0 if wanted is None else wanted.shape[-1],
         device=x.device,
     )
     for batch in inputs:
@@ -189,15 +187,14 @@ def _statistics(inputs: Sequence[Inputs], recipe: Recipe, dtype: torch.dtype) ->
     return statistics
 
 
-def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe, writers: set[str]) -> dict[str, Rounded]:
+def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict[str, Rounded]:
     """Rounds the weights of a stage, all rows together where the method goes row by row."""
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
-    if recipe.error_propagation:
-        missing = target.to(moments.cross.dtype) @ (moments.cross - moments.x_hat_x_hat)
-        parts = zip(weights, missing.split(sizes), strict=True)
-        missing = torch.cat([part + moments.drift_cross if name in writers else part for name, part in parts])
-        target = asymmetric_target(target, missing, moments.x_hat_x_hat, recipe.error_propagation)
     method, hessian = recipe.method, moments.x_hat_x_hat
+    if recipe.error_propagation:
+        exact = target.to(hessian.dtype)
+        missing = moments.cross - exact @ hessian if moments.are_wanted else exact @ (moments.cross - hessian)
+        target = asymmetric_target(target, missing, hessian, recipe.error_propagation)
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
         return {name: method.round(part, hessian, recipe.format) for name, part in parts}
@@ -218,10 +215,10 @@ def _shift(
     statistics: Statistics,
     inputs: Sequence[Inputs],
     recipe: Recipe,
-    drift_share: float,
 ) -> Tensor:
     """What Bias Compensation adds to a layer's bias."""
     local = recipe.correct == "local"
+    drift_share = 0.0 if inputs[0].wanted is None else recipe.error_propagation
     if recipe.statistic == "position":
         return compensation.position_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
     if recipe.statistic == "median":

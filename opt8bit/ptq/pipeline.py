@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.bias import block_shift
 from opt8bit.ptq.blocks import block_layers, evaluating, find_blocks, linear_layers, matrix
-from opt8bit.ptq.calls import Anatomy, Call, anatomy, block_calls, one_token, returns_tuple
+from opt8bit.ptq.calls import Anatomy, Call, anatomy, apart, block_calls, one_token, returns_tuple
 from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.outputs import OutputErrors
@@ -21,7 +21,7 @@ from opt8bit.ptq.placement import Place, bias_places, value_bias_through, why_un
 from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.source import Source
 from opt8bit.ptq.statistics import Inputs
-from opt8bit.ptq.walk import halting, walks
+from opt8bit.ptq.walk import Walk, halting, walks
 from opt8bit.ptq.work import Work
 
 
@@ -160,10 +160,11 @@ class _BlockTask:
         self.compressed = copy.deepcopy(block)
         self.done: dict[str, Compressed] = {}
         self.reports: list[LayerReport] = []
-        kept = [[n for n in names if self._recipe(n) is not None] for names in parts.stages]
-        self.order = [names for names in kept if names]
-        # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for.
+        # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for;
+        # then it is one writer's after another.
         self.writers = parts.writers if result.recipe.error_propagation else set()
+        kept = [[n for n in names if self._recipe(n) is not None] for names in parts.stages]
+        self.order = apart([names for names in kept if names], self.writers)
         self.of_block: str | None = None  # the layer whose bias makes up for the error of the whole block
         if result.recipe.correct == "local":
             self.of_block = next((n for n in parts.stages[-1] if n in parts.writers and self._corrects(n)), None)
@@ -200,11 +201,7 @@ class _BlockTask:
             passes_hat = stack.enter_context(walks([_pass(call, self.compressed) for call in calls_hat]))
             pairs = list(zip(passes, passes_hat, strict=True))
             for names in self.order:
-                inputs = []
-                for i, (walk, walk_hat) in enumerate(pairs):
-                    x, x_hat = walk.advance(), walk_hat.advance()
-                    self._compare(i)
-                    inputs.append(self._inputs(i, x, x_hat, writes=not self.writers.isdisjoint(names)))
+                inputs = [self._inputs(i, names[0], *pair) for i, pair in enumerate(pairs)]
                 self._report()
                 self.pending = self._compress(names, inputs, calls)
                 stack.callback(self.pending.errors.close)
@@ -215,10 +212,24 @@ class _BlockTask:
             self._report()
         return [end for end, _ in ends], [end_hat for _, end_hat in ends]
 
-    def _inputs(self, i: int, x: Tensor, x_hat: Tensor, writes: bool) -> Inputs:
+    def _inputs(self, i: int, layer: str, walk: Walk, walk_hat: Walk) -> Inputs:
+        """What a layer sees of batch i; both passes go on until they stand before it."""
+        x, x_hat = walk.advance(), walk_hat.advance()
+        self._compare(i)
         shape = (*self.shapes[i], x.shape[-1])  # some models put all tokens of a batch into one dimension
-        drift = self.drifts[i] if writes else None
-        return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], drift)
+        wanted = None
+        if layer in self.writers:
+            y: Tensor = self.block.get_submodule(layer)(x)
+            walk.answer(y)
+            wanted = self._wanted(i, layer, y)
+        return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], wanted)
+
+    def _wanted(self, i: int, writer: str, y: Tensor) -> Tensor:
+        """What a writer should put out of batch i, but for its bias, where the float model's puts out y."""
+        bias: Tensor | None = self.block.get_submodule(writer).bias  # type: ignore[assignment]
+        drift = self.drifts[i]
+        wanted = y.reshape(drift.shape).to(torch.promote_types(y.dtype, torch.float32)) + drift
+        return wanted if bias is None else wanted - bias
 
     def _compare(self, i: int) -> None:
         """Takes what the pending stage put out for batch i."""
@@ -253,7 +264,7 @@ class _BlockTask:
         for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and n != self.of_block}
             try:
-                done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected, self.writers)
+                done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected)
             except ValueError as error:
                 raise ValueError(f"{self.name}.{group[0]}: {error}") from error
         for name, layer in done.items():

@@ -19,11 +19,12 @@ class Inputs(NamedTuple):
     x: Tensor  # (sequences, length, d)
     x_hat: Tensor  # (sequences, length, d)
     mask: Tensor | None = None  # (sequences, length), true where a token counts
-    drift: Tensor | None = None  # (sequences, length, h), δ: the float model's hidden states minus the other's
+    wanted: Tensor | None = None  # (sequences, length, h), of a layer whose output is added to the hidden states:
+    # W x + δ, what it puts out in the float model, without its bias, and by how much the hidden states have drifted
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        drift = None if self.drift is None else self.drift.to(dtype)
-        return Inputs(self.x.to(dtype), self.x_hat.to(dtype), self.mask, drift)
+        wanted = None if self.wanted is None else self.wanted.to(dtype)
+        return Inputs(self.x.to(dtype), self.x_hat.to(dtype), self.mask, wanted)
 
 
 class Statistics:
@@ -36,8 +37,8 @@ class Statistics:
     Args:
         features: length d of an input.
         hessian: whether ``Σ x̂ x̂ᵀ`` is kept. (Where both streams are one, that is ``Σ x xᵀ``.)
-        cross: whether ``Σ x x̂ᵀ`` is kept.
-        drift: length h of the hidden states whose drift is kept, too; 0 for none.
+        cross: whether ``Σ x x̂ᵀ`` is kept, or with ``wanted`` in its place ``Σ y x̂ᵀ``, y what the layer should put out.
+        wanted: length h of y; 0 for none.
         dtype: of the sums: float64 or float32.
         device: of the sums.
 
@@ -51,7 +52,7 @@ class Statistics:
         *,
         hessian: bool = True,
         cross: bool = True,
-        drift: int = 0,
+        wanted: int = 0,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -64,10 +65,9 @@ class Statistics:
         self.tokens = zeros(0)  # (sequences,)
         self.sum_x = zeros(0, features)  # (sequences, d)
         self.sum_x_hat = zeros(0, features)  # (sequences, d)
-        self.sum_drift = zeros(0, drift)  # (sequences, h)
+        self.sum_wanted = zeros(0, wanted)  # (sequences, h)
         self.sum_x_hat_x_hat = zeros(features, features, kept=hessian)  # Σ x̂ x̂ᵀ
-        self.sum_cross = zeros(features, features, kept=cross)  # Σ x x̂ᵀ
-        self.sum_drift_cross = zeros(drift, features)  # Σ δ x̂ᵀ
+        self.sum_cross = zeros(wanted or features, features, kept=cross)  # Σ x x̂ᵀ, or Σ y x̂ᵀ
 
     @property
     def count(self) -> Tensor:
@@ -79,16 +79,16 @@ class Statistics:
         x: Tensor,  # (sequences, length, d)
         x_hat: Tensor,  # (sequences, length, d)
         mask: Tensor | None = None,  # (sequences, length), true where a token counts
-        drift: Tensor | None = None,  # (sequences, length, h)
+        wanted: Tensor | None = None,  # (sequences, length, h)
     ) -> None:
         """Adds a batch of :class:`Inputs`.
 
         Raises:
             ValueError: the shapes do not agree, or an input that counts is not finite.
         """
-        self._check(x, x_hat, mask, drift)
+        self._check(x, x_hat, mask, wanted)
         tokens = torch.full(x.shape[:1], x.shape[1], device=x.device)
-        streams = [x, x_hat, x[..., :0] if drift is None else drift]
+        streams = [x, x_hat, x[..., :0] if wanted is None else wanted]
         if mask is not None:
             counts = mask.bool().unsqueeze(-1)
             tokens = counts.sum((1, 2))
@@ -100,42 +100,40 @@ class Statistics:
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
         self.sum_x = torch.cat([self.sum_x, sums[0]])
         self.sum_x_hat = torch.cat([self.sum_x_hat, sums[1]])
-        self.sum_drift = torch.cat([self.sum_drift, sums[2]])
-        rows, rows_hat, rows_drift = (stream.flatten(0, 1) for stream in streams)
+        self.sum_wanted = torch.cat([self.sum_wanted, sums[2]])
+        rows, rows_hat, rows_wanted = (stream.flatten(0, 1) for stream in streams)
         by_feature = rows_hat.T.contiguous()
         if self.sum_x_hat_x_hat.numel():
             self.sum_x_hat_x_hat += gram(by_feature)
         if self.sum_cross.numel():
-            self.sum_cross += linear(rows.T, by_feature)  # rowsᵀ rows_hat
-        self.sum_drift_cross += linear(rows_drift.T, by_feature)
+            self.sum_cross += linear((rows if wanted is None else rows_wanted).T, by_feature)  # rowsᵀ rows_hat
 
-    def _check(self, x: Tensor, x_hat: Tensor, mask: Tensor | None, drift: Tensor | None) -> None:
-        features, drift_features = self.sum_x.shape[1], self.sum_drift.shape[1]
+    def _check(self, x: Tensor, x_hat: Tensor, mask: Tensor | None, wanted: Tensor | None) -> None:
+        features, outputs = self.sum_x.shape[1], self.sum_wanted.shape[1]
         if x.dim() != 3 or x.shape != x_hat.shape or x.shape[-1] != features:
             expected = f"(sequences, length, {features})"
             raise ValueError(f"x and x_hat must both be {expected}, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
-        found = None if drift is None else tuple(drift.shape)
-        expected = (*x.shape[:2], drift_features) if drift_features else None
+        found = None if wanted is None else tuple(wanted.shape)
+        expected = (*x.shape[:2], outputs) if outputs else None
         if found != expected:
-            raise ValueError(f"drift must be {expected}, got {found}")
+            raise ValueError(f"wanted must be {expected}, got {found}")
 
     def merge(self, other: Statistics) -> None:
         """Adds what another one, of the same sums, has seen of other tokens."""
         self.tokens = torch.cat([self.tokens, other.tokens])
         self.sum_x = torch.cat([self.sum_x, other.sum_x])
         self.sum_x_hat = torch.cat([self.sum_x_hat, other.sum_x_hat])
-        self.sum_drift = torch.cat([self.sum_drift, other.sum_drift])
+        self.sum_wanted = torch.cat([self.sum_wanted, other.sum_wanted])
         self.sum_x_hat_x_hat += other.sum_x_hat_x_hat
         self.sum_cross += other.sum_cross
-        self.sum_drift_cross += other.sum_drift_cross
 
     def of_all_ranks(self) -> None:
         """Adds what all other processes have seen, if there are several."""
-        ranks.add(self.sum_x_hat_x_hat, self.sum_cross, self.sum_drift_cross)
-        self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift = ranks.concatenated(
-            self.tokens, self.sum_x, self.sum_x_hat, self.sum_drift
+        ranks.add(self.sum_x_hat_x_hat, self.sum_cross)
+        self.tokens, self.sum_x, self.sum_x_hat, self.sum_wanted = ranks.concatenated(
+            self.tokens, self.sum_x, self.sum_x_hat, self.sum_wanted
         )
 
     @property
@@ -149,9 +147,9 @@ class Statistics:
         return self.sum_x_hat.sum(0) / self.count
 
     @property
-    def mean_drift(self) -> Tensor:
-        """E[δ], (h,)."""
-        return self.sum_drift.sum(0) / self.count
+    def mean_wanted(self) -> Tensor:
+        """E[y], (h,)."""
+        return self.sum_wanted.sum(0) / self.count
 
 
 class Moments:
@@ -165,8 +163,9 @@ class Moments:
             return per_token - torch.outer(mean, mean_hat) if centred and total.numel() else per_token
 
         self.x_hat_x_hat = moment(statistics.sum_x_hat_x_hat, mean_hat)  # E[x̂ x̂ᵀ]
-        self.cross = moment(statistics.sum_cross, statistics.mean_x)  # E[x x̂ᵀ]
-        self.drift_cross = moment(statistics.sum_drift_cross, statistics.mean_drift)  # E[δ x̂ᵀ]
+        self.are_wanted = statistics.sum_wanted.shape[1] > 0
+        mean = statistics.mean_wanted if self.are_wanted else statistics.mean_x
+        self.cross = moment(statistics.sum_cross, mean)  # E[x x̂ᵀ], or E[y x̂ᵀ]
 
 
 def gram(by_feature: Tensor) -> Tensor:

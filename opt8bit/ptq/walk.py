@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opt8bit.ptq.calls import replaced
+
 
 class Walk:
     """One forward pass that stands still until :meth:`advance` or :meth:`finish` lets it go on.
@@ -26,6 +28,11 @@ class Walk:
     def __init__(self, forward: Callable[[], Tensor]) -> None:
         self._greenlet = greenlets().greenlet(forward)
         self._greenlet.is_walk = True
+        self._answer: Tensor | None = None
+
+    def answer(self, output: Tensor) -> None:
+        """Takes the output of the layer that the pass stands before: it need not be computed again."""
+        self._answer = output
 
     def advance(self) -> Tensor:
         """Lets the pass run up to the next halt; returns the input of the layer it stands before.
@@ -33,7 +40,7 @@ class Walk:
         Raises:
             RuntimeError: the pass ended without another halt.
         """
-        x = self._greenlet.switch()
+        x = self._go_on()
         if self._greenlet.dead:
             raise RuntimeError("a forward pass took another way than before: a layer was not reached")
         return x
@@ -44,10 +51,14 @@ class Walk:
         Raises:
             RuntimeError: it halts once more.
         """
-        result = self._greenlet.switch()
+        result = self._go_on()
         if not self._greenlet.dead:
             raise RuntimeError("a forward pass took another way than before: a layer was reached again")
         return result
+
+    def _go_on(self) -> Tensor:
+        answer, self._answer = self._answer, None
+        return self._greenlet.switch() if answer is None else self._greenlet.switch(answer)
 
     def close(self) -> None:
         """Ends the pass wherever it stands."""
@@ -69,18 +80,24 @@ def greenlets() -> Any:
 @contextmanager
 def halting(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, every :class:`Walk` halts before each of the layers; other passes go through."""
-
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        current = greenlets().getcurrent()
-        if getattr(current, "is_walk", False):
-            current.parent.switch(inputs[0])
-
-    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    layers = list(layers)
+    # A module that has no hook when it is called would not see those that come while a pass stands in it.
+    handles = [layer.register_forward_pre_hook(lambda *_: None) for layer in layers]
     try:
-        yield
+        with replaced({layer: _halting(layer.forward) for layer in layers}):
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _halting(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def halted(x: Tensor) -> Tensor:
+        current = greenlets().getcurrent()
+        answer = current.parent.switch(x) if getattr(current, "is_walk", False) else None
+        return answer if isinstance(answer, Tensor) else forward(x)
+
+    return halted
 
 
 @contextmanager

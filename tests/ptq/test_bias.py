@@ -134,9 +134,10 @@ def test_shrinking_pays_where_data_are_few() -> None:
 def test_a_drift_of_the_hidden_states_is_part_of_the_error() -> None:
     weight, rounded, x, x_hat, _ = problem()
     drift = torch.randn(SEQUENCES, LENGTH, OUTPUTS, generator=torch.Generator().manual_seed(1)).double() + 0.4
-    statistics = Statistics(INPUTS, drift=OUTPUTS)
-    statistics.update(x, x_hat, None, drift)
-    inputs = [Inputs(x[:3], x_hat[:3], None, drift[:3]), Inputs(x[3:], x_hat[3:], None, drift[3:])]
+    wanted = x @ weight.T + drift
+    statistics = Statistics(INPUTS, wanted=OUTPUTS)
+    statistics.update(x, x_hat, None, wanted)
+    inputs = [Inputs(x[:3], x_hat[:3], None, wanted[:3]), Inputs(x[3:], x_hat[3:], None, wanted[3:])]
     error = x @ weight.T - x_hat @ rounded.T + 0.5 * drift
     mean, noise = mean_shift(weight, rounded, statistics, drift_share=0.5)
     torch.testing.assert_close(mean, error.flatten(0, 1).mean(0))

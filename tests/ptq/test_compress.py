@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from torch import nn
 from toys import MODELS, PLACES, WRITERS, token_ids
 
 from opt8bit import ptq
+from opt8bit.ptq import pipeline
 from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.placement import Place, value_bias_through
 from opt8bit.ptq.result import install
+from opt8bit.ptq.statistics import Inputs
 from opt8bit.quant import CodebookGrid, normal_float
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -223,6 +226,40 @@ def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> No
             assert found.writers <= layers.keys()
             assert found.overwritten == ({"mlp.dense_4h_to_h"} if name.startswith("falcon") else set())
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if WRITERS[name]])
+@pytest.mark.parametrize("correct", ["none", "sequential"])
+def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, correct: str, monkeypatch) -> None:
+    """Behind the block the streams differ by what its last writer should put out and does not."""
+    last: list[tuple[Sequence[Inputs], Compressed]] = []
+    blocks: list[int] = []
+    compress_stage, run = pipeline.compress_stage, pipeline._BlockTask.run
+
+    def watched_stage(layers, inputs, *args):
+        done = compress_stage(layers, inputs, *args)
+        if inputs[0].wanted is not None:
+            assert len(layers) == 1
+            last[:] = [(inputs, *done.values())]
+        return done
+
+    def watched_run(task, calls):
+        streams = run(task, calls)
+        [(inputs, layer)] = last
+        for batch, exact, compressed in zip(inputs, *streams, strict=True):
+            missing = batch.wanted - batch.x_hat @ layer.installed.T
+            torch.testing.assert_close(
+                exact - compressed, missing if layer.shift is None else missing - layer.shift, rtol=0, atol=1e-10
+            )
+            assert missing.abs().max() > 1e-3
+        blocks.append(len(inputs))
+        return streams
+
+    monkeypatch.setattr(pipeline, "compress_stage", watched_stage)
+    monkeypatch.setattr(pipeline._BlockTask, "run", watched_run)
+    model = MODELS[name]().double()
+    ptq.compress(model, token_ids(), bits=2, group_size=16, correct=correct, error_propagation=0.7, batch_size=4)
+    assert blocks == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "falcon"])

@@ -73,28 +73,29 @@ def test_float32_sums_keep_float64_batches_apart() -> None:
     torch.testing.assert_close(statistics.sum_cross.double(), seen((x, x_hat)).sum_cross, rtol=1e-5, atol=1e-4)
 
 
-def test_the_drift_has_sums_of_its_own() -> None:
+def test_what_is_wanted_takes_the_place_of_x_in_the_cross_moment() -> None:
     x, x_hat = streams()
-    drift = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
     mask = torch.ones(6, 5)
     mask[2, 3:] = 0
-    statistics = Statistics(4, drift=3)
-    statistics.update(x[:4], x_hat[:4], mask[:4], drift[:4])
-    other = Statistics(4, drift=3)
-    other.update(x[4:], x_hat[4:], mask[4:], drift[4:])
+    statistics = Statistics(4, wanted=3)
+    statistics.update(x[:4], x_hat[:4], mask[:4], wanted[:4])
+    other = Statistics(4, wanted=3)
+    other.update(x[4:], x_hat[4:], mask[4:], wanted[4:])
     statistics.merge(other)
     counts = mask.bool()
-    rows_hat, rows = x_hat[counts], drift[counts]
-    torch.testing.assert_close(statistics.mean_drift, rows.mean(0))
+    rows_hat, rows = x_hat[counts], wanted[counts]
+    torch.testing.assert_close(statistics.mean_x, x[counts].mean(0))
+    torch.testing.assert_close(statistics.mean_wanted, rows.mean(0))
     moments, centred = (Moments(statistics, centred=c) for c in (False, True))
-    torch.testing.assert_close(moments.drift_cross, rows.T @ rows_hat / len(rows))
+    torch.testing.assert_close(moments.cross, rows.T @ rows_hat / len(rows))
     both = torch.cat([rows, rows_hat], 1).T.cov(correction=0)
-    torch.testing.assert_close(centred.drift_cross, both[:3, 3:])
-    for bad in (None, drift[..., :2]):
-        with pytest.raises(ValueError, match=r"drift must be \(6, 5, 3\), got"):
+    torch.testing.assert_close(centred.cross, both[:3, 3:])
+    for bad in (None, wanted[..., :2]):
+        with pytest.raises(ValueError, match=r"wanted must be \(6, 5, 3\), got"):
             statistics.update(x, x_hat, mask, bad)
-    with pytest.raises(ValueError, match=r"drift must be None, got \(6, 5, 3\)"):
-        Statistics(4).update(x, x_hat, mask, drift)
+    with pytest.raises(ValueError, match=r"wanted must be None, got \(6, 5, 3\)"):
+        Statistics(4).update(x, x_hat, mask, wanted)
 
 
 def test_sums_that_are_not_asked_for_stay_empty() -> None:

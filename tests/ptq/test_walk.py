@@ -28,12 +28,38 @@ def test_passes_stand_before_a_layer_together_and_see_what_it_has_become() -> No
 
 
 @torch.no_grad()
-def test_errors_arrive_where_the_pass_is_waited_for_and_hooks_go() -> None:
+def test_a_layer_whose_output_is_there_does_not_compute_it() -> None:
+    model, seen = network(), []
+    x, answer = torch.randn(3, 4), torch.randn(3, 4)
+    with walks([lambda: model(x)] * 2) as passes, halting([model[0], model[2]]):
+        for walk in passes:
+            walk.advance()
+            walk.advance()
+        model[2].register_forward_hook(lambda module, args, output: seen.append(output))  # it is called already
+        passes[0].answer(answer)
+        outputs = [walk.finish() for walk in passes]
+    assert seen[0] is answer
+    assert torch.equal(outputs[0], model[3:](answer))
+    assert torch.equal(outputs[1], model(x))
+
+
+@torch.no_grad()
+def test_an_answer_is_to_one_layer() -> None:
+    model, answer = network(), torch.randn(3, 4)
+    with walks([lambda: model(torch.randn(3, 4))]) as passes, halting([model[0], model[2]]):
+        passes[0].advance()
+        passes[0].answer(answer)
+        assert torch.equal(passes[0].advance(), answer.tanh())
+        assert torch.equal(passes[0].finish(), model[1:](answer))
+
+
+@torch.no_grad()
+def test_errors_arrive_where_the_pass_is_waited_for_and_layers_are_as_before() -> None:
     model = network()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         with walks([lambda: model(torch.randn(3, 5))]) as passes, halting([model[2]]):
             passes[0].advance()
-    assert not model[2]._forward_pre_hooks
+    assert "forward" not in vars(model[2]) and not model[2]._forward_pre_hooks
     model(torch.randn(3, 4))
 
 
