@@ -33,7 +33,7 @@ class Stage:
 
     outputs: int  # of all of them
     inputs: int
-    writes: bool = False  # to the hidden states, whose drift is in the sums then, too
+    writes: bool = False  # to the hidden states: what it should put out is in the sums then, in place of its inputs
 
     @property
     def weights(self) -> int:
@@ -125,18 +125,18 @@ class Part:
 
 
 def _sums(shape: Shape, text: Text) -> float:
-    """Half of Σ x̂ x̂ᵀ, Σ x x̂ᵀ, and where there is a drift Σ δ x̂ᵀ."""
-    return text.learned * shape.each(lambda s: s.inputs * (1.5 * s.inputs + shape.hidden * s.writes))
+    """Half of Σ x̂ x̂ᵀ, and Σ x x̂ᵀ, or Σ y x̂ᵀ for what is added to the hidden states."""
+    return text.learned * shape.each(lambda s: s.inputs * (0.5 * s.inputs + (s.outputs if s.writes else s.inputs)))
 
 
 def _targets(shape: Shape, text: Text) -> float:
-    """A Cholesky factor, two products, a solution by two triangles."""
-    return shape.each(lambda s: s.inputs**3 / 6 + 3 * s.weights * s.inputs)
+    """A Cholesky factor, a product, a solution by two triangles."""
+    return shape.each(lambda s: s.inputs**3 / 6 + 2 * s.weights * s.inputs)
 
 
 def _refits(shape: Shape, text: Text) -> float:
-    """Two products, and for each row a system of as many equations as it has groups."""
-    return REFITS * shape.each(lambda s: s.weights * s.inputs * (2 + s.inputs / (3 * GROUP**3)))
+    """A product, and each time half of another, and for each row a system of as many equations as it has groups."""
+    return shape.each(lambda s: s.weights * s.inputs * (1 + REFITS * (0.5 + s.inputs / (3 * GROUP**3))))
 
 
 def _attention(shape: Shape, text: Text) -> float:
@@ -146,6 +146,7 @@ def _attention(shape: Shape, text: Text) -> float:
 ATTENTION = (functional, "scaled_dot_product_attention")
 PASSES, STAGES = ((Walk, "advance"), (Walk, "finish")), ((layer, "asymmetric_target"), (pipeline, "compress_stage"))
 ROUNDING = ((LayerKernels, "gptq"), (LayerKernels, "coordinate_descent"))
+REFITTING = ((quantease, "refit_scales"), (quantease, "linear"))
 PARTS = {  # passes go through two models
     "linear layers": Part("MAC", lambda s, t: 2 * t.tokens * s.weights, ((nn.Linear, "forward"),), in_dtype=True),
     "attention": Part("MAC", _attention, (ATTENTION,), in_dtype=True),
@@ -156,7 +157,7 @@ PARTS = {  # passes go through two models
     "inverses, float64": Part("MAC", lambda s, t: s.each(lambda s: s.inputs**3 * 2 / 3), ((gptq, "inverse_factor"),)),
     "grids": Part("weight", lambda s, t: s.weights, ((LayerKernels, "fit"),)),
     "GPTQ and descent": Part("MAC", lambda s, t: s.each(lambda s: (0.5 + SWEEPS) * s.weights * s.inputs), ROUNDING),
-    "refits of scales": Part("MAC", _refits, ((quantease, "refit_scales"),)),
+    "refits of scales": Part("MAC", _refits, REFITTING),
     "all else": Part("weight", lambda s, t: s.weights, ((ptq, "compress"),)),
 }
 
@@ -227,12 +228,13 @@ def memory(shape: Shape, text: Text, dtype: str) -> float:
     ends = 2 * shape.vocabulary * shape.hidden * size  # embedding and output head
     block = shape.weights * (2 * size + 1 + 2 * 4 / GROUP)  # twice as it is; codes, scales and zero points
     streams = 2 * text.tokens * shape.hidden * size
-    passes = text.learned * (2 * shape.held * size + 4 * shape.hidden)  # of two models; the drift
+    # Of two models; before a layer that writes to the hidden states, their drift, its output, and what that should be.
+    passes = text.learned * (2 * shape.held * size + (4 + size + 4) * shape.hidden)
 
     def stage(s: Stage) -> float:
         square = double * s.inputs**2
-        kept = 2 * (2 * square + double * shape.hidden * s.inputs * s.writes)  # sums, and the moments that they give
-        target = 2 * square + 40 * s.weights  # damped, factor; the weights five times in float64
+        kept = 2 * (square + (double * s.weights if s.writes else square))  # sums, and the moments that they give
+        target = 2 * square + 32 * s.weights  # damped, factor; the weights four times in float64
         inverse = 7 * square + 24 * s.weights  # ordered, reversed, damped, two factors, identity and inverse
         return kept + max(target, inverse)
 

@@ -5,7 +5,7 @@
 One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
 round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
 optimizer, its foreach one where there is no fused one, its only one for Muon, and torch's fused AdamW, for scale, where
-torch has no such rule. Muon steps one parameter of 1024x1024. bitsandbytes stands beside the rules that it has, for
+torch has no such rule. Muon steps one of 1024x1024, too. bitsandbytes stands beside the rules that it has, for
 float32, where it is installed. Questions that have rows are not asked again.
 """
 
@@ -68,6 +68,7 @@ QUESTIONS = [
     Question("AdEMAMix", ADAMW, opt8bit.AdEMAMix8bit, "AdEMAMix8bit"),
     Question("LAMB", ADAMW, opt8bit.LAMB8bit, "LAMB8bit"),
     Question("LARS", ADAMW, opt8bit.LARS8bit, "LARS8bit"),
+    Question("Muon", ("torch.optim.Muon", torch.optim.Muon), opt8bit.Muon8bit),
     Question("Muon, 1024x1024", ("torch.optim.Muon", torch.optim.Muon), opt8bit.Muon8bit, side=1024),
     Question("AdamW, bfloat16", ADAMW, opt8bit.AdamW8bit, dtype=torch.bfloat16),
     Question(

@@ -192,15 +192,21 @@ def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
     method, hessian = recipe.method, moments.x_hat_x_hat
     if recipe.error_propagation:
-        exact = target.to(hessian.dtype)
-        missing = moments.cross - exact @ hessian if moments.are_wanted else exact @ (moments.cross - hessian)
-        target = asymmetric_target(target, missing, hessian, recipe.error_propagation)
+        target = asymmetric_target(target, _missing(target, moments), hessian, recipe.error_propagation)
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
         return {name: method.round(part, hessian, recipe.format) for name, part in parts}
     whole = _of_all_ranks(method.round(ranks.rows_of_this(target), hessian, recipe.format), len(target))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
+
+
+def _missing(weight: Tensor, moments: Moments) -> Tensor:
+    """``E[(y - W x̂) x̂ᵀ]``, (out, in)."""
+    weight = weight.to(moments.cross.dtype)
+    if moments.are_wanted:
+        return moments.cross - weight @ moments.x_hat_x_hat
+    return weight @ (moments.cross - moments.x_hat_x_hat)
 
 
 def _of_all_ranks(part: Rounded, rows: int) -> Rounded:

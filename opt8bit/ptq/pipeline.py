@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from opt8bit.ptq.bias import block_shift
 from opt8bit.ptq.blocks import block_layers, evaluating, find_blocks, linear_layers, matrix
@@ -163,11 +164,12 @@ class _BlockTask:
         # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for;
         # then it is one writer's after another.
         self.writers = parts.writers if result.recipe.error_propagation else set()
-        kept = [[n for n in names if self._recipe(n) is not None] for names in parts.stages]
+        kept = [[n for n in names if n in self.writers or self._recipe(n) is not None] for names in parts.stages]
         self.order = apart([names for names in kept if names], self.writers)
         self.of_block: str | None = None  # the layer whose bias makes up for the error of the whole block
         if result.recipe.correct == "local":
-            self.of_block = next((n for n in parts.stages[-1] if n in parts.writers and self._corrects(n)), None)
+            last = reversed(parts.stages[-1])
+            self.of_block = next((n for n in last if n in parts.writers and self._corrects(n)), None)
         self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
         self.drifts: list[Tensor] = []  # of each batch, if there are writers
         self.pending: _Stage | None = None
@@ -187,7 +189,7 @@ class _BlockTask:
         exact, compressed = self._compress_block(*(of[:learned] for of in calls))
         exact += [call.of(self.block) for call in calls.exact[learned:]]
         compressed += [call.of(self.compressed) for call in calls.compressed[learned:]]
-        return Streams(exact, compressed)
+        return Streams(*([end.contiguous() for end in ends] for ends in (exact, compressed)))
 
     def _compress_block(self, calls: list[Call], calls_hat: list[Call]) -> tuple[list[Tensor], list[Tensor]]:
         self.shapes = [call.hidden.shape[:2] for call in calls]
@@ -204,6 +206,7 @@ class _BlockTask:
                 inputs = [self._inputs(i, names[0], *pair) for i, pair in enumerate(pairs)]
                 self._report()
                 self.pending = self._compress(names, inputs, calls)
+                inputs.clear()  # before the passes go on
                 stack.callback(self.pending.errors.close)
             ends = []
             for i, (walk, walk_hat) in enumerate(pairs):
@@ -213,7 +216,10 @@ class _BlockTask:
         return [end for end, _ in ends], [end_hat for _, end_hat in ends]
 
     def _inputs(self, i: int, layer: str, walk: Walk, walk_hat: Walk) -> Inputs:
-        """What a layer sees of batch i; both passes go on until they stand before it."""
+        """What a layer sees of batch i; both passes go on until they stand before it.
+
+        A writer's output in the float model is handed to its pass.
+        """
         x, x_hat = walk.advance(), walk_hat.advance()
         self._compare(i)
         shape = (*self.shapes[i], x.shape[-1])  # some models put all tokens of a batch into one dimension
@@ -221,15 +227,18 @@ class _BlockTask:
         if layer in self.writers:
             y: Tensor = self.block.get_submodule(layer)(x)
             walk.answer(y)
-            wanted = self._wanted(i, layer, y)
+            wanted = self._wanted(i, layer, x, y)
         return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], wanted)
 
-    def _wanted(self, i: int, writer: str, y: Tensor) -> Tensor:
-        """What a writer should put out of batch i, but for its bias, where the float model's puts out y."""
-        bias: Tensor | None = self.block.get_submodule(writer).bias  # type: ignore[assignment]
-        drift = self.drifts[i]
-        wanted = y.reshape(drift.shape).to(torch.promote_types(y.dtype, torch.float32)) + drift
-        return wanted if bias is None else wanted - bias
+    def _wanted(self, i: int, writer: str, x: Tensor, y: Tensor) -> Tensor:
+        """What a writer should put out of batch i, but for its bias, where the float model's makes y of x."""
+        layer, dtype = self.block.get_submodule(writer), torch.promote_types(y.dtype, torch.float32)
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        if y.dtype != dtype:  # what y lost when it was rounded, with its bias, is not for the weights to imitate
+            y = linear(x.to(dtype), matrix(layer).to(dtype))
+        elif bias is not None:
+            y = y - bias
+        return y.reshape(self.drifts[i].shape) + self.drifts[i]
 
     def _compare(self, i: int) -> None:
         """Takes what the pending stage put out for batch i."""
@@ -274,7 +283,7 @@ class _BlockTask:
             done[self.of_block] = done[self.of_block].corrected(shift)
             install(layers_hat[self.of_block], done[self.of_block])
         self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
-        shifts = {name: layer.shift for name, layer in done.items()}
+        shifts = {name: done[name].shift if name in done else None for name in names}
         errors = OutputErrors(layers, layers_hat, shifts, self.parts.overwritten)
         return _Stage(done, errors, time.perf_counter() - started)
 

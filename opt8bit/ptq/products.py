@@ -23,7 +23,7 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is linear and not kwargs and len(args) in (2, 3):
+        if func is linear and not kwargs and len(args) in (2, 3) and not torch.compiler.is_compiling():
             operands: tuple[Any, ...] = (*args, None)[:3]
             if _serves(*operands):
                 return _product(*operands)
@@ -36,9 +36,17 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _operator() is not None
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and all(_is_plain(operand) for operand in operands)
+        and _fit(x, weight, bias)
         and x.shape[:-1].numel() * weight.numel() >= LEAST
     )
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether their shapes are a layer's; torch knows what to do, or to say, where they are not."""
+    is_layer = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    return is_layer and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _is_plain(operand: Tensor) -> bool:

@@ -30,9 +30,10 @@ class Inputs(NamedTuple):
 class Statistics:
     """Sums over the tokens that one layer has seen: x in the float model, x̂ in the model quantized so far.
 
-    Both streams see the same tokens in the same order. A batch is multiplied in the streams' own dtype and added
-    in ``dtype``, so that batches of any size come to the same sums up to rounding. Means are kept per sequence: how
-    much they differ says how far the mean of all tokens can be trusted. Sums that are not asked for stay empty.
+    Both streams see the same tokens in the same order. A batch is multiplied, and the tokens of a sequence are added,
+    in the streams' own dtype, all else in ``dtype``, so that batches of any size come to the same sums up to rounding.
+    Means are kept per sequence: how much they differ says how far the mean of all tokens can be trusted. Sums that are
+    not asked for stay empty.
 
     Args:
         features: length d of an input.
@@ -101,12 +102,13 @@ class Statistics:
         self.sum_x = torch.cat([self.sum_x, sums[0]])
         self.sum_x_hat = torch.cat([self.sum_x_hat, sums[1]])
         self.sum_wanted = torch.cat([self.sum_wanted, sums[2]])
-        rows, rows_hat, rows_wanted = (stream.flatten(0, 1) for stream in streams)
-        by_feature = rows_hat.T.contiguous()
-        if self.sum_x_hat_x_hat.numel():
-            self.sum_x_hat_x_hat += gram(by_feature)
-        if self.sum_cross.numel():
-            self.sum_cross += linear((rows if wanted is None else rows_wanted).T, by_feature)  # rowsᵀ rows_hat
+        if self.sum_x_hat_x_hat.numel() or self.sum_cross.numel():
+            rows, rows_hat, rows_wanted = (stream.flatten(0, 1) for stream in streams)
+            by_feature = rows_hat.T.contiguous()
+            if self.sum_x_hat_x_hat.numel():
+                self.sum_x_hat_x_hat += gram(by_feature)
+            if self.sum_cross.numel():
+                self.sum_cross += linear((rows if wanted is None else rows_wanted).T, by_feature)  # rowsᵀ rows_hat
 
     def _check(self, x: Tensor, x_hat: Tensor, mask: Tensor | None, wanted: Tensor | None) -> None:
         features, outputs = self.sum_x.shape[1], self.sum_wanted.shape[1]

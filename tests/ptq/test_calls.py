@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from toys import token_ids
 
 from opt8bit import ptq
+from opt8bit.ptq.calls import apart
+from opt8bit.ptq.layer import Recipe, compress_stage
+from opt8bit.ptq.statistics import Inputs
+from opt8bit.ptq.target import asymmetric_target
+from opt8bit.quant import UniformGrid
 
 WIDTH = 16
 
@@ -57,6 +62,74 @@ def test_two_layers_that_add_share_the_drift(monkeypatch: pytest.MonkeyPatch) ->
     both = error(model, compress(model, error_propagation=1.0))
     monkeypatch.setattr("opt8bit.ptq.calls.stream_writers", lambda block, call: set())
     assert both < 0.7 * error(model, compress(model, error_propagation=1.0))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("aWb", ["a", "W", "b"]),
+        ("Wab", ["W", "ab"]),
+        ("abW", ["ab", "W"]),
+        ("WV", ["W", "V"]),
+        ("ab", ["ab"]),
+    ],
+)
+def test_layers_that_add_have_stages_of_their_own(names: str, expected: list[str]) -> None:
+    found = apart([list(names), ["c"]], {"W", "V"})
+    assert found == [*map(list, expected), ["c"]]
+
+
+def test_what_a_layer_that_adds_puts_out_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, forward = [0], nn.Linear.forward
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        count[0] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    counts = []
+    for strength in (0.0, 0.5):
+        count[0] = 0
+        compress(Model(Inner(2), Inner()), error_propagation=strength, batch_size=2)
+        counts.append(count[0])
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_where_the_streams_agree_the_target_is_the_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever half precision makes of the output and of a large bias in it."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def watched(weight: Tensor, *args: object) -> Tensor:
+        found.append((weight, asymmetric_target(weight, *args)))  # type: ignore[arg-type]
+        return found[-1][1]
+
+    monkeypatch.setattr("opt8bit.ptq.layer.asymmetric_target", watched)
+    model = Model(Inner())
+    model.blocks[0].layers["layer0"].bias.data.fill_(8.0)  # type: ignore[index, union-attr]
+    compress(model.to(dtype), error_propagation=1.0)
+    [(weight, target)] = found
+    assert (target - weight).norm() < 1e-4 * weight.norm()
+
+
+@pytest.mark.parametrize("correct", ["none", "joint"])
+def test_the_target_of_a_layer_that_adds_is_the_best_guess_of_what_it_should_put_out(
+    correct: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Tensor] = []
+    monkeypatch.setattr(
+        "opt8bit.ptq.layer.asymmetric_target", lambda *args: found.append(asymmetric_target(*args, 1e-12)) or found[0]
+    )
+    generator = torch.Generator().manual_seed(0)
+    x_hat = torch.randn(6, 20, WIDTH, generator=generator, dtype=torch.float64) + 1
+    wanted = x_hat[..., :5].square() + x_hat[..., 5:10]
+    layer = nn.Linear(WIDTH, 5).double()
+    recipe = Recipe(ptq.GPTQ(), ptq.Format(UniformGrid(2), 8), 1.0, correct)
+    compress_stage({"layer": layer}, [Inputs(x_hat + 1, x_hat, None, wanted)], recipe, {"layer"} & {correct, "layer"})
+    inputs, outputs = x_hat.flatten(0, 1), wanted.flatten(0, 1)
+    if correct == "joint":
+        inputs, outputs = inputs - inputs.mean(0), outputs - outputs.mean(0)
+    torch.testing.assert_close(found[0], torch.linalg.lstsq(inputs, outputs).solution.T, rtol=1e-6, atol=1e-6)
 
 
 def test_hidden_states_that_change_between_blocks_are_refused() -> None:

@@ -228,9 +228,15 @@ def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> No
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if WRITERS[name]])
-@pytest.mark.parametrize("correct", ["none", "sequential"])
-def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, correct: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"correct": correct}) for name in MODELS if WRITERS[name] for correct in ("none", "sequential")),
+        ("llama", {"overrides": {"*.o_proj": None}}),
+        ("falcon", {"overrides": {"*.self_attention.*": None}}),
+    ],
+)
+def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, options: dict, monkeypatch) -> None:
     """Behind the block the streams differ by what its last writer should put out and does not."""
     last: list[tuple[Sequence[Inputs], Compressed]] = []
     blocks: list[int] = []
@@ -240,7 +246,7 @@ def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, co
         done = compress_stage(layers, inputs, *args)
         if inputs[0].wanted is not None:
             assert len(layers) == 1
-            last[:] = [(inputs, *done.values())]
+            last[:] = [(list(inputs), *done.values())]
         return done
 
     def watched_run(task, calls):
@@ -258,7 +264,7 @@ def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, co
     monkeypatch.setattr(pipeline, "compress_stage", watched_stage)
     monkeypatch.setattr(pipeline._BlockTask, "run", watched_run)
     model = MODELS[name]().double()
-    ptq.compress(model, token_ids(), bits=2, group_size=16, correct=correct, error_propagation=0.7, batch_size=4)
+    ptq.compress(model, token_ids(), bits=2, group_size=16, error_propagation=0.7, batch_size=4, **options)
     assert blocks == [3, 3]
 
 

@@ -69,18 +69,24 @@ def test_products_of_onednn_are_those_of_float32(
         (draw(7, 4), draw(5, 4), None),
         (draw(0, 40), draw(50, 40), None),
         (draw(70, 0), draw(50, 0), None),
+        (draw(7000, 40), draw(40), None),
+        (draw(70, 40), draw(50, 40), torch.tensor(1.0)),
+        (draw(70, 40), draw(50, 40), draw(1)),
     ],
     ids=[
         "part",
-        "weight's part",
+        "part of the weight",
         "rows of a transpose",
         "3-D transposed",
         "float64",
         "bfloat16",
-        "bias",
+        "strided bias",
         "small",
-        "0",
-        "-",
+        "no rows",
+        "no columns",
+        "vector",
+        "number for a bias",
+        "one bias",
     ],
 )
 def test_others_are_left_to_torch(
@@ -89,6 +95,17 @@ def test_others_are_left_to_torch(
     with torch.no_grad(), Products():
         result = linear(x, weight, bias)
     assert not served and torch.equal(result, linear(x, weight, bias))
+
+
+def test_shapes_that_do_not_fit_are_refused_in_torchs_words() -> None:
+    with torch.no_grad(), Products(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(draw(70, 40), draw(50, 41))
+
+
+def test_autocast_keeps_its_dtype(served: list[tuple[int, ...]]) -> None:
+    with torch.no_grad(), Products(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(draw(70, 40), draw(50, 40)).dtype == torch.bfloat16
+    assert not served
 
 
 def test_gradients_are_torchs(served: list[tuple[int, ...]]) -> None:

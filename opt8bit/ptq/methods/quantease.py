@@ -54,10 +54,9 @@ class QuantEase(Method):
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         rounded = self.start.round(weight, hessian, format)
         target = weight - (rounded.dequantize() - rounded.on_grid())  # what outliers leave
-        hessian = hessian.to(weight.dtype)
         rounded = self._descended(target, rounded, hessian)
         if self.refits:
-            wanted = linear(target, hessian)
+            wanted = linear(target, hessian.to(target.dtype))
             for _ in range(self.refits):
                 rounded = self._descended(target, refit_scales(wanted, rounded, hessian), hessian)
         return rounded
@@ -86,6 +85,7 @@ def descend(
 ) -> Tensor:
     """Coordinate descent on a fixed grid; returns the weight (out, in), of which every value lies on the grid."""
     group_of = group_numbers(weight, format.groups_of(weight))
+    hessian = hessian.to(weight.dtype)
     kernels = kernels_for(weight, format.grid)
     if kernels is not None:
         return kernels.coordinate_descent(weight, on_grid, hessian, group_of, scales, sweeps)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from opt8bit.ptq.methods.method import Rounded
 from opt8bit.quant.grid import Grid, Scales
 
-ROWS = 512  # whose systems are in memory at once
+ROWS, COEFFICIENTS = 512, 2**23  # of the systems that are in memory at once, at most
 
 
 def refit_scales(
@@ -24,13 +24,15 @@ def refit_scales(
     With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
     ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones are not all positive.
     """
+    hessian = hessian.to(wanted.dtype)
     groups = rounded.scales.scale.shape[1]
     values = rounded.format.grid.decode(rounded.codes.unflatten(1, (groups, -1)), _unit(rounded.scales))
     size = values.shape[-1]
     # Of each group, H's columns from the diagonal down: the rest follows from symmetry.
     columns = [hessian[start:, start : start + size].contiguous() for start in range(0, len(hessian), size)]
     scale = rounded.scales.scale.clone()
-    for rows in torch.arange(len(wanted), device=wanted.device).split(ROWS):
+    together = max(1, min(ROWS, COEFFICIENTS // groups**2))
+    for rows in torch.arange(len(wanted), device=wanted.device).split(together):
         scale[rows] = _best(wanted[rows], values[rows], columns, scale[rows], rounded.format.grid)
     return replace(rounded, scales=rounded.scales._replace(scale=scale))
 
