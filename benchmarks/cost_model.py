@@ -125,8 +125,8 @@ class Part:
 
 
 def _sums(shape: Shape, text: Text) -> float:
-    """Half of Σ x̂ x̂ᵀ, and Σ x x̂ᵀ, or Σ y x̂ᵀ for what is added to the hidden states."""
-    return text.learned * shape.each(lambda s: s.inputs * (0.5 * s.inputs + (s.outputs if s.writes else s.inputs)))
+    """Half of Σ x̂ x̂ᵀ, and Σ x x̂ᵀ; or for what is added to the hidden states Σ y x̂ᵀ, and y (which float32 has)."""
+    return text.learned * shape.each(lambda s: s.inputs * (0.5 * s.inputs + (2 * s.outputs if s.writes else s.inputs)))
 
 
 def _targets(shape: Shape, text: Text) -> float:
@@ -152,7 +152,7 @@ PARTS = {  # passes go through two models
     "attention": Part("MAC", _attention, (ATTENTION,), in_dtype=True),
     "rest of the passes": Part("output", lambda s, t: 2 * t.tokens * s.outputs, PASSES, in_dtype=True),
     "errors of outputs": Part("output", lambda s, t: t.learned * s.outputs, ((OutputErrors, "compare"),), True),
-    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"),)),
+    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"), (pipeline, "linear"))),
     "targets, float64": Part("MAC", _targets, STAGES),
     "inverses, float64": Part("MAC", lambda s, t: s.each(lambda s: s.inputs**3 * 2 / 3), ((gptq, "inverse_factor"),)),
     "grids": Part("weight", lambda s, t: s.weights, ((LayerKernels, "fit"),)),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-LEAST = 2**16  # multiplications; below, the way to oneDNN takes longer than the product
+LEAST = 2**20  # multiplications; below, the way to oneDNN takes longer than the product
 
 
 class Products(TorchFunctionMode):
