@@ -59,13 +59,13 @@ def symmetric_product(
     whole = left.new_empty(n, n)
     for start in range(0, n, panel):
         end = min(start + panel, n)
-        rows = left[start:end]
-        part = whole[start:end, :end]
+        rows, columns = left[start:end], right[:, :end]
         if added is None:
-            torch.mm(rows, right[:, :end], out=part)
+            part = rows @ columns
         else:
-            torch.addmm(added[start:end, :end], rows, right[:, :end], beta=beta, alpha=alpha, out=part)
-        whole[:start, start:end] = part[:, :start].T
+            part = torch.addmm(added[start:end, :end], rows, columns, beta=beta, alpha=alpha)
+        whole[:start, start:end] = part.T.contiguous()[:start]  # transposed whole, as torch does it fast
+        whole[start:end, :end] = part
     return whole
 
 
