@@ -225,17 +225,18 @@ class _BlockTask:
         shape = (*self.shapes[i], x.shape[-1])  # some models put all tokens of a batch into one dimension
         wanted = None
         if layer in self.writers:
-            y: Tensor = self.block.get_submodule(layer)(x)
+            writer = self.block.get_submodule(layer)
+            y: Tensor = writer(x)
             walk.answer(y)
-            wanted = self._wanted(i, layer, x, y)
+            wanted = self._wanted(i, writer, x, y)
         return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], wanted)
 
-    def _wanted(self, i: int, writer: str, x: Tensor, y: Tensor) -> Tensor:
+    def _wanted(self, i: int, writer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What a writer should put out of batch i, but for its bias, where the float model's makes y of x."""
-        layer, dtype = self.block.get_submodule(writer), torch.promote_types(y.dtype, torch.float32)
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        bias: Tensor | None = writer.bias  # type: ignore[assignment]
         if y.dtype != dtype:  # what y lost when it was rounded, with its bias, is not for the weights to imitate
-            y = linear(x.to(dtype), matrix(layer).to(dtype))
+            y = linear(x.to(dtype), matrix(writer).to(dtype))
         elif bias is not None:
             y = y - bias
         return y.reshape(self.drifts[i].shape) + self.drifts[i]

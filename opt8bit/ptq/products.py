@@ -60,7 +60,7 @@ def _is_plain(operand: Tensor) -> bool:
 
 
 def _operator() -> Any:
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
