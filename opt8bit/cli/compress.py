@@ -113,9 +113,6 @@ def _processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    # Its functions have the group as their default: were they defined while there is one, it would live as long as they
-    # do, and its threads fall over the interpreter's end.
-    importlib.import_module("torch.distributed.nn")
     torch.distributed.init_process_group("gloo")
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# The functions of this module of torch's have the group as their default. Were they defined while there is one, as they
+# are where transformers' code of a model is first needed, it would live as long as they do, and its threads fall over
+# the interpreter's end.
+if dist.is_available():
+    importlib.import_module("torch.distributed.nn")
 
 
 def rank() -> int:

@@ -15,7 +15,7 @@ from opt8bit import ptq
 torch.distributed.is_available() or pytest.skip("torch has no distributed", allow_module_level=True)
 
 CODE = """
-import sys, warnings
+import sys, warnings, weakref
 warnings.filterwarnings("ignore")
 sys.path.insert(0, {tests!r})
 import torch
@@ -44,7 +44,9 @@ try:
     (folder / f"{{rank}}.txt").write_text(repr((result.quality, [(r.name, r.error_corrected) for r in result.report])))
 except ValueError as error:
     (folder / f"{{rank}}.txt").write_text(str(error))
-torch.distributed.destroy_process_group()  # a process that ends with its threads still at work may be aborted
+group = weakref.ref(torch.distributed.group.WORLD)
+torch.distributed.destroy_process_group()
+assert group() is None  # a process that ends with the group's threads still at work may be aborted
 """
 
 
