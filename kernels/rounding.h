@@ -4,6 +4,7 @@
 #pragma once
 
 #include "optimizer_step.h"
+#include "simd/first_lanes.h"
 
 namespace opt8bit {
 namespace {
@@ -42,26 +43,6 @@ class RandomBits {
   }
   Simd::Ints low_key_, high_key_;
 };
-
-// The first n of a vector's lanes, 0 < n < kLanes; the others are zero. A set that has masks overloads these.
-template <class T>
-auto load_first(const T* x, int64_t n) {
-  T tail[Simd::kLanes] = {};
-  Simd::copy(tail, x, n * sizeof(T));
-  return Simd::load(tail);
-}
-template <class Floats>
-Floats keep_first(Floats a, int64_t n) {
-  float all[Simd::kLanes];
-  Simd::store(all, a);
-  return load_first(all, n);
-}
-template <class T>
-void store_first(T* x, int64_t n, Simd::Floats a) {
-  T tail[Simd::kLanes];
-  Simd::store(tail, a);
-  Simd::copy(x, tail, n * sizeof(T));
-}
 
 template <class T, Rounding rounding>
 class Param {

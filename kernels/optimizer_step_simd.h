@@ -1,0 +1,310 @@
+// The kernels of optimizer_step.h, for the lanes of one instruction set: one skeleton for the rules of update_rules.h.
+#pragma once
+
+#include OPT8BIT_SIMD
+
+#include <utility>
+
+#include "blockwise.h"
+#include "optimizer_step.h"
+#include "rounding.h"
+#include "update_rules.h"
+
+namespace opt8bit {
+namespace {
+
+// Bytes of a parameter that are fetched ahead of their use: encoding a block leaves the memory idle otherwise, and
+// the processor's own prefetching stops at the end of a page.
+constexpr int64_t kAhead = 2048;
+
+// Blocks that are updated one after another before any is encoded: short blocks by the dozen, so that the time from
+// a block's last element to its first code is spent on others. Runs of float32 are shorter: their steps wait for the
+// memory, which idles while a run is encoded.
+template <class T>
+constexpr int64_t kRunElements = sizeof(T) == sizeof(float) ? 512 : 2048;
+constexpr int64_t kMaxRun = 16;
+constexpr int64_t run_length(int64_t block_length, int64_t elements) {
+  const int64_t blocks = elements / (block_length < 1 ? 1 : block_length);
+  return blocks < 1 ? 1 : blocks > kMaxRun ? kMaxRun : blocks;
+}
+
+// How the update loop reads and writes a state that is stored as codes: vectors of float32 come out of the codes and
+// go into a buffer, which is encoded when the blocks' new absmax are known.
+template <bool kSigned>
+class CodedState {
+ public:
+  CodedState(const Tensor& tensor, int s, float* memory)
+      : tensor_codes_(static_cast<uint8_t*>(tensor.states[s])),
+        tensor_absmax_(tensor.absmax[s]),
+        decode_(dynamic_map(kSigned)),
+        memory_(memory) {}
+
+  void open_run(int64_t block, int64_t offset, int64_t block_length) {
+    run_codes_ = tensor_codes_ + offset;
+    run_absmax_ = tensor_absmax_ + block;
+    stride_ = (block_length + kChunk - 1) / kChunk * kChunk;
+  }
+  void open(int64_t slot, int64_t offset, int64_t n) {
+    constexpr int64_t kLine = 64;
+    codes_ = tensor_codes_ + offset;
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(codes_ + i + kAhead / 4, 1);
+    buffer_ = memory_ + slot * stride_;
+    scale_ = Simd::broadcast(run_absmax_[slot]);
+    magnitude_ = Simd::broadcast(0.0f);
+  }
+  void prefetch(int64_t) const {}  // a block at a time, as a vector takes a part of a line only
+  Scaled load(int64_t i) const { return {decode_(Simd::load(codes_ + i)), scale_}; }
+  Scaled load_tail(int64_t i, int64_t n) const { return {decode_(load_first(codes_ + i, n - i)), scale_}; }
+  void store(int64_t i, Simd::Floats x) {
+    Simd::store(buffer_ + i, x);
+    magnitude_ = Simd::max_abs(x, magnitude_);
+  }
+  void store_tail(int64_t i, int64_t n, Simd::Floats x) { store(i, keep_first(x, n - i)); }
+  // An infinity becomes zero, as a NaN does: as the largest of its block it would weigh on the others from then on.
+  void close(int64_t slot, int64_t n) {
+    const float largest = Simd::horizontal_max(magnitude_);
+    run_absmax_[slot] = finite_absmax(largest, buffer_, n);
+    if (__builtin_expect(largest > __FLT_MAX__, 0))
+      for (int64_t i = 0; i < n; ++i)
+        if (__builtin_isinf(buffer_[i])) buffer_[i] = 0;
+  }
+  void close_run(const int64_t* lengths, int64_t count) {
+    encode_blocks<kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
+  }
+
+ private:
+  uint8_t* const tensor_codes_;
+  float* const tensor_absmax_;
+  const Simd::Decoder<kSigned> decode_;
+  float* const memory_;
+  uint8_t* run_codes_;
+  float* run_absmax_;
+  int64_t stride_;
+  uint8_t* codes_;
+  float* buffer_;
+  Simd::Floats scale_, magnitude_;
+};
+
+// The same for a state of float32 values, updated where they are.
+class PlainState {
+ public:
+  PlainState(const Tensor& tensor, int s, float*) : tensor_values_(static_cast<float*>(tensor.states[s])) {}
+
+  void open_run(int64_t, int64_t, int64_t) {}
+  void open(int64_t, int64_t offset, int64_t) { values_ = tensor_values_ + offset; }
+  void prefetch(int64_t i) const { __builtin_prefetch(reinterpret_cast<const char*>(values_ + i) + kAhead, 1); }
+  Scaled load(int64_t i) const { return {Simd::load(values_ + i), Simd::broadcast(1.0f)}; }
+  Scaled load_tail(int64_t i, int64_t n) const { return {load_first(values_ + i, n - i), Simd::broadcast(1.0f)}; }
+  void store(int64_t i, Simd::Floats x) { Simd::store(values_ + i, x); }
+  void store_tail(int64_t i, int64_t n, Simd::Floats x) { store_first(values_ + i, n - i, x); }
+  void close(int64_t, int64_t) {}
+  void close_run(const int64_t*, int64_t) {}
+
+ private:
+  float* const tensor_values_;
+  float* values_;
+};
+
+// Gradients, made as large as they are meant to be.
+template <class T>
+class Grad {
+ public:
+  Grad(const Tensor& tensor, const Group& group)
+      : tensor_(static_cast<const T*>(tensor.grad)),
+        scale_(Simd::broadcast(static_cast<float>(1 / group.grad_scale))),
+        is_scaled_(group.grad_scale != 1) {}
+
+  void open(int64_t offset) { values_ = tensor_ + offset; }
+  Simd::Floats load(int64_t i) const { return scaled(Simd::load(values_ + i)); }
+  Simd::Floats load_tail(int64_t i, int64_t n) const { return scaled(load_first(values_ + i, n - i)); }
+  const T* values() const { return values_; }
+
+ private:
+  Simd::Floats scaled(Simd::Floats x) const { return is_scaled_ ? x * scale_ : x; }
+
+  const T* const tensor_;
+  const T* values_;
+  const Simd::Floats scale_;
+  const bool is_scaled_;
+};
+
+template <class T>
+void prefetch(const T* x, bool is_written) {
+  const char* const ahead = reinterpret_cast<const char*>(x) + kAhead;
+  is_written ? __builtin_prefetch(ahead, 1) : __builtin_prefetch(ahead, 0);
+}
+
+// One pass over a block: p, g and the states in, p and the states out.
+template <class Rule, class Param, class Grad, size_t... s, class... States>
+OPT8BIT_INLINE void update_block(const Rule& rule, Param& param, const Grad& grad, int64_t n, std::index_sequence<s...>,
+                                 States&... states) {
+  Simd::Floats x[sizeof...(s) + 1];
+  int64_t i = 0;
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
+    prefetch(param.values() + i, true);
+    prefetch(grad.values() + i, false);
+    (states.prefetch(i), ...);
+    Simd::Floats p = param.load(i);
+    rule.update(p, grad.load(i), states.load(i)..., x[s]...);
+    param.store(i, p);
+    (states.store(i, x[s]), ...);
+  }
+  if (i < n) {
+    Simd::Floats p = param.load_tail(i, n);
+    rule.update(p, grad.load_tail(i, n), states.load_tail(i, n)..., x[s]...);
+    param.store_tail(i, n, p);
+    (states.store_tail(i, n, x[s]), ...);
+  }
+}
+
+template <class Rule, class Param, class T, size_t... s, class... States>
+void update_blocks(const Rule rule, Param param, Grad<T> grad, const BlockView& view, int64_t first_block,
+                   int64_t last_block, std::index_sequence<s...> indices, States... states) {
+  const int64_t block_length = view.row_length < view.block_size ? view.row_length : view.block_size;
+  const int64_t run = run_length(block_length, kRunElements<T>);
+  int64_t lengths[kMaxRun], slot = 0;
+  view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
+    if (slot == 0) (states.open_run(block, offset, block_length), ...);
+    param.open(offset);
+    grad.open(offset);
+    (states.open(slot, offset, n), ...);
+    update_block(rule, param, grad, n, indices, states...);
+    (states.close(slot, n), ...);
+    lengths[slot++] = n;
+    if (slot == run || block + 1 == last_block) {
+      (states.close_run(lengths, slot), ...);
+      slot = 0;
+    }
+  });
+}
+
+// Adds to `squares` what a rule measures. The squares of elements whose index in their block is the same modulo 16
+// are added up first, so that the order is the same for every number of lanes.
+template <class Rule, class Param, class Grad, class... States>
+void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& view, double* squares,
+                    int64_t first_block, int64_t last_block, States... states) {
+  constexpr int64_t kSums = 16;
+  double sums[kNorms][kSums] = {};
+  Simd::Floats x[kNorms];
+  view.for_each(first_block, last_block, [&]([[maybe_unused]] int64_t block, int64_t offset, int64_t n) {
+    (states.open_run(block, offset, n), ...);
+    param.open(offset);
+    grad.open(offset);
+    (states.open(0, offset, n), ...);
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
+      rule.measure(param.load(i), grad.load(i), states.load(i)..., x);
+      for (int k = 0; k < kNorms; ++k) Simd::add_squares(sums[k] + i % kSums, x[k]);
+    }
+    if (i < n) {
+      rule.measure(param.load_tail(i, n), grad.load_tail(i, n), states.load_tail(i, n)..., x);
+      for (int k = 0; k < kNorms; ++k) Simd::add_squares(sums[k] + i % kSums, keep_first(x[k], n - i));
+    }
+  });
+  for (int k = 0; k < kNorms; ++k) {
+    squares[k] = 0;
+    for (double sum : sums[k]) squares[k] += sum;
+  }
+}
+
+template <bool kCoded, bool kSigned>
+struct StateType {
+  using type = PlainState;
+};
+template <bool kSigned>
+struct StateType<true, kSigned> {
+  using type = CodedState<kSigned>;
+};
+
+// The skeleton of every step: a rule, a type of parameter, and how each state of the rule is stored.
+template <class Rule, class T, Rounding rounding, bool kCoded, size_t... s>
+void step_blocks(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block,
+                 std::index_sequence<s...> indices) {
+  float* const memory = thread_buffer();
+  update_blocks(Rule(group.hyper, *tensor.step + 1.0, norms), Param<T, rounding>(tensor, group), Grad<T>(tensor, group),
+                block_view(tensor, group), first_block, last_block, indices,
+                typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kBufferStride)...);
+}
+
+struct Step {
+  const double* norms;
+  template <class Rule, class T, Rounding rounding, bool kCoded>
+  void run(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) const {
+    step_blocks<Rule, T, rounding, kCoded>(tensor, group, norms, first_block, last_block,
+                                           std::make_index_sequence<Rule::kStates>());
+  }
+};
+
+template <class Rule, class T, Rounding rounding, bool kCoded, size_t... s>
+void measure_blocks(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block,
+                    std::index_sequence<s...>) {
+  measure_blocks(Rule(group.hyper, *tensor.step + 1.0, nullptr), Param<T, rounding>(tensor, group),
+                 Grad<T>(tensor, group), block_view(tensor, group), squares, first_block, last_block,
+                 typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, nullptr)...);
+}
+
+struct Measure {
+  double* squares;
+  template <class Rule, class T, Rounding rounding, bool kCoded>
+  void run(const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) const {
+    if constexpr (Rule::kHasNorms)
+      measure_blocks<Rule, T, rounding, kCoded>(tensor, group, squares, first_block, last_block,
+                                                std::make_index_sequence<Rule::kStates>());
+  }
+};
+
+template <class Rule, class T, Rounding rounding, class Work>
+void with_states(const Work& work, const Tensor& tensor, const Group& group, int64_t first_block, int64_t last_block) {
+  if (tensor.state_bits == 8) work.template run<Rule, T, rounding, true>(tensor, group, first_block, last_block);
+  else work.template run<Rule, T, rounding, false>(tensor, group, first_block, last_block);
+}
+
+template <class Rule, class Work>
+void with_rule(const Work& work, const Tensor& tensor, const Group& group, int64_t first, int64_t last) {
+  constexpr Rounding kNearest = Rounding::nearest;
+  switch (tensor.dtype) {
+    case DType::float32: return with_states<Rule, float, kNearest>(work, tensor, group, first, last);
+    case DType::float16: return with_states<Rule, float16, kNearest>(work, tensor, group, first, last);
+    case DType::bfloat16: break;
+  }
+  switch (group.rounding) {
+    case kNearest: return with_states<Rule, bfloat16, kNearest>(work, tensor, group, first, last);
+    case Rounding::stochastic:
+      return with_states<Rule, bfloat16, Rounding::stochastic>(work, tensor, group, first, last);
+    case Rounding::compensated:
+      return with_states<Rule, bfloat16, Rounding::compensated>(work, tensor, group, first, last);
+  }
+}
+
+// In the order of RuleId.
+template <class Work>
+constexpr void (*kWithRule[])(const Work&, const Tensor&, const Group&, int64_t, int64_t) = {
+    with_rule<Adam, Work>,
+    with_rule<AdamAmsgrad, Work>,
+    with_rule<AdamW, Work>,
+    with_rule<AdamWAmsgrad, Work>,
+    with_rule<Sgd, Work>,
+    with_rule<SgdMomentum, Work>,
+    with_rule<RmsProp<false, false>, Work>,
+    with_rule<RmsProp<false, true>, Work>,
+    with_rule<RmsProp<true, false>, Work>,
+    with_rule<RmsProp<true, true>, Work>,
+    with_rule<Adagrad, Work>,
+    with_rule<Lion, Work>,
+    with_rule<AdEMAMix, Work>,
+    with_rule<Lamb, Work>,
+    with_rule<Lars, Work>,
+    with_rule<LarsMomentum, Work>,
+};
+static_assert(sizeof kWithRule<Step> / sizeof *kWithRule<Step> == static_cast<size_t>(RuleId::count));
+
+void step(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block) {
+  kWithRule<Step>[static_cast<size_t>(group.rule)](Step{norms}, tensor, group, first_block, last_block);
+}
+
+void measure(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block) {
+  kWithRule<Measure>[static_cast<size_t>(group.rule)](Measure{squares}, tensor, group, first_block, last_block);
+}
+
+}  // namespace
+}  // namespace opt8bit
