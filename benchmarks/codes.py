@@ -6,7 +6,8 @@ Numbers of known distributions, and both moments of Adam as the GPT of ``same_lo
 coded and decoded block by block, by this package and by others. Printed is the norm of the error relative to that of
 the numbers, and the mean of each number's own relative error. All use the 8-bit dynamic map; the last column is how
 many of a hundred exact zeros, strewn in, are zero afterwards. The second table is of a parameter half of whose
-gradients are zero always: how far those elements have moved after 1,000 steps of AdamW without weight decay.
+gradients are zero always: how far those elements have moved after 1,000 steps of AdamW without weight decay. The third
+is of an element that has a gradient once, smaller than the others' of its block, and none in the next four steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opt8bit.cli import demo
 from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
+RARE = (1e-3, 3e-4, 1e-4, 1e-5)  # gradients, where the others' are 1
 ZEROS = 100
 MOMENTS = {"Adam's first moment": ("exp_avg", True), "Adam's second moment": ("exp_avg_sq", False)}
 
@@ -85,11 +87,22 @@ def drift(make: Maker, steps: int) -> float:
     return float(param.detach()[:, ::2].abs().max())
 
 
+def rare(make: Maker, size: float) -> float:
+    """The change of an element whose gradient was that at the first of five steps, in units of the learning rate."""
+    param = nn.Parameter(torch.zeros(64, 256))
+    optimizer = make([param], lr=1.0, weight_decay=0.0)
+    for step in range(5):
+        param.grad = torch.ones(param.shape)
+        param.grad[0, 0] = 0 if step else size
+        optimizer.step()
+    return abs(float(param.detach()[0, 0]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = arguments(parser, "codes")
     makers = adamw()
-    del makers["torch.optim.AdamW"]
+    others = {name: make for name, make in makers.items() if name != "torch.optim.AdamW"}
     coders: dict[str, Quantizer] = {"opt8bit": by_opt8bit, **quantizers()}
     count, drift_steps = (2**14, 20) if options.quick else (2**22, 1000)
     known = distributions(count)
@@ -108,18 +121,22 @@ def main() -> None:
         ]
 
     def move(steps: int, **_: Any) -> list[dict[str, Any]]:
-        return [{"by": name, "moved": drift(make, steps)} for name, make in makers.items()]
+        return [{"by": name, "moved": drift(make, steps)} for name, make in others.items()]
+
+    def move_once(size: float, **_: Any) -> list[dict[str, Any]]:
+        return [{"by": name, "moved": rare(make, size)} for name, make in makers.items()]
 
     blocks = [
         {"question": "codes", "data": data, "block_size": size} for data in (*known, *MOMENTS) for size in BLOCK_SIZES
     ]
     coded = complete(options.rows, blocks, code)
     moved = complete(options.rows, [{"question": "drift", "steps": drift_steps}], move)
-    show(coded, moved)
+    moved_once = complete(options.rows, [{"question": "rare", "size": size} for size in RARE], move_once)
+    show(coded, moved, moved_once)
     draw(coded, options.rows)
 
 
-def show(coded: list[dict[str, Any]], moved: list[dict[str, Any]]) -> None:
+def show(coded: list[dict[str, Any]], moved: list[dict[str, Any]], moved_once: list[dict[str, Any]]) -> None:
     print(f"\n{'':<24}{'block':>6}  {'by':<14}{'norm':>9}{'mean':>12}{'zeros kept':>12}")
     for row in coded:
         place = f"{row['data']:<24}{row['block_size']:>6}  {row['by']:<14}"
@@ -127,6 +144,11 @@ def show(coded: list[dict[str, Any]], moved: list[dict[str, Any]]) -> None:
     print("\nelements without gradient have moved, at most, in learning rates")
     for row in moved:
         print(f"  {row['by']:<24}{row['moved']:10.3f}")
+    print("\nan element with a gradient once, that times its block's, has moved by, in learning rates")
+    print(f"  {'':<24}" + "".join(f"{size:>12g}" for size in RARE))
+    for name in dict.fromkeys(row["by"] for row in moved_once):
+        mine = {row["size"]: row["moved"] for row in moved_once if row["by"] == name}
+        print(f"  {name:<24}" + "".join(f"{mine[size]:>12,.2f}" for size in RARE))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

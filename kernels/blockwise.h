@@ -141,5 +141,18 @@ OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const i
   }
 }
 
+// Codes of a state that cannot be negative: what is positive does not become zero, but the least positive value. Steps
+// divide by its root, and beside a first moment that is not zero, zero would leave them eps alone to divide by.
+inline void keep_positive(const float* values, int64_t n, uint8_t* codes) {
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t length = n - begin < kChunk ? n - begin : kChunk;
+    bool has_zero = length < kChunk;
+    if (!has_zero)
+      for (int64_t i = 0; i < kChunk; ++i) has_zero |= codes[begin + i] == 0;
+    if (has_zero)
+      for (int64_t i = begin; i < begin + length; ++i) codes[i] += (codes[i] == 0) & (values[i] > 0);
+  }
+}
+
 }  // namespace
 }  // namespace opt8bit

@@ -60,16 +60,22 @@ class CodedState {
     magnitude_ = Simd::max_abs(x, magnitude_);
   }
   void store_tail(int64_t i, int64_t n, Simd::Floats x) { store(i, keep_first(x, n - i)); }
-  // An infinity becomes zero, as a NaN does: as the largest of its block it would weigh on the others from then on.
-  void close(int64_t slot, int64_t n) {
-    const float largest = Simd::horizontal_max(magnitude_);
-    run_absmax_[slot] = finite_absmax(largest, buffer_, n);
-    if (__builtin_expect(largest > __FLT_MAX__, 0))
-      for (int64_t i = 0; i < n; ++i)
-        if (__builtin_isinf(buffer_[i])) buffer_[i] = 0;
+  bool is_infinite() {
+    largest_ = Simd::horizontal_max(magnitude_);
+    return largest_ > __FLT_MAX__;
   }
+  bool is_infinite(int64_t i) const { return __builtin_isinf(buffer_[i]); }
+  void clear(int64_t i) {
+    buffer_[i] = 0;
+    largest_ = __builtin_inff();  // to be found anew
+  }
+  void close(int64_t slot, int64_t n) { run_absmax_[slot] = finite_absmax(largest_, buffer_, n); }
   void close_run(const int64_t* lengths, int64_t count) {
     encode_blocks<kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
+    if (kSigned) return;
+    uint8_t* codes = run_codes_;
+    for (int64_t slot = 0; slot < count; codes += lengths[slot++])
+      keep_positive(memory_ + slot * stride_, lengths[slot], codes);
   }
 
  private:
@@ -83,6 +89,7 @@ class CodedState {
   uint8_t* codes_;
   float* buffer_;
   Simd::Floats scale_, magnitude_;
+  float largest_;
 };
 
 // The same for a state of float32 values, updated where they are.
@@ -97,6 +104,9 @@ class PlainState {
   Scaled load_tail(int64_t i, int64_t n) const { return {load_first(values_ + i, n - i), Simd::broadcast(1.0f)}; }
   void store(int64_t i, Simd::Floats x) { Simd::store(values_ + i, x); }
   void store_tail(int64_t i, int64_t n, Simd::Floats x) { store_first(values_ + i, n - i, x); }
+  bool is_infinite() const { return false; }
+  bool is_infinite(int64_t) const { return false; }
+  void clear(int64_t) {}
   void close(int64_t, int64_t) {}
   void close_run(const int64_t*, int64_t) {}
 
@@ -157,6 +167,15 @@ OPT8BIT_INLINE void update_block(const Rule& rule, Param& param, const Grad& gra
   }
 }
 
+// An element of which a coded state is infinite begins anew, with zeros: an infinity, as the largest of its block,
+// would weigh on the others from then on, and a second moment of zero beside a first that is not would make a step
+// enormous.
+template <class... States>
+void forget_infinite(int64_t n, States&... states) {
+  for (int64_t i = 0; i < n; ++i)
+    if ((states.is_infinite(i) || ...)) (states.clear(i), ...);
+}
+
 template <class Rule, class Param, class T, size_t... s, class... States>
 void update_blocks(const Rule rule, Param param, Grad<T> grad, const BlockView& view, int64_t first_block,
                    int64_t last_block, std::index_sequence<s...> indices, States... states) {
@@ -169,6 +188,7 @@ void update_blocks(const Rule rule, Param param, Grad<T> grad, const BlockView& 
     grad.open(offset);
     (states.open(slot, offset, n), ...);
     update_block(rule, param, grad, n, indices, states...);
+    if (__builtin_expect((states.is_infinite() | ... | false), 0)) forget_infinite(n, states...);
     (states.close(slot, n), ...);
     lengths[slot++] = n;
     if (slot == run || block + 1 == last_block) {

@@ -18,7 +18,7 @@ from torch import Tensor
 from opt8bit.backends import native
 from opt8bit.backends.description import addresses, data_ptrs, describe
 from opt8bit.backends.interface import DTYPES, Backend, Batch, GroupUpdate, Rule, is_interpreting
-from opt8bit.backends.reference import Reference, as_real
+from opt8bit.backends.reference import Reference, as_real, keep_positive
 
 __all__ = [
     "Backend",
@@ -34,6 +34,7 @@ __all__ = [
     "data_ptrs",
     "describe",
     "get",
+    "keep_positive",
     "rounding_kernels",
     "wanted_backend",
     "why",
@@ -114,7 +115,8 @@ def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
     wanted = name or wanted_backend()
     names = available(device)
     if wanted and wanted not in names:
-        raise ValueError(f"backend must be one of {', '.join(names)} on {torch.device(device)}, got {wanted!r}")
+        which = "backend" if name else f"the environment's {ENVIRONMENT}"
+        raise ValueError(f"{which} must be one of {', '.join(names)} on {torch.device(device)}, got {wanted!r}")
     kind = torch.device(device).type
     if not wanted and kind == "cpu" and native.library() is None:
         _warn_once(NO_KERNELS)

@@ -113,6 +113,7 @@ def _torch_functions() -> Rows | None:
     if found is None:
         return None
     functions = numpy.array(found, numpy.int64)
-    probes = [torch.zeros(2, 3, 5).permute(2, 0, 1)[1:], torch.zeros((), dtype=torch.uint8), torch.zeros(7)[::2]]
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
+    probes = [zeros(2, 3, 5).permute(2, 0, 1)[1:], zeros((), dtype=torch.uint8), zeros(7)[::2]]
     is_same = numpy.array_equal(_describe(functions, probes, 3)[:, 3:], describe_in_python(probes, 3)[:, 3:])
     return functions if is_same else None

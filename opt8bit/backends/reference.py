@@ -80,16 +80,35 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[s
         number, first = int(batch.numbers[i]), int(batch.firsts[i])
         param.copy_(stochastically_rounded(new_param, batch.seed, int(step), number, first))
     else:
-        as_real(param).copy_(new_param)
-    for name, book, new in zip(names, books, new_states, strict=True):
+        param.copy_(torch.view_as_complex(new_param.contiguous()) if param.is_complex() else new_param)
+    if batch.coded and param.numel():
+        new_states = _without_infinities(new_states)
+    for (name, signed), book, new in zip(names.items(), books, new_states, strict=True):
         if batch.coded:
-            if new.numel() and not new.abs().amax().isfinite():
-                # An infinity, as the largest of its block, would weigh on the others from then on.
-                new = torch.where(new.isfinite(), new, 0)
-            coder.quantize_blockwise(new.contiguous(), book, view, state[name], state[f"{name}_absmax"])
+            codes = state[name]
+            coder.quantize_blockwise(new.contiguous(), book, view, codes, state[f"{name}_absmax"])
+            if not signed:
+                keep_positive(codes, new)
         else:
             as_real(state[name]).copy_(new)
     state["step"].add_(1)
+
+
+def _without_infinities(states: Sequence[Tensor]) -> Sequence[Tensor]:
+    """States of which an element begins anew, with zeros, where one of them is infinite: an infinity, as the largest of
+    its block, would weigh on the others from then on."""
+    if all(bool(state.abs().amax().isfinite()) for state in states):
+        return states
+    is_infinite = torch.stack([state.isinf() for state in states]).any(0)
+    return [torch.where(is_infinite, 0, state) for state in states]
+
+
+def keep_positive(codes: Tensor, values: Tensor) -> None:
+    """Of a state that cannot be negative, what is positive does not become zero, but the least positive value.
+
+    Steps divide by its root: beside a first moment that is not zero, zero would leave them eps alone to divide by.
+    """
+    codes[(codes == 0) & (values > 0)] = 1
 
 
 def as_real(x: Tensor) -> Tensor:

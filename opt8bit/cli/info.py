@@ -9,10 +9,15 @@ from importlib.metadata import version
 import torch
 
 from opt8bit.backends import REFERENCE, available, backend_for, native, why
+from opt8bit.cli.models import CommandError
 
 
 def report() -> str:
-    """The text that ``opt8bit info`` prints."""
+    """The text that ``opt8bit info`` prints.
+
+    Raises:
+        CommandError: the environment asks for a backend that is not there.
+    """
     sets = native.instruction_sets()
     pool = "torch's pool" if native.torch_parallel_for() else "its own (torch before 2.10 does not export its pool)"
     lines = [
@@ -37,4 +42,7 @@ def devices() -> list[str]:
 def served_by(device: str) -> str:
     # Asking for the reference by name keeps the report free of the warning, which it prints itself.
     is_reference = available(device)[0] == REFERENCE
-    return backend_for(device, REFERENCE if is_reference else None).name
+    try:
+        return backend_for(device, REFERENCE if is_reference else None).name
+    except ValueError as error:
+        raise CommandError(str(error)) from error

@@ -72,7 +72,7 @@ RULES = {  # by whether weight decay is decoupled, and amsgrad
 
 class _AdamBase(Optimizer8bit):
     def check_group(self, group: dict[str, Any]) -> None:
-        check_flags(group, "amsgrad")
+        check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
         check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from opt8bit.backends import Backend, GroupUpdate, Rule, can_capture, wanted_backend
 from opt8bit.optim import shards
@@ -20,7 +21,7 @@ from opt8bit.optim.checkpoint import reading
 from opt8bit.optim.groups import Policy
 from opt8bit.optim.offload import Host, Hosts
 from opt8bit.optim.options import DEFAULTS, KEPT, Options, check_options, is_on_device
-from opt8bit.optim.plan import Asked, Plan, Work, backend_of, refuse_shared
+from opt8bit.optim.plan import Asked, Plan, Work, backend_of, overlapping, refuse_shared
 from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, will_be_coded
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
@@ -85,6 +86,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             ValueError: an option has a value it cannot have.
             TypeError: a parameter is of a dtype that cannot be optimized, or a DTensor whose shards cannot be.
         """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # which refuses it
         group = {**self.defaults, **param_group}
         check_options(group)
         self.check_group(group)
@@ -100,7 +103,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         if group["offload"]:
             others = [of for group in self.param_groups if group["offload"] for of in group["params"]]
             refuse_shared([*others, *tensors])
-        super().add_param_group({**param_group, "params": params})
+        param_group["params"] = params
+        super().add_param_group(param_group)
         self._backward.watch()
         cut = [param for param in tensors if is_cut(param, group)]
         if cut:
@@ -147,14 +151,27 @@ class Optimizer8bit(torch.optim.Optimizer):
         together, one_by_one = _divided(asked)
         for each in one_by_one:
             self._check_divided(each)
-        work = [item for each in together for item in self._work(each, fresh)]
-        self._take(work, fresh, is_captured)
+        work = [self._work(each, fresh) for each in together]
+        if self._share_memory(together):
+            self._take([], fresh, is_captured)
+            for each in together:  # after what the one before has written
+                self._take(self._work(each, fresh), {}, is_captured)
+        else:
+            self._take([item for of_group in work for item in of_group], fresh, is_captured)
         for each in one_by_one:
             self._step_gathered(each)
+        for param in [param for each in together for param in each.owners]:
+            increment_version(param)  # as kernels write what autograd does not see
         for param in [param for each in asked if each.group["offload"] for param in each.owners]:
             self._hosts.give_back(param)
         if any(group["offload"] for group in self.param_groups):
             self._hosts.keep({param for group in self.param_groups for param in group["params"]})
+
+    def _share_memory(self, together: Sequence[Asked]) -> bool:
+        """Whether parameters of several groups may; looked at only where plans have changed."""
+        if "_is_shared" not in self.__dict__:
+            self._is_shared = len(together) > 1 and bool(overlapping([p for each in together for p in each.params]))
+        return self._is_shared
 
     def _check_divided(self, asked: Asked) -> None:
         """Raises for one parameter what the plan of many raises: before anything is gathered."""
@@ -215,6 +232,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 for state, shard, param in zip(self._states(asked), asked.params, asked.owners, strict=True)
             ]
             plan = plans[asked.place] = Plan(asked, states)
+            self.__dict__.pop("_is_shared", None)
             work = plan.work(asked, states)
             assert work is not None
             for param, state in zip(asked.owners, states, strict=True):
@@ -373,9 +391,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             check_options(group)
             self.check_group(group)
 
-        self._backward.drop()
+        self._backward.wait()
         with reading(self, Policy(KEPT, check_loaded)):
             super().load_state_dict(state_dict)
+        self._backward.drop()
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
 
 
@@ -404,4 +423,4 @@ def _tensor(value: Any) -> Tensor | None:
     """What GradScaler hands over, if it does: a tensor, or a number where there was no gradient to look at."""
     if value is None or isinstance(value, Tensor):
         return value if value is None else shards.everywhere(value)
-    return torch.tensor(float(value))
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")

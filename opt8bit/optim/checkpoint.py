@@ -15,8 +15,8 @@ from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, fam
 from opt8bit.optim.groups import Policy, merged_group, states_of
 from opt8bit.optim.offload import on_cpu
 from opt8bit.optim.reading import Coded, Read, described
-from opt8bit.optim.states import CODEBOOKS, COMPENSATION, Spec, is_8bit, is_compensated, specs
-from opt8bit.quant import block_view, quantize_blockwise
+from opt8bit.optim.states import COMPENSATION, Spec, coded_state, is_8bit, is_compensated, specs
+from opt8bit.quant import block_view
 
 if TYPE_CHECKING:
     from opt8bit.optim.base import Optimizer8bit
@@ -238,7 +238,7 @@ def _stored(
         else:
             parts[name] = value.decoded() if isinstance(value, Coded) else value
     if compensated and COMPENSATION not in parts:
-        parts[COMPENSATION] = torch.zeros((), dtype=torch.uint8)
+        parts[COMPENSATION] = torch.zeros((), dtype=torch.uint8, device="cpu")
     expected = specs(param, rule, group, coded)
     return {name: _own(parts[name], spec) for name, spec in expected.items()}
 
@@ -251,7 +251,7 @@ def _codes(where: str, name: str, value: Tensor | Coded, block_size: int, signed
         value = value.decoded()
     if not bool(value.isfinite().all()):
         raise ValueError(f"{where}: state {name!r} must be finite to be stored in 8 bits")
-    return quantize_blockwise(value, CODEBOOKS[signed], block_size)
+    return coded_state(value, signed, block_size)
 
 
 def _own(tensor: Tensor, spec: Spec) -> Tensor:

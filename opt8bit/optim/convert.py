@@ -53,7 +53,7 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
             parameter's shape, or was made with another block size.
     """
     counterpart = _counterpart(type(optimizer))
-    defaults = getattr(torch.optim, counterpart)([torch.zeros(1, 1)]).defaults
+    defaults = getattr(torch.optim, counterpart)([torch.zeros(1, 1, device="cpu")]).defaults
     groups: list[dict[str, Any]] = []
     states: dict[int, dict[str, Tensor]] = {}
     first = 0
@@ -115,7 +115,7 @@ def _full(state: Mapping[str, Tensor], name: str, signed: bool, block_size: int)
 
 def _initial(param: Tensor, initial: Mapping[str, float]) -> dict[str, Tensor]:
     full = torch.promote_types(param.dtype, torch.float32)
-    state = {"step": torch.zeros(())}
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for name, value in initial.items():
         number = complex(value, value) if param.is_complex() else value
         state[name] = torch.full(param.shape, number, dtype=full, device=param.device)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import Rule
+from opt8bit.optim import shards
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.states import coded_state
 from opt8bit.optim.table import aligned
-from opt8bit.quant import block_view, dequantize_blockwise, dynamic_map, quantize_blockwise
+from opt8bit.quant import block_view, dequantize_blockwise, dynamic_map
 
 EXACT_DTYPES = (torch.float32, torch.float64)
 
@@ -60,6 +62,7 @@ class _Entry(NamedTuple):
 
     name: str
     param: Tensor
+    grad: Tensor | None
     state: Mapping[str, Tensor]
     rule: Rule
     group: dict[str, Any]
@@ -92,6 +95,8 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
         loss.backward(); exact.step(); optimizer.step()
         print(state_error(optimizer, exact))
 
+    Of DTensors each process has the whole for a while, one parameter after another, and all must call this together.
+
     Args:
         optimizer: of this package.
         exact: None, or an optimizer of the same groups and shapes: of this package with ``state_bits=32``, or of
@@ -100,9 +105,10 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
     Returns:
         A report of one row per 8-bit state: the relative error, ``norm(stored - exact) / norm(exact)``; mean and
         maximum of :func:`levels`; and the share of elements that are not zero but stored as zero. Coding in one step
-        costs half a level at most. States stored in full are left out, and so are parameters without states
-        or, where ``exact`` is None, without gradient; the report counts both. A parameter is named if the optimizer
-        was made from named parameters, else it is "group 0, parameter 3". Values that are not finite give nan or inf.
+        costs half a level at most, and less than one where a second moment near zero is kept above it. States stored
+        in full are left out, and so are parameters without states or, where ``exact`` is None, without gradient; the
+        report counts both. A parameter is named if the optimizer was made from named parameters, else it is
+        "group 0, parameter 3". Values that are not finite give nan or inf.
 
     Raises:
         TypeError: ``optimizer`` is not one of this package, or ``exact`` is not an optimizer.
@@ -123,7 +129,7 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
             skipped += 1
         elif not any(f"{name}_absmax" in entry.state for name in entry.rule.states):
             full += 1
-        elif exact is None and entry.param.grad is None:
+        elif exact is None and entry.grad is None:
             skipped += 1
         else:
             pairs = _next_coding(optimizer, entry) if exact is None else _against(entry, exact)
@@ -192,7 +198,9 @@ def _entries(optimizer: Optimizer8bit) -> Iterator[_Entry]:
         ]
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             if rule.states and param.numel():
-                yield _Entry(name, param, optimizer.state.get(param, {}), rule, group, (group_index, index))
+                whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
+                state = {key: shards.everywhere(value) for key, value in optimizer.state.get(param, {}).items()}
+                yield _Entry(name, whole, grad, state, rule, group, (group_index, index))
 
 
 def _codebooks(entry: _Entry) -> dict[str, Tensor]:
@@ -202,7 +210,7 @@ def _codebooks(entry: _Entry) -> dict[str, Tensor]:
 def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
     """The states after one more step with the present gradient, exact and coded."""
     param, block_size = entry.param, entry.group["block_size"]
-    grad = param.grad
+    grad = entry.grad
     assert grad is not None
     if grad.layout != torch.strided or grad.shape != param.shape:
         raise ValueError(
@@ -218,8 +226,8 @@ def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
     hyper = optimizer.hyper(entry.group)
     _, *exact = entry.rule.update(param.float(), grad.float(), *states, step=step, **hyper)
     return {
-        name: _Pair(*quantize_blockwise(new, book, block_size), new)
-        for (name, book), new in zip(books.items(), exact, strict=True)
+        name: _Pair(*coded_state(new, signed, block_size), new)
+        for (name, signed), new in zip(entry.rule.states.items(), exact, strict=True)
     }
 
 
@@ -233,7 +241,7 @@ def _against(entry: _Entry, exact: torch.optim.Optimizer) -> dict[str, _Pair]:
         raise ValueError(f"{entry.name}: exact must have taken {steps[0]:.0f} steps, too, got {steps[1]:.0f}")
     pairs = {}
     for name in entry.rule.states:
-        value = state.get(name)
+        value = shards.everywhere(state.get(name))
         if not isinstance(value, Tensor):
             raise ValueError(f"{entry.name}: exact has no state {name!r}; has it been stepped?")
         if value.dtype not in EXACT_DTYPES or value.shape != entry.param.shape:

@@ -20,7 +20,7 @@ class Host:
         self._device = param.device
         self._is_apart = param.device.type != "cpu"
         self.param, self.grad = (
-            torch.empty(like.shape, dtype=like.dtype, pin_memory=self._is_apart) for like in (param, grad)
+            torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self._is_apart) for like in (param, grad)
         )
         if self._is_apart:
             self._module = torch.get_device_module(self._device)
@@ -102,4 +102,4 @@ def target(param: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 def on_cpu(tensor: Tensor) -> Tensor:
     """A tensor of that shape and dtype on the CPU, that takes no memory."""
-    return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
+    return torch.empty((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)

@@ -8,9 +8,11 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from opt8bit.optim.offload import BACKWARD
+from opt8bit.optim.reading import is_number
 
 MAX_BLOCK_SIZE = 16384  # kMaxBlockSize of kernels/optimizer_step.h: what a thread keeps in its cache
 MIN_BLOCK_SIZE = 16
+LEAST_LR = -1e-12  # torch's schedulers that end at zero may end a rounding error below it
 
 
 class Options(TypedDict, total=False):
@@ -26,7 +28,8 @@ class Options(TypedDict, total=False):
     block_size: elements per block of an 8-bit state, 16 to 16384 (default 256).
     min_8bit_size: tensors of fewer elements keep 32-bit states (default 4096).
     state_bits: 8, or 32 for float32 states throughout (default 8). A parameter that has an attribute
-        ``state_bits`` goes by that, whatever its group says.
+        ``state_bits`` goes by that, whatever its group says. Like ``min_8bit_size``, it is asked for when states are
+        made, and does not change those that are there.
     fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
     capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
         ``lr`` a tensor there, the graph reads it anew at each replay. Take a step before, and keep the gradients and
@@ -124,8 +127,17 @@ def check_not_negative(**values: float | Tensor) -> None:
         label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
-        if not is_on_device(value) and not 0.0 <= value:
+        if not is_on_device(value) and not (LEAST_LR if name == "lr" else 0.0) <= value:
             raise ValueError(f"Invalid {label}: {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    if not is_number(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_flags(group: Mapping[str, Any], *names: str) -> None:

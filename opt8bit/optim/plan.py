@@ -120,11 +120,11 @@ class Plan:
         tensors = _tensors(asked, states)
         # A tensor that gets more dimensions than there are now is noticed as a change.
         max_dim = max((tensor.dim() for tensor in tensors), default=0)
-        overlapping = _overlapping(asked.params)
+        shared = overlapping(asked.params)
         kinds: dict[_Kind, list[int]] = {}
         for index, (param, grad) in enumerate(zip(asked.params, asked.grads, strict=True)):
             check(f"parameter {asked.numbers[index]}", param, asked.rule, asked.group, states[index])
-            backend, is_staged = backend_of(asked, param, grad, is_overlapping=index in overlapping)
+            backend, is_staged = backend_of(asked, param, grad, is_overlapping=index in shared)
             coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
             kinds.setdefault(_Kind(backend, param.device, is_staged, param.dtype, coded, compensated), []).append(index)
         first = 2 * len(states) + numpy.cumsum([0, *map(len, states)])
@@ -182,8 +182,8 @@ def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]
     copies: list[tuple[Tensor, Tensor]] = []
     given = params
     if part.kind.is_staged:
-        grads = [grad.contiguous() for grad in grads]
-        given = [param.contiguous() for param in params]
+        grads = [grad.resolve_neg().contiguous() for grad in grads]
+        given = [param.resolve_neg().contiguous() for param in params]
         copies = [pair for pair in zip(params, given, strict=True) if pair[0] is not pair[1]]
         found[:, 0], found[:, 1] = data_ptrs(given), data_ptrs(grads)
     update = GroupUpdate(
@@ -217,15 +217,18 @@ def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: boo
     if fused and backend.name == "reference":
         raise ValueError(
             f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
-            f"{param.device} with a gradient of {grad.dtype}; leave fused out"
+            f"{param.device} with a gradient of {grad.dtype}"
+            f"{', in memory that another may share' if is_overlapping else ''}; leave fused out"
         )
     if asked.group["capturable"] and not (backend.name == "triton" and can_capture(param, asked.rule)):
         raise ValueError(
             f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of "
             f"{param.dtype} on {param.device} with a gradient of {grad.dtype}; leave capturable out"
         )
-    is_staged = backend.name != "reference" and not (param.is_contiguous() and grad.is_contiguous())
-    return backend, is_staged
+    # A single number is contiguous whatever it is a view of, such as the imaginary part of a conjugate: what lies in
+    # memory there is its negative.
+    is_plain = param.is_contiguous() and grad.is_contiguous() and param.numel() > 1
+    return backend, backend.name != "reference" and not is_plain
 
 
 def refuse_shared(params: Sequence[Tensor]) -> None:
@@ -233,12 +236,12 @@ def refuse_shared(params: Sequence[Tensor]) -> None:
     Raises:
         ValueError: parameters share memory, so that no copy of one can be stepped without the other.
     """
-    shared = _overlapping([local(param) for param in params if not param.is_meta])
+    shared = overlapping([local(param) for param in params if not param.is_meta])
     if shared:
         raise ValueError(f"offload takes parameters that have memory of their own: {len(shared)} share theirs")
 
 
-def _overlapping(params: Sequence[Tensor]) -> set[int]:
+def overlapping(params: Sequence[Tensor]) -> set[int]:
     """Indices of parameters that may share memory: they are stepped one after another, as torch.optim does."""
     spans = []
     for index, param in enumerate(params):

@@ -91,7 +91,7 @@ def read_step(where: str, value: Any) -> Tensor:
         value = check_tensor(where, "step", value, torch.Size(), STEP_DTYPES).item()
     if not is_number(value) or not 0 <= value < MAX_STEP or value != int(value):
         raise ValueError(f"{where}: state 'step' must be a whole number of steps, got {described(value)}")
-    return torch.tensor(float(value), dtype=torch.float32)
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def read_full(where: str, name: str, value: Any, param: Tensor, signed: bool) -> Tensor:

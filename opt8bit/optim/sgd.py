@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.options import Options, check_flags, check_not_negative
+from opt8bit.optim.options import Options, check_flags, check_not_negative, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,6 +98,7 @@ class SGD8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "nesterov")
+        check_number("dampening", group["dampening"])
         check_not_negative(lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from opt8bit.backends import Rule, counts_on_device
+from opt8bit.backends import Rule, counts_on_device, keep_positive
 from opt8bit.optim import shards
-from opt8bit.quant import block_view, dynamic_map
+from opt8bit.quant import block_view, dynamic_map, quantize_blockwise
 
 CODEBOOKS = {signed: dynamic_map(signed) for signed in (False, True)}
 MIN_ROW_LENGTH = 16  # a shorter row's absmax would weigh more than its codes save
@@ -80,6 +80,14 @@ def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Ma
     if any(name in state for name in rule.states):
         return is_coded(state, rule)
     return is_8bit(param, group)
+
+
+def coded_state(value: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and absmax of a state, as a step stores it."""
+    codes, absmax = quantize_blockwise(value, CODEBOOKS[signed], block_size)
+    if not signed:
+        keep_positive(codes, value)
+    return codes, absmax
 
 
 def compensation_spec(param: Tensor) -> Spec:

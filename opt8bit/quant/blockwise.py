@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from opt8bit.backends import backend_for
 from opt8bit.quant.codebook import check_codebook
@@ -70,11 +71,12 @@ def quantize_blockwise(
         around it: 0.0071 * absmax with the signed dynamic map, 0.0036 * absmax with the unsigned one.
 
     Raises:
-        TypeError: ``x`` or ``codebook`` is of another dtype.
+        TypeError: ``x`` or ``codebook`` is of another dtype, or ``x`` a DTensor or its like.
         ValueError: ``codebook``, ``block_size`` or ``backend`` is not one.
 
     Source: 8-bit Optimizers via Block-wise Quantization, section 2.1.
     """
+    _check_plain(x=x)
     if x.dtype not in QUANTIZABLE:
         raise TypeError(f"x must be one of {', '.join(map(str, QUANTIZABLE))}, got {x.dtype}")
     check_codebook(codebook)
@@ -109,10 +111,11 @@ def dequantize_blockwise(
         A contiguous tensor of the shape of ``codes``.
 
     Raises:
-        TypeError: a dtype is another one.
+        TypeError: a dtype is another one; a DTensor or its like.
         ValueError: ``absmax`` has not the shape that ``codes`` and ``block_size`` ask for, or lies on another
             device; a code is beyond the codebook; ``codebook``, ``block_size`` or ``backend`` is not one.
     """
+    _check_plain(codes=codes, absmax=absmax)
     if codes.dtype != torch.uint8 or absmax.dtype != torch.float32:
         raise TypeError(f"codes must be uint8 and absmax float32, got {codes.dtype} and {absmax.dtype}")
     if dtype not in QUANTIZABLE:
@@ -132,3 +135,10 @@ def dequantize_blockwise(
         codes.contiguous(), absmax.contiguous(), codebook.to(codes.device).contiguous(), view, x
     )
     return x
+
+
+def _check_plain(**tensors: Tensor) -> None:
+    """Refuses what has no memory of its own to be read, such as a DTensor."""
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__}")

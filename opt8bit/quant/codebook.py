@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MAX_CODES = 256
+# Whatever the defaults are that the user has set.
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+DOUBLES: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
@@ -29,13 +34,13 @@ def dynamic_map(signed: bool = True) -> Tensor:
     for i in range(7):
         cells = 2**i if signed else 2 ** (i + 1)
         denominator = cells * 10.0 ** (6 - i)
-        slope = torch.tensor(9 / (10 * denominator)).double()
-        intercept = torch.tensor((9 - 16 * cells) / (20 * denominator)).double()
-        count = torch.arange(cells, 2 * cells, dtype=torch.float64)
+        line = torch.tensor([9 / (10 * denominator), (9 - 16 * cells) / (20 * denominator)], **FLOATS)
+        slope, intercept = line.double()
+        count = torch.arange(cells, 2 * cells, **DOUBLES)
         positive.append((slope * count + intercept).float())
-    values = torch.cat([*positive, torch.ones(1)])
+    values = torch.cat([*positive, torch.ones(1, **FLOATS)])
     negative = -values[:-1].flip(0) if signed else values[:0]
-    return torch.cat([negative, torch.zeros(1), values])
+    return torch.cat([negative, torch.zeros(1, **FLOATS), values])
 
 
 def linear_map(signed: bool = True, bits: int = 8) -> Tensor:
@@ -52,8 +57,8 @@ def linear_map(signed: bool = True, bits: int = 8) -> Tensor:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
     if signed:
         largest = 2 ** (bits - 1) - 1
-        return torch.arange(-largest, largest + 1, dtype=torch.float32) / largest
-    return torch.arange(2**bits, dtype=torch.float32) / (2**bits - 1)
+        return torch.arange(-largest, largest + 1, **FLOATS) / largest
+    return torch.arange(2**bits, **FLOATS) / (2**bits - 1)
 
 
 def normal_float(bits: int = 4) -> Tensor:
@@ -74,9 +79,9 @@ def normal_float(bits: int = 4) -> Tensor:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
     half = 2 ** (bits - 1)
     outermost = 1 - (1 / (2 * half - 1) + 1 / (2 * half)) / 4
-    above = torch.special.ndtri(torch.linspace(outermost, 0.5, half + 1, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(outermost, 0.5, half, dtype=torch.float64)[:-1])
-    values = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    above = torch.special.ndtri(torch.linspace(outermost, 0.5, half + 1, **DOUBLES)[:-1])
+    below = -torch.special.ndtri(torch.linspace(outermost, 0.5, half, **DOUBLES)[:-1])
+    values = torch.cat([below, torch.zeros(1, **DOUBLES), above]).sort().values
     return (values / values.max()).float()
 
 

@@ -28,6 +28,14 @@ def test_info_names_versions_and_what_serves_the_cpu(capsys: pytest.CaptureFixtu
     assert lines["threads"].startswith(str(torch.get_num_threads()))
 
 
+def test_info_names_what_in_the_environment_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPT8BIT_BACKEND", "abacus")
+    assert main(["info"]) == 2
+    assert "opt8bit info: the environment's OPT8BIT_BACKEND must be one of" in capsys.readouterr().err
+
+
 def test_demo_compares_two_runs_and_saves_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = demo.run(TINY, None, tmp_path / "plot.png")
     base, ours = runs

@@ -31,7 +31,7 @@ from training import whole
 
 import opt8bit
 from opt8bit.optim import memory_report, to_torch_state_dict
-from opt8bit.quant import dequantize_blockwise, dynamic_map
+from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 Check = Callable[[], None]
 CHECKS: dict[int, list[Check]] = {2: [], 4: []}
@@ -250,6 +250,25 @@ def the_memory_report_tells_what_each_process_has() -> None:
     assert memory_report(Net(), ranks=dist.get_world_size()).rows[0].state_bytes == max(all_have)
     with pytest.raises(ValueError, match="sharded already: leave ranks out, got 2"):
         memory_report(model, ranks=2)
+
+
+@on(2)
+def state_errors_are_those_of_the_whole() -> None:
+    whole = nn.Parameter(random(16, 512))
+    param = nn.Parameter(placed(whole.detach(), mesh(), [Shard(0)]))
+    optimizers = [opt8bit.AdamW8bit([each]) for each in (whole, param)]
+    twins = [opt8bit.AdamW8bit([each], lr=0, state_bits=32) for each in (whole, param)]
+    for number in range(2):
+        whole.grad = random(16, 512, seed=number)
+        param.grad = placed(whole.grad, mesh(), [Shard(0)])
+        for each in (*twins, *optimizers):
+            each.step()
+    assert opt8bit.state_error(optimizers[1]) == opt8bit.state_error(optimizers[0])
+    assert opt8bit.state_error(*(each[1] for each in (optimizers, twins))) == opt8bit.state_error(
+        *(each[0] for each in (optimizers, twins))
+    )
+    with pytest.raises(TypeError, match="x must be a plain tensor, got a DTensor"):
+        quantize_blockwise(param, dynamic_map(), 64)
 
 
 @on(4)

@@ -177,6 +177,23 @@ def test_beside_the_backward_pass_a_state_dict_is_that_of_whole_steps() -> None:
     assert all(state["step"] == 4 for state in optimizer.state.values())
 
 
+def test_beside_the_backward_pass_a_refused_state_dict_changes_nothing() -> None:
+    models, steps = [network(), network()], []
+    for model, is_tried in zip(models, (True, False), strict=True):
+        optimizer = opt8bit.AdamW8bit(model.parameters(), offload="backward")
+        for number in range(2):
+            backward(model, number)
+            if is_tried and number == 1:
+                with pytest.raises(ValueError, match="state 'step' must be"):
+                    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {"step": "no"}}})
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append([state["step"].item() for state in optimizer.state.values()])
+    assert steps[0] == steps[1]
+    for ours, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, other)
+
+
 def test_hooks_are_there_whenever_they_are_asked_for() -> None:
     model = network(device=DEVICE)
     optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=True)

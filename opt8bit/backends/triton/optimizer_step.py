@@ -199,6 +199,7 @@ def store_state(
     columns,
     mask,
     state,
+    is_lost,  # where it begins anew
     maps,
     midpoints,
     SIGNED: tl.constexpr,
@@ -206,11 +207,13 @@ def store_state(
     ALIGNED: tl.constexpr,
 ):
     if CODED:
-        # An infinity, as the largest of its block, would weigh on the others from then on; a NaN is coded as zero.
-        state = tl.where(tl.abs(state) < float("inf"), state, 0.0)
+        state = tl.where(is_lost | (state != state), 0.0, state)
         absmax = tl.max(tl.abs(state), 1)
         tables, between = maps + s * codebook.TABLES, midpoints + s * codebook.MIDPOINTS
         new_codes = codebook.encode(state, absmax, tables, between, SIGNED)
+        if not SIGNED:
+            # Steps divide by its root: what is positive does not become zero.
+            new_codes = tl.where((new_codes == 0) & (state > 0), 1, new_codes)
         codes = elements(row, STATES + s, start, columns, tl.uint8, ALIGNED)
         tl.store(codes, new_codes.to(tl.uint8), mask=mask)
         tl.store(scales(row, s, block), absmax, mask=length > 0)
@@ -255,8 +258,15 @@ def step_kernel(
     param, states = UPDATE(param, grad, states, loaded_constants(constants, tensor, COUNT))
     key = tl.load(keys + tensor).to(tl.uint64, bitcast=True)
     store_param(row, start, columns, mask, param, key, DTYPE, ROUNDING, ALIGNED)
+    # An infinity, as the largest of its block, would weigh on the others from then on.
+    is_lost = columns < 0
     for s in tl.static_range(len(SIGNED)):
-        store_state(row, s, block, start, length, columns, mask, states[s], maps, midpoints, SIGNED[s], CODED, ALIGNED)
+        is_lost = is_lost | (tl.abs(states[s]) == float("inf"))
+    for s in tl.static_range(len(SIGNED)):
+        state = states[s]
+        store_state(
+            row, s, block, start, length, columns, mask, state, is_lost, maps, midpoints, SIGNED[s], CODED, ALIGNED
+        )
 
 
 @triton.jit(do_not_specialize=["first_tile"])
