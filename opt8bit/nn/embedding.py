@@ -94,7 +94,7 @@ def replace_embeddings(model: nn.Module) -> nn.Module:
 
     A replacement keeps its predecessor's weight, the very same parameter, so that ties to other layers and
     optimizers that hold it stay; only the layer norm is new. Use it before training: a trained model would have
-    to learn to live with the norms. Subclasses of ``nn.Embedding`` are left alone.
+    to learn to live with the norms. Subclasses of ``nn.Embedding`` are left alone; hooks on those replaced are gone.
 
     Args:
         model: any module; it may be an ``nn.Embedding`` itself.

@@ -49,8 +49,9 @@ class Backward:
         """Has every gradient that is to be stepped with at once begin the step of its parameter."""
         groups = [group for group in self._groups() if group["offload"] == BACKWARD]
         for param in [param for group in groups for param in group["params"] if param not in self._watched]:
-            self._watched.add(param)
-            call_when_accumulated(param, self._begin)
+            if param.requires_grad and param.is_leaf:  # others may become so
+                self._watched.add(param)
+                call_when_accumulated(param, self._begin)
 
     def wait(self) -> None:
         """Until no step goes on; what it may raise is left to :meth:`finish`."""
@@ -137,5 +138,4 @@ def call_when_accumulated(param: Tensor, method: Callable[[Tensor], None]) -> No
         if alive is not None:
             alive(param)
 
-    if param.requires_grad and param.is_leaf:
-        param.register_post_accumulate_grad_hook(hook)
+    param.register_post_accumulate_grad_hook(hook)

@@ -194,6 +194,21 @@ def test_beside_the_backward_pass_a_refused_state_dict_changes_nothing() -> None
         assert torch.equal(ours, other)
 
 
+def test_beside_the_backward_pass_a_parameter_may_be_unfrozen() -> None:
+    model = network()
+    first = next(model.parameters()).requires_grad_(False)
+    optimizer = opt8bit.AdamW8bit(model.parameters(), offload="backward")
+    train(model, optimizer, 1)
+    assert first not in optimizer.state
+    first.requires_grad_(True)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model, 1)
+    assert first in optimizer._backward._begun
+    optimizer.step()
+    assert optimizer.state[first]["step"] == 1
+
+
 def test_hooks_are_there_whenever_they_are_asked_for() -> None:
     model = network(device=DEVICE)
     optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=True)
