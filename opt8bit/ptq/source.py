@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
+from opt8bit.ptq.saved import saved_name
 from opt8bit.ptq.tensor_files import bytes_of, opened
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -78,7 +79,8 @@ class Checkpoint(Source):
     """A model of transformers whose blocks stay in its safetensors files until they are asked for.
 
     Args:
-        folder: with a ``config.json`` and weights in safetensors, under the names that the model has for them.
+        folder: with a ``config.json`` and weights in safetensors, under the names that the model has for them or that
+            ``save_pretrained`` writes.
         trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
@@ -92,7 +94,7 @@ class Checkpoint(Source):
         self._files = files_of(self.folder)
         self.model = _skeleton(self.folder, self._files, trust_remote_code)
         names = [name for name, _ in _parameters_and_buffers(self.model)]
-        self._stored_names = _matched(names, self._files.keys(), getattr(self.model, "base_model_prefix", ""))
+        self._stored_names = _stored_names(self.model, self._files.keys())
         blocks, _ = find_blocks(self.model)
         self._load([name for name in names if not name.startswith(f"{blocks}.")])
 
@@ -241,19 +243,37 @@ class OtherNames(ValueError):
     """A checkpoint's tensors have other names than the model's; whoever loads it has to know how they go together."""
 
 
-def _matched(names: Iterable[str], stored: Iterable[str], base: str) -> dict[str, str]:
-    """The name in the checkpoint of each of the model's: the same, or without or with the base model's prefix.
+def _stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """The name in the checkpoint of each of the model's parameters and buffers.
+
+    Raises:
+        OtherNames: one is not there, or is there as something else.
+    """
+    tensors = dict(_parameters_and_buffers(model))
+    base = getattr(model, "base_model_prefix", "")
+    try:
+        return _matched({name: name for name in tensors}, stored, base)
+    except OtherNames:
+        saved = {name: saved_name(model, name, tensor) for name, tensor in tensors.items()}
+        renamed = {name: there for name, there in saved.items() if there is not None}
+        if len(renamed) < len(saved):
+            raise
+        return _matched(renamed, stored, base)
+
+
+def _matched(names: Mapping[str, str], stored: Iterable[str], base: str) -> dict[str, str]:
+    """The name in the checkpoint of each of the model's: the one given, or without or with the base model's prefix.
 
     Raises:
         OtherNames: one is not there.
     """
     stored, found = set(stored), {}
-    for name in names:
+    for own, name in names.items():
         candidates = (name, name.removeprefix(f"{base}."), f"{base}.{name}")
         match = next((candidate for candidate in candidates if candidate in stored), None)
         if match is None:
             raise OtherNames(f"the checkpoint has no {name}")
-        found[name] = match
+        found[own] = match
     return found
 
 

@@ -1,7 +1,8 @@
 """Loads a written checkpoint by transformers' own means, and compares what it computes with the model that was made.
 
-The blocks stay on disk until they are run, so that a checkpoint larger than memory is verified as any other. Only what
-transformers cannot unpack one tensor at a time is loaded whole: weights of several grids, and gptq's format.
+The blocks stay on disk until they are run, so that a checkpoint larger than memory is verified as any other. What
+cannot be run so is loaded whole: weights that transformers cannot unpack one tensor at a time, which are those of
+several grids and gptq's, and whatever transformers and accelerate fail to keep on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def verify(folder: str | Path, *, scratch: str | Path | None = None, trust_remot
         trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
-        ValueError: there is nothing to compare with, or transformers cannot load the checkpoint.
+        ValueError: there is nothing to compare with, or transformers cannot load the checkpoint, or not run it.
         ImportError: transformers or accelerate, or what they need for the format, is not installed.
         OSError: there is no room on the disk.
     """
@@ -80,10 +81,27 @@ def verify(folder: str | Path, *, scratch: str | Path | None = None, trust_remot
     if not {"logits", "input_ids"} <= tensors.keys():
         raise ValueError(f"{probe} is damaged: it has {', '.join(sorted(tensors))}")
     expected = tensors.pop("logits")
-    with TemporaryDirectory(dir=scratch) as unpacked:
-        model, info = _loaded(folder, unpacked, trust_remote_code)
+    with suppress(ValueError), TemporaryDirectory(dir=scratch) as unpacked:
+        return _compared(folder, tensors, expected, trust_remote_code, unpacked)
+    return _compared(folder, tensors, expected, trust_remote_code)
+
+
+def _compared(
+    folder: Path, inputs: dict[str, Tensor], expected: Tensor, trust_remote_code: bool, unpacked: str | None = None
+) -> Verification:
+    """Loads the checkpoint, its blocks to be kept in the folder ``unpacked`` or whole, and runs it.
+
+    Raises:
+        ValueError: transformers cannot do it.
+    """
+    try:
+        model, info = _loaded(folder, trust_remote_code, unpacked)
         missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
-        error = math.inf if missing else _error(model, tensors, expected)
+        error = math.inf if missing else _error(model, inputs, expected)
+    except (ImportError, OSError):
+        raise
+    except Exception as failure:  # whatever else transformers raises on a checkpoint is wrong with it
+        raise ValueError(f"transformers cannot load {folder}: {failure}") from failure
     return Verification(error, _tolerance(folder, model), sorted(info["unexpected_keys"]), missing)
 
 
@@ -93,30 +111,18 @@ def _error(model: Any, inputs: dict[str, Tensor], expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-def _loaded(folder: Path, unpacked: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers found on loading it.
-
-    Raises:
-        ValueError: transformers cannot load it.
-    """
+def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers found on loading it."""
     transformers: Any = importlib.import_module("transformers")
     importlib.import_module("accelerate")
-    options = {"trust_remote_code": trust_remote_code}
-    try:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if unpacked is not None:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        with _quiet("accelerate.big_modeling"):
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto",
-                output_loading_info=True,
-                use_safetensors=True,
-                **_offloading(transformers, config, unpacked, trust_remote_code),
-                **options,
-            )
-    except (ImportError, OSError):
-        raise
-    except Exception as error:  # whatever else transformers raises on a checkpoint is wrong with it
-        raise ValueError(f"transformers cannot load {folder}: {error}") from error
+        options |= _offloading(transformers, config, unpacked, trust_remote_code)
+    with _quiet("accelerate.big_modeling"):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, use_safetensors=True, **options
+        )
 
 
 def _offloading(transformers: Any, config: Any, unpacked: str, trust_remote_code: bool) -> dict[str, Any]:

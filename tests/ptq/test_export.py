@@ -147,6 +147,25 @@ def test_what_a_format_cannot_hold_is_refused_before_the_work(format: str) -> No
     assert not seen
 
 
+def test_a_configuration_of_generation_is_written_as_it_is(tmp_path: Path) -> None:
+    model: Any = MODELS["llama"]()
+    model.generation_config.temperature = 0.5  # without do_sample: save_pretrained refuses it
+    result = ptq.compress(model, token_ids(), group_size=16, checkpoint_format="dense")
+    loaded, _ = load(ptq.export(result, tmp_path / "out", format="dense"))
+    assert loaded.generation_config.temperature == 0.5
+
+
+def test_configurations_that_cannot_be_saved_or_read_are_refused_before_the_work() -> None:
+    model: Any = MODELS["llama"]()
+    model.generation_config.early_stopping = "soon"
+    with pytest.raises(ValueError, match="soon"):
+        ptq.compress(model, token_ids(), group_size=16, checkpoint_format="dense")
+    model = MODELS["llama"]()
+    model.config.temperature = 0.5
+    with pytest.raises(ValueError, match="generation parameters are set in the model config"):
+        ptq.compress(model, token_ids(), group_size=16, checkpoint_format="dense")
+
+
 def test_groups_without_positive_weights_are_packed_right(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     model: Any = MODELS["llama"]()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.placement import config_with_places
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import Result
+from opt8bit.ptq.saved import as_saved, check_saved, saved_layer
 
 FORMATS: dict[str, Layout] = {
     "compressed-tensors": CompressedTensors(),
@@ -61,7 +64,10 @@ def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> N
     config.save_pretrained(folder)
     generation: Any = getattr(result.model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(folder)
+        # Not save_pretrained, which refuses what from_pretrained takes, such as a temperature where nothing is sampled.
+        generation = copy.copy(generation)
+        generation.compile_config = None  # is of this machine
+        generation.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         _write_tokenizer(tokenizer, folder)
     for file in result.source.code():
@@ -93,10 +99,24 @@ def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
         raise TypeError(f"only models of transformers can be exported, got {type(model).__name__}")
     if recipe.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
+    _check_configurations(model)
+    check_saved(model, packed=format != "dense")
     layers = block_layers(model)
     recipes = {name: recipe.of(name) for name in layers}
     planned = {name: Planned(layers[name], own.format, own.method) for name, own in recipes.items() if own is not None}
     FORMATS[format].check(planned, [name for name in layers if name not in planned])
+
+
+def _check_configurations(model: Any) -> None:
+    """
+    Raises:
+        ValueError: transformers would not write the model's configuration, or not read that of its generation again.
+    """
+    with TemporaryDirectory() as folder:
+        copy.deepcopy(model.config).save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.validate()
 
 
 def _config(result: Result, layout: Layout) -> Any:
@@ -112,7 +132,17 @@ def _config(result: Result, layout: Layout) -> Any:
 
 
 def _tensors(result: Result, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Everything that the checkpoint has, by name."""
+    """Everything that the checkpoint has, by its name there."""
+    for name, tensor in _own_tensors(result, layout):
+        owner, _, kind = name.rpartition(".")
+        if owner in result.layers and kind not in ("weight", "bias"):  # a part of what a packed weight is
+            yield f"{saved_layer(result.model, owner)}.{kind}", tensor
+        else:
+            yield from as_saved(result.model, {name: tensor}).items()
+
+
+def _own_tensors(result: Result, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """The same by the model's names."""
     modules: dict[str, Any] = dict(result.model.named_modules())
     # Whoever loads the checkpoint makes a bias for every layer that a switch gives one: it must find them all.
     switched = {name for name, place in result.places.items() if place and place.kind in ("switch", "llama")}

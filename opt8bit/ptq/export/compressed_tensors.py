@@ -13,8 +13,12 @@ from opt8bit.ptq.export.uniform import check_uniform, format_of, uniform_grid
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.methods import Format
 from opt8bit.ptq.result import Result
+from opt8bit.ptq.saved import saved_layer
 from opt8bit.quant.grid import UniformGrid
 from opt8bit.quant.packing import pack
+
+# Types of models that transformers 5 initializes before their weights come, and so needs them as the model has them.
+INITIALIZED = ("gpt_bigcode", "recurrent_gemma")
 
 
 class CompressedTensors(Layout):
@@ -55,12 +59,13 @@ class CompressedTensors(Layout):
             if scheme not in schemes:
                 schemes.append(scheme)
                 targets.append([])
-            targets[schemes.index(scheme)].append(name)
+            targets[schemes.index(scheme)] += _names(result.model, name)
         classes = sorted({type(modules[name]).__name__ for name in result.layers} | {"Linear"})
         if len(schemes) == 1:
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         grids = (uniform_grid(format_of(result, name)) for name in result.layers)
+        model: Any = result.model
         brought_back = _brought_back((modules[name] for name in result.layers), grids)
         return {
             "quant_method": "compressed-tensors",
@@ -76,11 +81,16 @@ class CompressedTensors(Layout):
                 }
                 for i, (scheme, target) in enumerate(zip(schemes, targets, strict=True))
             },
-            "ignore": [name for name in linear if name not in result.layers],
+            "ignore": [each for name in linear if name not in result.layers for each in _names(result.model, name)],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            **({"dequantize": True} if brought_back else {}),
+            **({"dequantize": True} if brought_back or model.config.model_type in INITIALIZED else {}),
         }
+
+
+def _names(model: nn.Module, name: str) -> list[str]:
+    """A layer's in the model and in the checkpoint: which of them is read differs among transformers and servers."""
+    return list(dict.fromkeys([name, saved_layer(model, name)]))
 
 
 def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:
