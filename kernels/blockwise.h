@@ -79,9 +79,10 @@ inline uint32_t uncertain_lanes(Simd::Ints fraction) {
   return Simd::lanes(Simd::less(fraction, Simd::broadcast(kEncoderSlack)));
 }
 
-// The second half: the codes; says whether some may be one off.
+// The second half: the codes; says whether some may be one off, and in the unsigned map whether one is that of zero.
 template <bool kSigned>
-OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const EncoderTables& tables, uint8_t* codes) {
+OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const EncoderTables& tables, uint8_t* codes,
+                                 bool& has_zero) {
   Simd::Ints capped[4], least_fraction = Simd::broadcast(-1);
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
@@ -90,8 +91,13 @@ OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const 
     // As integers these compare as the sums do.
     capped[k] = Simd::min_unsigned(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
   }
-  if (kSigned) Simd::store_mirrored_bytes(codes, capped, kSignedZeroCode, values);
-  else Simd::store_third_bytes(codes, capped);
+  if (kSigned) {
+    Simd::store_mirrored_bytes(codes, capped, kSignedZeroCode, values);
+  } else {
+    Simd::store_third_bytes(codes, capped);
+    const Simd::Ints least = Simd::min(Simd::min(capped[0], capped[1]), Simd::min(capped[2], capped[3]));
+    has_zero = Simd::lanes(Simd::less(least, Simd::broadcast(kUnsignedCodeOne))) != 0;
+  }
   return uncertain_lanes(fraction(least_fraction)) != 0;
 }
 
@@ -109,10 +115,15 @@ OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* c
   }
 }
 
+// What is positive has at least the code of the least positive value, though zero may be nearer.
+OPT8BIT_NOINLINE void keep_positive(const float* values, int64_t n, uint8_t* codes) {
+  for (int64_t i = 0; i < n; ++i) codes[i] += (codes[i] == 0) & (values[i] > 0);
+}
+
 // The nearest codes of blocks that follow each other. Their values begin `stride` after each other's, and behind the
 // last there is room for one more chunk. No value is larger than its absmax in magnitude, or negative where the map has
-// no signs; a NaN is coded as zero.
-template <bool kSigned>
+// no signs; a NaN is coded as zero. With `kKeepsPositive`, in the unsigned map, nothing else but zero is.
+template <bool kSigned, bool kKeepsPositive = false>
 OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const int64_t* lengths, const float* absmax,
                                     int64_t count, uint8_t* codes) {
   const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
@@ -130,27 +141,21 @@ OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const i
                                              is_last ? next_reciprocal : reciprocal, tables);
       alignas(64) uint8_t tail[kChunk];
       uint8_t* const target = i + kChunk <= n ? codes + i : tail;
-      if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, target), 0))
+      bool has_zero = false;
+      if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, target, has_zero), 0)) {
         decide_chunk<kSigned>(values + i, absmax[block], target);
+        has_zero = true;  // maybe
+      }
+      if (kKeepsPositive && __builtin_expect(has_zero, 0) && absmax[block] != 0)
+        keep_positive(values + i, kChunk, target);
       if (target == tail) Simd::copy(codes + i, tail, n - i);
       chunk = next;
     }
-    if (absmax[block] != 0 && !has_good_reciprocal(absmax[block]))
+    if (absmax[block] != 0 && !has_good_reciprocal(absmax[block])) {
       for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax[block], dynamic_map(kSigned));
+      if (kKeepsPositive) keep_positive(values, n, codes);
+    }
     codes += n;
-  }
-}
-
-// Codes of a state that cannot be negative: what is positive does not become zero, but the least positive value. Steps
-// divide by its root, and beside a first moment that is not zero, zero would leave them eps alone to divide by.
-inline void keep_positive(const float* values, int64_t n, uint8_t* codes) {
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t length = n - begin < kChunk ? n - begin : kChunk;
-    bool has_zero = length < kChunk;
-    if (!has_zero)
-      for (int64_t i = 0; i < kChunk; ++i) has_zero |= codes[begin + i] == 0;
-    if (has_zero)
-      for (int64_t i = begin; i < begin + length; ++i) codes[i] += (codes[i] == 0) & (values[i] > 0);
   }
 }
 

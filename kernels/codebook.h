@@ -39,6 +39,7 @@ constexpr float kEncoderBase = 128;
 constexpr int kFractionBits = 16;
 constexpr int32_t kEncoderSlack = 12;  // in units of 2^-16
 constexpr int32_t kSignedZeroCode = 127;
+constexpr int32_t kUnsignedCodeOne = INT32_C(-0x78ff0000);  // the bits of 2 kEncoderBase + 1, added to themselves
 constexpr float kEncoderShift = 0x1p-31f;
 
 struct DynamicMap {

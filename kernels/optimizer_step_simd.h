@@ -71,11 +71,9 @@ class CodedState {
   }
   void close(int64_t slot, int64_t n) { run_absmax_[slot] = finite_absmax(largest_, buffer_, n); }
   void close_run(const int64_t* lengths, int64_t count) {
-    encode_blocks<kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
-    if (kSigned) return;
-    uint8_t* codes = run_codes_;
-    for (int64_t slot = 0; slot < count; codes += lengths[slot++])
-      keep_positive(memory_ + slot * stride_, lengths[slot], codes);
+    // Steps divide by the root of a state without signs: beside a first moment that is not zero, a second one that had
+    // become zero would leave them eps alone to divide by.
+    encode_blocks<kSigned, !kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
   }
 
  private:

@@ -89,6 +89,7 @@ struct Simd {
   static Ints subtract(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
   static Ints multiply(Ints a, Ints b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
   static Ints exclusive_or(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static Ints min(Ints a, Ints b) { return {_mm256_min_epi32(a.v, b.v)}; }
   static Ints min_unsigned(Ints a, Ints b) { return {_mm256_min_epu32(a.v, b.v)}; }
   static Ints min_of_halves(Ints a, Ints b) { return {_mm256_min_epu16(a.v, b.v)}; }
   template <int kBits>

@@ -67,6 +67,7 @@ struct Simd {
     return {static_cast<int32_t>(static_cast<uint32_t>(a.v) * static_cast<uint32_t>(b.v))};
   }
   static Ints exclusive_or(Ints a, Ints b) { return {a.v ^ b.v}; }
+  static Ints min(Ints a, Ints b) { return a.v < b.v ? a : b; }
   static Ints min_unsigned(Ints a, Ints b) { return static_cast<uint32_t>(a.v) < static_cast<uint32_t>(b.v) ? a : b; }
   // Of the low and of the high halves, without sign.
   static Ints min_of_halves(Ints a, Ints b) {
