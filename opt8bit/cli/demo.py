@@ -192,13 +192,16 @@ def run(settings: Settings, text: Path | None, plot: Path) -> list[Run]:
             plot cannot be written.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
         raise DemoError(f"{error.name} is missing: pip install 'opt8bit[demo]'") from error
     if not plot.parent.is_dir():
         raise DemoError(f"cannot write --plot {plot}: {plot.parent} is not a folder")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if plot.suffix and plot.suffix[1:].lower() not in formats:
+        raise DemoError(f"cannot write --plot {plot}: its ending must be one of {', '.join(sorted(formats))}")
     train_data, valid_data = split(load_text(text), settings)
     size = sum(parameter.numel() for parameter in GPT(settings).parameters())
     console = Console()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from opt8bit.cli.models import CommandError, load, tokens
 from opt8bit.ptq import perplexity
 from opt8bit.ptq.evaluate import windows
+from opt8bit.ptq.report import valid_json
 
 
 def report(model: str, text: Path, length: int, samples: int, as_json: bool, trust_remote_code: bool) -> str:
@@ -24,5 +24,5 @@ def report(model: str, text: Path, length: int, samples: int, as_json: bool, tru
     dtype = str(network.dtype).removeprefix("torch.")
     if as_json:
         found = {"model": model, "text": str(text), "sequence_length": length, "samples": samples, "dtype": dtype}
-        return json.dumps({**found, "perplexity": value})
+        return valid_json({**found, "perplexity": value})
     return f"perplexity {value:.3f} of {model} on {samples} windows of {length} tokens of {text}, in {dtype}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
 from opt8bit.cli.models import CommandError
-from opt8bit.cli.recipes import METHODS, read_recipe
+from opt8bit.cli.recipes import METHODS, STATISTICS, read_recipe
 from opt8bit.optim.options import DEFAULTS
-from opt8bit.ptq.bias import CORRECTIONS, SHIFTS
+from opt8bit.ptq.bias import CORRECTIONS
 from opt8bit.ptq.export import FORMATS
 from opt8bit.ptq.methods.outliers import STRUCTURES
 from opt8bit.quant.grid import RANGES
@@ -23,17 +24,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return whole_number
 
 
-def not_negative(text: str) -> int:
+positive = at_least(1)
+
+
+def seed(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    if not -(2**63) <= value < 2**64:  # what torch takes
+        raise argparse.ArgumentTypeError(f"must be from -2**63 to 2**64 - 1, got {value}")
     return value
 
 
@@ -47,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     train.add_argument("--text", type=Path, help="file to train on (default: Python's standard library)")
-    train.add_argument("--steps", type=positive, default=demo.Settings.steps, help="training steps of each run")
-    train.add_argument("--seed", type=int, default=demo.Settings.seed, help="of weights and batches")
+    train.add_argument("--steps", type=at_least(2), default=demo.Settings.steps, help="training steps of each run")
+    train.add_argument("--seed", type=seed, default=demo.Settings.seed, help="of weights and batches")
     train.add_argument("--plot", type=Path, default=Path("opt8bit-demo.png"), help="where to save the loss curves")
     sizes = commands.add_parser(
         "memory",
@@ -103,7 +110,7 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--symmetric", action=argparse.BooleanOptionalAction, help=symmetric)
     add("--range", choices=RANGES, help="of a grid (default: mse; minmax for rtn)")
     add("--correct", choices=CORRECTIONS, default="none", help="errors that Bias Compensation makes up for")
-    add("--statistic", choices=SHIFTS[:2], default="mean", help="of the errors")
+    add("--statistic", choices=STATISTICS, default="mean", help="of the errors")
     polish = "coordinate descent and refitted scales after rounding (default: for all but rtn)"
     add("--polish", action=argparse.BooleanOptionalAction, help=polish)
     add("--outliers", type=float, default=0.0, metavar="F", help="fraction of the weights to keep exact")
@@ -116,9 +123,9 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--samples", type=positive, default=64, metavar="N", help="windows of the calibration text")
     add("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a window")
     kept = "windows of the rest of the calibration text that tell how good the result is"
-    add("--held-out", type=not_negative, default=8, metavar="N", help=kept)
+    add("--held-out", type=at_least(0), default=8, metavar="N", help=kept)
     add("--format", choices=FORMATS, default="compressed-tensors", help="of the checkpoint")
-    add("--seed", type=int, default=0, metavar="N", help="of the choice of windows; 0 takes the first ones")
+    add("--seed", type=seed, default=0, metavar="N", help="of the choice of windows; 0 takes the first ones")
     add("--recipe", type=Path, metavar="FILE", help="options in JSON, and others for single layers; flags go first")
     add("--resume", action="store_true", help="go on with a run that ended before it was done")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
@@ -168,8 +175,7 @@ COMMANDS = {
 
 def with_recipe(options: argparse.Namespace, arguments: list[str]) -> argparse.Namespace:
     """The options of a recipe file, but where the command line has others."""
-    names = [name for name in vars(options) if name not in (*compress.ABOUT_THE_RUN, "command", "recipe")]
-    words, overrides = read_recipe(options.recipe, names)
+    words, overrides = read_recipe(options.recipe)
     options = parser().parse_args([arguments[0], *words, *arguments[1:]])
     options.overrides = overrides
     return options

@@ -111,7 +111,7 @@ def tokens(path: Path, tokenizer: Any) -> Tensor:
         CommandError: the file cannot be read, or is not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read {str(path)!r}: {error}") from error
     # A text longer than the model's context is meant here: it is cut into windows.

@@ -69,6 +69,17 @@ def block_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What else its blocks multiply by, maybe: their matrices outside linear layers, such as fused experts, by name.
+
+    Raises:
+        ValueError: it has no blocks.
+    """
+    prefix, blocks = find_blocks(model)
+    layers, params = block_layers(model), blocks.named_parameters(prefix)
+    return {name: param for name, param in params if param.dim() >= 2 and name.rpartition(".")[0] not in layers}
+
+
 def _are_blocks(modules: nn.ModuleList) -> bool:
     return len(modules) > 0 and all(linear_layers(module) and not is_linear(module) for module in modules)
 

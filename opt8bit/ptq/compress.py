@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq import ranks
-from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix
+from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.export import check_format
 from opt8bit.ptq.layer import Override, Recipe
@@ -27,6 +28,7 @@ from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
 
 Calibration = Tensor | Iterable[Mapping[str, Tensor]]
 ERROR_PROPAGATION = 0.5
+NAMED = 3  # of the weights that a warning is about
 
 
 def polished(start: Method) -> QuantEase:
@@ -67,7 +69,8 @@ def compress(
             model of transformers. It is not changed. Or a :class:`opt8bit.ptq.Checkpoint`, of which only the block that
             is worked on is in memory.
         calibration: token ids (samples, length), int64; or batches for ``model(**batch)``, each with ``input_ids``
-            and, where there is padding, ``attention_mask``.
+            and, where there is padding, ``attention_mask``, both (sequences, length); what else there is begins with
+            these dimensions, too.
         method: rounds; see :mod:`opt8bit.ptq.methods`.
         bits: of a weight, 2 to 8.
         group_size: weights of a row that share a scale; it divides every layer's inputs. None for whole rows.
@@ -95,13 +98,18 @@ def compress(
 
     Raises:
         TypeError, ValueError: an argument is none of these, or arguments contradict each other; ``group_size`` does
-            not divide a layer; a weight, or what a layer sees, is not finite; two layers share one weight; no blocks
-            are found, or a model's use of them is not understood. The message names the layer.
+            not divide a layer; a weight, or what a layer sees, is not finite; a weight is not in memory; two layers
+            share one weight; no blocks are found, or a model's use of them is not understood. The message names the
+            layer.
         ImportError: greenlet is not installed.
+
+    Warns:
+        UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are.
     """
     greenlets()
     source = model if isinstance(model, Source) else InMemory(model)
     refuse_quantized(getattr(source.model, "config", None))
+    _check_loaded(source)
     options: dict[str, Any] = {
         "method": method,
         "bits": bits,
@@ -125,9 +133,35 @@ def compress(
     _check_layers(source, recipe)
     if ranks.size() > 1:
         _check_ranks(recipe, batches)
+    _warn_of_others(source.model)
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
     return run(source, batches, recipe, see or (lambda report, layers: None), held_out=kept, work=begun)
+
+
+def _check_loaded(source: Source) -> None:
+    if not isinstance(source, InMemory):
+        return
+    for name, param in source.model.named_parameters():
+        if param.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, its values elsewhere, maybe on disk: give a checkpoint's folder as "
+                "ptq.Checkpoint(folder), of which one block at a time is in memory"
+            )
+
+
+def _warn_of_others(model: nn.Module) -> None:
+    others = other_matrices(model)
+    if not others or ranks.rank():
+        return
+    left = sum(param.numel() for param in others.values())
+    total = left + sum(matrix(layer).numel() for layer in block_layers(model).values())
+    names = ", ".join(list(others)[:NAMED])
+    warnings.warn(
+        f"{left:,} of the blocks' {total:,} weights are in no nn.Linear or Conv1D layer and stay as they are: {names}"
+        f"{' ...' if len(others) > NAMED else ''}",
+        stacklevel=3,
+    )
 
 
 def _check_ranks(recipe: Recipe, batches: list[dict[str, Tensor]]) -> None:
@@ -221,6 +255,9 @@ def _check_layers(source: Source, recipe: Recipe) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     prefix, blocks = find_blocks(source.model)
+    for name, param in source.model.named_parameters():
+        if not name.startswith(f"{prefix}.") and not bool(torch.isfinite(param).all()):
+            raise ValueError(f"{name} is not finite")
     for i in range(len(blocks)):
         with source.block(f"{prefix}.{i}") as block:
             for name, layer in linear_layers(block).items():
@@ -243,14 +280,33 @@ def _batches(name: str, calibration: Calibration, batch_size: int, model: nn.Mod
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
         check_token_ids(name, calibration, model)
         return [{"input_ids": part.to(device)} for part in calibration.split(batch_size)]
-    given = list(calibration)
-    if not all(isinstance(batch, Mapping) for batch in given):
-        raise TypeError(f"{name} must be one tensor of token ids (samples, length), or mappings that have input_ids")
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in given]
-    if not batches or any("input_ids" not in batch for batch in batches):
+    given = list(calibration) if isinstance(calibration, Iterable) else [calibration]
+    for batch in given:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{name} must be one tensor of token ids (samples, length), or mappings that have input_ids, "
+                f"got {type(batch).__name__}"
+            )
+    if not given or any("input_ids" not in batch for batch in given):
         raise ValueError(f"{name} must be token ids (samples, length) or batches that have input_ids")
-    for i, batch in enumerate(batches):
-        check_token_ids(f"input_ids of batch {i}", batch["input_ids"], model)
-        if "attention_mask" in batch and not bool(batch["attention_mask"].any()):
-            raise ValueError(f"attention_mask of batch {i} leaves no token that counts")
-    return batches
+    for i, batch in enumerate(given):
+        _check_batch(f"of {name}'s batch {i}", batch, model)
+    return [{key: value.to(device) for key, value in batch.items()} for batch in given]
+
+
+def _check_batch(where: str, batch: Mapping[str, Tensor], model: nn.Module) -> None:
+    for key, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{key} {where} must be a tensor, got {type(value).__name__}")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    check_token_ids(f"input_ids {where}", ids, model)
+    for key, value in batch.items():
+        # Batches are cut into sequences, and the hidden states of a sequence go by its tokens.
+        if value.shape[: None if key == "attention_mask" else 2] != ids.shape:
+            more = "" if key == "attention_mask" else ", ..."
+            raise ValueError(
+                f"{key} {where} must be (sequences, length{more}) as input_ids, {tuple(ids.shape)}, "
+                f"got shape {tuple(value.shape)}"
+            )
+    if mask is not None and not bool(mask.any()):
+        raise ValueError(f"attention_mask {where} leaves no token that counts")

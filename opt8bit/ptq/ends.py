@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from opt8bit.ptq import ranks
 from opt8bit.ptq.calls import no_cache, replaced
+from opt8bit.ptq.evaluate import perplexity_of
 
-MOST = 700.0  # nats; exp of more is beyond float64
 PROBED = 4  # tokens whose logits a checkpoint is checked by
 
 
@@ -64,7 +63,8 @@ class ModelEnd:
 
 def probe(end: ModelEnd, batch: dict[str, Tensor], hidden: Tensor) -> Probe | None:
     """Of the batch's first sequence; None where the model puts out no logits."""
-    first = {name: value[:1] for name, value in batch.items()}
+    # Copies: files hold no two tensors that share memory, as input_ids and labels may.
+    first = {name: value[:1].clone() for name, value in batch.items()}
     logits = end.logits(first, hidden[:1])
     return None if logits is None else Probe(first, logits[0, -PROBED:].float())
 
@@ -78,7 +78,7 @@ def quality(
         logits, logits_hat = end.logits(batch, x), end.logits(batch, x_hat)
         if logits is None or logits_hat is None:
             break
-        counts = batch["attention_mask"][0, 1:].bool() if "attention_mask" in batch else slice(None)
+        counts = _counted(batch)
         targets = batch["input_ids"][0, 1:][counts]
         exact, ours = (log_softmax(of[0, :-1][counts].float(), -1) for of in (logits, logits_hat))
         tokens += targets.numel()
@@ -88,11 +88,15 @@ def quality(
     tokens, losses, losses_hat, divergence = ranks.total([tokens, losses, losses_hat, divergence])
     if not tokens:
         return None
-    return Quality(int(tokens), _perplexity(losses / tokens), _perplexity(losses_hat / tokens), divergence / tokens)
+    return Quality(int(tokens), perplexity_of(losses / tokens), perplexity_of(losses_hat / tokens), divergence / tokens)
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < MOST else math.inf
+def _counted(batch: dict[str, Tensor]) -> Tensor | slice:
+    """The tokens of its one sequence, from the second on, that are no padding, nor predicted from it."""
+    if "attention_mask" not in batch:
+        return slice(None)
+    mask = batch["attention_mask"][0].bool()
+    return mask[:-1] & mask[1:]
 
 
 def _sequences(

@@ -59,9 +59,11 @@ def mean_loss(
     """Mean cross-entropy, in nats, over the tokens that a window lets predict: all but its first.
 
     Raises:
-        ValueError: ``samples`` are not what the model takes.
+        ValueError: ``samples`` are not what the model takes, or of one token.
     """
     check_token_ids("samples", samples, model)
+    if samples.shape[1] < 2:
+        raise ValueError(f"samples must be of at least 2 tokens, got shape {tuple(samples.shape)}")
     device = next(model.parameters()).device
     total = 0.0
     with evaluating(model):
@@ -75,5 +77,13 @@ def perplexity(
     model: nn.Module,
     samples: Tensor,  # (samples, length) token ids
 ) -> float:
-    """``exp`` of :func:`mean_loss`, which raises the same."""
-    return math.exp(mean_loss(model, samples))
+    """``exp`` of :func:`mean_loss`, which raises the same; infinite where that is beyond float64."""
+    return perplexity_of(mean_loss(model, samples))
+
+
+def perplexity_of(loss: float) -> float:
+    """``exp`` of a mean loss in nats."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -49,12 +49,14 @@ class Contents:
         format: "compressed-tensors", "gptq" ...; "dense" where the configuration names none.
         layers: its packed matrices by name; of a dense one all matrices.
         other_bytes: of everything else.
-        original_bytes: of all, with every packed weight at 16 bits.
+        other_original_bytes: of everything else with no number at more than 16 bits.
+        original_bytes: of all, with every weight of the layers at 16 bits, and nothing else at more.
     """
 
     format: str
     layers: dict[str, Layer] = field(default_factory=dict)
     other_bytes: int = 0
+    other_original_bytes: int = 0
 
     @property
     def stored_bytes(self) -> int:
@@ -62,8 +64,7 @@ class Contents:
 
     @property
     def original_bytes(self) -> int:
-        packed = [layer for layer in self.layers.values() if layer.bits]
-        return self.stored_bytes + sum(2 * layer.weights - layer.stored_bytes for layer in packed)
+        return self.other_original_bytes + sum(2 * layer.weights for layer in self.layers.values())
 
 
 def inspect(folder: str | Path) -> Contents:
@@ -78,19 +79,20 @@ def inspect(folder: str | Path) -> Contents:
     headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
     packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in ("weight_packed", "qweight")}
     for owner, parts in sorted(_by_owner(headers).items()):
-        stored = {key: size for key, (_, size) in parts.items()}
+        others = dict(parts)
         if owner in packed:
-            layer = _of_gptq(parts) if "qweight" in parts else _of_compressed_tensors(owner, parts, files)
-            layer.stored_bytes = sum(size for key, size in stored.items() if key in PACKED)
+            layer = _packed_layer(owner, parts, files)
+            layer.stored_bytes = sum(others.pop(key)[1] for key in PACKED & parts.keys())
         elif not packed and len(parts.get("weight", ((), 0))[0]) == 2:
-            rows, columns = parts["weight"][0]
-            layer = Layer((rows, columns), None, stored["weight"])
+            (rows, columns), size = others.pop("weight")
+            layer = Layer((rows, columns), None, size)
         else:
-            contents.other_bytes += sum(stored.values())
-            continue
-        layer.bias = "bias" in parts
-        contents.other_bytes += sum(stored.values()) - layer.stored_bytes
-        contents.layers[owner] = layer
+            layer = None
+        if layer is not None:
+            layer.bias = "bias" in parts
+            contents.layers[owner] = layer
+        contents.other_bytes += sum(size for _, size in others.values())
+        contents.other_original_bytes += sum(min(size, 2 * math.prod(shape)) for shape, size in others.values())
     return contents
 
 
@@ -115,6 +117,17 @@ def _by_owner(headers: Parts) -> dict[str, Parts]:
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = header
     return dict(owners)
+
+
+def _packed_layer(owner: str, parts: Parts, files: Mapping[str, Path]) -> Layer:
+    """
+    Raises:
+        ValueError: its shape is not there.
+    """
+    codes, shape = ("qweight", "g_idx") if "qweight" in parts else ("weight_packed", "weight_shape")
+    if shape not in parts:
+        raise ValueError(f"{files[f'{owner}.{codes}']} has {owner}.{codes}, but no {owner}.{shape}")
+    return _of_gptq(parts) if codes == "qweight" else _of_compressed_tensors(owner, parts, files)
 
 
 def _of_gptq(parts: Parts) -> Layer:

@@ -28,7 +28,7 @@ def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> 
     """
     folder = checkpoint / FOLDER
     folder.mkdir(exist_ok=True)
-    (folder / REPORT).write_text(json.dumps(as_json(result, about), indent=2) + "\n")
+    (folder / REPORT).write_text(valid_json(as_json(result, about), indent=2) + "\n")
     with (folder / LAYERS).open("w", newline="") as file:
         rows = [_row(layer) for layer in result.report]
         writer = csv.DictWriter(file, rows[0].keys())
@@ -58,6 +58,19 @@ def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def valid_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no number that is not finite: null stands for it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _row(layer: LayerReport) -> dict[str, Any]:
     outputs, inputs = layer.shape
     row = asdict(layer)
@@ -71,12 +84,13 @@ STYLE = "body{font:13px sans-serif;margin:2em}text{font:11px monospace}.rounded{
 
 def picture(layers: list[LayerReport]) -> str:
     """A page with a bar for each layer: the error of its output, on a logarithmic scale."""
-    errors = [error for layer in layers for error in (layer.error_rounded, layer.error_corrected) if error > 0]
+    both = [error for layer in layers for error in (layer.error_rounded, layer.error_corrected)]
+    errors = [error for error in both if 0 < error < math.inf]
     low = math.floor(math.log10(min(errors))) if errors else -1
     high = max(math.ceil(math.log10(max(errors))), low + 1) if errors else 0
 
     def length(error: float) -> float:
-        return WIDTH * max(math.log10(error) - low, 0) / (high - low) if error > 0 else 0.0
+        return WIDTH * max(math.log10(error) - low, 0) / (high - low) if 0 < error < math.inf else 0.0
 
     bars = []
     for i, layer in enumerate(layers):

@@ -35,7 +35,7 @@ class Work:
         finished: blocks that are done, by all processes.
 
     Raises:
-        ValueError: the folder is of a run whose identity differs; the message says in what.
+        ValueError: the folder is of a run whose identity differs; the message says in what. Or its manifest is damaged.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
@@ -43,7 +43,7 @@ class Work:
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST
         if manifest.is_file():
-            had = json.loads(manifest.read_text())
+            had = _read_manifest(manifest)
             changed = sorted(name for name in identity.keys() | had.keys() if identity.get(name) != had.get(name))
             if changed:
                 raise ValueError(f"the unfinished run in {folder} differs in: {', '.join(changed)}")
@@ -99,6 +99,20 @@ class Work:
     def _about(self, block: int) -> dict[str, Any]:
         with tensor_files.opened(self._file(block)) as opened:
             return _about(opened)
+
+
+def _read_manifest(manifest: Path) -> dict[str, str]:
+    """
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        had = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise ValueError(f"{manifest} is damaged: {error}") from error
+    if not isinstance(had, dict):
+        raise ValueError(f"{manifest} is damaged: expected an object, got {had!r}")
+    return had
 
 
 class _SavedLayers(Mapping[str, Compressed]):

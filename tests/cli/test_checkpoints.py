@@ -1,7 +1,9 @@
 """What ``opt8bit compress`` leaves: a checkpoint that is verified, a report, a recipe; and what a kill leaves of it."""
 
 import csv
+import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -22,7 +24,12 @@ from safetensors.torch import load_file, save_file
 from small import WINDOWS, loaded
 
 from opt8bit import ptq
+from opt8bit.cli.compress import ABOUT_THE_RUN, Settings
 from opt8bit.cli.main import main
+from opt8bit.cli.recipes import OF_RUNS
+from opt8bit.ptq.ends import Quality
+from opt8bit.ptq.inspect import inspect
+from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.verify import Verification
 
 pytest.importorskip("compressed_tensors")
@@ -113,7 +120,21 @@ def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path,
         ('{"overrides": [{"layers": "*", "method": "gptqq"}]}', "must be one of rtn, gptq, quantease, got 'gptqq'"),
         ('{"overrides": [{"layers": "*_proj", "act_order": true, "method": "rtn"}]}', "override of .*: --act-order"),
         ('{"symmetric": "true"}', "symmetric must be true or false, got 'true'"),
-        ('{"overrides": [{"layers": "*.gate"}]}', r"overrides\['\*.gate'\] fits no layer; there is model.layers.0"),
+        ('{"bits": true}', r"recipe\.json: bits must be a whole number, got True"),
+        ('{"bits": null}', "bits must be a whole number, got None"),
+        ('{"samples": 8.0}', r"samples must be a whole number, got 8\.0"),
+        ('{"error_propagation": "0.5"}', "error_propagation must be a number, got '0.5'"),
+        ('{"format": "gguf"}', "format must be one of compressed-tensors, gptq, dense, got 'gguf'"),
+        ('{"error_propagation": -1e-05}', "error_propagation must be from 0 to 1, got -1e-05"),
+        ('{"overrides": [{"layers": "*.o_proj"}]}', r"has some of method, .*, got \{'layers': '\*\.o_proj'\}"),
+        (
+            '{"overrides": [{"layers": "*.o_proj", "skip": true, "bits": 3}]}',
+            r"that skips its layers has no other options, got \{'layers': '\*\.o_proj'",
+        ),
+        (
+            '{"overrides": [{"layers": "*.gate", "bits": 3}]}',
+            r"overrides\['\*.gate'\] fits no layer; there is model.layers.0",
+        ),
         ('{"overrides": [{"layers": "*", "skip": true}]}', "overrides leave every layer as it is"),
         ('{"overrides": [{"layers": "*.v_proj", "bits": 9}]}', "bits must be 2 to 8, got 9"),
     ],
@@ -130,6 +151,11 @@ def test_recipes_are_checked(
     assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_recipes_have_all_options_that_are_not_about_the_run() -> None:
+    options = [field.name for field in dataclasses.fields(Settings) if field.name not in (*ABOUT_THE_RUN, "overrides")]
+    assert sorted(OF_RUNS) == sorted(options)
 
 
 def test_of_overrides_with_one_pattern_the_last_is_meant(folder: Path, tmp_path: Path) -> None:
@@ -218,8 +244,39 @@ def test_inspect_counts_everything(written: Path, folder: Path, capsys: pytest.C
     assert main(["inspect", str(folder / "llama")]) == 0
     printed = capsys.readouterr().out
     assert "dense: " in printed and "32 × 32  dense         32.000 bits\n" in printed
+    dense, packed = inspect(folder / "llama"), inspect(written)
+    biases = sum(layer.shape[0] for layer in packed.layers.values() if layer.bias)
+    assert 2 * dense.original_bytes == dense.stored_bytes  # all in float32
+    assert packed.original_bytes == dense.original_bytes + 2 * biases
     assert main(["inspect", str(folder)]) == 2
     assert "config.json is missing or damaged" in capsys.readouterr().err
+
+
+def test_inspect_names_what_a_packed_weight_lacks(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(written / "config.json", tmp_path)
+    weights = load_file(written / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight_shape"]
+    save_file(weights, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 2
+    expected = r"model\.safetensors has (.*\.down_proj)\.weight_packed, but no \1\.weight_shape"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_report(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = Quality(112, math.inf, math.nan, math.nan)
+    monkeypatch.setattr("opt8bit.ptq.pipeline.quality", lambda *args: quality)
+    relative = OutputErrors.relative
+    monkeypatch.setattr(OutputErrors, "relative", lambda self, name: (math.inf, relative(self, name)[1]))
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "opt8bit" / "report.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    jsonschema.validate(report, SCHEMA)
+    assert report["held_out"] == {**dict.fromkeys(quality._fields), "tokens": 112}
+    assert report["layers"][0]["error_rounded"] is None and report["layers"][0]["error_corrected"] > 0
 
 
 def test_a_tokenizer_that_is_missing_is_said_first(

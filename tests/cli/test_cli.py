@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,13 @@ def test_a_run_repeats_itself() -> None:
     [
         (["--text", "no such file"], "cannot read --text no such file"),
         (["--plot", "no such folder/plot.png"], "cannot write --plot no such folder/plot.png"),
+        (["--plot", "plot.xyz"], "cannot write --plot plot.xyz: its ending must be one of "),
     ],
 )
 def test_what_cannot_work_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--steps", "1", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert main(["demo", "--steps", "2", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
 
 
 def test_a_short_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +79,19 @@ def test_a_short_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "must have at least 2580 bytes, got 9" in capsys.readouterr().err
 
 
-def test_steps_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "1"], "argument --steps: must be at least 2, got 1"),
+        (["--seed", str(2**64)], f"argument --seed: must be from -2**63 to 2**64 - 1, got {2**64}"),
+    ],
+)
+def test_numbers_are_checked(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["demo", "--steps", "0"])
-    assert "must be at least 1, got 0" in capsys.readouterr().err
+        main(["demo", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_two_steps_are_enough(tmp_path: Path) -> None:
+    base, ours = demo.run(dataclasses.replace(TINY, steps=2), None, tmp_path / "plot.png")
+    assert [step for step, _ in base.losses] == [2] == [step for step, _ in ours.losses]

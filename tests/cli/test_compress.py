@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import SMALL, loaded
+from torch import nn
 from toys import MODELS
 
 from opt8bit import ptq
 from opt8bit.cli.main import main
 from opt8bit.ptq.compress import polished
+from opt8bit.ptq.source import InMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -168,6 +170,15 @@ def test_weights_that_are_not_finite_are_named(
     assert "model.layers.1.mlp.down_proj: a weight is not finite" in capsys.readouterr().err
 
 
+def test_matrices_that_stay_as_they_are_are_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = MODELS["llama"]()
+    for block in model.model.layers:
+        block.mlp.experts = nn.Parameter(torch.zeros(2, 4, 8))
+    monkeypatch.setattr("opt8bit.cli.compress.open_model", lambda *args, **options: InMemory(model))
+    with pytest.warns(UserWarning, match="128 of the blocks' 18,560 weights are in no nn.Linear"):
+        assert compress(folder, tmp_path / "out", "--no-verify") == 0
+
+
 def test_no_pickle_is_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in (folder / "llama").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -175,6 +186,30 @@ def test_no_pickle_is_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "model.safetensors").unlink()
     assert main(["evaluate", str(tmp_path), "--text", str(folder / "text.txt")]) == 2
     assert "cannot load" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (folder / "text.txt").read_bytes()
+    printed = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "text.txt").write_bytes(mark + text)
+        arguments = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "16", "--json"]
+        assert main(["evaluate", str(folder / "llama"), *arguments]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_a_perplexity_that_is_not_finite_is_null_in_json(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opt8bit.cli.evaluate.perplexity", lambda *args: math.inf)
+    arguments = ["evaluate", str(folder / "llama"), "--text", str(folder / "text.txt"), "--sequence-length", "16"]
+    assert main([*arguments, "--json"]) == 0
+    assert '"perplexity": null' in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "perplexity inf of" in capsys.readouterr().out
 
 
 def test_evaluate_prints_the_perplexity(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from toys import MODELS, PLACES, WRITERS, token_ids
 
@@ -17,6 +18,7 @@ from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
 from opt8bit.ptq.calls import anatomy, block_calls, one_token, returns_tuple
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.placement import Place, value_bias_through
+from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import install
 from opt8bit.ptq.statistics import Inputs
 from opt8bit.quant import CodebookGrid, normal_float
@@ -466,16 +468,106 @@ def test_arguments_are_checked(options: dict[str, object], message: str) -> None
     [
         (torch.full((2, 8), 96), "calibration must be below the vocabulary's 96, got 96 to 96"),
         (torch.zeros(2, 129, dtype=torch.int64), "calibration may be 128 tokens long"),
-        ([{"input_ids": torch.zeros(8, dtype=torch.int64)}], r"input_ids of batch 0 must be int64 token ids"),
+        ([{"input_ids": token_ids()[0]}], "input_ids of calibration's batch 0 must be int64 token ids"),
         (
             [{"input_ids": token_ids(2), "attention_mask": torch.zeros(2, 24)}],
-            "attention_mask of batch 0 leaves no token that counts",
+            "attention_mask of calibration's batch 0 leaves no token that counts",
         ),
     ],
 )
 def test_token_ids_are_checked_against_the_model(calibration: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ptq.compress(MODELS["llama"](), calibration, group_size=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 24, 24)}, r"\(sequences, length\) as input_ids, \(2, 24\), got"),
+        ({"attention_mask": torch.ones(1, 24)}, r"got shape \(1, 24\)"),
+        ({"position_ids": torch.arange(24)[None]}, r"\(sequences, length, \.\.\.\) as input_ids"),
+        ({"num_items": torch.tensor(3)}, r"got shape \(\)"),
+        ({"attention_mask": None}, "a tensor, got NoneType"),
+        ({"text": ["a", "b"]}, "a tensor, got list"),
+        ({"input_ids": token_ids(2) + 96}, "below the vocabulary's 96"),
+    ],
+)
+@pytest.mark.parametrize("argument", ["calibration", "held_out"])
+def test_everything_in_a_batch_is_checked(argument: str, more: dict[str, object], message: str) -> None:
+    [key] = more
+    batches = [{"input_ids": token_ids(2)}, {"input_ids": token_ids(2), **more}]
+    texts = {"calibration": token_ids(), argument: batches}
+    with pytest.raises((TypeError, ValueError), match=rf"^{key} of {argument}'s batch 1 must be .*{message}"):
+        ptq.compress(MODELS["llama"](), **texts, group_size=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("calibration", [None, {"input_ids": token_ids()}, [token_ids()]])
+def test_calibration_is_a_tensor_or_batches(calibration: object) -> None:
+    expected = r"^calibration must be one tensor of token ids \(samples, length\), or mappings that have input_ids, got"
+    with pytest.raises(TypeError, match=expected):
+        ptq.compress(MODELS["llama"](), calibration, group_size=16)  # type: ignore[arg-type]
+
+
+def test_what_tokenizers_return_is_taken() -> None:
+    from transformers import BatchEncoding
+
+    model, ids = MODELS["llama"](), token_ids()
+    encoded = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": 0 * ids})
+    result = ptq.compress(model, [encoded], group_size=16, held_out=[encoded])
+    expected = ptq.compress(model, ids, group_size=16, batch_size=10)
+    for name, layer in expected.layers.items():
+        assert torch.equal(layer.rounded.codes, result.layers[name].rounded.codes)
+
+
+def test_what_shares_memory_is_copied_for_the_probe(tmp_path: Path) -> None:
+    ids = token_ids()
+    result = ptq.compress(MODELS["llama"](), [{"input_ids": ids, "labels": ids}], group_size=16)
+    assert result.probe is not None
+    write_probe(result.probe, tmp_path)
+    assert torch.equal(load_file(tmp_path / "opt8bit" / "probe.safetensors")["labels"], ids[:1])
+
+
+def test_padding_predicts_nothing() -> None:
+    """Held-out text is as good with padding on its left as without."""
+    model, ids = MODELS["llama"](), token_ids(2)
+    padded, mask = (nn.functional.pad(tensor, (8, 0)) for tensor in (ids, torch.ones_like(ids)))
+    alone = ptq.compress(model, token_ids(), group_size=16, held_out=ids).quality
+    held_out = [{"input_ids": padded, "attention_mask": mask}]
+    with_padding = ptq.compress(model, token_ids(), group_size=16, held_out=held_out).quality
+    assert alone is not None and with_padding is not None and alone.tokens == with_padding.tokens == 46
+    assert with_padding.perplexity == pytest.approx(alone.perplexity, rel=1e-4)
+
+
+def test_matrices_that_are_in_no_linear_layer_are_told() -> None:
+    model = MODELS["llama"]()
+    for block in model.model.layers:
+        block.mlp.experts = nn.Parameter(torch.zeros(2, 4, 8))
+        block.mlp.scales = nn.Parameter(torch.zeros(8))
+    expected = (
+        r"^128 of the blocks' 18,560 weights are in no nn.Linear or Conv1D layer and stay as they are: "
+        r"model.layers.0.mlp.experts, model.layers.1.mlp.experts$"
+    )
+    with pytest.warns(UserWarning, match=expected) as told:
+        result = ptq.compress(model, token_ids(), group_size=16)
+    assert len(told) == 1 and told[0].filename == __file__ and len(result.layers) == 14
+
+
+def test_weights_that_are_not_in_memory_are_refused() -> None:
+    model = MODELS["llama"]()
+    model.model.layers[1].to("meta")
+    expected = r"^model\.layers\.1\.self_attn\.q_proj\.weight is on the meta device.*ptq\.Checkpoint"
+    with pytest.raises(ValueError, match=expected):
+        ptq.compress(model, token_ids(), group_size=16)
+    with pytest.raises(ValueError, match=r"^model\.embed_tokens\.weight is on the meta device"):
+        ptq.compress(model.to("meta"), [{"input_ids": token_ids()}], group_size=16)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_outside_the_blocks_are_finite_too(name: str) -> None:
+    model = MODELS["llama"]()
+    model.get_parameter(name).data[0] = float("nan")
+    with pytest.raises(ValueError, match=f"^{name} is not finite"):
+        ptq.compress(model, token_ids(), group_size=16)
 
 
 @pytest.mark.parametrize(

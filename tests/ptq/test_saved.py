@@ -34,6 +34,7 @@ def saved(model: Any, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*weights are in no nn.Linear:UserWarning")
 @pytest.mark.parametrize("name", PUT_TOGETHER)
 def test_experts_are_written_one_by_one(name: str, tmp_path: Path) -> None:
     model = PUT_TOGETHER[name]()

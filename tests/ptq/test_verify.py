@@ -30,6 +30,7 @@ NOT_ON_DISK: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weights are in no nn.Linear:UserWarning")
 @pytest.mark.parametrize("format", ["dense", "compressed-tensors"])
 @pytest.mark.parametrize("name", NOT_ON_DISK)
 def test_what_cannot_be_kept_on_disk_is_loaded_whole(name: str, format: str, tmp_path: Path) -> None:

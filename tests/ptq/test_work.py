@@ -84,6 +84,13 @@ def test_another_codebook_or_configuration_is_noticed(tmp_path: Path) -> None:
         ptq.compress(model, token_ids(), **options, work=tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["", "[]"])
+def test_a_damaged_manifest_is_named(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path)
+
+
 def test_what_has_changed_is_named(tmp_path: Path) -> None:
     with pytest.raises(Ended):
         ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path, see=ending_after(8))
