@@ -38,8 +38,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     """The base of every optimizer here. A subclass gives its arguments, and its rule for a group.
 
     ``state[p]`` holds, by torch.optim's names, ``step`` (a float32 scalar) and for each state of the rule either
-    ``name``, float32 of p's shape, or ``name``, uint8 codes of p's shape, with ``name_absmax``, float32 of shape
-    (rows, blocks per row). Signed states are coded by the signed dynamic map, others by the unsigned one.
+    ``name``, float32 of p's shape, or ``name``, uint8 codes of p's shape, with ``name_absmax``, float32 of shape (rows,
+    blocks per row). Signed states are coded by the signed dynamic map, others by the unsigned one; nothing positive
+    becomes zero in those.
     """
 
     _step_supports_amp_scaling = True  # read by torch.amp.GradScaler
