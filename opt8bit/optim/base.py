@@ -161,8 +161,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._take([item for of_group in work for item in of_group], fresh, is_captured)
         for each in one_by_one:
             self._step_gathered(each)
-        for param in [param for each in together for param in each.owners]:
-            increment_version(param)  # as kernels write what autograd does not see
+        _note_writes([param for each in together for param in each.owners])
         for param in [param for each in asked if each.group["offload"] for param in each.owners]:
             self._hosts.give_back(param)
         if any(group["offload"] for group in self.param_groups):
@@ -397,6 +396,15 @@ class Optimizer8bit(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         self._backward.drop()
         self.__dict__.pop("_plans", None)  # which hold on to the states there were
+
+
+def _note_writes(params: list[Tensor]) -> None:
+    """Tells autograd, which does not see what kernels write."""
+    try:
+        increment_version(params)
+    except TypeError:  # of older torch, which takes one at a time
+        for param in params:
+            increment_version(param)
 
 
 def _divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
