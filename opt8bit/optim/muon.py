@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.options import LEAST_LR, Options, check_flags, check_not_negative
+from opt8bit.optim.options import LEAST, Options, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -178,12 +178,8 @@ class Muon8bit(Optimizer8bit):
         check_flags(group, "nesterov")
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        for name, label, least in (
-            ("lr", "Learning rate", LEAST_LR),
-            ("momentum", "momentum", 0.0),
-            ("weight_decay", "weight decay", 0.0),
-        ):
-            if not least <= group[name]:
+        for name, label in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
+            if not LEAST.get(name, 0.0) <= group[name]:
                 raise ValueError(f"{label} should be >= 0 but is: {group[name]}")
         check_not_negative(eps=group["eps"])
         if len(group["ns_coefficients"]) != 3:

@@ -12,7 +12,7 @@ from opt8bit.optim.reading import is_number
 
 MAX_BLOCK_SIZE = 16384  # kMaxBlockSize of kernels/optimizer_step.h: what a thread keeps in its cache
 MIN_BLOCK_SIZE = 16
-LEAST_LR = -1e-12  # torch's schedulers that end at zero may end a rounding error below it
+LEAST = {"lr": -1e-12}  # where it is not 0: torch's schedulers that end at zero may end a rounding error below it
 
 
 class Options(TypedDict, total=False):
@@ -127,7 +127,7 @@ def check_not_negative(**values: float | Tensor) -> None:
         label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
-        if not is_on_device(value) and not (LEAST_LR if name == "lr" else 0.0) <= value:
+        if not is_on_device(value) and not LEAST.get(name, 0.0) <= value:
             raise ValueError(f"Invalid {label}: {value}")
 
 

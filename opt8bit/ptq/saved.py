@@ -22,7 +22,7 @@ def saved_name(model: nn.Module, name: str, tensor: Tensor) -> str | None:
     """The name in the checkpoint; None if it is not the tensor itself that is there."""
     tensor = tensor.to("meta")
     saved = as_saved(model, {name: tensor})
-    return next(iter(saved)) if [id(part) for part in saved.values()] == [id(tensor)] else None
+    return next(iter(saved)) if _is_itself(saved, tensor) else None
 
 
 def saved_layer(model: nn.Module, name: str) -> str:
@@ -44,13 +44,18 @@ def check_saved(model: Any, *, packed: bool) -> None:
     tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     all_shapes = _shapes(as_saved(model, tensors))
     for name, tensor in tensors.items():
-        if not _shapes(as_saved(model, {name: tensor})).items() <= all_shapes.items():
+        saved = as_saved(model, {name: tensor})
+        if not _shapes(saved).items() <= all_shapes.items():
             raise ValueError(f"{kind} cannot be exported: in checkpoints {name} is in one with other tensors")
-        if packed and saved_name(model, name, tensor) is None:
+        if packed and not _is_itself(saved, tensor):
             raise ValueError(
                 f"{kind} have {name} in other parts in checkpoints, which transformers cannot load beside packed "
                 "weights: use format 'dense'"
             )
+
+
+def _is_itself(saved: Mapping[str, Tensor], tensor: Tensor) -> bool:
+    return [id(part) for part in saved.values()] == [id(tensor)]
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
+from cases import ANY_SHAPE, STATEFUL, Case
 
 from opt8bit.backends import available
 
@@ -16,3 +17,13 @@ def large_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "TILE", 2**14)
         yield
+
+
+@pytest.fixture(params=STATEFUL)
+def stateful(request: pytest.FixtureRequest) -> Case:
+    return STATEFUL[request.param]
+
+
+@pytest.fixture(params=ANY_SHAPE)
+def any_shape(request: pytest.FixtureRequest) -> Case:
+    return ANY_SHAPE[request.param]

@@ -4,18 +4,13 @@ import math
 
 import pytest
 import torch
-from cases import ANY_SHAPE, STATEFUL, Case, gradients, parameter, train, use
+from cases import ANY_SHAPE, Case, gradients, parameter, train, use
 from torch import nn
 
 import opt8bit
 from opt8bit.optim.options import Options
 
 WAYS: dict[str, Options] = {"stochastic": {"stochastic_rounding": True}, "compensated": {"compensation": True}}
-
-
-@pytest.fixture(params=STATEFUL)
-def stateful(request: pytest.FixtureRequest) -> Case:
-    return STATEFUL[request.param]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, MUON, STATEFUL, Case
+from cases import CASES, MUON, Case
 from torch import Tensor, nn
 
 import opt8bit
@@ -26,11 +26,6 @@ ROWS = {**CASES, **MUON}
 @pytest.fixture(params=ROWS)
 def case(request: pytest.FixtureRequest) -> Case:
     return ROWS[request.param]
-
-
-@pytest.fixture(params=STATEFUL)
-def stateful(request: pytest.FixtureRequest) -> Case:
-    return STATEFUL[request.param]
 
 
 def parameters(case: Case, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

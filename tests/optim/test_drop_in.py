@@ -25,11 +25,6 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return PAIRS[request.param]
 
 
-@pytest.fixture(params=ANY_SHAPE)
-def any_shape(request: pytest.FixtureRequest) -> Case:
-    return ANY_SHAPE[request.param]
-
-
 @pytest.mark.parametrize("rare", [3e-4, 1e-5, 1e-15, 1e21])
 def test_a_gradient_that_comes_once_moves_as_with_full_states(
     any_shape: Case, rare: float, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -50,11 +50,6 @@ def test_the_element_itself_becomes_what_the_oracle_makes_of_it(name: str, value
     assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
-@pytest.fixture(params=STATEFUL)
-def stateful(request: pytest.FixtureRequest) -> Case:
-    return STATEFUL[request.param]
-
-
 def test_grad_scaler_hands_its_scale_over(stateful: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, backend)
     ours, plain = parameter(), parameter()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ANY_SHAPE, CASES, SHAPE, STATEFUL, Case, gradients, parameter, train, use
+from cases import CASES, SHAPE, STATEFUL, Case, gradients, parameter, train, use
 from torch import Tensor, nn
 
 import opt8bit
@@ -21,16 +21,6 @@ from opt8bit.optim.base import Optimizer8bit
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
-
-
-@pytest.fixture(params=STATEFUL)
-def stateful(request: pytest.FixtureRequest) -> Case:
-    return STATEFUL[request.param]
-
-
-@pytest.fixture(params=ANY_SHAPE)
-def any_shape(request: pytest.FixtureRequest) -> Case:
-    return ANY_SHAPE[request.param]
 
 
 # Each operation of a rule rounds once, by half an ulp of its terms or less; no rule has more than 16 on the way to
