@@ -29,17 +29,6 @@ inline float finite_absmax(float largest, const float* values, int64_t n) {
   return largest <= __FLT_MAX__ ? largest : largest_finite(values, n);
 }
 
-struct EncoderTables {
-  Simd::Table32 line_end;
-  Simd::Table16 slope, intercept, cap;
-
-  explicit EncoderTables(const DynamicEncoder& encoder)
-      : line_end(Simd::table32(encoder.line_end)),
-        slope(Simd::table16(encoder.slope)),
-        intercept(Simd::table16(encoder.intercept)),
-        cap(Simd::table16(encoder.cap)) {}
-};
-
 inline bool has_good_reciprocal(float absmax) { return absmax >= 0x1p-100f && absmax <= 0x1p100f; }
 // Zero, which makes every code that of zero, where it would not be good.
 inline Simd::Floats reciprocal_of(float absmax) {
@@ -48,32 +37,22 @@ inline Simd::Floats reciprocal_of(float absmax) {
 
 // The first half of a chunk's encoding, by the arithmetic of codebook.h: which lines its values are on.
 struct Chunk {
-  Simd::Floats normalized[4];
+  Simd::Floats shifted[4];
   Simd::Ints line[4];
 };
 
 template <bool kSigned>
-OPT8BIT_INLINE Chunk find_lines(const float* values, Simd::Floats reciprocal, const EncoderTables& tables) {
+OPT8BIT_INLINE Chunk find_lines(const float* values, Simd::Floats reciprocal, const Simd::Lines<kSigned>& lines) {
   Chunk chunk;
 #pragma GCC unroll 4  // or a chunk would live in memory
   for (int k = 0; k < 4; ++k) {
     const Simd::Floats value = Simd::load(values + k * Simd::kLanes);
-    chunk.normalized[k] = Simd::fma(kSigned ? Simd::abs(value) : value, reciprocal, Simd::broadcast(kEncoderShift));
-    const Simd::Floats line_end = Simd::lookup(tables.line_end, Simd::exponent(chunk.normalized[k]));
-    const Simd::Mask is_beyond = Simd::greater_or_nan(chunk.normalized[k], line_end);
-    chunk.line[k] = Simd::add_where(is_beyond, Simd::bits(line_end), Simd::broadcast(-1));
+    chunk.shifted[k] = lines.shifted(kSigned ? Simd::abs(value) : value, reciprocal);
+    chunk.line[k] = lines.line(chunk.shifted[k]);
   }
   return chunk;
 }
 
-// The place on its line of each value of one vector: a code and a fraction in fixed point. A value whose fraction is
-// under kEncoderSlack may be one code off.
-template <bool kSigned>
-OPT8BIT_INLINE Simd::Ints place(const Chunk& chunk, int k, const EncoderTables& tables) {
-  const Simd::Ints sum = Simd::bits(Simd::fma(chunk.normalized[k], Simd::lookup(tables.slope, chunk.line[k]),
-                                              Simd::lookup(tables.intercept, chunk.line[k])));
-  return kSigned ? sum : Simd::add(sum, sum);
-}
 inline Simd::Ints fraction(Simd::Ints place) { return Simd::low_bits<kFractionBits>(place); }
 inline uint32_t uncertain_lanes(Simd::Ints fraction) {
   return Simd::lanes(Simd::less(fraction, Simd::broadcast(kEncoderSlack)));
@@ -81,15 +60,15 @@ inline uint32_t uncertain_lanes(Simd::Ints fraction) {
 
 // The second half: the codes; says whether some may be one off, and in the unsigned map whether one is that of zero.
 template <bool kSigned>
-OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const EncoderTables& tables, uint8_t* codes,
-                                 bool& has_zero) {
+OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const Simd::Lines<kSigned>& lines,
+                                 uint8_t* codes, bool& has_zero) {
   Simd::Ints capped[4], least_fraction = Simd::broadcast(-1);
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    const Simd::Ints uncapped = place<kSigned>(chunk, k, tables);
+    const Simd::Ints uncapped = lines.place(chunk.shifted[k], chunk.line[k]);
     least_fraction = Simd::min_of_halves(least_fraction, uncapped);
     // As integers these compare as the sums do.
-    capped[k] = Simd::min_unsigned(uncapped, Simd::bits(Simd::lookup(tables.cap, chunk.line[k])));
+    capped[k] = Simd::min_unsigned(uncapped, lines.cap(chunk.line[k]));
   }
   if (kSigned) {
     Simd::store_mirrored_bytes(codes, capped, kSignedZeroCode, values);
@@ -105,10 +84,11 @@ OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const 
 template <bool kSigned>
 OPT8BIT_NOINLINE void decide_chunk(const float* values, float absmax, uint8_t* codes) {
   const Codebook& codebook = dynamic_map(kSigned);
-  const EncoderTables tables(codebook.dynamic->encoder);
-  const Chunk chunk = find_lines<kSigned>(values, reciprocal_of(absmax), tables);
+  const Simd::Lines<kSigned> lines(*codebook.dynamic);
+  const Chunk chunk = find_lines<kSigned>(values, reciprocal_of(absmax), lines);
   for (int k = 0; k < 4; ++k) {
-    for (uint32_t lanes = uncertain_lanes(fraction(place<kSigned>(chunk, k, tables))); lanes; lanes &= lanes - 1) {
+    for (uint32_t lanes = uncertain_lanes(fraction(lines.place(chunk.shifted[k], chunk.line[k]))); lanes;
+         lanes &= lanes - 1) {
       const int lane = k * Simd::kLanes + __builtin_ctz(lanes);
       codes[lane] = nearest_code_from(codes[lane], values[lane], absmax, codebook);
     }
@@ -126,30 +106,33 @@ OPT8BIT_NOINLINE void keep_positive(const float* values, int64_t n, uint8_t* cod
 template <bool kSigned, bool kKeepsPositive = false>
 OPT8BIT_NOINLINE void encode_blocks(const float* values, int64_t stride, const int64_t* lengths, const float* absmax,
                                     int64_t count, uint8_t* codes) {
-  const EncoderTables tables(dynamic_map(kSigned).dynamic->encoder);
-  // The halves of two chunks alternate, also from one block to the next, as one alone is a chain that leaves the
-  // processor waiting.
+  const Simd::Lines<kSigned> lines(*dynamic_map(kSigned).dynamic);
+  // Where registers hold two chunks, their halves alternate, also from one block to the next, as one alone is a chain
+  // that leaves the processor waiting.
   Simd::Floats next_reciprocal = reciprocal_of(absmax[0]);
-  Chunk chunk = find_lines<kSigned>(values, next_reciprocal, tables);
+  Chunk ahead;
+  if (Simd::kOverlapsChunks) ahead = find_lines<kSigned>(values, next_reciprocal, lines);
   for (int64_t block = 0; block < count; ++block, values += stride) {
     const int64_t n = lengths[block];
     const Simd::Floats reciprocal = next_reciprocal;
     if (block + 1 < count) next_reciprocal = reciprocal_of(absmax[block + 1]);
     for (int64_t i = 0; i < n; i += kChunk) {
-      const bool is_last = i + kChunk >= n;
-      const Chunk next = find_lines<kSigned>(is_last ? values + stride : values + i + kChunk,
-                                             is_last ? next_reciprocal : reciprocal, tables);
+      const Chunk chunk = Simd::kOverlapsChunks ? ahead : find_lines<kSigned>(values + i, reciprocal, lines);
+      if (Simd::kOverlapsChunks) {
+        const bool is_last = i + kChunk >= n;
+        ahead = find_lines<kSigned>(is_last ? values + stride : values + i + kChunk,
+                                    is_last ? next_reciprocal : reciprocal, lines);
+      }
       alignas(64) uint8_t tail[kChunk];
       uint8_t* const target = i + kChunk <= n ? codes + i : tail;
       bool has_zero = false;
-      if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, tables, target, has_zero), 0)) {
+      if (__builtin_expect(encode_chunk<kSigned>(values + i, chunk, lines, target, has_zero), 0)) {
         decide_chunk<kSigned>(values + i, absmax[block], target);
         has_zero = true;  // maybe
       }
       if (kKeepsPositive && __builtin_expect(has_zero, 0) && absmax[block] != 0)
         keep_positive(values + i, kChunk, target);
       if (target == tail) Simd::copy(codes + i, tail, n - i);
-      chunk = next;
     }
     if (absmax[block] != 0 && !has_good_reciprocal(absmax[block])) {
       for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(values[i], absmax[block], dynamic_map(kSigned));

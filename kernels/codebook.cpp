@@ -14,25 +14,28 @@ DynamicDecoder make_decoder(bool is_signed) {
   DynamicDecoder decoder = {};
   decoder.scale = is_signed ? 4 : 1;
   decoder.code_offset = is_signed ? -127 : 1;
-  for (int i = 0; i <= kDecades; ++i) {
+  for (int i = 0; i < kDecades; ++i) {
     const int cells = is_signed ? 1 << i : 2 << i;
-    const int index = (127 + std::ilogb(decoder.scale * cells)) & 15;
-    if (i == kDecades) {
-      decoder.intercept[index] = 1;
-      continue;
-    }
+    const int index = (127 + std::ilogb(decoder.scale * cells)) & 7;
     // The middle of cell c - cells: 10^(i-6) * (0.1 + 0.9 * (c - cells + 1/2) / cells), as quotients of whole numbers.
     double denominator = cells;
     for (int k = i; k < 6; ++k) denominator *= 10;
     decoder.slope[index] = static_cast<float>(9 / (10 * denominator));
     decoder.intercept[index] = static_cast<float>((9 - 16 * cells) / (20 * denominator));
   }
+  const int first = is_signed ? 0 : 1, last = is_signed ? 128 : 256, index = is_signed ? 0 : 7;
+  decoder.slope[index] = 1.0f / static_cast<float>(last - first);
+  decoder.intercept[index] = -decoder.slope[index] * static_cast<float>(first);
+  for (int i = 0; i < 8; ++i) {
+    decoder.slope[8 + i] = decoder.slope[i];
+    decoder.intercept[8 + i] = decoder.intercept[i];
+  }
   return decoder;
 }
 
 float decode(const DynamicDecoder& decoder, int code) {
   const double c = code + decoder.code_offset, scaled = decoder.scale * c;
-  const int index = scaled == 0 ? 0 : (127 + std::ilogb(scaled)) & 15;
+  const int index = scaled == 0 ? 0 : (127 + std::ilogb(scaled)) & 7;
   // In double both operations are exact, so that this rounds once.
   return static_cast<float>(decoder.slope[index] * c + std::copysign(1.0, c) * decoder.intercept[index]);
 }
@@ -56,37 +59,58 @@ float fixed_point(double sum, bool is_signed) {
   return x;
 }
 
-DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
+// What the encoder's tables are made of.
+struct EncoderLine {
+  double slope, intercept, cap;  // in float(slope) * x + intercept
+  double end;                    // its largest x
+};
+
+// Line i = -1 is zero's, i = 7 that of one.
+EncoderLine encoder_line(const Codebook& codebook, bool is_signed, int i) {
   constexpr double kIntercept = 8.0 / 9;
   constexpr double kErrors = 0x1p-14;  // bound of the rounding errors that could land below the true sum
   const int zero_code = is_signed ? kSignedZeroCode : 0;
   const int j_of_first_line = is_signed ? -1 : 0;
-
-  DynamicEncoder encoder = {};
-  double intercept[16] = {};
   const double base = is_signed ? kEncoderBase : 2 * kEncoderBase - 1;  // code = c - 1 in the unsigned map
-  double line_end[kDecades + 1];                                        // of lines -1 .. 6
-  for (int i = -1; i <= kDecades; ++i) {
-    const int j = i + 1 + j_of_first_line, entry = 7 - i;
-    const double scale = std::ldexp(1.0, j);
-    intercept[entry] = base + kIntercept * scale;
-    encoder.cap[entry] = fixed_point(base + 2 * scale - 0.5, is_signed);
-    if (i == kDecades) break;
-    const int last_code = i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j) - 1;
-    line_end[i + 1] = codebook.midpoints[last_code];
-    encoder.slope[entry] = static_cast<float>(std::pow(10.0, 6 - i) / 0.9 * scale);
-  }
-  // The first line has one code, zero's: it begins at its cap, and is tilted so that it, too, crosses a whole number at
-  // its end. The last one, which holds the value 1, begins inside the last cell of the line below and crosses 2^j at
-  // that cell's end.
-  intercept[8] = base + std::ldexp(2.0, j_of_first_line) - 0.5;
-  encoder.slope[8] = static_cast<float>(1.5 / line_end[0]);
-  encoder.slope[0] = static_cast<float>(std::ldexp(1 - 8.0 / 9, 8 + j_of_first_line) / line_end[kDecades]);
-  line_end[kDecades] = codebook.values[254];
-  for (int entry = 0; entry < 9; ++entry)
-    encoder.intercept[entry] =
-        static_cast<float>(intercept[entry] + kErrors - encoder.slope[entry] * double{kEncoderShift});
 
+  const auto j_of = [&](int i) { return i + 1 + j_of_first_line; };
+  const auto end_of = [&](int i) {
+    return codebook.midpoints[i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j_of(i)) - 1];
+  };
+  const double scale = std::ldexp(1.0, j_of(i));
+  EncoderLine line;
+  line.cap = base + 2 * scale - 0.5;
+  if (i < 0) {
+    // One code, zero's: the line begins at its cap, and is tilted so that it, too, crosses a whole number at its end.
+    line.end = end_of(i);
+    line.intercept = line.cap;
+    line.slope = 1.5 / line.end;
+  } else if (i < kDecades) {
+    line.end = end_of(i);
+    line.intercept = base + kIntercept * scale;
+    line.slope = std::pow(10.0, 6 - i) / 0.9 * scale;
+  } else {
+    line.end = codebook.values[255];
+    line.intercept = base + kIntercept * scale;
+    line.slope = (1 - kIntercept) * scale / end_of(kDecades - 1);  // crosses 2^j where the line below ends
+  }
+  line.slope = static_cast<float>(line.slope);
+  line.intercept += kErrors;
+  return line;
+}
+
+DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
+  DynamicEncoder encoder = {};
+  double line_end[kDecades + 2];
+  for (int i = -1; i <= kDecades; ++i) {
+    const EncoderLine line = encoder_line(codebook, is_signed, i);
+    const int entry = 7 - i;
+    encoder.slope[entry] = static_cast<float>(line.slope);
+    encoder.intercept[entry] = static_cast<float>(line.intercept - line.slope * double{kEncoderShift});
+    encoder.cap[entry] = fixed_point(line.cap, is_signed);
+    line_end[i + 1] = line.end;
+  }
+  line_end[kDecades] = codebook.values[254];  // one's line begins inside the last cell of the line below
   int i = -1;
   for (int binade = 0; binade < 32; ++binade) {
     const double shifted_end = i < kDecades ? line_end[i + 1] + kEncoderShift : 0;
@@ -94,6 +118,24 @@ DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
     const float end = ends_here ? static_cast<float>(shifted_end) : std::numeric_limits<float>::max();
     encoder.line_end[binade] = with_low_bits(end, 7 - i, ends_here);
     if (ends_here) ++i;
+  }
+  return encoder;
+}
+
+NarrowEncoder make_narrow_encoder(const Codebook& codebook, bool is_signed) {
+  constexpr double kErrors = 2 * 0x1p-23;  // bound of what a shifted x may be off by, relatively
+  NarrowEncoder encoder = {};
+  for (int i = -1; i < kDecades; ++i) {
+    const EncoderLine line = encoder_line(codebook, is_signed, i);
+    const bool is_last = i == kDecades - 1;
+    const int entry = i & 7;
+    encoder.slope[entry] = static_cast<float>(line.slope);
+    encoder.intercept[entry] = static_cast<float>(line.intercept - line.slope * double{kNarrowEncoderShift});
+    encoder.cap[entry] = fixed_point(is_last ? line.cap + 1 : line.cap, is_signed);
+    const double shifted_end = line.end + kNarrowEncoderShift;
+    encoder.line_end[entry] =
+        is_last ? std::numeric_limits<float>::max() : static_cast<float>(shifted_end * (1 + kErrors));
+    if (is_last) encoder.one_begin = static_cast<float>(shifted_end * (1 - kErrors));
   }
   return encoder;
 }
@@ -108,10 +150,11 @@ struct DynamicMaps {
     return Codebook(values, 256);
   }
   DynamicMaps()
-      : maps{{false, make_decoder(false), {}}, {true, make_decoder(true), {}}},
+      : maps{{false, make_decoder(false), {}, {}}, {true, make_decoder(true), {}, {}}},
         codebooks{make(maps[0].decoder), make(maps[1].decoder)} {
     for (int is_signed = 0; is_signed < 2; ++is_signed) {
       maps[is_signed].encoder = make_encoder(codebooks[is_signed], is_signed != 0);
+      maps[is_signed].narrow_encoder = make_narrow_encoder(codebooks[is_signed], is_signed != 0);
       codebooks[is_signed].dynamic = &maps[is_signed];
     }
   }

@@ -10,10 +10,11 @@ namespace opt8bit {
 // c = code + 1 in the unsigned one. Then c in [2^j, 2^(j+1)) covers one decade [0.1, 1] * 10^(i-6) with equal cells,
 // where i = j in the signed map and i = j - 1 in the unsigned one.
 //
-// Decoding: value = slope * c + intercept, rounded once. That is the map's definition in float32.
+// Decoding: value = slope * c + intercept, rounded once. That is the map's definition in float32. Zero and one, which
+// are no decades, are on a line of their own, the same for both.
 struct DynamicDecoder {
-  float slope[16], intercept[16];  // by the low 4 bits of the exponent of float(scale * c)
-  float scale;                     // 4 in the signed map, which keeps c = 0 apart from the exponents of c > 0
+  float slope[16], intercept[16];  // by the low 3 bits of the exponent of float(scale * c); there twice
+  float scale;                     // 4 in the signed map, which keeps c = 0 apart from the exponents of decades
   float code_offset;               // signed c = code + code_offset
 };
 
@@ -42,10 +43,24 @@ constexpr int32_t kSignedZeroCode = 127;
 constexpr int32_t kUnsignedCodeOne = INT32_C(-0x78ff0000);  // the bits of 2 kEncoderBase + 1, added to themselves
 constexpr float kEncoderShift = 0x1p-31f;
 
+// The same by tables of 8 entries, where permutes of 8 lanes are what the processor has. An entry is a line's i & 7,
+// with i = -1 for zero's. One has no line: it is on that of the decade below, whose cell in which one's begins has its
+// last quarter left over. The least line of a binade comes of the exponent: times log10(2), it is i & 7, or one less
+// where no line ends in the binade. A NaN is taken for zero.
+struct NarrowEncoder {
+  float line_end[8];  // the x above which the next line holds, or the largest number
+  float slope[8], intercept[8], cap[8];
+  float one_begin;  // x above it have kQuarter added to their sums
+};
+constexpr float kNarrowEncoderShift = 0x1p-23f;
+constexpr int kLog10Of2 = 19728;  // in units of 2^-16
+constexpr int32_t kQuarter = 1 << (kFractionBits - 2);
+
 struct DynamicMap {
   bool is_signed;
   DynamicDecoder decoder;
   DynamicEncoder encoder;
+  NarrowEncoder narrow_encoder;
 };
 
 struct Codebook {

@@ -8,12 +8,14 @@
 
 #include "codebook.h"
 #include "half.h"
+#include "simd/lines.h"
 
 namespace opt8bit {
 namespace {
 
 struct Simd {
   static constexpr int kLanes = 8;
+  static constexpr bool kOverlapsChunks = false;
   struct Floats {
     __m256 v;
   };
@@ -25,25 +27,12 @@ struct Simd {
   };
   using Mask = __m256;
 
-  struct Table16 {
-    __m256 low, high;
+  struct Table8 {
+    __m256 entries;
   };
-  struct Table32 {
-    Table16 low, high;
-  };
-  static Table16 table16(const float* entries) { return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)}; }
-  static Table32 table32(const float* entries) { return {table16(entries), table16(entries + 16)}; }
-
-  // A permute looks at three bits of the index, a blend at the sign: the next bit, moved there. Faster than a gather.
-  static Floats lookup(Table16 table, Ints index) {
-    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28));
-    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index.v),
-                             _mm256_permutevar8x32_ps(table.high, index.v), is_high)};
-  }
-  static Floats lookup(Table32 table, Ints index) {
-    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 27));
-    return {_mm256_blendv_ps(lookup(table.low, index).v, lookup(table.high, index).v, is_high)};
-  }
+  static Table8 table8(const float* entries) { return {_mm256_loadu_ps(entries)}; }
+  // By the low 3 bits. Faster than a gather.
+  static Floats lookup(Table8 table, Ints index) { return {_mm256_permutevar8x32_ps(table.entries, index.v)}; }
 
   static Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static Ints broadcast(int32_t x) { return {_mm256_set1_epi32(x)}; }
@@ -107,6 +96,11 @@ struct Simd {
     return add(a, {_mm256_and_si256(_mm256_castps_si256(mask), b.v)});
   }
   static Ints exponent(Floats a) { return {_mm256_srli_epi32(_mm256_castps_si256(a.v), 23)}; }
+  // a * kNumerator / 2^16, rounded down; both have 16 bits.
+  template <int kNumerator>
+  static Ints times_fraction(Ints a) {
+    return {_mm256_mulhi_epu16(a.v, _mm256_set1_epi32(kNumerator))};
+  }
 
   static Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.v)}; }
@@ -160,17 +154,18 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_permutevar8x32_epi32(packed, order));
   }
 
+  template <bool kSigned>
+  using Lines = NarrowLines<Simd, kSigned>;
+
   // The map's own arithmetic, as in avx512.h.
   template <bool kSigned>
   struct Decoder {
-    Table16 slope, intercept;
+    Table8 slope, intercept;
     __m256 scale, offset;
     explicit Decoder(const Codebook& codebook) {
       const DynamicDecoder& decoder = codebook.dynamic->decoder;
-      const __m256 inverse_scale = _mm256_set1_ps(1 / decoder.scale);
-      slope = table16(decoder.slope);
-      slope = {_mm256_mul_ps(slope.low, inverse_scale), _mm256_mul_ps(slope.high, inverse_scale)};
-      intercept = table16(decoder.intercept);
+      slope = {_mm256_mul_ps(_mm256_loadu_ps(decoder.slope), _mm256_set1_ps(1 / decoder.scale))};
+      intercept = table8(decoder.intercept);
       scale = _mm256_set1_ps(decoder.scale);
       offset = _mm256_set1_ps(decoder.scale * decoder.code_offset);
     }

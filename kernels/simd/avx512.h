@@ -7,12 +7,14 @@
 
 #include "codebook.h"
 #include "half.h"
+#include "simd/lines.h"
 
 namespace opt8bit {
 namespace {
 
 struct Simd {
   static constexpr int kLanes = 16;
+  static constexpr bool kOverlapsChunks = true;
   struct Floats {
     __m512 v;
   };
@@ -151,6 +153,9 @@ struct Simd {
   }
   static void store_bytes(uint8_t* target, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), a); }
   static __mmask16 sign_bits(const float* values) { return _mm512_movepi32_mask(_mm512_loadu_si512(values)); }
+
+  template <bool kSigned>
+  using Lines = WideLines<Simd, kSigned>;
 
   // The map's own arithmetic: the exponent of c picks a line from two permutes, one fused multiply-add follows it.
   template <bool kSigned>

@@ -7,12 +7,14 @@
 
 #include "codebook.h"
 #include "half.h"
+#include "simd/lines.h"
 
 namespace opt8bit {
 namespace {
 
 struct Simd {
   static constexpr int kLanes = 1;
+  static constexpr bool kOverlapsChunks = false;
   struct Floats {
     float v;
   };
@@ -129,6 +131,9 @@ struct Simd {
       target[i] = static_cast<uint8_t>(__builtin_signbit(values[i]) ? below : middle + byte);
     }
   }
+
+  template <bool kSigned>
+  using Lines = WideLines<Simd, kSigned>;
 
   // Values of kLanes codes of a dynamic map.
   template <bool kSigned>

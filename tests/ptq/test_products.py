@@ -25,6 +25,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(products, "_product", counted)
     monkeypatch.setattr(products, "LEAST", 2**16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     return shapes
 
 
@@ -131,3 +132,12 @@ def test_modules_and_evaluation_go_there_and_may_be_kept_from_it(served: list[tu
     assert served == [(70, 40)]
     assert torch.equal(plain, layer(x))
     torch.testing.assert_close(result, plain)
+
+
+def test_without_avx512_all_products_stay_with_mkl(
+    served: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with torch.no_grad(), Products():
+        linear(draw(70, 40), draw(50, 40))
+    assert served == []
