@@ -62,7 +62,7 @@ float fixed_point(double sum, bool is_signed) {
 // What the encoder's tables are made of.
 struct EncoderLine {
   double slope, intercept, cap;  // in float(slope) * x + intercept
-  double end;                    // its largest x
+  double end;                    // its largest x; one's has none
 };
 
 // Line i = -1 is zero's, i = 7 that of one.
@@ -73,25 +73,22 @@ EncoderLine encoder_line(const Codebook& codebook, bool is_signed, int i) {
   const int j_of_first_line = is_signed ? -1 : 0;
   const double base = is_signed ? kEncoderBase : 2 * kEncoderBase - 1;  // code = c - 1 in the unsigned map
 
-  const auto j_of = [&](int i) { return i + 1 + j_of_first_line; };
-  const auto end_of = [&](int i) {
-    return codebook.midpoints[i < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j_of(i)) - 1];
+  const auto j_of = [&](int line) { return line + 1 + j_of_first_line; };
+  const auto end_of = [&](int line) {
+    return codebook.midpoints[line < 0 ? zero_code : (is_signed ? 127 : -1) + (2 << j_of(line)) - 1];
   };
   const double scale = std::ldexp(1.0, j_of(i));
-  EncoderLine line;
+  EncoderLine line = {};
   line.cap = base + 2 * scale - 0.5;
+  line.intercept = base + kIntercept * scale;
+  if (i < kDecades) line.end = end_of(i);
   if (i < 0) {
     // One code, zero's: the line begins at its cap, and is tilted so that it, too, crosses a whole number at its end.
-    line.end = end_of(i);
     line.intercept = line.cap;
     line.slope = 1.5 / line.end;
   } else if (i < kDecades) {
-    line.end = end_of(i);
-    line.intercept = base + kIntercept * scale;
     line.slope = std::pow(10.0, 6 - i) / 0.9 * scale;
   } else {
-    line.end = codebook.values[255];
-    line.intercept = base + kIntercept * scale;
     line.slope = (1 - kIntercept) * scale / end_of(kDecades - 1);  // crosses 2^j where the line below ends
   }
   line.slope = static_cast<float>(line.slope);
@@ -99,15 +96,19 @@ EncoderLine encoder_line(const Codebook& codebook, bool is_signed, int i) {
   return line;
 }
 
+template <class Encoder>
+void set_line(Encoder& encoder, int entry, const EncoderLine& line, double cap, float shift, bool is_signed) {
+  encoder.slope[entry] = static_cast<float>(line.slope);
+  encoder.intercept[entry] = static_cast<float>(line.intercept - line.slope * double{shift});
+  encoder.cap[entry] = fixed_point(cap, is_signed);
+}
+
 DynamicEncoder make_encoder(const Codebook& codebook, bool is_signed) {
   DynamicEncoder encoder = {};
   double line_end[kDecades + 2];
   for (int i = -1; i <= kDecades; ++i) {
     const EncoderLine line = encoder_line(codebook, is_signed, i);
-    const int entry = 7 - i;
-    encoder.slope[entry] = static_cast<float>(line.slope);
-    encoder.intercept[entry] = static_cast<float>(line.intercept - line.slope * double{kEncoderShift});
-    encoder.cap[entry] = fixed_point(line.cap, is_signed);
+    set_line(encoder, 7 - i, line, line.cap, kEncoderShift, is_signed);
     line_end[i + 1] = line.end;
   }
   line_end[kDecades] = codebook.values[254];  // one's line begins inside the last cell of the line below
@@ -129,9 +130,7 @@ NarrowEncoder make_narrow_encoder(const Codebook& codebook, bool is_signed) {
     const EncoderLine line = encoder_line(codebook, is_signed, i);
     const bool is_last = i == kDecades - 1;
     const int entry = i & 7;
-    encoder.slope[entry] = static_cast<float>(line.slope);
-    encoder.intercept[entry] = static_cast<float>(line.intercept - line.slope * double{kNarrowEncoderShift});
-    encoder.cap[entry] = fixed_point(is_last ? line.cap + 1 : line.cap, is_signed);
+    set_line(encoder, entry, line, is_last ? line.cap + 1 : line.cap, kNarrowEncoderShift, is_signed);
     const double shifted_end = line.end + kNarrowEncoderShift;
     encoder.line_end[entry] =
         is_last ? std::numeric_limits<float>::max() : static_cast<float>(shifted_end * (1 + kErrors));

@@ -113,7 +113,6 @@ struct Simd {
   }
   static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
   static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
-  static Mask greater_or_nan(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }
   static Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
   static Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v)); }
   static Mask is_nan(Floats a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }

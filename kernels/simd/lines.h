@@ -9,21 +9,40 @@
 namespace opt8bit {
 namespace {
 
-// Both: `shifted` values from normalized ones that are at least 0; the `line` of each; its `place` there, a code and a
-// fraction in fixed point; the line's `cap` in the same. A place whose fraction is under kEncoderSlack may be one code
-// off.
-
-template <class Simd, bool kSigned>
-class WideLines {
+// What both look up of a line: the sum of codebook.h, in fixed point, and its `cap` in the same.
+template <class Simd, class Table, bool kSigned>
+class LineTables {
  public:
   using Floats = typename Simd::Floats;
   using Ints = typename Simd::Ints;
 
+  Ints cap(Ints line) const { return Simd::bits(Simd::lookup(cap_, line)); }
+
+ protected:
+  LineTables(Table slope, Table intercept, Table cap) : slope_(slope), intercept_(intercept), cap_(cap) {}
+
+  Ints fixed_point_sum(Floats x, Ints line) const {
+    const Ints sum = Simd::bits(Simd::fma(x, Simd::lookup(slope_, line), Simd::lookup(intercept_, line)));
+    return kSigned ? sum : Simd::add(sum, sum);
+  }
+
+ private:
+  Table slope_, intercept_, cap_;
+};
+
+// Both have: `shifted` values from magnitudes and the reciprocal of the largest; the `line` of each; its `place` there,
+// a code and a fraction in fixed point. A place whose fraction is under kEncoderSlack may be one code off.
+
+template <class Simd, bool kSigned>
+class WideLines : public LineTables<Simd, typename Simd::Table16, kSigned> {
+ public:
+  using Tables = LineTables<Simd, typename Simd::Table16, kSigned>;
+  using typename Tables::Floats;
+  using typename Tables::Ints;
+
   explicit WideLines(const DynamicMap& map)
-      : line_end_(Simd::table32(map.encoder.line_end)),
-        slope_(Simd::table16(map.encoder.slope)),
-        intercept_(Simd::table16(map.encoder.intercept)),
-        cap_(Simd::table16(map.encoder.cap)) {}
+      : Tables(Simd::table16(map.encoder.slope), Simd::table16(map.encoder.intercept), Simd::table16(map.encoder.cap)),
+        line_end_(Simd::table32(map.encoder.line_end)) {}
 
   static Floats shifted(Floats value, Floats reciprocal) {
     return Simd::fma(value, reciprocal, Simd::broadcast(kEncoderShift));
@@ -32,28 +51,23 @@ class WideLines {
     const Floats line_end = Simd::lookup(line_end_, Simd::exponent(x));
     return Simd::add_where(Simd::greater_or_nan(x, line_end), Simd::bits(line_end), Simd::broadcast(-1));
   }
-  Ints place(Floats x, Ints line) const {
-    const Ints sum = Simd::bits(Simd::fma(x, Simd::lookup(slope_, line), Simd::lookup(intercept_, line)));
-    return kSigned ? sum : Simd::add(sum, sum);
-  }
-  Ints cap(Ints line) const { return Simd::bits(Simd::lookup(cap_, line)); }
+  Ints place(Floats x, Ints line) const { return this->fixed_point_sum(x, line); }
 
  private:
   typename Simd::Table32 line_end_;
-  typename Simd::Table16 slope_, intercept_, cap_;
 };
 
 template <class Simd, bool kSigned>
-class NarrowLines {
+class NarrowLines : public LineTables<Simd, typename Simd::Table8, kSigned> {
  public:
-  using Floats = typename Simd::Floats;
-  using Ints = typename Simd::Ints;
+  using Tables = LineTables<Simd, typename Simd::Table8, kSigned>;
+  using typename Tables::Floats;
+  using typename Tables::Ints;
 
   explicit NarrowLines(const DynamicMap& map)
-      : line_end_(Simd::table8(map.narrow_encoder.line_end)),
-        slope_(Simd::table8(map.narrow_encoder.slope)),
-        intercept_(Simd::table8(map.narrow_encoder.intercept)),
-        cap_(Simd::table8(map.narrow_encoder.cap)),
+      : Tables(Simd::table8(map.narrow_encoder.slope), Simd::table8(map.narrow_encoder.intercept),
+               Simd::table8(map.narrow_encoder.cap)),
+        line_end_(Simd::table8(map.narrow_encoder.line_end)),
         one_begin_(Simd::broadcast(map.narrow_encoder.one_begin)) {}
 
   static Floats shifted(Floats value, Floats reciprocal) {
@@ -65,15 +79,13 @@ class NarrowLines {
     return Simd::add_where(Simd::greater(x, Simd::lookup(line_end_, least)), least, Simd::broadcast(1));
   }
   Ints place(Floats x, Ints line) const {
-    const Ints sum = Simd::bits(Simd::fma(x, Simd::lookup(slope_, line), Simd::lookup(intercept_, line)));
-    return Simd::add_where(Simd::greater(x, one_begin_), kSigned ? sum : Simd::add(sum, sum),
-                           Simd::broadcast(kQuarter));
+    const Ints sum = this->fixed_point_sum(x, line);
+    return Simd::add_where(Simd::greater(x, one_begin_), sum, Simd::broadcast(kQuarter));
   }
-  Ints cap(Ints line) const { return Simd::bits(Simd::lookup(cap_, line)); }
 
  private:
-  typename Simd::Table8 line_end_, slope_, intercept_, cap_;
-  const Floats one_begin_;
+  typename Simd::Table8 line_end_;
+  Floats one_begin_;
 };
 
 }  // namespace
