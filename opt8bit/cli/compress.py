@@ -289,7 +289,7 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
     worst = max(rows, key=lambda row: row.error_corrected)
     lines = [
         f"{len(rows)} layers, {result.weights:,} weights at {result.bits_per_weight:.2f} bits each, scales counted",
-        f"largest relative error of an output: {worst.error_corrected:.2%}, {worst.name}",
+        f"largest error of an output, squared: {worst.error_corrected:.2%} of its own square, {worst.name}",
     ]
     costs = [row.symmetry_cost for row in rows if row.symmetry_cost is not None]
     if costs:

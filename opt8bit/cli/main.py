@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
@@ -46,6 +47,7 @@ def seed(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="opt8bit", description="8-bit optimizer states; compressed, corrected weights.")
+    top.add_argument("--version", action="version", version=f"opt8bit {version('opt8bit')}")
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print version, processor and which backend serves each device")
     train = commands.add_parser(

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq import ranks
+from opt8bit.ptq.arguments import check_count
 from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.export import check_format
 from opt8bit.ptq.layer import Override, Recipe
 from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
+from opt8bit.ptq.methods.method import check_method
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
 from opt8bit.ptq.source import InMemory, Source, digest, refuse_quantized
@@ -107,7 +109,7 @@ def compress(
         UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are.
     """
     greenlets()
-    source = model if isinstance(model, Source) else InMemory(model)
+    source = _source(model)
     refuse_quantized(getattr(source.model, "config", None))
     _check_loaded(source)
     options: dict[str, Any] = {
@@ -122,6 +124,8 @@ def compress(
     format = _format(scale_dtype, **options)
     if error_propagation is None:
         error_propagation = ERROR_PROPAGATION if method.uses_hessian and correct != "local" else 0.0
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"overrides must be a mapping from patterns of names to options, got {overrides!r}")
     others = tuple(_override(pattern, given, options, scale_dtype) for pattern, given in (overrides or {}).items())
     recipe = Recipe(method, format, error_propagation, correct, statistic, others)
     batches = _batches("calibration", calibration, batch_size, source.model)
@@ -137,6 +141,14 @@ def compress(
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
     return run(source, batches, recipe, see or (lambda report, layers: None), held_out=kept, work=begun)
+
+
+def _source(model: nn.Module | Source) -> Source:
+    if isinstance(model, Source):
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, or ptq.Checkpoint(folder), got {model!r}")
+    return InMemory(model)
 
 
 def _check_loaded(source: Source) -> None:
@@ -181,12 +193,12 @@ def _format(
     range: str | None,
     grid: Grid | None,
 ) -> Format:
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be one of opt8bit.ptq, such as GPTQ(), got {method!r}")
+    check_method("method", method)
     if grid is not None and not isinstance(grid, Grid):
         raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {grid!r}")
     if grid is None:
-        range = range or ("mse" if method.uses_hessian else "minmax")
+        if range is None:
+            range = "mse" if method.uses_hessian else "minmax"
         return Format(UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=scale_dtype), group_size)
     if (bits, symmetric, range) != (4, False, None):
         raise ValueError(f"bits, symmetric and range are those of grid={grid!r}: leave them out")
@@ -276,8 +288,7 @@ def _check_overrides(recipe: Recipe, layers: Mapping[str, nn.Module]) -> None:
 def _batches(name: str, calibration: Calibration, batch_size: int, model: nn.Module) -> list[dict[str, Tensor]]:
     device = next(model.parameters()).device
     if isinstance(calibration, Tensor):
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        check_count("batch_size", batch_size)
         check_token_ids(name, calibration, model)
         return [{"input_ids": part.to(device)} for part in calibration.split(batch_size)]
     given = list(calibration) if isinstance(calibration, Iterable) else [calibration]

@@ -88,7 +88,8 @@ def quality(
     tokens, losses, losses_hat, divergence = ranks.total([tokens, losses, losses_hat, divergence])
     if not tokens:
         return None
-    return Quality(int(tokens), perplexity_of(losses / tokens), perplexity_of(losses_hat / tokens), divergence / tokens)
+    divergence = max(divergence / tokens, 0.0)  # of equal predictions, rounding may leave less than nothing
+    return Quality(int(tokens), perplexity_of(losses / tokens), perplexity_of(losses_hat / tokens), divergence)
 
 
 def _counted(batch: dict[str, Tensor]) -> Tensor | slice:

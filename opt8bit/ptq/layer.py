@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq import bias as compensation
 from opt8bit.ptq import ranks
+from opt8bit.ptq.arguments import check_fraction
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.methods import RTN, Format, Method, Rounded
 from opt8bit.ptq.statistics import Inputs, Moments, Statistics
@@ -94,8 +95,7 @@ class Recipe:
             raise ValueError(f"correct='joint' is least squares: statistic must be 'mean', got {self.statistic!r}")
         if self.correct == "joint" and not self.method.uses_hessian:
             raise ValueError(f"{self.method!r} looks at no inputs: with correct='joint' it would round as ever")
-        if not 0 <= self.error_propagation <= 1:
-            raise ValueError(f"error_propagation must be from 0 to 1, got {self.error_propagation!r}")
+        check_fraction("error_propagation", self.error_propagation)
         if self.error_propagation and not self.method.uses_hessian:
             raise ValueError(f"{self.method!r} looks at no inputs: error_propagation must be 0")
         if self.error_propagation and self.correct == "local":

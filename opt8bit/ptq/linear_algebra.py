@@ -8,15 +8,6 @@ from torch import Tensor
 ATTEMPTS = 12  # of tenfold damping: from 1% to beyond any matrix of float64
 
 
-def check_damping(damping: float) -> None:
-    """
-    Raises:
-        ValueError: ``damping`` is not a positive, finite number.
-    """
-    if not 0 < damping < float("inf"):
-        raise ValueError(f"damping must be a positive number, got {damping!r}")
-
-
 def cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """``H + λI`` and its lower Cholesky factor, with λ the least ``damping * 10^k * mean(diag H)`` that has one.
 

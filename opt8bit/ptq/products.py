@@ -1,12 +1,16 @@
 """Products of float32 matrices on CPUs by oneDNN, which torch brings along but uses for other dtypes only.
 
-MKL, torch's choice for float32, leaves half of the width of some processors idle (AMD's Zen 5, for one). Where there is
-no AVX-512 it is the faster one, and has all products. They are those of float32 either way, summed in another order.
+MKL, torch's choice for float32, leaves half of the width of AVX-512 idle on processors that are not Intel's (AMD's Zen
+5, for one). On Intel's, and where there is no AVX-512, it is the faster one, and has all products. They are those of
+float32 either way, summed in another order.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 LEAST = 2**20  # multiplications; below, the way to oneDNN takes longer than the product
+CPUINFO = Path("/proc/cpuinfo")  # of Linux, where platform does not tell the processor's maker
 
 
 class Products(TorchFunctionMode):
@@ -62,9 +67,15 @@ def _is_plain(operand: Tensor) -> bool:
 def _operator() -> Any:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or _is_intels():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+@functools.cache
+def _is_intels() -> bool:
+    """Whether Intel made the processor."""
+    return "GenuineIntel" in (CPUINFO.read_text() if CPUINFO.is_file() else platform.processor())
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -106,6 +106,8 @@ class UniformGrid(Grid):
         super().__init__(scale_dtype)
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {bits!r}")
+        if not isinstance(symmetric, bool):
+            raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
         self._bits = bits
         self.symmetric = symmetric
         self.range = _checked_range(range)

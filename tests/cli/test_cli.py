@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import opt8bit
 from opt8bit.backends import available
 from opt8bit.cli import demo
 from opt8bit.cli.main import main
@@ -27,6 +28,12 @@ def test_info_names_versions_and_what_serves_the_cpu(capsys: pytest.CaptureFixtu
     assert lines["torch"] == torch.__version__
     assert lines["cpu"].startswith(available("cpu")[0])
     assert lines["threads"].startswith(str(torch.get_num_threads()))
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"opt8bit {opt8bit.__version__}\n"
 
 
 def test_info_names_what_in_the_environment_is_wrong(

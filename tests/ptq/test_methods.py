@@ -356,10 +356,16 @@ def test_bits_per_weight_counts_everything() -> None:
         (lambda: OutlierQuantEase(0.1, "row"), "structure must be one of unstructured, column, got 'row'"),
         (lambda: OutlierQuantEase(rounds=0), "rounds must be an integer of at least 1, got 0"),
         (lambda: OutlierQuantEase(start=OutlierQuantEase()), "start must be a method without outliers of its own"),
+        (lambda: GPTQ(damping="1%"), "damping must be a positive number, got '1%'"),  # type: ignore[arg-type]
+        (lambda: GPTQ(damping=True), "damping must be a positive number, got True"),
+        (lambda: GPTQ(act_order="no"), "act_order must be True or False, got 'no'"),  # type: ignore[arg-type]
+        (lambda: QuantEase(start="gptq"), r"start must be one of opt8bit.ptq, such as GPTQ\(\), got 'gptq'"),  # type: ignore[arg-type]
+        (lambda: OutlierQuantEase("1%"), "fraction must be from 0 to 1, got '1%'"),  # type: ignore[arg-type]
+        (lambda: OutlierQuantEase(start="gptq"), r"start must be one of opt8bit.ptq, such as GPTQ\(\), got 'gptq'"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_are_checked(make: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()  # type: ignore[operator]
 
 

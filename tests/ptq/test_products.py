@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(products, "_product", counted)
     monkeypatch.setattr(products, "LEAST", 2**16)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "_is_intels", lambda: False)
     return shapes
 
 
@@ -134,10 +137,22 @@ def test_modules_and_evaluation_go_there_and_may_be_kept_from_it(served: list[tu
     torch.testing.assert_close(result, plain)
 
 
-def test_without_avx512_all_products_stay_with_mkl(
-    served: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("capability", "is_intels"), [("AVX2", False), ("AVX2", True), ("AVX512", True)])
+def test_elsewhere_all_products_stay_with_mkl(
+    capability: str, is_intels: bool, served: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "_is_intels", lambda: is_intels)
     with torch.no_grad(), Products():
         linear(draw(70, 40), draw(50, 40))
     assert served == []
+
+
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
+def test_the_processors_maker_is_known(maker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "cpuinfo"
+    about.write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    for path, elsewhere in ((about, ""), (tmp_path / "none", f"Model 85 Stepping 7, {maker}")):
+        monkeypatch.setattr(products, "CPUINFO", path)
+        monkeypatch.setattr(products.platform, "processor", lambda name=elsewhere: name)
+        assert products._is_intels.__wrapped__() == (maker == "GenuineIntel")

@@ -101,6 +101,12 @@ def test_bits_are_checked(bits: object) -> None:
         UniformGrid(bits)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("symmetric", ["no", 0, None])
+def test_symmetry_is_checked(symmetric: object) -> None:
+    with pytest.raises(ValueError, match="symmetric must be True or False, got"):
+        UniformGrid(4, symmetric=symmetric)  # type: ignore[arg-type]
+
+
 def test_ranges_are_checked() -> None:
     with pytest.raises(ValueError, match="range must be one of minmax, mse, got 'best'"):
         UniformGrid(4, range="best")

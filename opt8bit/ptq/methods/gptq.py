@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.linear_algebra import check_damping, inverse_factor
+from opt8bit.ptq.arguments import check_flag, check_positive
+from opt8bit.ptq.linear_algebra import inverse_factor
 from opt8bit.ptq.methods.kernels import kernels_for
 from opt8bit.ptq.methods.method import Format, Method, Rounded, by_column, fit_groups, group_numbers, pieces
 from opt8bit.quant.grid import Grid, Scales
@@ -32,7 +33,7 @@ class GPTQ(Method):
         act_order: whether columns go by falling second moment.
 
     Raises:
-        ValueError: ``damping`` is not a positive number.
+        ValueError: ``damping`` is not a positive number, or ``act_order`` neither True nor False.
 
     Source: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, algorithm 1.
     """
@@ -41,7 +42,8 @@ class GPTQ(Method):
     act_order: bool = True
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        check_positive("damping", self.damping)
+        check_flag("act_order", self.act_order)
 
     def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
         group_of = group_numbers(weight, format.groups_of(weight))

@@ -131,6 +131,15 @@ class Method(ABC):
         """
 
 
+def check_method(name: str, value: object) -> None:
+    """
+    Raises:
+        TypeError: ``value`` is not a method.
+    """
+    if not isinstance(value, Method):
+        raise TypeError(f"{name} must be one of opt8bit.ptq, such as GPTQ(), got {value!r}")
+
+
 def objective(
     weight: Tensor,  # (out, in)
     rounded: Tensor,  # (out, in)

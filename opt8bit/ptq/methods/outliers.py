@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from opt8bit.ptq.arguments import check_count, check_fraction
 from opt8bit.ptq.methods.gptq import GPTQ
-from opt8bit.ptq.methods.method import Format, Method, Outliers, Rounded
-from opt8bit.ptq.methods.quantease import check_count, descend
+from opt8bit.ptq.methods.method import Format, Method, Outliers, Rounded, check_method
+from opt8bit.ptq.methods.quantease import descend
 
 STRUCTURES = ("unstructured", "column")
 
@@ -31,6 +32,7 @@ class OutlierQuantEase(Method):
 
     Raises:
         ValueError: an argument is not one of these.
+        TypeError: ``start`` is no method.
 
     Source: QuantEase: Optimization-based Quantization for Language Models, section 4. The grid is fitted once.
     """
@@ -44,12 +46,12 @@ class OutlierQuantEase(Method):
     rowwise = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction must be from 0 to 1, got {self.fraction!r}")
+        check_fraction("fraction", self.fraction)
         if self.structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
         check_count("rounds", self.rounds)
         check_count("sweeps", self.sweeps)
+        check_method("start", self.start)
         if not self.start.rowwise:
             raise ValueError(f"start must be a method without outliers of its own, got {self.start!r}")
 

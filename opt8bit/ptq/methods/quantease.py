@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from opt8bit.ptq.arguments import check_count
 from opt8bit.ptq.methods.kernels import kernels_for
-from opt8bit.ptq.methods.method import PIECE, Format, Method, Rounded, by_column, group_numbers
+from opt8bit.ptq.methods.method import PIECE, Format, Method, Rounded, by_column, check_method, group_numbers
 from opt8bit.ptq.methods.rtn import RTN
 from opt8bit.ptq.methods.scales import refit_scales
 from opt8bit.quant.grid import Grid, Scales
@@ -31,6 +32,7 @@ class QuantEase(Method):
 
     Raises:
         ValueError: ``sweeps`` is not a positive integer, or ``refits`` not an integer from 0.
+        TypeError: ``start`` is no method.
 
     Source: QuantEase: Optimization-based Quantization for Language Models, algorithm 1.
     """
@@ -42,6 +44,7 @@ class QuantEase(Method):
     def __post_init__(self) -> None:
         check_count("sweeps", self.sweeps)
         check_count("refits", self.refits, least=0)
+        check_method("start", self.start)
 
     @property
     def rowwise(self) -> bool:  # type: ignore[override]
@@ -64,15 +67,6 @@ class QuantEase(Method):
     def _descended(self, target: Tensor, rounded: Rounded, hessian: Tensor) -> Rounded:
         on_grid = descend(target, rounded.on_grid(), hessian, rounded.scales, rounded.format, self.sweeps)
         return Rounded.of(on_grid, rounded.scales, rounded.format, rounded.outliers)
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """
-    Raises:
-        ValueError: ``value`` is not an integer, or below ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def descend(
