@@ -5,15 +5,16 @@
 First a step of ours is held against the reference, in plain torch on the CPU: nothing is measured where they differ by
 more than rounding. Then each question alternates all optimizers, round by round, on the same parameters and on fresh
 random gradients, by the device's own clock, launching included, with caches flushed; ratios are of medians, to torch's
-fused optimizer with 32-bit states. The bandwidth counts what an 8-bit step has to move, 4 bytes of codes and three
-times those of a parameter, and is set against that of a copy. Optimizers that are not installed, and sizes that the
-device has no room for, are left out. Writes one JSON line per row, and a plot.
+fused optimizer, whose states have the parameters' dtype. The bandwidth counts what an 8-bit step has to move, 4 bytes
+of codes and three times those of a parameter, and is set against that of a copy. Optimizers that are not installed, and
+sizes that the device has no room for, are left out. Writes one JSON line per row, and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ import opt8bit
 LAYER_OF_7B = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008), (4096,), (4096,)]
 OURS, BASE = "opt8bit.AdamW8bit", "torch.optim.AdamW fused"
 CODE_BYTES = 4  # of two states, read and written
-ROOM = 2  # a question needs this many times the bytes of its parameters, gradients and 32-bit states
+ROOM = 3  # a question needs this many times the bytes of its parameters, gradients and 32-bit states
 
 
 def questions(quick: bool) -> dict[str, list[tuple[int, ...]]]:
@@ -45,6 +46,7 @@ def seconds_on(device: torch.device, call: Callable[[], Any]) -> float:
         return seconds(call)
     module = getattr(torch, device.type)
     torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # so that no cache holds what the last call left
+    module.synchronize()  # or the host would prepare the call while the device is still at this
     begin, end = (module.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -127,6 +129,8 @@ def fits(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
     if device.type == "cpu":
         return True
     count = sum(torch.Size(shape).numel() for shape in shapes)
+    gc.collect()  # the optimizers of the last question
+    getattr(torch, device.type).empty_cache()
     free, _ = getattr(torch, device.type).mem_get_info(device)
     return ROOM * count * (2 * dtype.itemsize + 8) < free
 

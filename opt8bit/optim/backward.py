@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ class Backward:
         return params[place[1]] if place[1] < len(params) else None
 
 
-def call_when_accumulated(param: Tensor, method: Callable[[Tensor], None]) -> None:
+def call_when_accumulated(param: Tensor, method: MethodType) -> None:
     """Has a bound method called whenever a backward pass has accumulated a parameter's gradient, as long as its object
     lives."""
     reference = weakref.WeakMethod(method)
@@ -138,4 +139,5 @@ def call_when_accumulated(param: Tensor, method: Callable[[Tensor], None]) -> No
         if alive is not None:
             alive(param)
 
-    param.register_post_accumulate_grad_hook(hook)
+    handle = param.register_post_accumulate_grad_hook(hook)
+    weakref.finalize(method.__self__, handle.remove).atexit = False

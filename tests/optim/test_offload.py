@@ -292,6 +292,13 @@ def test_an_optimizer_is_let_go_and_copied() -> None:
     backward(model, 0)  # whose hooks find nobody
 
 
+def test_an_optimizer_that_is_gone_leaves_no_hooks() -> None:
+    model = nn.Linear(64, 64)
+    opt8bit.memory_report(model, offload="backward")
+    gc.collect()
+    assert not model.weight._post_accumulate_grad_hooks
+
+
 def test_what_cannot_be_offloaded_is_refused() -> None:
     values = torch.zeros(64, 256)
     with pytest.raises(ValueError, match="memory of their own: 2 share theirs"):

@@ -26,7 +26,12 @@ ELEMENTS_PER_WARP = 256  # 8 of a thread
 MAX_WARPS = 16
 SPARE_BUFFERS = 4  # for graphs
 ALIGNMENT = 16  # bytes of an address, and elements of a row and of a block, where loads are 16 bytes wide
-OPTIONS = {"enable_fp_fusion": True}  # one rounding fewer than the reference, as in the kernels for CPUs
+# The compiler would fuse now one product of a sum, now the other, and an element have other bits in other places.
+OPTIONS = {"enable_fp_fusion": False}
+NEW_IN_CAPTURE = (
+    "a step that is captured must be like one before: with gradients whose addresses are multiples of 16 where they "
+    "were, and lr, grad_scale and found_inf of the same dtypes; take such a step first"
+)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -70,7 +75,8 @@ class Launches:
         device: of its parameters.
 
     Raises:
-        RuntimeError: a kernel does not compile. The message names the rule, the dtype and the device.
+        RuntimeError: a kernel does not compile. The message names the rule, the dtype and the device. Or what a graph
+            cannot hold is needed while one is captured.
     """
 
     def __init__(self, batch: Batch, device: torch.device) -> None:
@@ -83,14 +89,14 @@ class Launches:
         self._cuts: dict[bytes, Cut] = {}
         self._compiled: set[tuple[Any, ...]] = set()
         count = len(self._rows)
-        self._constants = torch.zeros(count, kernels.MAX_CONSTANTS.value, device=device)
+        self._constants = torch.zeros(count, kernels.MAX_CONSTANTS.value, dtype=torch.float32, device=device)
         self._keys = torch.zeros(count, dtype=torch.int64, device=device)
         self._table = Table(kernels.HEAD.value + self._rows.size, device, batch.capturable)
         pairs = list(zip(batch.codebooks, batch.rule.states.values(), strict=True))
         tables = [codebook.tables(values, signed) for values, signed in pairs]
         between = [codebook.midpoints(values) for values, _ in pairs]
         # With one number more, as a rule may have no states.
-        self._maps = torch.cat([*tables, torch.zeros(1, device="cpu")]).to(device)
+        self._maps = torch.cat([*tables, torch.zeros(1, dtype=torch.float32, device="cpu")]).to(device)
         self._midpoints = torch.cat([*between, torch.zeros(1, dtype=torch.float64, device="cpu")]).to(device)
         self._compile(self._cut(numpy.ones(count, numpy.bool_)), None, None, None)
 
@@ -165,6 +171,7 @@ class Launches:
         kind = shapes, *(None if value is None else value.dtype for value in (lr, grad_scale, found_inf))
         if kind in self._compiled:
             return
+        self._check_no_capture()
         try:
             self._run(_warm_up, cut, self._table.on_device, lr, grad_scale, found_inf)
         except Exception as error:  # of many kinds: the front end's, LLVM's, the driver's
@@ -181,8 +188,14 @@ class Launches:
         """
         key = aligned.tobytes()
         if key not in self._cuts:
+            self._check_no_capture()
             self._cuts[key] = self._new_cut(aligned)
         return self._cuts[key]
+
+    def _check_no_capture(self) -> None:
+        """Before what a graph cannot hold: memory that is copied from the host, and kernels that are loaded."""
+        if self.device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(NEW_IN_CAPTURE)
 
     def _new_cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
         blocks = self._rows[:, kernels.BLOCKS.value]
@@ -257,7 +270,7 @@ class Table:
     def _of_graph(self, words: Words) -> Tensor:
         """A table of the graph's own. The copy is a part of it, and repeated whenever it is replayed."""
         if not self._spare:
-            raise RuntimeError(f"{SPARE_BUFFERS} graphs were captured without a step between them: take one")
+            raise RuntimeError(f"{SPARE_BUFFERS} steps were captured in graphs without one between them: take one")
         pinned, table = self._spare.pop(), torch.empty_like(self.on_device)
         pinned.copy_(torch.from_numpy(words))
         self._of_graphs.append((pinned, table))
