@@ -199,7 +199,8 @@ def _entries(optimizer: Optimizer8bit) -> Iterator[_Entry]:
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             if rule.states and param.numel():
                 whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
-                state = {key: shards.everywhere(value) for key, value in optimizer.state.get(param, {}).items()}
+                states = optimizer.state.get(param, {}).items()  # elsewhere, if they are offloaded
+                state = {key: shards.everywhere(value).to(whole.device) for key, value in states}
                 yield _Entry(name, whole, grad, state, rule, group, (group_index, index))
 
 

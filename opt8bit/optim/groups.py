@@ -45,7 +45,7 @@ def merged_group(
     for name in hyper:
         if name in taken:
             _check_kind(name, taken[name], defaults[name])
-    merged = {name: _copied(name, value) for name, value in taken.items() if name not in policy.kept}
+    merged = {name: _copied(name, value, group.get(name)) for name, value in taken.items() if name not in policy.kept}
     merged = {**{name: group[name] for name in hyper}, **merged, **{name: group[name] for name in policy.kept}}
     policy.check(merged)
     return merged
@@ -81,8 +81,8 @@ def _check_kind(name: str, value: object, default: object) -> None:
             return
 
 
-def _copied(name: str, value: Any) -> Any:
-    """A copy; of a tensor, its value alone.
+def _copied(name: str, value: Any, had: Any) -> Any:
+    """A copy; of a tensor, its value alone, on the device of the tensor that it replaces.
 
     Raises:
         ValueError: it cannot be copied.
@@ -91,7 +91,7 @@ def _copied(name: str, value: Any) -> Any:
         found = flaw(value)
         if found:
             raise ValueError(f"{name} must be a dense tensor, got {found}")
-        return value.detach().clone()
+        return value.detach().to(had.device if isinstance(had, Tensor) else value.device, copy=True)
     try:
         return copy.deepcopy(value)
     except Exception as error:

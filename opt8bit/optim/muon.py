@@ -64,7 +64,8 @@ def symmetric_product(
             part = rows @ columns
         else:
             part = torch.addmm(added[start:end, :end], rows, columns, beta=beta, alpha=alpha)
-        whole[:start, start:end] = part.T.contiguous()[:start]  # transposed whole, as torch does it fast
+        if start:
+            whole[:start, start:end] = part.T.contiguous()[:start]  # transposed whole, as torch does it fast
         whole[start:end, :end] = part
     return whole
 

@@ -129,7 +129,7 @@ def position_shift(
 
 def _by_position(errors: Iterable[Tensor]) -> Tensor:
     """The mean over sequences at each position, (length, out)."""
-    total, tokens = torch.zeros(()), torch.zeros(())
+    total, tokens = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for error in errors:
         if total.dim() and len(total) != error.shape[1]:
             raise ValueError(f"a bias by position takes sequences of one length, got {len(total)} and {error.shape[1]}")

@@ -175,7 +175,7 @@ def stream_writers(block: nn.Module, call: Call) -> set[str]:
     features = call.hidden.shape[-1]
     found: set[str] = set()
     for name in (name for name, layer in layers.items() if matrix(layer).shape[0] == features):
-        trial = torch.randn(features, generator=torch.Generator().manual_seed(0)).to(call.hidden)
+        trial = torch.randn(features, generator=torch.Generator().manual_seed(0), device="cpu").to(call.hidden)
         outputs = {other: trial if other == name else trial.new_zeros(len(matrix(layers[other]))) for other in layers}
         with replaced({layers[other]: _constant(output) for other, output in outputs.items()}):
             if torch.allclose(call.of(block), call.hidden + trial):

@@ -160,6 +160,9 @@ def _check_loaded(source: Source) -> None:
                 f"{name} is on the meta device, its values elsewhere, maybe on disk: give a checkpoint's folder as "
                 "ptq.Checkpoint(folder), of which one block at a time is in memory"
             )
+    devices = {str(param.device) for param in source.model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"the model is spread over {', '.join(sorted(devices))}: put it on one device")
 
 
 def _warn_of_others(model: nn.Module) -> None:
@@ -236,6 +239,7 @@ def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -
         "calibration text": tokens[0],
         "held-out text": tokens[1],
         "number of processes": str(ranks.size()),
+        "device": texts[0][0]["input_ids"].device.type,
         "version": version("opt8bit"),
     }
 

@@ -44,7 +44,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's elements in row-major order, as they are in memory."""
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
     flat.view(tensor.shape).copy_(tensor.detach())
     return memoryview(flat.view(torch.uint8).numpy().data).cast("B") if flat.numel() else memoryview(b"")
 

@@ -155,7 +155,7 @@ def _parts(layer: Compressed) -> dict[str, Tensor]:
             "rows": outliers.rows,
             "columns": outliers.columns,
             "values": outliers.values,
-            "whole_columns": torch.tensor(outliers.whole_columns),
+            "whole_columns": torch.tensor(outliers.whole_columns, device="cpu"),
         }
     return {key: part for key, part in parts.items() if part is not None}
 

@@ -178,7 +178,7 @@ class CodebookGrid(Grid):
         self.range = _checked_range(range)
 
     def __repr__(self) -> str:
-        values = f"{self.codebook.numel()} values #{zlib.crc32(self.codebook.numpy().tobytes()):08x}"
+        values = f"{self.codebook.numel()} values #{zlib.crc32(self.codebook.cpu().numpy().tobytes()):08x}"
         return f"CodebookGrid({values}, range={self.range!r}, scale_dtype={self.scale_dtype})"
 
     @property

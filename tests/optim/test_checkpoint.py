@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, MUON, Case
+from cases import CASES, MUON, Case, parameter
 from torch import Tensor, nn
 
 import opt8bit
@@ -414,3 +414,16 @@ def test_parameters_may_go_by_name() -> None:
     del state_dict["state"]["b"]["step"]
     with pytest.raises(ValueError, match="parameter 'b', of shape"):
         other.load_state_dict(state_dict)
+
+
+def test_a_rate_stays_where_it_is() -> None:
+    """On its device, that is, where graphs read it; "meta" stands for a GPU."""
+    saved = opt8bit.AdamW8bit([parameter()], lr=torch.tensor(0.1)).state_dict()
+    optimizer = opt8bit.AdamW8bit([parameter()], lr=torch.tensor(0.2))
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.2, device="meta")
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"].device.type == "meta"
+    other = opt8bit.AdamW8bit([parameter()], lr=0.2)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == saved["param_groups"][0]["lr"]
+    assert other.param_groups[0]["lr"] is not saved["param_groups"][0]["lr"]

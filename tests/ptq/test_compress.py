@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -619,3 +620,30 @@ def test_a_plain_model_of_ones_own_is_compressed() -> None:
     with pytest.raises(TypeError, match="only models of transformers can be exported, got Model"):
         ptq.export(result, Path("never"))
     assert isinstance(next(iter(result.layers.values())), Compressed)
+
+
+def test_a_model_spread_over_devices_is_refused() -> None:
+    model = MODELS["llama"]()
+    elsewhere = SimpleNamespace(is_meta=False, device=torch.device("cuda:1"))
+    model.parameters = lambda: iter([torch.zeros(1), elsewhere])
+    with pytest.raises(ValueError, match=r"^the model is spread over cpu, cuda:1: put it on one device$"):
+        ptq.compress(model, token_ids(), group_size=16)
+
+
+def test_torchs_default_device_has_no_say(tmp_path: Path) -> None:
+    model, ids = MODELS["llama"](), token_ids()
+    options = {"bits": 4, "symmetric": True, "group_size": 16, "correct": "sequential", "held_out": ids}
+    outliers = {"overrides": {"*.down_proj": {"method": ptq.OutlierQuantEase(0.1)}}}
+    for device in (None, "meta"):
+        torch.set_default_device(device)
+        try:
+            result = ptq.compress(model, ids, **options, work=tmp_path / f"{device}")
+            for name in ("dense", "compressed-tensors", "gptq"):
+                ptq.export(result, tmp_path / f"{name} {device}", format=name)
+            result = ptq.compress(model, ids, **options, **outliers, work=tmp_path / f"{device}, outliers")
+            ptq.export(result, tmp_path / f"outliers {device}", format="dense")
+        finally:
+            torch.set_default_device(None)
+    for name in ("dense", "compressed-tensors", "gptq", "outliers"):
+        files = [tmp_path / f"{name} {device}" / "model.safetensors" for device in (None, "meta")]
+        assert files[0].read_bytes() == files[1].read_bytes()

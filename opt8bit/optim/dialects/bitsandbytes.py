@@ -123,7 +123,7 @@ def _decoded(
     except ValueError as error:
         raise ValueError(f"{where}: state 'qmap{number}': {error}") from None
     if not signed and numel:
-        check_not_negative(where, f"state{number}", values + CODING_ERROR * absmax.max())
+        check_not_negative(where, f"state{number}", values + CODING_ERROR * float(absmax.max()))
         values.clamp_(min=0)
     return values.reshape(codes.shape)
 

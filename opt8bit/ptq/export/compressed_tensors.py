@@ -44,7 +44,7 @@ class CompressedTensors(Layout):
         tensors = {
             "weight_packed": pack(rounded.codes, grid.bits),
             "weight_scale": rounded.scales.scale.to(layer.dtype),
-            "weight_shape": torch.tensor(rounded.codes.shape),
+            "weight_shape": torch.tensor(rounded.codes.shape, device="cpu"),
         }
         if not grid.symmetric:
             tensors["weight_zero_point"] = pack(rounded.scales.zero_point.T.to(torch.int64), grid.bits).T

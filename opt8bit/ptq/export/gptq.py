@@ -55,7 +55,7 @@ class GPTQFormat(Layout):
             "qweight": pack(rounded.codes, bits).T,
             "qzeros": pack(zeros, bits),
             "scales": rounded.scales.scale.T.to(layer.dtype),
-            "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
+            "g_idx": torch.arange(columns, dtype=torch.int32, device="cpu") // (columns // groups),
         }
 
     def config(self, result: Result) -> dict[str, Any]:
