@@ -32,8 +32,8 @@ class Options(TypedDict, total=False):
         made, and does not change those that are there.
     fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
     capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
-        ``lr`` a tensor there, the graph reads it anew at each replay. Take a step before, and keep the gradients and
-        the group as they are as long as the graph is replayed.
+        ``lr`` a tensor there, the graph reads it anew at each replay. Take a step like it before, and keep the
+        gradients and the group as they are as long as the graph is replayed. A graph holds at most four steps.
     offload: True keeps the states on the CPU and takes the step there, for parameters that are on a GPU (default
         False): each step copies them and their gradients over and the parameters back. "backward" has each parameter
         stepped while the backward pass goes on to the next: it takes one backward pass for each step, and gradients
