@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
+from opt8bit import __version__
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
 from opt8bit.cli.models import CommandError
 from opt8bit.cli.recipes import METHODS, STATISTICS, read_recipe
@@ -47,7 +47,7 @@ def seed(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="opt8bit", description="8-bit optimizer states; compressed, corrected weights.")
-    top.add_argument("--version", action="version", version=f"opt8bit {version('opt8bit')}")
+    top.add_argument("--version", action="version", version=f"opt8bit {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print version, processor and which backend serves each device")
     train = commands.add_parser(

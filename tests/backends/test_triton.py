@@ -311,7 +311,7 @@ def test_lr_may_be_on_the_device(use: Any) -> None:
             backend.step([update._replace(hyper={**plan_hyper, "lr": lr})])
         results.append(param.detach().cpu())
     assert torch.equal(results[0], results[2])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=0)
 
 
 def test_nobody_looks_at_what_lies_on_a_device() -> None:
@@ -391,9 +391,10 @@ def test_launches_do_not_grow_with_the_number_of_tensors() -> None:
         activity = getattr(torch.profiler.ProfilerActivity, DEVICE.upper())
         with torch.profiler.profile(activities=[activity]) as profile:
             optimizer.step()
-        return sum(event.count for event in profile.key_averages() if event.key.endswith("_kernel"))
+        # Beside what the device does, the profiler counts what the host calls to have it done.
+        return sum(event.count for event in profile.key_averages() if event.device_type.name == DEVICE.upper())
 
-    assert launches(1000) == launches(10) == 2
+    assert launches(1000) == launches(10) > 0
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="captures a CUDA graph")

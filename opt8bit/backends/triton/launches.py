@@ -194,7 +194,7 @@ class Launches:
 
     def _check_no_capture(self) -> None:
         """Before what a graph cannot hold: memory that is copied from the host, and kernels that are loaded."""
-        if self.device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NEW_IN_CAPTURE)
 
     def _new_cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
