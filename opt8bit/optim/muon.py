@@ -73,6 +73,7 @@ def symmetric_product(
 ADJUSTMENTS = {  # of lr, by the number of rows and columns
     "original": lambda rows, columns: math.sqrt(max(1, rows / max(1, columns))),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / max(1, columns)),
 }
 
 
@@ -94,7 +95,8 @@ def muon(
 ) -> tuple[Tensor, ...]:
     """One step of Muon; all tensors of one shape (rows, columns).
 
-    Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training.
+    Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training; Deriving Muon
+    (Bernstein, 2025).
     """
     grad = -grad if maximize else grad
     momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
@@ -138,8 +140,9 @@ class Muon8bit(Optimizer8bit):
         ns_coefficients: of the Newton-Schulz polynomial.
         eps: least norm that a matrix is divided by.
         ns_steps: iterations, less than 100.
-        adjust_lr_fn: "original" (or None) takes sqrt(max(1, rows / columns)) * lr, "match_rms_adamw"
-            0.2 * sqrt(max(rows, columns)) * lr.
+        adjust_lr_fn: how lr follows the shape. "original" (or None) takes sqrt(max(1, rows / columns)) * lr,
+            "match_rms_adamw" 0.2 * sqrt(max(rows, columns)) * lr, and "spectral_unclamped" sqrt(rows / columns) * lr,
+            which torch.optim.Muon has from torch 2.14 on.
         options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:

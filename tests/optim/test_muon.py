@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from cases import gradients, parameter, train
@@ -46,6 +48,10 @@ def test_iterations_lead_to_singular_values_near_one() -> None:
         {},
         {"nesterov": False, "weight_decay": 0.0},
         {"adjust_lr_fn": "match_rms_adamw", "lr": 0.01},
+        pytest.param(
+            {"adjust_lr_fn": "spectral_unclamped", "lr": 0.01},
+            marks=pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch.optim.Muon has it from torch 2.14 on"),
+        ),
         {"momentum": 0.8, "ns_steps": 6},
     ],
 )
@@ -60,6 +66,20 @@ def test_32_bit_momentum_equals_torch(shape: tuple[int, int], hyper: dict) -> No
         train(torchs, theirs, [grad])
         assert torch.equal(ours, theirs)
         assert torch.equal(mine.state[ours]["momentum_buffer"], torchs.state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (100, 64), (64, 64)])
+def test_spectral_unclamped_scales_lr_by_the_root_of_rows_over_columns(shape: tuple[int, int]) -> None:
+    """Compares with torch's "original" at a rate that undoes its clamp, which every version of torch has."""
+    rows, columns = shape
+    ours, theirs = parameter(shape=shape), parameter(shape=shape)
+    mine = opt8bit.Muon8bit([ours], lr=0.01, weight_decay=0.0, adjust_lr_fn="spectral_unclamped", state_bits=32)
+    unclamped = 0.01 * math.sqrt(min(1, rows / columns))
+    torchs = torch.optim.Muon([theirs], lr=unclamped, weight_decay=0.0, adjust_lr_fn="original")
+    for grad in gradients(5, shape):
+        train(mine, ours, [grad])
+        train(torchs, theirs, [grad])
+        assert torch.equal(ours, theirs)
 
 
 def test_8_bit_momentum_points_where_torchs_does() -> None:
