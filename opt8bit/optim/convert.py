@@ -90,8 +90,22 @@ def _group(
     for name in alien:
         if kept.pop(name):
             raise ValueError(f"parameter group {number}: torch.optim.{counterpart} has no {name}, got {group[name]!r}")
+    _check_names(number, {name: value for name, value in kept.items() if name in defaults}, counterpart)
     copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
     return {**defaults, **copied, "params": list(range(first, first + len(group["params"])))}
+
+
+def _check_names(number: int, kept: Mapping[str, Any], counterpart: str) -> None:
+    """Raises ValueError if this version of torch lacks a function that a group names, as Muon's adjust_lr_fn does.
+
+    Only the constructor of torch's optimizer refuses an unknown name. A loaded one trains on as if none were given.
+    """
+    names = {name: value for name, value in kept.items() if isinstance(value, str)}
+    try:
+        getattr(torch.optim, counterpart)([torch.zeros(1, 1, device="cpu")], **names)
+    except ValueError as error:
+        message = f"parameter group {number}: torch.optim.{counterpart} of torch {torch.__version__}: {error}"
+        raise ValueError(message) from error
 
 
 def _state(param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

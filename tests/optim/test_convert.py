@@ -32,6 +32,9 @@ CASES: dict[str, Case] = {
     "Adagrad": Case(opt8bit.Adagrad8bit, {"initial_accumulator_value": 0.1, "lr_decay": 0.01}),
     "Muon": Case(opt8bit.Muon8bit, {"momentum": 0.8}),
 }
+HAS_UNCLAMPED = torch.__version__ >= (2, 14)
+if HAS_UNCLAMPED:
+    CASES["Muon unclamped"] = Case(opt8bit.Muon8bit, {"adjust_lr_fn": "spectral_unclamped"})
 STEPS = (0, 1, 3)
 
 
@@ -162,6 +165,14 @@ def test_what_torch_does_not_have_is_refused(ours: type[Optimizer8bit]) -> None:
 def test_a_hyper_parameter_that_torch_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parameter group 0: torch.optim.Muon has no maximize, got True"):
         to_torch_state_dict(opt8bit.Muon8bit(parameters(), maximize=True))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this version of torch has no Muon")
+@pytest.mark.skipif(HAS_UNCLAMPED, reason="this version of torch has the function")
+def test_a_function_that_this_version_of_torch_does_not_have_is_refused() -> None:
+    optimizer = opt8bit.Muon8bit(parameters(), adjust_lr_fn="spectral_unclamped")
+    with pytest.raises(ValueError, match=r"parameter group 0: torch.optim.Muon of torch .*spectral_unclamped is not"):
+        to_torch_state_dict(optimizer)
 
 
 def test_a_state_that_is_not_its_parameters_is_refused() -> None:
