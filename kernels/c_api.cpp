@@ -109,13 +109,22 @@ void opt8bit_quantize_blockwise(const Kernels* kernels, const void* x, int64_t d
   });
 }
 
-void opt8bit_dequantize_blockwise(const Kernels* kernels, const uint8_t* codes, const float* absmax, int64_t rows,
+void opt8bit_dequantize_blockwise(const Kernels* kernels, const uint8_t* codes, const float* scales, int64_t rows,
                                   int64_t row_length, int64_t block_size, const float* values, int64_t size, void* x,
                                   int64_t dtype, int64_t threads) {
-  const Codebook codebook(values, static_cast<int>(size));
+  float table[256] = {};  // for any byte, whatever the size
+  std::copy_n(values, size, table);
   const BlockView view(rows, row_length, block_size);
   parallel_blocks(view, threads, [&](int64_t first_block, int64_t last_block) {
-    kernels->dequantize(codes, absmax, view, codebook, x, static_cast<DType>(dtype), first_block, last_block);
+    kernels->dequantize(codes, scales, view, table, x, static_cast<DType>(dtype), first_block, last_block);
+  });
+}
+
+void opt8bit_encode_state(const Kernels* kernels, const float* x, int64_t rows, int64_t row_length, int64_t block_size,
+                          int64_t is_signed, uint8_t* codes, float* scales, int64_t threads) {
+  const BlockView view(rows, row_length, block_size);
+  parallel_blocks(view, threads, [&](int64_t first_block, int64_t last_block) {
+    kernels->encode_state(x, view, is_signed != 0, codes, scales, first_block, last_block);
   });
 }
 

@@ -33,9 +33,12 @@ OPT8BIT_EXPORT void opt8bit_quantize_blockwise(const opt8bit::Kernels* kernels, 
                                                const float* codebook, int64_t codebook_size, uint8_t* codes,
                                                float* absmax, int64_t threads);
 OPT8BIT_EXPORT void opt8bit_dequantize_blockwise(const opt8bit::Kernels* kernels, const uint8_t* codes,
-                                                 const float* absmax, int64_t rows, int64_t row_length,
+                                                 const float* scales, int64_t rows, int64_t row_length,
                                                  int64_t block_size, const float* codebook, int64_t codebook_size,
                                                  void* x, int64_t dtype, int64_t threads);
+OPT8BIT_EXPORT void opt8bit_encode_state(const opt8bit::Kernels* kernels, const float* x, int64_t rows,
+                                         int64_t row_length, int64_t block_size, int64_t is_signed, uint8_t* codes,
+                                         float* scales, int64_t threads);
 OPT8BIT_EXPORT void opt8bit_step(const opt8bit::Kernels* kernels, const opt8bit::Tensor* tensors, int64_t count,
                                  const opt8bit::Group* groups, int64_t threads);
 

@@ -187,11 +187,18 @@ uint8_t nearest_code(float x, float absmax, const Codebook& codebook) {
   return static_cast<uint8_t>(low);
 }
 
-uint8_t nearest_code_from(int code, float x, float absmax, const Codebook& codebook) {
-  if (!std::isfinite(x)) return nearest_code(x, absmax, codebook);
-  while (code > 0 && !codebook.is_above_midpoint(x, absmax, code - 1)) --code;
-  while (code < codebook.size - 1 && codebook.is_above_midpoint(x, absmax, code)) ++code;
-  return static_cast<uint8_t>(code);
+uint8_t nearest_state_code(float x, float scale, const Codebook& codebook) {
+  const uint8_t code = nearest_code(std::copysign(1.0f, scale) * x, std::fabs(scale), codebook);
+  return static_cast<uint8_t>(code - codebook.zero_code);
+}
+
+uint8_t nearest_state_code_from(uint8_t state_code, float x, float scale, const Codebook& codebook) {
+  if (!std::isfinite(x)) return nearest_state_code(x, scale, codebook);
+  const float mirrored = std::copysign(1.0f, scale) * x, magnitude = std::fabs(scale);
+  int code = static_cast<uint8_t>(state_code + codebook.zero_code);
+  while (code > 0 && !codebook.is_above_midpoint(mirrored, magnitude, code - 1)) --code;
+  while (code < codebook.size - 1 && codebook.is_above_midpoint(mirrored, magnitude, code)) ++code;
+  return static_cast<uint8_t>(code - codebook.zero_code);
 }
 
 }  // namespace opt8bit

@@ -81,7 +81,11 @@ const Codebook& dynamic_map(bool is_signed);
 // argmin over codes of |x - values[code] * absmax| in exact arithmetic; a tie goes to the lower code.
 // +Inf is coded as the largest value, -Inf as the smallest, NaN (and anything where absmax is 0) as `zero_code`.
 uint8_t nearest_code(float x, float absmax, const Codebook& codebook);
+
+// States hold codes of a dynamic map counted from that of zero, modulo 256, so that byte 0 is the value 0. Their scale
+// has the sign of the block's largest element: x is coded as x / scale is, so that -x has the code of x.
+uint8_t nearest_state_code(float x, float scale, const Codebook& codebook);
 // The same, searched from a code near it.
-uint8_t nearest_code_from(int code, float x, float absmax, const Codebook& codebook);
+uint8_t nearest_state_code_from(uint8_t code, float x, float scale, const Codebook& codebook);
 
 }  // namespace opt8bit

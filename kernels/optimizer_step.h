@@ -41,7 +41,7 @@ struct Tensor {
   const void* grad;
   float* step;                // how many steps were taken; a step adds 1
   void* states[kMaxStates];   // uint8 codes, or float32 values where state_bits is 32
-  float* absmax[kMaxStates];  // (rows, blocks of a row), row by row; unused where state_bits is 32
+  float* scales[kMaxStates];  // (rows, blocks of a row), row by row; unused where state_bits is 32
   int16_t* compensation;      // of the parameter's shape; unused unless the rounding is compensated
   int64_t rows;
   int64_t row_length;
@@ -105,8 +105,11 @@ struct Kernels {
   void (*measure)(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block);
   void (*quantize)(const void* x, DType dtype, const BlockView& view, const Codebook& codebook, uint8_t* codes,
                    float* absmax, int64_t first_block, int64_t last_block);
-  void (*dequantize)(const uint8_t* codes, const float* absmax, const BlockView& view, const Codebook& codebook,
-                     void* x, DType dtype, int64_t first_block, int64_t last_block);
+  void (*dequantize)(const uint8_t* codes, const float* scales, const BlockView& view, const float* values, void* x,
+                     DType dtype, int64_t first_block, int64_t last_block);
+  // A state's codes, of a dynamic map, and scales, as a step stores them.
+  void (*encode_state)(const float* x, const BlockView& view, bool is_signed, uint8_t* codes, float* scales,
+                       int64_t first_block, int64_t last_block);
 
   // Each on the batch of `rows_at_once` rows that starts at `first`.
   int64_t rows_at_once;

@@ -29,19 +29,19 @@ constexpr int64_t run_length(int64_t block_length, int64_t elements) {
 }
 
 // How the update loop reads and writes a state that is stored as codes: vectors of float32 come out of the codes and
-// go into a buffer, which is encoded when the blocks' new absmax are known.
+// go into a buffer, which is encoded when the blocks' new scales are known.
 template <bool kSigned>
 class CodedState {
  public:
   CodedState(const Tensor& tensor, int s, float* memory)
       : tensor_codes_(static_cast<uint8_t*>(tensor.states[s])),
-        tensor_absmax_(tensor.absmax[s]),
+        tensor_scales_(tensor.scales[s]),
         decode_(dynamic_map(kSigned)),
         memory_(memory) {}
 
   void open_run(int64_t block, int64_t offset, int64_t block_length) {
     run_codes_ = tensor_codes_ + offset;
-    run_absmax_ = tensor_absmax_ + block;
+    run_scales_ = tensor_scales_ + block;
     stride_ = (block_length + kChunk - 1) / kChunk * kChunk;
   }
   void open(int64_t slot, int64_t offset, int64_t n) {
@@ -49,44 +49,56 @@ class CodedState {
     codes_ = tensor_codes_ + offset;
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(codes_ + i + kAhead / 4, 1);
     buffer_ = memory_ + slot * stride_;
-    scale_ = Simd::broadcast(run_absmax_[slot]);
-    magnitude_ = Simd::broadcast(0.0f);
+    scale_ = Simd::broadcast(run_scales_[slot]);
+    highest_ = lowest_ = Simd::broadcast(0.0f);
   }
   void prefetch(int64_t) const {}  // a block at a time, as a vector takes a part of a line only
   Scaled load(int64_t i) const { return {decode_(Simd::load(codes_ + i)), scale_}; }
   Scaled load_tail(int64_t i, int64_t n) const { return {decode_(load_first(codes_ + i, n - i)), scale_}; }
   void store(int64_t i, Simd::Floats x) {
     Simd::store(buffer_ + i, x);
-    magnitude_ = Simd::max_abs(x, magnitude_);
+    highest_ = Simd::max(x, highest_);
+    if (kSigned) lowest_ = Simd::min(x, lowest_);
   }
   void store_tail(int64_t i, int64_t n, Simd::Floats x) { store(i, keep_first(x, n - i)); }
   bool is_infinite() {
-    largest_ = Simd::horizontal_max(magnitude_);
+    largest_ = Simd::horizontal_max(kSigned ? Simd::max(highest_, Simd::broadcast(0.0f) - lowest_) : highest_);
     return largest_ > __FLT_MAX__;
   }
   bool is_infinite(int64_t i) const { return __builtin_isinf(buffer_[i]); }
   void clear(int64_t i) {
     buffer_[i] = 0;
-    largest_ = __builtin_inff();  // to be found anew
+    largest_ = __builtin_inff();  // to be found again
   }
-  void close(int64_t slot, int64_t n) { run_absmax_[slot] = finite_absmax(largest_, buffer_, n); }
+  // The scale is the largest element. Of a and -a it is the first one, whatever the lanes.
+  void close(int64_t slot, int64_t n) {
+    float scale = finite_absmax(largest_, buffer_, n);
+    if (kSigned) {
+      const Simd::Floats magnitude = Simd::broadcast(scale);
+      const bool has_positive = Simd::lanes(Simd::equal(highest_, magnitude)) != 0;
+      const bool has_negative = Simd::lanes(Simd::equal(Simd::broadcast(0.0f) - lowest_, magnitude)) != 0;
+      if (__builtin_expect(has_positive == has_negative, 0)) scale = first_of_magnitude(scale, buffer_, n);
+      else scale = float_from_bits(bits_from_float(scale) ^ uint32_t{has_negative} << 31);  // a branch would be a guess
+    }
+    run_scales_[slot] = scale;
+  }
   void close_run(const int64_t* lengths, int64_t count) {
     // Steps divide by the root of a state without signs: beside a first moment that is not zero, a second one that had
     // become zero would leave them eps alone to divide by.
-    encode_blocks<kSigned, !kSigned>(memory_, stride_, lengths, run_absmax_, count, run_codes_);
+    encode_blocks<kSigned, !kSigned>(memory_, stride_, lengths, run_scales_, count, run_codes_);
   }
 
  private:
   uint8_t* const tensor_codes_;
-  float* const tensor_absmax_;
+  float* const tensor_scales_;
   const Simd::Decoder<kSigned> decode_;
   float* const memory_;
   uint8_t* run_codes_;
-  float* run_absmax_;
+  float* run_scales_;
   int64_t stride_;
   uint8_t* codes_;
   float* buffer_;
-  Simd::Floats scale_, magnitude_;
+  Simd::Floats scale_, highest_, lowest_;
   float largest_;
 };
 

@@ -111,7 +111,7 @@ struct Simd {
     const __m256 is_nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
     return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, is_nan)};
   }
-  static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
+  static Mask equal(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
   static Mask greater(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
   static Mask less(Ints a, Ints b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v)); }
@@ -132,13 +132,14 @@ struct Simd {
   }
 
   static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) { store_bytes(target, third_bytes(a)); }
-  static void store_mirrored_bytes(uint8_t* target, const Ints (&a)[4], int middle, const float* values) {
-    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle)), bytes = third_bytes(a);
+  static void store_signed_bytes(uint8_t* target, const Ints (&a)[4], const float* values, bool is_mirrored) {
+    const __m256i bytes = third_bytes(a), mirror = _mm256_set1_epi8(static_cast<char>(-is_mirrored));
     Ints x[4];
     for (int i = 0; i < 4; ++i) x[i] = bits(load(values + i * kLanes));
     // Packing saturates, which keeps the sign.
     const __m256i signs = _mm256_packs_epi16(_mm256_packs_epi32(x[0].v, x[1].v), _mm256_packs_epi32(x[2].v, x[3].v));
-    store_bytes(target, _mm256_blendv_epi8(_mm256_add_epi8(middles, bytes), _mm256_subs_epu8(middles, bytes), signs));
+    const __m256i negated = _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_min_epu8(bytes, _mm256_set1_epi8(127)));
+    store_bytes(target, _mm256_blendv_epi8(bytes, negated, _mm256_xor_si256(signs, mirror)));
   }
   static __m256i third_bytes(const Ints (&a)[4]) {
     Ints bytes[4];
@@ -169,7 +170,8 @@ struct Simd {
       offset = _mm256_set1_ps(decoder.scale * decoder.code_offset);
     }
     Floats operator()(Codes codes) const {
-      const __m256i code = _mm256_cvtepu8_epi32(codes.v);
+      const __m128i from_least = kSigned ? _mm_add_epi8(codes.v, _mm_set1_epi8(kSignedZeroCode)) : codes.v;
+      const __m256i code = _mm256_cvtepu8_epi32(from_least);
       const Floats c = {_mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale, offset)};
       const Ints line = exponent(c);
       Floats start = lookup(intercept, line);

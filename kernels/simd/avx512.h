@@ -106,15 +106,12 @@ struct Simd {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), is_nan, a.v)};
   }
-  static Floats max_abs(Floats a, Floats b) {
-    constexpr int kLargerMagnitudeWithoutSign = 0b1011;
-    return {_mm512_range_ps(a.v, b.v, kLargerMagnitudeWithoutSign)};
-  }
   static Floats times_sign_of(Floats sign, Floats a) {
     constexpr int kSecondAndThirdXorFirst = 0b01111000;
     return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(sign.v),
                                                           _mm512_set1_epi32(INT32_MIN), kSecondAndThirdXorFirst))};
   }
+  static Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
   static Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   static Mask greater_or_nan(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
   static Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
@@ -134,14 +131,13 @@ struct Simd {
   static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) {
     for (int i = 0; i < 4; i += 2) store_bytes(target + i * kLanes, third_bytes(a[i], a[i + 1]));
   }
-  static void store_mirrored_bytes(uint8_t* target, const Ints (&a)[4], int middle, const float* values) {
-    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
+  static void store_signed_bytes(uint8_t* target, const Ints (&a)[4], const float* values, bool is_mirrored) {
+    const __mmask32 mirror = 0u - is_mirrored;
     for (int i = 0; i < 4; i += 2) {
       const __m256i bytes = third_bytes(a[i], a[i + 1]);
-      const __mmask32 is_negative =
-          _mm512_kunpackw(sign_bits(values + (i + 1) * kLanes), sign_bits(values + i * kLanes));
-      const __m256i above = _mm256_add_epi8(middles, bytes);
-      store_bytes(target + i * kLanes, _mm256_mask_subs_epu8(above, is_negative, middles, bytes));
+      const __mmask32 signs = _mm512_kunpackw(sign_bits(values + (i + 1) * kLanes), sign_bits(values + i * kLanes));
+      const __m256i magnitudes = _mm256_min_epu8(bytes, _mm256_set1_epi8(127));
+      store_bytes(target + i * kLanes, _mm256_mask_sub_epi8(bytes, signs ^ mirror, _mm256_setzero_si256(), magnitudes));
     }
   }
   static __m256i third_bytes(Ints a, Ints b) {
@@ -173,7 +169,8 @@ struct Simd {
       offset = _mm512_set1_ps(large - decoder.scale * decoder.code_offset);
     }
     Floats operator()(Codes codes) const {
-      const __m512i code = _mm512_cvtepu8_epi32(codes.v);
+      const __m128i from_least = kSigned ? _mm_add_epi8(codes.v, _mm_set1_epi8(kSignedZeroCode)) : codes.v;
+      const __m512i code = _mm512_cvtepu8_epi32(from_least);
       const Floats c = {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_epi32(code, exponent_bits)), offset)};
       const __m512i line = exponent(c).v;
       Floats start = {_mm512_permutexvar_ps(line, intercept)};

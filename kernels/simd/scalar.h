@@ -99,13 +99,12 @@ struct Simd {
   static Floats fma(Floats a, Floats b, Floats c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
   static Floats sqrt(Floats a) { return {__builtin_sqrtf(a.v)}; }
   static Floats abs(Floats a) { return {__builtin_fabsf(a.v)}; }
+  // The smaller and the larger one; `b` where `a` is NaN.
   static Floats min(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
-  // The larger one; `b` where `a` is NaN.
   static Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
   // NaN if either is NaN, as torch.maximum has it.
   static Floats maximum(Floats a, Floats b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
-  // The larger magnitude, the other operand where one is NaN.
-  static Floats max_abs(Floats a, Floats b) { return max(abs(a), abs(b)); }
+  static Mask equal(Floats a, Floats b) { return a.v == b.v; }
   static Mask greater(Floats a, Floats b) { return a.v > b.v; }
   static Mask greater_or_nan(Floats a, Floats b) { return !(a.v <= b.v); }
   static Mask less(Floats a, Floats b) { return a.v < b.v; }
@@ -124,23 +123,26 @@ struct Simd {
   static void store_third_bytes(uint8_t* target, const Ints (&a)[4]) {
     for (int i = 0; i < 4; ++i) target[i] = static_cast<uint8_t>(a[i].v >> 16);
   }
-  // `middle` plus those; minus them, and at least 0, where values are negative.
-  static void store_mirrored_bytes(uint8_t* target, const Ints (&a)[4], int middle, const float* values) {
+  // The same; minus them, and at least -127, where values are negative, or where they are not if `is_mirrored`.
+  static void store_signed_bytes(uint8_t* target, const Ints (&a)[4], const float* values, bool is_mirrored) {
     for (int i = 0; i < 4; ++i) {
-      const int byte = a[i].v >> 16 & 255, below = middle > byte ? middle - byte : 0;
-      target[i] = static_cast<uint8_t>(__builtin_signbit(values[i]) ? below : middle + byte);
+      const int byte = a[i].v >> 16 & 255;
+      const bool is_negative = (__builtin_signbit(values[i]) != 0) != is_mirrored;
+      target[i] = static_cast<uint8_t>(is_negative ? -(byte < 127 ? byte : 127) : byte);
     }
   }
 
   template <bool kSigned>
   using Lines = WideLines<Simd, kSigned>;
 
-  // Values of kLanes codes of a dynamic map.
+  // Values of kLanes codes of a dynamic map, counted from zero's.
   template <bool kSigned>
   struct Decoder {
     const float* values;
     explicit Decoder(const Codebook& codebook) : values(codebook.values) {}
-    Floats operator()(Codes codes) const { return {values[codes.v]}; }
+    Floats operator()(Codes codes) const {
+      return {values[static_cast<uint8_t>(codes.v + (kSigned ? kSignedZeroCode : 0))]};
+    }
   };
 };
 

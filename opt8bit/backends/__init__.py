@@ -17,14 +17,26 @@ from torch import Tensor
 
 from opt8bit.backends import native
 from opt8bit.backends.description import addresses, data_ptrs, describe
-from opt8bit.backends.interface import DTYPES, Backend, Batch, GroupUpdate, Rule, is_interpreting
-from opt8bit.backends.reference import Reference, as_real, keep_positive
+from opt8bit.backends.interface import (
+    ADDRESSES,
+    COMPENSATION,
+    DTYPES,
+    Backend,
+    Batch,
+    Rule,
+    Step,
+    is_interpreting,
+    stored_as,
+)
+from opt8bit.backends.reference import Reference, as_real
 
 __all__ = [
+    "ADDRESSES",
+    "COMPENSATION",
     "Backend",
     "Batch",
-    "GroupUpdate",
     "Rule",
+    "Step",
     "addresses",
     "as_real",
     "available",
@@ -34,8 +46,8 @@ __all__ = [
     "data_ptrs",
     "describe",
     "get",
-    "keep_positive",
     "rounding_kernels",
+    "stored_as",
     "wanted_backend",
     "why",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy
@@ -36,23 +36,39 @@ class Rule(NamedTuple):
 
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")  # of a bfloat16 parameter, in the kernels' order
+COMPENSATION = "compensation"  # the state that holds what a bfloat16 parameter rounds away of its float32 bits
+
+MAX_STATES = 3  # of a rule
+# Of a step's addresses, and of the kernels' tables of tensors.
+PARAM, GRAD, STEP, STATES, SCALES = 0, 1, 2, 3, 3 + MAX_STATES
+LOW_BITS = 3 + 2 * MAX_STATES  # the compensation
+ADDRESSES = LOW_BITS + 1
+
+
+def stored_as(name: str) -> tuple[str, str]:
+    """Returns the names under which a state's codes and scales lie in ``optimizer.state[p]``.
+
+    They are not torch.optim's name of the state, which stands for numbers: who takes codes for numbers finds nothing.
+    """
+    return f"{name}_codes", f"{name}_scale"
 
 
 class Batch(NamedTuple):
-    """What stays the same from step to step about n parameters that are stored and stepped alike."""
+    """What stays the same from step to step about n parameters of one group that are stored and stepped alike."""
 
     rule: Rule
     block_size: int
     rounding: str  # one of ROUNDINGS
     seed: int  # of stochastic rounding
     dtype: torch.dtype  # of the parameters
-    coded: bool  # states are codes with their absmax, not values
+    device: torch.device
+    coded: bool  # states are codes with their scales, not values
     capturable: bool  # a step may be captured in a CUDA graph
     numbers: NDArray[numpy.int64]  # (n,): of each parameter in its optimizer
     firsts: NDArray[numpy.int64]  # (n,): index of each one's first element in the whole parameter, if it is a shard
     views: Sequence[View]  # n
     extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
-    codebooks: Sequence[Tensor]  # one for each state of the rule, (256,) float32
+    codebooks: Sequence[Tensor]  # the state map of each state of the rule, (256,) float32
 
 
 class GroupUpdate(NamedTuple):
@@ -62,19 +78,40 @@ class GroupUpdate(NamedTuple):
     hyper: Mapping[str, Any]  # lr may be a tensor on the parameters' device
     grad_scale: Tensor | None  # of one element: the gradients are this many times too large
     found_inf: Tensor | None  # of one element: not zero if the step is to be skipped
-    prepared: Any  # what the backend made of the batch
     params: Sequence[Tensor]  # n
     grads: Sequence[Tensor]  # n, each of its parameter's shape
-    # n, by name: "step", a float32 scalar to which the backend adds 1; the rule's states, of the
-    # parameter's shape, with "..._absmax" of (rows, blocks per row) where they are coded; "compensation", the
-    # two bytes of an int16 for each element.
-    state: Sequence[Mapping[str, Tensor]]
-    # (n, columns): of each param, its grad, step, states, absmaxes if coded, and compensation if there is one.
-    addresses: NDArray[numpy.int64]
+    # n, by name: "step", a float32 scalar to which the backend adds 1; the rule's states, of the parameter's shape, or
+    # their codes of that shape and scales of (rows, blocks per row); "compensation", the two bytes of an int16 for
+    # each element.
+    states: Sequence[Mapping[str, Tensor]]
+    addresses: NDArray[numpy.int64]  # (n, ADDRESSES): where each of these lies; 0 where there is none
 
     def hyper_on_host(self) -> dict[str, Any]:
-        """Waits for the device where lr lies on one."""
+        """Returns numbers only; waits for the device where lr lies on one."""
         return {name: value.item() if isinstance(value, Tensor) else value for name, value in self.hyper.items()}
+
+
+class Step(NamedTuple):
+    """One step of all batches that a backend serves."""
+
+    batches: Sequence[Batch]
+    hyper: Sequence[Mapping[str, Any]]  # of each batch
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    prepared: Any  # what the backend made of the batches
+    params: Sequence[Tensor]  # of the first batch, of the second, ...; grads, states and addresses alike
+    grads: Sequence[Tensor]
+    states: Sequence[Mapping[str, Tensor]]
+    addresses: NDArray[numpy.int64]
+
+    def updates(self) -> Iterator[GroupUpdate]:
+        """Yields the step of each batch."""
+        first = 0
+        for batch, hyper in zip(self.batches, self.hyper, strict=True):
+            mine = slice(first, first + len(batch.views))
+            columns = (self.params[mine], self.grads[mine], self.states[mine], self.addresses[mine])
+            yield GroupUpdate(batch, hyper, self.grad_scale, self.found_inf, *columns)
+            first = mine.stop
 
     def grad_scale_on_host(self) -> float:
         return 1.0 if self.grad_scale is None else self.grad_scale.item()
@@ -93,17 +130,20 @@ class Backend(Protocol):
         """Codes the contiguous ``x`` into ``codes`` and ``absmax``."""
 
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
-        """Writes the values of the contiguous ``codes`` into the contiguous ``x``."""
+        """Writes the values of the contiguous ``codes`` into the contiguous ``x``; ``absmax`` may have signs."""
+
+    def encode_state(self, x: Tensor, table: Tensor, signed: bool, view: View, codes: Tensor, scale: Tensor) -> None:
+        """Codes the contiguous float32 ``x`` as :func:`opt8bit.quant.encode_state` says; ``table`` is the state map."""
 
     def can_step(self, param: Tensor) -> bool:
         """Whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
         ...
 
-    def prepare(self, batch: Batch, device: torch.device) -> Any:
-        """What is kept about a batch on a device from step to step, if anything."""
+    def prepare(self, batches: Sequence[Batch]) -> Any:
+        """Returns what is kept about batches from step to step, if anything."""
         ...
 
-    def step(self, groups: Sequence[GroupUpdate]) -> None:
+    def step(self, step: Step) -> None:
         """Takes one step: parameters, states and step counts are updated in place."""
 
 

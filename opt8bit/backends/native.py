@@ -13,13 +13,12 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, ROUNDINGS, Batch, GroupUpdate, View
+from opt8bit.backends.interface import ADDRESSES, DTYPES, ROUNDINGS, Batch, Rule, Step, View
 from opt8bit.backends.reference import step_group
 
 Words = numpy.typing.NDArray[numpy.int64]
 
-MAX_STATES = 3  # kMaxStates of kernels/optimizer_step.h
-MAX_HYPER = 12  # kMaxHyper
+MAX_HYPER = 12  # kMaxHyper of kernels/optimizer_step.h
 FOLDER = Path(__file__).parents[1] / "lib"
 LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}.get(
     sys.platform, "libopt8bit_kernels.so"
@@ -50,6 +49,7 @@ def library() -> ctypes.CDLL | None:
             None,
             [pointer, pointer, pointer, *[integer] * 3, pointer, integer, pointer, integer, integer],
         ),
+        "opt8bit_encode_state": (None, [pointer, pointer, *[integer] * 4, pointer, pointer, integer]),
         "opt8bit_step": (None, [pointer, pointer, integer, pointer, integer]),
         "opt8bit_fit_grids": (None, [pointer, pointer, integer]),
         "opt8bit_gptq": (None, [pointer, pointer, integer, integer]),
@@ -147,24 +147,41 @@ class Native:
             torch.get_num_threads(),
         )
 
+    def encode_state(self, x: Tensor, table: Tensor, signed: bool, view: View, codes: Tensor, scale: Tensor) -> None:
+        self._lib.opt8bit_encode_state(
+            self._kernels,
+            x.data_ptr(),
+            view.rows,
+            view.row_length,
+            view.block_size,
+            signed,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            torch.get_num_threads(),
+        )
+
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
-    def prepare(self, batch: Batch, device: torch.device) -> None:
-        return None
+    def prepare(self, batches: Sequence[Batch]) -> Tables | None:
+        numbers = [self._number(batch.rule) for batch in batches]
+        return Tables(batches, numbers) if min(numbers) >= 0 else None
 
-    def step(self, groups: Sequence[GroupUpdate]) -> None:
-        groups = [group for group in groups if not group.is_skipped()]
-        numbers = [self._lib.opt8bit_rule(group.batch.rule.name.encode()) for group in groups]
-        fused = [(group, number) for group, number in zip(groups, numbers, strict=True) if number >= 0]
-        if fused:
-            rows = numpy.concatenate([tensor_rows(group, index) for index, (group, _) in enumerate(fused)])
-            table = numpy.concatenate([group_row(group, number) for group, number in fused])
-            threads = torch.get_num_threads()
-            self._lib.opt8bit_step(self._kernels, rows.ctypes.data, len(rows), table.ctypes.data, threads)
-        for group, number in zip(groups, numbers, strict=True):
-            if number < 0:  # a rule that works on matrices: torch multiplies them, the kernels code the states
-                step_group(group, self)
+    def step(self, step: Step) -> None:
+        if step.is_skipped():
+            return
+        grad_scale = step.grad_scale_on_host()
+        if step.prepared is None:  # a rule that works on matrices: torch multiplies them, the kernels code the states
+            for update in step.updates():
+                step_group(update, self, grad_scale)
+            return
+        tensors, groups = step.prepared.filled(step, grad_scale)
+        threads = torch.get_num_threads()
+        self._lib.opt8bit_step(self._kernels, tensors.ctypes.data, len(tensors), groups.ctypes.data, threads)
+
+    def _number(self, rule: Rule) -> int:
+        """Returns a rule's number among the kernels, -1 if there is none for it."""
+        return self._lib.opt8bit_rule(rule.name.encode())
 
     def fit_grids(self, layer: WeightRounding) -> None:
         self._lib.opt8bit_fit_grids(self._kernels, ctypes.byref(layer), torch.get_num_threads())
@@ -176,32 +193,49 @@ class Native:
         self._lib.opt8bit_coordinate_descent(self._kernels, ctypes.byref(layer), sweeps, torch.get_num_threads())
 
 
-def group_row(group: GroupUpdate, number: int) -> Words:
-    """The fields of ``Group`` in kernels/optimizer_step.h."""
-    batch = group.batch
-    hyper = numpy.zeros(MAX_HYPER)
-    values = group.hyper_on_host()
-    hyper[: len(batch.rule.hyper)] = [values[name] for name in batch.rule.hyper]
-    scale = numpy.array([group.grad_scale_on_host()]).view(numpy.int64)
+class Tables:
+    """The tensors and groups of a step as the kernels read them: ``Tensor`` and ``Group`` of kernels/optimizer_step.h.
+
+    Args:
+        batches: a group of the kernels each.
+        numbers: of their rules.
+    """
+
+    def __init__(self, batches: Sequence[Batch], numbers: Sequence[int]) -> None:
+        self._tensors = numpy.concatenate([_tensor_rows(batch, group) for group, batch in enumerate(batches)])
+        self._groups = numpy.stack([_group_row(*pair) for pair in zip(batches, numbers, strict=True)])
+        self._hyper: list[object] = [None] * len(batches)  # what the groups hold now
+
+    def filled(self, step: Step, grad_scale: float) -> tuple[Words, Words]:
+        """Returns both with what is new in a step: (n, words of Tensor) and (batches, words of Group)."""
+        self._tensors[:, :ADDRESSES] = step.addresses
+        for group, hyper in enumerate(step.hyper):
+            if hyper is not self._hyper[group]:
+                values = [value.item() if isinstance(value, Tensor) else value for value in hyper.values()]
+                self._groups[group, HYPER : HYPER + len(values)] = numpy.array(values, numpy.float64).view(numpy.int64)
+                self._hyper[group] = hyper
+        self._groups[:, GRAD_SCALE] = numpy.float64(grad_scale).view(numpy.int64)
+        return self._tensors, self._groups
+
+
+HYPER = 2  # the word of Group where they begin
+GRAD_SCALE = HYPER + MAX_HYPER
+
+
+def _group_row(batch: Batch, number: int) -> Words:
     rounding = ROUNDINGS.index(batch.rounding)
-    return numpy.concatenate(
-        [[number, batch.block_size], hyper.view(numpy.int64), scale, [rounding, batch.seed]], dtype=numpy.int64
+    return numpy.array([number, batch.block_size, *[0] * (MAX_HYPER + 1), rounding, batch.seed], numpy.int64)
+
+
+def _tensor_rows(batch: Batch, group: int) -> Words:
+    count = len(batch.views)
+    columns = (
+        numpy.zeros((ADDRESSES, count), numpy.int64),
+        batch.extents.T,
+        numpy.full(count, DTYPES[batch.dtype]),
+        numpy.full(count, 8 if batch.coded else 32),
+        numpy.full(count, group),
+        batch.numbers,
+        batch.firsts,
     )
-
-
-def tensor_rows(group: GroupUpdate, index: int) -> Words:
-    """(n, fields) of ``Tensor`` in kernels/optimizer_step.h."""
-    batch = group.batch
-    states, absmaxes = len(batch.codebooks), len(batch.codebooks) if batch.coded else 0
-    rows = numpy.zeros((len(group.params), 3 + 2 * MAX_STATES + 8), numpy.int64)
-    rows[:, : 3 + states] = group.addresses[:, : 3 + states]
-    rows[:, 3 + MAX_STATES : 3 + MAX_STATES + absmaxes] = group.addresses[:, 3 + states : 3 + states + absmaxes]
-    if batch.rounding == "compensated":
-        rows[:, -8] = group.addresses[:, -1]
-    rows[:, -7:-5] = batch.extents
-    rows[:, -5] = DTYPES[batch.dtype]
-    rows[:, -4] = 8 if batch.coded else 32
-    rows[:, -3] = index
-    rows[:, -2] = batch.numbers
-    rows[:, -1] = batch.firsts
-    return rows
+    return numpy.ascontiguousarray(numpy.vstack(columns).T, numpy.int64)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import Backend, Batch, GroupUpdate, View
+from opt8bit.backends.interface import COMPENSATION, Backend, Batch, GroupUpdate, Step, View, stored_as
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
 
@@ -46,24 +46,40 @@ def dequantize(codes: Tensor, absmax: Tensor, codebook: Tensor, view: View) -> T
     return from_blocks(blocks, view, codes.shape)
 
 
-def step_group(group: GroupUpdate, coder: Backend) -> None:
+def encode_state(x: Tensor, table: Tensor, signed: bool, view: View) -> tuple[Tensor, Tensor]:
+    """Returns codes and scales as :func:`opt8bit.quant.encode_state` says; ``table`` has a value for each code."""
+    ascending, code_of = table.sort()
+    x = x if signed else x.clamp(min=0)
+    if x.numel() == 0:
+        return quantize(x, ascending, view)
+    blocks = to_blocks(x, view)
+    finite = torch.where(blocks.isfinite(), blocks, 0)
+    first = finite.abs().argmax(-1, keepdim=True)  # of equal ones
+    mirror = torch.where(finite.gather(-1, first) < 0, -1.0, 1.0)
+    ranks, absmax = quantize(from_blocks(blocks * mirror, view, x.shape), ascending, view)
+    codes = code_of[ranks.long()].to(torch.uint8)
+    if not signed:
+        keep_positive(codes, x)
+    return codes, absmax * mirror[..., 0]
+
+
+def step_group(group: GroupUpdate, coder: Backend, grad_scale: float) -> None:
     """Steps parameter by parameter, by the pure rule; ``coder`` decodes and encodes the states."""
-    if group.is_skipped():
-        return
-    hyper, grad_scale = group.hyper_on_host(), group.grad_scale_on_host()
+    hyper = group.hyper_on_host()
     for i in range(len(group.params)):
         _step_parameter(group, i, coder, hyper, grad_scale)
 
 
 def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
-    batch, param, state = group.batch, group.params[i], group.state[i]
+    batch, param, state = group.batch, group.params[i], group.states[i]
     names, view = batch.rule.states, batch.views[i]
-    compensation = state["compensation"].view(torch.int16)[..., 0] if batch.rounding == "compensated" else None
+    compensation = state[COMPENSATION].view(torch.int16)[..., 0] if batch.rounding == "compensated" else None
     books = [codebook.to(param.device) for codebook in batch.codebooks]
     if batch.coded:
         states = [torch.empty(param.shape, dtype=torch.float32, device=param.device) for _ in names]
         for name, book, decoded in zip(names, books, states, strict=True):
-            coder.dequantize_blockwise(state[name], state[f"{name}_absmax"], book, view, decoded)
+            codes, scale = (state[stored] for stored in stored_as(name))
+            coder.dequantize_blockwise(codes, scale, book, view, decoded)
     else:
         states = [as_real(state[name]) for name in names]
     step = state["step"].item() + 1
@@ -85,10 +101,8 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[s
         new_states = _without_infinities(new_states)
     for (name, signed), book, new in zip(names.items(), books, new_states, strict=True):
         if batch.coded:
-            codes = state[name]
-            coder.quantize_blockwise(new.contiguous(), book, view, codes, state[f"{name}_absmax"])
-            if not signed:
-                keep_positive(codes, new)
+            codes, scale = (state[stored] for stored in stored_as(name))
+            coder.encode_state(new.contiguous(), book, signed, view, codes, scale)
         else:
             as_real(state[name]).copy_(new)
     state["step"].add_(1)
@@ -108,7 +122,7 @@ def keep_positive(codes: Tensor, values: Tensor) -> None:
 
     Steps divide by its root: beside a first moment that is not zero, zero would leave them eps alone to divide by.
     """
-    codes[(codes == 0) & (values > 0)] = 1
+    codes[(codes == 0) & (values > 0) & values.isfinite()] = 1
 
 
 def as_real(x: Tensor) -> Tensor:
@@ -129,12 +143,20 @@ class Reference:
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         x.copy_(dequantize(codes, absmax, codebook, view))
 
+    def encode_state(self, x: Tensor, table: Tensor, signed: bool, view: View, codes: Tensor, scale: Tensor) -> None:
+        new_codes, new_scale = encode_state(x, table, signed, view)
+        codes.copy_(new_codes)
+        scale.copy_(new_scale)
+
     def can_step(self, param: Tensor) -> bool:
         return True
 
-    def prepare(self, batch: Batch, device: torch.device) -> None:
+    def prepare(self, batches: Sequence[Batch]) -> None:
         return None
 
-    def step(self, groups: Sequence[GroupUpdate]) -> None:
-        for group in groups:
-            step_group(group, self)
+    def step(self, step: Step) -> None:
+        if step.is_skipped():
+            return
+        grad_scale = step.grad_scale_on_host()
+        for update in step.updates():
+            step_group(update, self, grad_scale)

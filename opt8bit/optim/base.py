@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from opt8bit.backends import Backend, GroupUpdate, Rule, can_capture, wanted_backend
+from opt8bit.backends import Rule, can_capture, stored_as, wanted_backend
 from opt8bit.optim import shards
 from opt8bit.optim.backward import Backward
 from opt8bit.optim.checkpoint import reading
+from opt8bit.optim.facts import FactsOfGroups, hyper_of
 from opt8bit.optim.groups import Policy
-from opt8bit.optim.offload import Host, Hosts
-from opt8bit.optim.options import DEFAULTS, KEPT, Options, check_options, is_on_device
-from opt8bit.optim.plan import Asked, Plan, Work, backend_of, overlapping, refuse_shared
-from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, will_be_coded
+from opt8bit.optim.offload import BACKWARD, Host, Hosts
+from opt8bit.optim.options import DEFAULTS, KEPT, Options, check_options
+from opt8bit.optim.overlap import refuse_shared
+from opt8bit.optim.pickled import renew
+from opt8bit.optim.plan import Asked, Plan, Work, backend_of
+from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, others, will_be_coded
+from opt8bit.quant import decode_state
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 
@@ -33,17 +37,18 @@ CUT_BLOCKS = (
 )
 PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
 
+Place = tuple[int, "int | None"] | None  # a group's number, and that of one parameter in it; None for all groups
+Scaling = tuple["Tensor | None", "Tensor | None"]  # what GradScaler hands over: grad_scale and found_inf
+
 
 class Optimizer8bit(torch.optim.Optimizer):
     """The base of every optimizer here. A subclass gives its arguments, and its rule for a group.
 
-    ``state[p]`` holds, by torch.optim's names, ``step`` (a float32 scalar) and for each state of the rule either
-    ``name``, float32 of p's shape, or ``name``, uint8 codes of p's shape, with ``name_absmax``, float32 of shape (rows,
-    blocks per row). Signed states are coded by the signed dynamic map, others by the unsigned one; nothing positive
-    becomes zero in those.
+    ``state[p]`` holds ``step``, a float32 scalar, and each state of the rule. In 32 bits a state is ``name``, by
+    torch.optim's name, float32 of p's shape. In 8 bits it is ``name_codes``, uint8 of p's shape, and ``name_scale``,
+    float32 of shape (rows, blocks per row): see :func:`opt8bit.quant.encode_state`. :meth:`dequantized_state` returns
+    either as floats. What others keep in ``state[p]`` is left alone.
     """
-
-    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         unknown = set(options) - set(DEFAULTS)
@@ -54,20 +59,27 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        renew(self)
         _leave_to_python()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` leaves the unscaling to :meth:`step`: if every group says ``fused=True``.
+
+        As in torch.optim. What asks for gradients that are unscaled before the step, as Lightning's clipping does,
+        takes optimizers only that do not. With ``offload="backward"``, too, as the step then refuses the scaler, which
+        comes too late.
+        """
+        is_too_late = any(group["offload"] == BACKWARD for group in self.param_groups)
+        return is_too_late or all(group["fused"] is True for group in self.param_groups)
 
     @abstractmethod
     def rule(self, group: dict[str, Any]) -> Rule:
         """The update rule of a parameter group."""
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's hyper-parameters, ``rule.hyper``, from a parameter group: beta1 is the first of its betas."""
-        values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
-        chosen = {name: values[name] for name in self.rule(group).hyper}
-        return {
-            name: value.item() if isinstance(value, Tensor) and not (name == "lr" and is_on_device(value)) else value
-            for name, value in chosen.items()
-        }
+        """Returns the rule's hyper-parameters, ``rule.hyper``, from a parameter group."""
+        return hyper_of(self.rule(group), group)
 
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
         """What states begin as, by name, where it is not zero."""
@@ -100,14 +112,17 @@ class Optimizer8bit(torch.optim.Optimizer):
         tensors = [param[1] if isinstance(param, tuple) else param for param in params]
         tensors = [param for param in tensors if isinstance(param, Tensor)]  # torch.optim refuses the others
         for param in tensors:
-            self._check_param(param, group)
+            if param.requires_grad:
+                self._check_param(param, group)
+            else:  # may be of any kind, but where torch.optim, too, looks at its shape
+                self.check_param(param)
         if group["offload"]:
             others = [of for group in self.param_groups if group["offload"] for of in group["params"]]
             refuse_shared([*others, *tensors])
         param_group["params"] = params
         super().add_param_group(param_group)
         self._backward.watch()
-        cut = [param for param in tensors if is_cut(param, group)]
+        cut = [param for param in tensors if param.requires_grad and is_cut(param, group)]
         if cut:
             about = shards.described(cut[0])
             warnings.warn(CUT_BLOCKS.format(count=len(cut), block_size=group["block_size"], **about), stacklevel=2)
@@ -143,124 +158,149 @@ class Optimizer8bit(torch.optim.Optimizer):
         is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if is_captured:
             self._check_capture()
-        grad_scale, found_inf = (_tensor(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        scaling = _tensor(getattr(self, "grad_scale", None)), _tensor(getattr(self, "found_inf", None))
         self._backward.watch()
-        done = self._backward.finish(is_scaled=grad_scale is not None or found_inf is not None)
+        done = self._backward.finish(is_scaled=any(value is not None for value in scaling))
         # Everything is checked before the first state is made, and the first backend writes.
-        fresh: dict[Tensor, dict[str, Tensor]] = {}
-        asked = [self._asked(i, grad_scale, found_inf, done=done) for i in range(len(self.param_groups))]
-        together, one_by_one = _divided(asked)
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        together, one_by_one = _divided(self._all_asked(done))
         for each in one_by_one:
             self._check_divided(each)
-        work = [self._work(each, fresh) for each in together]
-        if self._share_memory(together):
+        work = self._work(None, together, fresh, scaling)
+        if self._plans[None].is_shared:
             self._take([], fresh, is_captured)
-            for each in together:  # after what the one before has written
-                self._take(self._work(each, fresh), {}, is_captured)
+            for index, each in enumerate(together):  # after what the one before has written
+                self._take(self._work((index, None), [each], fresh, scaling), {}, is_captured)
         else:
-            self._take([item for of_group in work for item in of_group], fresh, is_captured)
+            self._take(work, fresh, is_captured)
         for each in one_by_one:
-            self._step_gathered(each)
+            self._step_gathered(each, scaling)
         _note_writes([param for each in together for param in each.owners])
-        for param in [param for each in asked if each.group["offload"] for param in each.owners]:
-            self._hosts.give_back(param)
-        if any(group["offload"] for group in self.param_groups):
+        offloaded = [group for group in self.param_groups if group["offload"]]
+        if offloaded:
+            for param in [param for each in together if each.group["offload"] for param in each.owners]:
+                self._hosts.give_back(param)
             self._hosts.keep({param for group in self.param_groups for param in group["params"]})
-
-    def _share_memory(self, together: Sequence[Asked]) -> bool:
-        """Whether parameters of several groups may; looked at only where plans have changed."""
-        if "_is_shared" not in self.__dict__:
-            self._is_shared = len(together) > 1 and bool(overlapping([p for each in together for p in each.params]))
-        return self._is_shared
 
     def _check_divided(self, asked: Asked) -> None:
         """Raises for one parameter what the plan of many raises: before anything is gathered."""
-        (param,), (shard,), (grad,), (state,) = asked.owners, asked.params, asked.grads, self._states(asked)
-        self._check_param(param, asked.group)
-        shards.check_grad(param)
+        (param,), (shard,), (grad,), (state,) = asked.owners, asked.params, asked.grads, self._states([asked])
+        self._check_asked(asked, 0)
         backend_of(asked, shard, grad)
         if state:
-            check(f"parameter {asked.numbers[0]}", shard, asked.rule, asked.group, state)
+            coded = will_be_coded(state, asked.rule, param, asked.group)
+            check(asked.where(0), shard, asked.rule, asked.group, self._initialized(asked, 0, shard, state, coded))
 
-    def _step_gathered(self, asked: Asked) -> None:
+    def _step_gathered(self, asked: Asked, scaling: Scaling) -> None:
         """Steps a divided parameter by a rule that looks at whole ones: all processes gather it, and step it alike."""
         (param,), group = asked.owners, asked.group
-        had = {name: shards.everywhere(value) for name, value in self.state.get(param, {}).items()}
+        state = self.state.get(param, {})
+        had = {name: shards.everywhere(value) for name, value in state.items()}
         whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
-        coded = will_be_coded(had, asked.rule, param, group)
-        states = initialized(had, asked.rule, whole, group, coded, self.initial(group))
+        states = self._initialized(asked, 0, whole, had, will_be_coded(had, asked.rule, param, group))
         asked = asked._replace(params=[whole], grads=[grad], owners=[whole], placements=None)
-        work = Plan(asked, [states]).work(asked, [states])
+        work = Plan([asked], [states]).work([asked], [states], *scaling)
         assert work is not None
         self._take(work, {}, False)
         shards.local(param).copy_(shards.part(whole, param))
-        self.state[param].clear()
-        self.state[param].update(shards.sharded(shards.cut(states, param), param, group["block_size"]))
+        stored = shards.sharded(shards.cut(states, param), param, group["block_size"])
+        self._keep(param, {**others(state, asked.rule, states), **stored})
 
-    def _take(self, work: list[Work], fresh: Mapping[Tensor, Mapping[str, Tensor]], is_captured: bool) -> None:
+    def _take(self, work: list[Work], fresh: Mapping[Tensor, Mapping[str, Any]], is_captured: bool) -> None:
         """Does the work, after the states that are missing have been added."""
         for param, state in fresh.items():
-            self.state[param].clear()
-            self.state[param].update(state)
+            self._keep(param, state)
         if is_captured:  # the graph reads what was prepared whenever it is replayed, whatever becomes of the plans
-            self.__dict__.setdefault("_of_graphs", []).extend(update.prepared for _, update, _ in work)
-        updates: dict[Backend, list[GroupUpdate]] = {}
-        for backend, update, _ in work:
-            updates.setdefault(backend, []).append(update)
-        for backend, batch in updates.items():
-            backend.step(batch)
+            self.__dict__.setdefault("_of_graphs", []).extend(item.step.prepared for item in work)
+        for backend, step, _ in work:
+            backend.step(step)
         for param, contiguous in [copy for item in work for copy in item.copies]:
             param.copy_(contiguous)
 
-    def _work(self, asked: Asked, fresh: dict[Tensor, dict[str, Tensor]]) -> list[Work]:
-        """The work that is asked for. States that it needs and that are not there yet are added to ``fresh``."""
-        group = asked.group
-        plans = self.__dict__.setdefault("_plans", {})
-        for gone in [place for place in plans if place[0] >= len(self.param_groups)]:
+    def _keep(self, param: Tensor, state: Mapping[str, Any]) -> None:
+        self.state[param].clear()
+        self.state[param].update(state)
+
+    def _work(
+        self, place: Place, asked: Sequence[Asked], fresh: dict[Tensor, dict[str, Any]], scaling: Scaling
+    ) -> list[Work]:
+        """Returns the work that is asked for. States that it needs and that are not there yet are added to ``fresh``.
+
+        Args:
+            place: whose plan it is.
+        """
+        plans = self._plans
+        for gone in [each for each in plans if each and each[0] >= len(self.param_groups)]:
             del plans[gone]
-        plan = plans.get(asked.place)
-        work = plan.work(asked, self._states(asked)) if plan else None
-        if work is None:
-            for param in asked.owners:
-                self._check_param(param, group)
-                if asked.place[1] is None:
-                    shards.check_grad(param)
-            states = [
-                initialized(
-                    state, asked.rule, shard, group, will_be_coded(state, asked.rule, param, group), self.initial(group)
-                )
-                for state, shard, param in zip(self._states(asked), asked.params, asked.owners, strict=True)
-            ]
-            plan = plans[asked.place] = Plan(asked, states)
-            self.__dict__.pop("_is_shared", None)
-            work = plan.work(asked, states)
-            assert work is not None
-            for param, state in zip(asked.owners, states, strict=True):
-                fresh[param] = shards.sharded(state, param, group["block_size"])
+        states = self._states(asked)
+        work = plans[place].work(asked, states, *scaling) if place in plans else None
+        if work is not None:
+            return work
+        made: list[dict[str, Tensor]] = []
+        for each in asked:
+            for i, (shard, param) in enumerate(zip(each.params, each.owners, strict=True)):
+                self._check_asked(each, i, is_alone=place is not None and place[1] is not None)
+                state = states[len(made)]
+                coded = will_be_coded(state, each.rule, param, each.group)
+                made.append(self._initialized(each, i, shard, state, coded))
+        owners = [(each, param) for each in asked for param in each.owners]
+        # As they will lie in the optimizer, with what others keep there.
+        kept = [
+            {**others(state, each.rule, mine), **mine}
+            for (each, _), state, mine in zip(owners, states, made, strict=True)
+        ]
+        plan = plans[place] = Plan(asked, kept)
+        work = plan.work(asked, kept, *scaling)
+        assert work is not None
+        for (each, param), mine in zip(owners, made, strict=True):
+            stored = shards.sharded(mine, param, each.group["block_size"])
+            fresh[param] = {**others(self.state.get(param, {}), each.rule, mine), **stored}
         return work
+
+    def _initialized(
+        self, asked: Asked, i: int, shard: Tensor, state: Mapping[str, Any], coded: bool
+    ) -> dict[str, Tensor]:
+        return initialized(asked.where(i), state, asked.rule, shard, asked.group, coded, self.initial(asked.group))
+
+    def _check_asked(self, asked: Asked, i: int, *, is_alone: bool = False) -> None:
+        """Raises for a parameter that cannot be stepped, or not with its gradient; by its name."""
+        try:
+            self._check_param(asked.owners[i], asked.group)
+            if not is_alone:  # whose gradient has been fetched, and may be gone
+                shards.check_grad(asked.owners[i])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{asked.where(i)}: {error}") from None
+
+    def _all_asked(self, done: Set[Tensor]) -> list[Asked]:
+        """Returns what a step is asked to do with each group, but with the parameters that are done already."""
+        wanted, first, result = wanted_backend(), 0, []
+        for index, group in enumerate(self.param_groups):
+            result.append(self._asked(index, first, wanted, done=done))
+            first += len(group["params"])
+        return result
 
     def _asked(
         self,
         index: int,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        first: int,
+        wanted: str | None,
         *,
         alone: int | None = None,
         done: Set[Tensor] = frozenset(),
     ) -> Asked:
-        """What a step is asked to do with a group.
+        """Returns what a step is asked to do with a group.
 
         Args:
             index: of the group.
+            first: number of its first parameter in the optimizer.
+            wanted: the backend that the environment names.
             alone: of the one parameter in it that is stepped now, if it is not all; its host has what it takes.
             done: parameters that have been stepped already.
         """
         group = self.param_groups[index]
-        check_options(group)  # anew, as a user may write into it
-        self.check_group(group)
+        facts = self._facts.of(index, group)
         params = group["params"]
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
-        numbers = range(first, first + len(params))
+        numbers: Sequence[int] = range(first, first + len(params))
         if alone is not None:
             params, numbers = params[alone : alone + 1], numbers[alone : alone + 1]
         grads = list(map(attrgetter("grad"), params))
@@ -277,20 +317,32 @@ class Optimizer8bit(torch.optim.Optimizer):
         elif placements:
             params, grads = list(map(shards.local, owners)), list(map(shards.local_grad, grads, owners))
         return Asked(
-            place=(index, alone),
-            rule=self.rule(group),
+            rule=facts.rule,
             group=group,
-            wanted_backend=wanted_backend(),
+            options=facts.planned,
+            wanted_backend=wanted,
             params=params,
             grads=grads,
             owners=owners,
             types=types,
             placements=placements,
+            first=first,
             numbers=numbers,
-            hyper=self.hyper(group),
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            hyper=facts.hyper,
         )
+
+    @property
+    def _plans(self) -> dict[Place, Plan]:
+        return self.__dict__.setdefault("_plans_by_place", {})  # as after unpickling
+
+    @property
+    def _facts(self) -> FactsOfGroups:
+        if "_facts_of_groups" not in self.__dict__:
+            me = weakref.proxy(self)
+            self._facts_of_groups = FactsOfGroups(
+                self.defaults, lambda group: me.rule(group), lambda group: me.check_group(group)
+            )
+        return self._facts_of_groups
 
     @property
     def _hosts(self) -> Hosts:
@@ -314,19 +366,23 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _prepared(self, index: int, alone: int) -> Callable[[], None]:
         """The step of one parameter, which its host has or is about to have, for a thread to take."""
-        asked = self._asked(index, alone=alone)
+        first = sum(len(group["params"]) for group in self.param_groups[:index])
+        asked = self._asked(index, first, wanted_backend(), alone=alone)
         asked = asked._replace(group=dict(asked.group))  # the thread shall not see what is written into it later
 
         def step() -> None:
-            fresh: dict[Tensor, dict[str, Tensor]] = {}
-            self._take(self._work(asked, fresh), fresh, False)
+            fresh: dict[Tensor, dict[str, Any]] = {}
+            self._take(self._work((index, alone), [asked], fresh, (None, None)), fresh, False)
 
         return step
 
-    def _states(self, asked: Asked) -> list[dict[str, Tensor]]:
-        """Those that are there, of the parameters or of their shards."""
-        states = [self.state.get(param, {}) for param in asked.owners]
-        return states if asked.placements is None else list(map(shards.local_states, states))
+    def _states(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+        """Returns those that are there, of the parameters or of their shards."""
+        result: list[dict[str, Any]] = []
+        for each in asked:
+            states = [self.state.get(param, {}) for param in each.owners]
+            result += states if each.placements is None else map(shards.local_states, states)
+        return result
 
     def _check_capture(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):
@@ -354,8 +410,43 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
         self.check_param(param)
 
+    @torch.no_grad()
+    def dequantized_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Returns the states of a parameter as floats, by torch.optim's names: what a step starts from.
+
+        Args:
+            param: one of the optimizer's.
+
+        Returns:
+            New tensors: each state in full, on the device that it lies on, a DTensor if the parameter is one; and
+            ``step``. Empty where the parameter has no states yet.
+
+        Raises:
+            KeyError: the optimizer does not have the parameter.
+        """
+        groups = [group for group in self.param_groups if any(param is each for each in group["params"])]
+        if not groups:
+            raise KeyError("the optimizer does not have this parameter")
+        self._backward.wait()
+        (group,), state = groups, shards.local_states(self.state.get(param, {}))
+        result = {}
+        for name, signed in self.rule(group).states.items():
+            codes, scale = stored_as(name)
+            if name in state:
+                result[name] = state[name].clone()
+            elif codes in state:
+                result[name] = decode_state(state[codes], state[scale], signed, group["block_size"])
+        if "step" in state:
+            result["step"] = state["step"].clone()
+        return shards.sharded(result, param, group["block_size"])
+
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim, in tensors of the optimizer's own; see the class for the states."""
+        """Returns what torch.optim does, in tensors of the optimizer's own; see the class for the states.
+
+        It is for optimizers of this package. torch.optim's do not all refuse it: AdamW fails at its first step, but
+        SGD and Muon begin their momentum anew without a word. For them there is
+        :func:`opt8bit.optim.to_torch_state_dict`.
+        """
         self._backward.wait()
         return super().state_dict()
 
@@ -395,7 +486,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         with reading(self, Policy(KEPT, check_loaded)):
             super().load_state_dict(state_dict)
         self._backward.drop()
-        self.__dict__.pop("_plans", None)  # which hold on to the states there were
+        self._plans.clear()  # which hold on to the states there were
 
 
 def _note_writes(params: list[Tensor]) -> None:

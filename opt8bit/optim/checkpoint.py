@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Rule
+from opt8bit.backends import COMPENSATION, Rule, stored_as
 from opt8bit.optim import shards
-from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, family
+from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, divided, family
 from opt8bit.optim.groups import Policy, merged_group, states_of
 from opt8bit.optim.offload import on_cpu
 from opt8bit.optim.reading import Coded, Read, described
-from opt8bit.optim.states import COMPENSATION, Spec, coded_state, is_8bit, is_compensated, specs
-from opt8bit.quant import block_view
+from opt8bit.optim.states import Spec, check_values, is_8bit, is_compensated, specs
+from opt8bit.quant import block_view, encode_state
 
 if TYPE_CHECKING:
     from opt8bit.optim.base import Optimizer8bit
@@ -40,16 +41,16 @@ def reading(optimizer: Optimizer8bit, policy: Policy) -> Iterator[None]:
 
 
 class _Boxed:
-    """A loaded tensor that torch.optim shall not cast to its parameter's dtype."""
+    """What was loaded and torch.optim shall not cast to its parameter's dtype."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def _unbox(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for name, value in state.items():
-            state[name] = value.tensor if isinstance(value, _Boxed) else value
+            state[name] = value.value if isinstance(value, _Boxed) else value
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def _read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> St
                 refused.append(error)
                 continue
             if stored:
-                states[key] = {name: _Boxed(tensor) for name, tensor in stored.items()}
+                states[key] = {name: _Boxed(value) for name, value in stored.items()}
         groups.append(merged)
     if refused:
         raise refused[0]
@@ -185,11 +186,12 @@ def _read_state(
     saved: Group,
     merged: Mapping[str, Any],
     state: State,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The state of a parameter as the optimizer stores it, in tensors of its own; none where it begins anew.
 
-    What was saved of a sharded parameter is read shard by shard where it lies as the parameter does, in blocks of the
-    same size; else as a whole, of which the shard is cut.
+    What others keep beside it, such as slow weights, is kept as it is. What was saved of a sharded parameter is read
+    shard by shard where it lies as the parameter does, in blocks of the same size; else as a whole, of which the shard
+    is cut.
 
     Args:
         saved, merged: its group in the state dict, and as the optimizer will have it.
@@ -197,6 +199,8 @@ def _read_state(
     Raises:
         ValueError: it is not one of the parameter.
     """
+    state, beside = divided(state) if dialect.keeps_others else (state, {})
+    beside = {name: _own_value(where, name, value, param) for name, value in beside.items()}
     by_shard = shards.is_sharded(param) and _is_placed_alike(param, saved, merged, state)
     if by_shard:
         target, state = shards.local(param), shards.shards_of(where, param, state)
@@ -206,13 +210,23 @@ def _read_state(
         target = param
     if merged["offload"]:
         target = on_cpu(target)
-    found = dialect.states(Place(where, target, rule, others), saved, state)
+    found = dialect.states(Place(where, target, rule, others), saved, state) if state else {}
     if not found:
-        return {}
+        return beside
     stored = _stored(where, target, rule, merged, is_8bit(param, merged), found)
     if shards.is_sharded(param) and not by_shard:
         stored = shards.cut(stored, param)
-    return shards.sharded(stored, param, merged["block_size"])
+    return {**shards.sharded(stored, param, merged["block_size"]), **beside}
+
+
+def _own_value(where: str, name: str, value: Any, param: Tensor) -> Any:
+    """A copy of what others keep, on the parameter's device."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().to(param.device)
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise ValueError(f"{where}: state {name!r} cannot be copied: {error}") from None
 
 
 def _is_placed_alike(param: Tensor, saved: Group, merged: Mapping[str, Any], state: State) -> bool:
@@ -233,8 +247,8 @@ def _stored(
     parts: dict[str, Tensor] = {}
     for name, value in found.items():
         if coded and name in rule.states:
-            codes, absmax = _codes(where, name, value, block_size, rule.states[name])
-            parts |= {name: codes, f"{name}_absmax": absmax}
+            coded_parts = _codes(where, name, value, block_size, rule.states[name])
+            parts |= zip(stored_as(name), coded_parts, strict=True)
         else:
             parts[name] = value.decoded() if isinstance(value, Coded) else value
     if compensated and COMPENSATION not in parts:
@@ -247,11 +261,10 @@ def _codes(where: str, name: str, value: Tensor | Coded, block_size: int, signed
     """A state in codes; bit for bit the same if it was in blocks of this size."""
     if isinstance(value, Coded):
         if value.view == block_view(value.codes.shape, block_size):
-            return value.codes, value.absmax
+            return value.codes, value.scale
         value = value.decoded()
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{where}: state {name!r} must be finite to be stored in 8 bits")
-    return coded_state(value, signed, block_size)
+    check_values(f"{where}: state {name!r}", value, signed)
+    return encode_state(value, signed, block_size)
 
 
 def _own(tensor: Tensor, spec: Spec) -> Tensor:

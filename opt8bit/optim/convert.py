@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Rule, as_real
+from opt8bit.backends import Rule, as_real, stored_as
 from opt8bit.optim import shards
 from opt8bit.optim.adagrad import Adagrad8bit
 from opt8bit.optim.adam import Adam8bit, AdamW8bit
@@ -20,8 +20,8 @@ from opt8bit.optim.offload import target
 from opt8bit.optim.options import KEPT
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
-from opt8bit.optim.states import CODEBOOKS, check
-from opt8bit.quant import dequantize_blockwise
+from opt8bit.optim.states import check, initialized, will_be_coded
+from opt8bit.quant import decode_state
 
 COUNTERPARTS = {  # in torch.optim, by name: not every version of torch has each of them
     AdamW8bit: "AdamW",
@@ -62,9 +62,11 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
         rule, initial = optimizer.rule(group), optimizer.initial(group)
         for index, param in enumerate(group["params"], first):
             state = optimizer.state.get(param)
-            if state and (not rule.states or set(state) & set(rule.states)):  # else it begins anew with momentum
-                shard, state = target(param, group), shards.local_states(state)
-                check(f"parameter {index}", shard, rule, group, state)
+            stored = {each for name in rule.states for each in (name, *stored_as(name))}
+            if state and (not rule.states or set(state) & stored):  # else it begins anew with momentum
+                where, shard, state = f"parameter {index}", target(param, group), shards.local_states(state)
+                state = initialized(where, state, rule, shard, group, will_be_coded(state, rule, param, group), initial)
+                check(where, shard, rule, group, state)
                 states[index] = shards.sharded(_state(shard, rule, group, state), param, group["block_size"])
             elif initial:  # states that torch's Adagrad makes in its constructor, and not when it steps
                 begun = _initial(target(param, group), initial)
@@ -121,10 +123,10 @@ def _state(param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[s
 
 
 def _full(state: Mapping[str, Tensor], name: str, signed: bool, block_size: int) -> Tensor:
-    absmax = state.get(f"{name}_absmax")
-    if absmax is None:
-        return state[name].clone()
-    return dequantize_blockwise(state[name], absmax, CODEBOOKS[signed], block_size)
+    codes, scale = stored_as(name)
+    if codes in state:
+        return decode_state(state[codes], state[scale], signed, block_size)
+    return state[name].clone()
 
 
 def _initial(param: Tensor, initial: Mapping[str, float]) -> dict[str, Tensor]:

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Rule
+from opt8bit.backends import Rule, stored_as
 from opt8bit.optim import shards
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.states import coded_state
 from opt8bit.optim.table import aligned
-from opt8bit.quant import block_view, dequantize_blockwise, dynamic_map
+from opt8bit.quant import block_view, decode_state, dynamic_map, encode_state
 
 EXACT_DTYPES = (torch.float32, torch.float64)
 
@@ -73,7 +72,7 @@ class _Pair(NamedTuple):
     """A state as it is coded, and as it should be."""
 
     codes: Tensor  # uint8, any shape
-    absmax: Tensor  # (rows, blocks per row)
+    scale: Tensor  # (rows, blocks per row)
     exact: Tensor  # the shape of codes
 
 
@@ -125,17 +124,17 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
     rows: list[StateError] = []
     full = skipped = 0
     for entry in _entries(optimizer):
-        if not all(name in entry.state for name in entry.rule.states):
-            skipped += 1
-        elif not any(f"{name}_absmax" in entry.state for name in entry.rule.states):
+        if all(name in entry.state for name in entry.rule.states):
             full += 1
+        elif not all(stored in entry.state for name in entry.rule.states for stored in stored_as(name)):
+            skipped += 1
         elif exact is None and entry.grad is None:
             skipped += 1
         else:
             pairs = _next_coding(optimizer, entry) if exact is None else _against(entry, exact)
             rows += [
-                measure(entry.name, name, pairs[name], codebook, entry.group["block_size"])
-                for name, codebook in _codebooks(entry).items()
+                measure(entry.name, name, pairs[name], signed, entry.group["block_size"])
+                for name, signed in entry.rule.states.items()
             ]
     if skipped and not rows:
         needed = "states" if exact is not None else "states and a gradient (zero_grad() sets gradients to None)"
@@ -143,10 +142,10 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
     return StateErrorReport(tuple(rows), full, skipped)
 
 
-def measure(parameter: str, state: str, pair: _Pair, codebook: Tensor, block_size: int) -> StateError:
+def measure(parameter: str, state: str, pair: _Pair, signed: bool, block_size: int) -> StateError:
     """The error of one state."""
-    stored = dequantize_blockwise(pair.codes, pair.absmax, codebook, block_size)
-    distance = levels(pair.exact, pair.codes, pair.absmax, codebook, block_size)
+    stored = decode_state(pair.codes, pair.scale, signed, block_size)
+    distance = levels(pair.exact, pair.codes, pair.scale, signed, block_size)
     lost = (stored == 0) & (pair.exact != 0)
     return StateError(
         parameter=parameter,
@@ -170,23 +169,25 @@ def relative_error(stored: Tensor, exact: Tensor) -> float:
 def levels(
     exact: Tensor,  # any shape
     codes: Tensor,  # uint8, the shape of exact
-    absmax: Tensor,  # (rows, blocks per row)
-    codebook: Tensor,  # (n,)
+    scale: Tensor,  # (rows, blocks per row)
+    signed: bool,
     block_size: int,
 ) -> Tensor:
     """How many codes lie between each exact value and its stored one, fractions included; float64.
 
     The scale is that of the stored state: code k stands at k, and values between two codes lie between them in
     proportion (beyond the first and the last as between the two outermost). The nearest code is thus never more
-    than half a level away. inf where the block's absmax is 0 and the exact value is not.
+    than half a level away. inf where the block's scale is 0 and the exact value is not.
     """
     view = block_view(codes.shape, block_size)
-    scale = absmax.double().repeat_interleave(view.block_size, dim=1)[:, : view.row_length].reshape(codes.shape)
-    ratio = torch.where(exact == 0, 0.0, exact.double() / scale)  # 0 / 0 is a zero that is exact
-    values = codebook.double()
+    of_each = scale.double().repeat_interleave(view.block_size, dim=1)[:, : view.row_length].reshape(codes.shape)
+    ratio = torch.where(exact == 0, 0.0, exact.double() / of_each)  # 0 / 0 is a zero that is exact
+    ratio = torch.where(ratio.isinf(), exact.sign() * torch.inf, ratio)
+    values = dynamic_map(signed).to(codes.device).double()
+    zero_code = int((values == 0).nonzero())
     below = (torch.bucketize(ratio, values, right=True) - 1).clamp(0, len(values) - 2)
     position = below + (ratio - values[below]) / (values[below + 1] - values[below])
-    return (position - codes).abs()
+    return (position - (codes.long() + zero_code) % len(values)).abs()
 
 
 def _entries(optimizer: Optimizer8bit) -> Iterator[_Entry]:
@@ -204,10 +205,6 @@ def _entries(optimizer: Optimizer8bit) -> Iterator[_Entry]:
                 yield _Entry(name, whole, grad, state, rule, group, (group_index, index))
 
 
-def _codebooks(entry: _Entry) -> dict[str, Tensor]:
-    return {name: dynamic_map(signed).to(entry.param.device) for name, signed in entry.rule.states.items()}
-
-
 def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
     """The states after one more step with the present gradient, exact and coded."""
     param, block_size = entry.param, entry.group["block_size"]
@@ -218,16 +215,15 @@ def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
             f"{entry.name}: the gradient must be dense and of shape {tuple(param.shape)}, "
             f"got {grad.layout} and {tuple(grad.shape)}"
         )
-    books = _codebooks(entry)
+    stored = {name: [entry.state[each] for each in stored_as(name)] for name in entry.rule.states}
     states = [
-        dequantize_blockwise(entry.state[name], entry.state[f"{name}_absmax"], book, block_size)
-        for name, book in books.items()
+        decode_state(codes, scale, entry.rule.states[name], block_size) for name, (codes, scale) in stored.items()
     ]
     step = entry.state["step"].item() + 1
     hyper = optimizer.hyper(entry.group)
     _, *exact = entry.rule.update(param.float(), grad.float(), *states, step=step, **hyper)
     return {
-        name: _Pair(*coded_state(new, signed, block_size), new)
+        name: _Pair(*encode_state(new, signed, block_size), new)
         for (name, signed), new in zip(entry.rule.states.items(), exact, strict=True)
     }
 
@@ -242,6 +238,8 @@ def _against(entry: _Entry, exact: torch.optim.Optimizer) -> dict[str, _Pair]:
         raise ValueError(f"{entry.name}: exact must have taken {steps[0]:.0f} steps, too, got {steps[1]:.0f}")
     pairs = {}
     for name in entry.rule.states:
+        if stored_as(name)[0] in state:
+            raise ValueError(f"{entry.name}: exact has 8-bit states; give it state_bits=32")
         value = shards.everywhere(state.get(name))
         if not isinstance(value, Tensor):
             raise ValueError(f"{entry.name}: exact has no state {name!r}; has it been stepped?")
@@ -251,7 +249,8 @@ def _against(entry: _Entry, exact: torch.optim.Optimizer) -> dict[str, _Pair]:
                 f"{tuple(entry.param.shape)}, got {value.dtype} and {tuple(value.shape)}"
             )
         value = value.to(entry.param.device)
-        pairs[name] = _Pair(entry.state[name], entry.state[f"{name}_absmax"], value)
+        codes, scale = (entry.state[stored] for stored in stored_as(name))
+        pairs[name] = _Pair(codes, scale, value)
     return pairs
 
 

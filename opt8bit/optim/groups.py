@@ -101,11 +101,12 @@ def _copied(name: str, value: Any, had: Any) -> Any:
 SETTINGS = {"amsgrad": (False, True), "centered": (False, True), "momentum": (0, 0.9)}  # that rules depend on
 
 
-def states_of(optimizer: Optimizer8bit, group: Mapping[str, Any]) -> set[str]:
-    """The states that an optimizer has with some setting or other.
+def states_of(optimizer: Optimizer8bit, group: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns the states that an optimizer has with some setting or other, and whether each can be negative.
 
     Those that it has no use for now are left where they were when it was switched, and are not loaded.
     """
     settings = {name: values for name, values in SETTINGS.items() if name in group}
     variants = (dict(zip(settings, values, strict=True)) for values in product(*settings.values()))
-    return {name for variant in variants for name in optimizer.rule({**group, **variant}).states}
+    rules = [optimizer.rule({**group, **variant}) for variant in variants]
+    return {name: signed for rule in rules for name, signed in rule.states.items()}

@@ -39,7 +39,8 @@ class Options(TypedDict, total=False):
         stepped while the backward pass goes on to the next: it takes one backward pass for each step, and gradients
         that nobody changes in between (no clipping, no GradScaler). Parameters change when :meth:`step` is called; an
         error in it leaves states ahead of them.
-    foreach, differentiable: as in torch.optim, for its callers' sake; True is refused.
+    foreach: as in torch.optim, for its callers' sake; it changes nothing, as the step is one call for all parameters.
+    differentiable: likewise; True is refused.
     """
 
     maximize: bool
@@ -90,10 +91,8 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {  # whether an option m
     "min_8bit_size": (lambda value: _is_integer(value, 0, 2**63 - 1), "a non-negative integer"),
     "state_bits": (lambda value: value in (8, 32), "8 or 32"),
     "fused": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
-    **{
-        name: (lambda value: not value, "left out: the step is one fused call")
-        for name in ("foreach", "differentiable")
-    },
+    "foreach": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
+    "differentiable": (lambda value: not value, "left out: autograd does not see what kernels write"),
     "capturable": (lambda value: isinstance(value, bool), "True or False"),
     "offload": (lambda value: isinstance(value, bool) or value == BACKWARD, f"True, False or {BACKWARD!r}"),
 }

@@ -1,14 +1,15 @@
-"""What a step of a parameter group works on, kept between steps for as long as it stays true.
+"""What a step works on, kept between steps for as long as it stays true.
 
-A model may have thousands of small parameters, and looking each of them up costs more than updating it. So a plan
-is made once, and each step only compares it with what it was made from.
+A model may have thousands of small parameters and hundreds of groups, and looking each of them up costs more than
+updating it. So a plan is made once, for all groups together, and each step only compares it with what it was made from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -16,44 +17,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opt8bit.backends import (
+    ADDRESSES,
+    COMPENSATION,
     Backend,
     Batch,
-    GroupUpdate,
     Rule,
+    Step,
     addresses,
     backend_for,
     can_capture,
-    data_ptrs,
     describe,
     get,
+    stored_as,
 )
-from opt8bit.optim.shards import first_element, local
-from opt8bit.optim.states import CODEBOOKS, COMPENSATION, check, is_coded, is_compensated
-from opt8bit.quant import block_view
+from opt8bit.backends.interface import GRAD, LOW_BITS, PARAM, SCALES, STATES, STEP
+from opt8bit.optim.overlap import overlapping
+from opt8bit.optim.shards import first_element
+from opt8bit.optim.states import check, is_coded, is_compensated
+from opt8bit.quant import block_view, state_map
 
-# Of a group, what plans depend on.
-OPTIONS = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable")
-
-T = TypeVar("T")
 States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
+CODEBOOKS = {signed: state_map(signed) for signed in (False, True)}
 
 
 class Asked(NamedTuple):
-    """What a step is asked to do with one parameter group, or with one parameter of it."""
+    """What a step is asked to do with one parameter group, or with some parameters of it."""
 
-    place: tuple[int, int | None]  # the number of the group, and of the parameter if it is one alone
     rule: Rule
     group: dict[str, Any]
+    options: tuple[Any, ...]  # of the group, what plans depend on
     wanted_backend: str | None
     params: Sequence[Tensor]  # that have a gradient: what is stepped, a shard of one or its copy on the CPU
     grads: Sequence[Tensor]
     owners: Sequence[Tensor]  # the parameters themselves
     types: Set[type]  # of the gradients as they came
     placements: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
+    first: int  # number of the group's first parameter in the optimizer
     numbers: Sequence[int]  # of these parameters in the optimizer
     hyper: Mapping[str, Any]
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
 
     def part(self, indices: Sequence[int]) -> Asked:
         """What is asked of some of the parameters."""
@@ -64,49 +65,62 @@ class Asked(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
-        return (
-            self.rule,
-            self.numbers,
-            self.types,
-            self.placements,
-            self.wanted_backend,
-            *(self.group[name] for name in OPTIONS),
-        )
+        return (self.options, self.rule, self.numbers, self.types, self.placements, self.wanted_backend)
+
+    def where(self, i: int) -> str:
+        """One of the parameters, in words: by its name, if it has one."""
+        number = self.numbers[i]
+        names = self.group.get("param_names")
+        return f"parameter {names[number - self.first]!r}" if names else f"parameter {number}"
 
 
 class Work(NamedTuple):
     """What one backend does in one step, and the parameters that are written back from contiguous copies."""
 
     backend: Backend
-    update: GroupUpdate
+    step: Step
     copies: Sequence[tuple[Tensor, Tensor]]  # (parameter, contiguous copy)
 
 
-class _Kind(NamedTuple):
-    """Parameters of one kind go into one batch."""
+class _Each(NamedTuple):
+    """A parameter as a plan sees it."""
 
-    backend: Backend
+    group: int  # among those asked for
+    i: int  # among the parameters of its group
+    param: Tensor
+    grad: Tensor
+    owner: Tensor
+    state: Mapping[str, Tensor]
+
+
+class _Kind(NamedTuple):
+    """Parameters of one kind and group go into one batch."""
+
+    group: int
     device: torch.device
-    is_staged: bool  # the backend takes contiguous tensors only, and these or their gradients are not
     dtype: torch.dtype
     coded: bool
     compensated: bool
 
 
-class _Part(NamedTuple):
-    kind: _Kind
-    indices: list[int]  # n: of the parameters among those of the plan
-    places: NDArray[numpy.int64]  # (n, columns): of each param, its grad, step, states, ... among all tensors
-    batch: Batch
-    prepared: Any  # what the backend made of it
+class _Share(NamedTuple):
+    """What one backend has to step, batch after batch."""
+
+    backend: Backend
+    indices: list[int] | None  # n: of its parameters among all; None if it has all of them, in their order
+    groups: list[int]  # of each batch, among those asked for
+    staged: list[int]  # of those among the n that it takes contiguous copies of
+    places: NDArray[numpy.int64]  # (n, ADDRESSES): of each address, the tensor among all; -1 where there is none
+    batches: list[Batch]
+    prepared: Any  # what the backend made of them
 
 
 class Plan:
-    """The parts of a group: parameters that one backend serves and that are stored alike.
+    """How the backends share the parameters of some groups.
 
     Args:
         asked: of the step that the plan is made for; its gradients are not kept.
-        states: every state of the rule for each of the parameters.
+        states: every state of the rule for each of the parameters, group after group.
 
     Raises:
         RuntimeError: several elements of a parameter are one number in memory.
@@ -115,97 +129,180 @@ class Plan:
             another block size.
     """
 
-    def __init__(self, asked: Asked, states: States) -> None:
-        self.key = asked.key()
-        tensors = _tensors(asked, states)
+    def __init__(self, asked: Sequence[Asked], states: States) -> None:
+        self._key = [each.key() for each in asked]
+        every = _every(asked, states)
+        self._stored = [tuple(state) for state in states]
+        self._names = [_names(asked[each.group], each) for each in every]
+        self._has_others = any(
+            set(stored) != set(names) for stored, names in zip(self._stored, self._names, strict=True)
+        )
+        if not self._has_others:
+            self._names = self._stored
+        self._sizes = [len(stored) for stored in self._stored]
+        self.is_shared = len(asked) > 1 and bool(overlapping([each.param for each in every]))
+        self._shares = _shares(asked, every, self._names)
+        tensors = self._tensors(asked, states)
+        assert tensors is not None
         # A tensor that gets more dimensions than there are now is noticed as a change.
-        max_dim = max((tensor.dim() for tensor in tensors), default=0)
-        shared = overlapping(asked.params)
-        kinds: dict[_Kind, list[int]] = {}
-        for index, (param, grad) in enumerate(zip(asked.params, asked.grads, strict=True)):
-            check(f"parameter {asked.numbers[index]}", param, asked.rule, asked.group, states[index])
-            backend, is_staged = backend_of(asked, param, grad, is_overlapping=index in shared)
-            coded, compensated = is_coded(states[index], asked.rule), is_compensated(param, asked.group)
-            kinds.setdefault(_Kind(backend, param.device, is_staged, param.dtype, coded, compensated), []).append(index)
-        first = 2 * len(states) + numpy.cumsum([0, *map(len, states)])
-        self.parts = [_part(kind, indices, asked, states, first) for kind, indices in kinds.items()]
-        self.described = describe(tensors, max_dim)
+        self._described = describe(tensors, max((tensor.dim() for tensor in tensors), default=0))
 
-    def work(self, asked: Asked, states: States) -> list[Work] | None:
-        """The work of one step; None where a plan made for it would be another one."""
-        if asked.key() != self.key:
+    def work(
+        self, asked: Sequence[Asked], states: States, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> list[Work] | None:
+        """Returns the work of one step; None where a plan made for it would be another one."""
+        if [each.key() for each in asked] != self._key:
             return None
-        found = addresses(_tensors(asked, states), self.described)
+        tensors = self._tensors(asked, states)
+        try:
+            found = None if tensors is None else addresses(tensors, self._described)
+        except AttributeError:  # what lies among the states is no tensor
+            return None
         if found is None:
             return None
-        return [_work(part, asked, states, found[part.places]) for part in self.parts]
+        found = numpy.append(found, 0)  # for the place -1
+        params, grads = _column(asked, "params"), _column(asked, "grads")
+        hyper = [each.hyper for each in asked]
+        return [
+            _work(share, params, grads, states, hyper, found[share.places], grad_scale, found_inf)
+            for share in self._shares
+        ]
+
+    def _tensors(self, asked: Sequence[Asked], states: States) -> list[Tensor] | None:
+        """Returns the parameters, their gradients, then the states of the first of them, of the second, ...
+
+        None where not the same states are there, as where someone has put one in full beside its codes.
+        """
+        if list(map(len, states)) != self._sizes:
+            return None
+        if self._has_others:
+            if list(map(tuple, states)) != self._stored:
+                return None
+            of_states = [state[name] for state, names in zip(states, self._names, strict=True) for name in names]
+        else:
+            of_states = list(chain.from_iterable(state.values() for state in states))
+        return [*_column(asked, "params"), *_column(asked, "grads"), *of_states]
 
 
-def _tensors(asked: Asked, states: States) -> list[Tensor]:
-    """The parameters, their gradients, then the states of the first of them, of the second, ..."""
-    return [*asked.params, *asked.grads, *chain.from_iterable(state.values() for state in states)]
+def _column(asked: Sequence[Asked], name: str) -> list[Tensor]:
+    return list(chain.from_iterable(map(attrgetter(name), asked)))
 
 
-def _names(rule: Rule, kind: _Kind) -> list[str]:
-    """Of the states of one parameter, in the order of their addresses in GroupUpdate."""
-    absmaxes = [f"{name}_absmax" for name in rule.states] if kind.coded else []
-    return ["step", *rule.states, *absmaxes, *([COMPENSATION] if kind.compensated else [])]
+def _every(asked: Sequence[Asked], states: States) -> list[_Each]:
+    remaining = iter(states)
+    return [
+        _Each(group, i, each.params[i], each.grads[i], each.owners[i], next(remaining))
+        for group, each in enumerate(asked)
+        for i in range(len(each.params))
+    ]
 
 
-def _part(kind: _Kind, indices: Sequence[int], asked: Asked, states: States, first: NDArray[numpy.int64]) -> _Part:
-    params = [asked.params[i] for i in indices]
-    views = [block_view(param.shape, asked.group["block_size"]) for param in params]
-    names = _names(asked.rule, kind)
-    order = [(i, list(states[i])) for i in indices]
-    places = [[i, len(states) + i, *(first[i] + stored.index(name) for name in names)] for i, stored in order]
-    stochastic = asked.group["stochastic_rounding"]
-    batch = Batch(
+def _names(asked: Asked, each: _Each) -> tuple[str, ...]:
+    """Returns the names of what a step reads and writes among a parameter's states."""
+    rule = asked.rule
+    stored = chain.from_iterable(map(stored_as, rule.states)) if is_coded(each.state, rule) else rule.states
+    return ("step", *stored, *([COMPENSATION] if is_compensated(each.param, asked.group) else []))
+
+
+def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequence[str]]) -> list[_Share]:
+    """Divides parameters among the backends, each of which gets those of one kind together."""
+    shared_within = [overlapping(each.params) for each in asked]
+    kinds: dict[Backend, dict[_Kind, list[int]]] = {}
+    staged: set[int] = set()
+    for index, (group, i, param, grad, _, state) in enumerate(every):
+        of_group = asked[group]
+        check(of_group.where(i), param, of_group.rule, of_group.group, state)
+        backend = backend_of(of_group, param, grad, is_overlapping=i in shared_within[group])
+        if _is_staged(backend, param, grad):
+            staged.add(index)
+        coded, compensated = is_coded(state, of_group.rule), is_compensated(param, of_group.group)
+        kind = _Kind(group, param.device, param.dtype, coded, compensated)
+        kinds.setdefault(backend, {}).setdefault(kind, []).append(index)
+    first = 2 * len(every) + numpy.cumsum([0, *map(len, names)])
+    shares = []
+    for backend, members in kinds.items():
+        indices = list(chain.from_iterable(members.values()))
+        batches = [_batch(kind, asked[kind.group], mine, every) for kind, mine in members.items()]
+        places = numpy.array([_places(i, first, names, asked[every[i].group].rule) for i in indices], numpy.int64)
+        places[:, GRAD] += len(every)
+        copied = [place for place, index in enumerate(indices) if index in staged]
+        groups = [kind.group for kind in members]
+        has_all = indices == list(range(len(every)))
+        prepared = backend.prepare(batches)
+        shares.append(_Share(backend, None if has_all else indices, groups, copied, places, batches, prepared))
+    return shares
+
+
+def _places(index: int, first: NDArray[numpy.int64], names: Sequence[Sequence[str]], rule: Rule) -> list[int]:
+    """Returns the places of a parameter's tensors among all, in the order of a step's addresses."""
+    result = [-1] * ADDRESSES
+    result[PARAM] = result[GRAD] = index
+    mine = {name: int(first[index]) + i for i, name in enumerate(names[index])}
+    result[STEP], result[LOW_BITS] = mine["step"], mine.get(COMPENSATION, -1)
+    for number, name in enumerate(rule.states):
+        codes, scale = stored_as(name)
+        result[STATES + number] = mine[codes] if codes in mine else mine[name]
+        result[SCALES + number] = mine.get(scale, -1)
+    return result
+
+
+def _batch(kind: _Kind, asked: Asked, indices: Sequence[int], every: Sequence[_Each]) -> Batch:
+    group = asked.group
+    views = [block_view(every[i].param.shape, group["block_size"]) for i in indices]
+    stochastic = group["stochastic_rounding"]
+    firsts = [first_element(every[i].owner) if stochastic else 0 for i in indices]
+    return Batch(
         rule=asked.rule,
-        block_size=asked.group["block_size"],
+        block_size=group["block_size"],
         rounding="compensated" if kind.compensated else "stochastic" if stochastic else "nearest",
-        seed=asked.group["seed"],
+        seed=group["seed"],
         dtype=kind.dtype,
+        device=kind.device,
         coded=kind.coded,
-        capturable=asked.group["capturable"],
-        numbers=numpy.array([asked.numbers[i] for i in indices], numpy.int64),
-        firsts=numpy.array([first_element(asked.owners[i]) if stochastic else 0 for i in indices], numpy.int64),
+        capturable=group["capturable"],
+        numbers=numpy.array([asked.numbers[every[i].i] for i in indices], numpy.int64),
+        firsts=numpy.array(firsts, numpy.int64),
         views=views,
         extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
         codebooks=[CODEBOOKS[signed] for signed in asked.rule.states.values()],
     )
-    prepared = kind.backend.prepare(batch, kind.device)
-    return _Part(kind, list(indices), numpy.array(places, numpy.int64), batch, prepared)
 
 
-def _work(part: _Part, asked: Asked, states: States, found: NDArray[numpy.int64]) -> Work:
-    params, grads = _of_part(part, asked.params), _of_part(part, asked.grads)
-    copies: list[tuple[Tensor, Tensor]] = []
-    given = params
-    if part.kind.is_staged:
-        grads = [grad.resolve_neg().contiguous() for grad in grads]
-        given = [param.resolve_neg().contiguous() for param in params]
-        copies = [pair for pair in zip(params, given, strict=True) if pair[0] is not pair[1]]
-        found[:, 0], found[:, 1] = data_ptrs(given), data_ptrs(grads)
-    update = GroupUpdate(
-        batch=part.batch,
-        hyper=asked.hyper,
-        grad_scale=asked.grad_scale,
-        found_inf=asked.found_inf,
-        prepared=part.prepared,
-        params=given,
-        grads=grads,
-        state=_of_part(part, states),
-        addresses=found,
-    )
-    return Work(part.kind.backend, update, copies)
+def _is_staged(backend: Backend, param: Tensor, grad: Tensor) -> bool:
+    """Whether a backend takes contiguous copies of a parameter and of its gradient."""
+    # A single number is contiguous whatever it is a view of, such as the imaginary part of a conjugate: what lies in
+    # memory there is its negative.
+    is_plain = param.is_contiguous() and grad.is_contiguous() and param.numel() > 1
+    return backend.name != "reference" and not is_plain
 
 
-def _of_part(part: _Part, column: Sequence[T]) -> Sequence[T]:
-    return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
+def _work(
+    share: _Share,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: States,
+    hyper: Sequence[Mapping[str, Any]],
+    found: NDArray[numpy.int64],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Work:
+    if share.indices is not None:
+        params, grads = ([column[i] for i in share.indices] for column in (params, grads))
+        states = [states[i] for i in share.indices]
+    copies = []
+    for i in share.staged:
+        param, grads[i] = params[i].resolve_neg().contiguous(), grads[i].resolve_neg().contiguous()
+        if param is not params[i]:
+            copies.append((params[i], param))
+        params[i] = param
+        found[i, PARAM], found[i, GRAD] = param.data_ptr(), grads[i].data_ptr()
+    hyper = [hyper[group] for group in share.groups]
+    step = Step(share.batches, hyper, grad_scale, found_inf, share.prepared, params, grads, states, found)
+    return Work(share.backend, step, copies)
 
 
-def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: bool = False) -> tuple[Backend, bool]:
-    """The backend that serves a parameter, and whether it takes a contiguous copy of it.
+def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: bool = False) -> Backend:
+    """Returns the backend that serves a parameter.
 
     Raises:
         ValueError: the group asks for kernels that do not serve it.
@@ -225,42 +322,4 @@ def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: boo
             f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of "
             f"{param.dtype} on {param.device} with a gradient of {grad.dtype}; leave capturable out"
         )
-    # A single number is contiguous whatever it is a view of, such as the imaginary part of a conjugate: what lies in
-    # memory there is its negative.
-    is_plain = param.is_contiguous() and grad.is_contiguous() and param.numel() > 1
-    return backend, backend.name != "reference" and not is_plain
-
-
-def refuse_shared(params: Sequence[Tensor]) -> None:
-    """
-    Raises:
-        ValueError: parameters share memory, so that no copy of one can be stepped without the other.
-    """
-    shared = overlapping([local(param) for param in params if not param.is_meta])
-    if shared:
-        raise ValueError(f"offload takes parameters that have memory of their own: {len(shared)} share theirs")
-
-
-def overlapping(params: Sequence[Tensor]) -> set[int]:
-    """Indices of parameters that may share memory: they are stepped one after another, as torch.optim does."""
-    spans = []
-    for index, param in enumerate(params):
-        if param.numel() == 0:
-            continue
-        reach = [(size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)]
-        if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
-            raise RuntimeError(
-                f"several elements of a parameter of shape {tuple(param.shape)} and strides {param.stride()} are one "
-                "number in memory: it cannot be updated in place"
-            )
-        end = param.data_ptr() + (sum(reach) + 1) * param.element_size()
-        spans.append((str(param.device), param.data_ptr(), end, index))
-    result: set[int] = set()
-    furthest = ("", 0, 0, -1)  # the span that ends last, of those that begin before
-    for span in sorted(spans):
-        is_beside = span[0] == furthest[0]
-        if is_beside and span[1] < furthest[2]:
-            result |= {furthest[3], span[3]}
-        if not is_beside or span[2] > furthest[2]:
-            furthest = span
-    return result
+    return backend

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import as_real
-from opt8bit.optim.states import CODEBOOKS
-from opt8bit.quant import BlockView, block_view, dequantize_blockwise
+from opt8bit.backends.reference import to_blocks
+from opt8bit.optim.old_layout import renewed_codes
+from opt8bit.quant import BlockView, block_view, decode_state
 
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
@@ -25,13 +26,13 @@ class Coded(NamedTuple):
     """A state as :class:`opt8bit.optim.base.Optimizer8bit` stores it in 8 bits."""
 
     codes: Tensor  # of the parameter's shape, uint8
-    absmax: Tensor  # (rows, blocks per row), float32
+    scale: Tensor  # (rows, blocks per row), float32
     view: BlockView
     signed: bool
 
     def decoded(self) -> Tensor:
         """The values, float32 of the parameter's shape."""
-        return dequantize_blockwise(self.codes, self.absmax, CODEBOOKS[self.signed], self.view.block_size)
+        return decode_state(self.codes, self.scale, self.signed, self.view.block_size)
 
 
 Read = dict[str, "Tensor | Coded"]  # of a parameter, by the names of its rule; never copied yet
@@ -85,10 +86,11 @@ def read_step(where: str, value: Any) -> Tensor:
     """Steps taken so far, () float32 on the CPU.
 
     Raises:
-        ValueError: it is not a whole number of steps, as a number or a tensor of no dimensions.
+        ValueError: it is not a whole number of steps, as a number or a tensor of one element.
     """
     if isinstance(value, Tensor):
-        value = check_tensor(where, "step", value, torch.Size(), STEP_DTYPES).item()
+        shape = value.shape if value.layout == torch.strided and value.numel() == 1 else torch.Size()
+        value = check_tensor(where, "step", value, shape, STEP_DTYPES).item()
     if not is_number(value) or not 0 <= value < MAX_STEP or value != int(value):
         raise ValueError(f"{where}: state 'step' must be a whole number of steps, got {described(value)}")
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
@@ -110,20 +112,60 @@ def read_full(where: str, name: str, value: Any, param: Tensor, signed: bool) ->
     return tensor
 
 
-def read_coded(where: str, name: str, codes: Any, absmax: Any, param: Tensor, signed: bool, block_size: int) -> Coded:
+def read_coded(
+    where: str,
+    names: tuple[str, str],
+    values: tuple[Any, Any],
+    param: Tensor,
+    signed: bool,
+    block_size: int,
+    *,
+    is_old: bool = False,
+) -> Coded:
     """A state of 8 bits, on the parameter's device.
 
+    Codes may have been cast to a float dtype, which holds them exactly; scales to one of 16 bits, unless one of them
+    became 0 or infinite by it.
+
+    Args:
+        names: of codes and scales.
+        values: codes and scales themselves.
+        is_old: whether they are of the old layout: codes of the ascending map, and no scale is negative.
+
     Raises:
-        ValueError: codes or absmax are not of the parameter's shape in blocks of ``block_size``, or an absmax is
-            not finite or negative.
+        ValueError: codes or scales are not of the parameter's shape in blocks of ``block_size``, or a scale is
+            not finite, negative where it cannot be, or 0 though its block holds numbers.
     """
+    (codes_name, scale_name), (codes, scale) = names, values
     if param.is_complex():
-        raise ValueError(f"{where}: states must be complex as the parameter is, got codes of {name!r}")
-    codes = check_tensor(where, name, codes, param.shape, (torch.uint8,))
+        raise ValueError(f"{where}: states must be complex as the parameter is, got codes of {codes_name!r}")
+    codes = _read_bytes(where, codes_name, codes, param.shape)
+    codes = (renewed_codes(codes, signed) if is_old else codes).to(param.device)
     view = block_view(param.shape, block_size)
-    absmax = check_tensor(where, f"{name}_absmax", absmax, torch.Size(view.absmax_shape), (torch.float32,))
-    check_absmax(where, f"{name}_absmax", absmax)
-    return Coded(codes.to(param.device), absmax.to(param.device), view, signed)
+    scale = check_tensor(where, scale_name, scale, torch.Size(view.absmax_shape), REAL_DTYPES).to(param.device)
+    if is_old or not signed:
+        check_absmax(where, scale_name, scale)
+    elif not bool(scale.isfinite().all()):
+        raise ValueError(f"{where}: state {scale_name!r} must be finite")
+    if scale.dtype != torch.float32 and codes.numel():
+        is_lost = (scale == 0) & (to_blocks(codes, view) != 0).any(-1)
+        if bool(is_lost.any()):
+            raise ValueError(
+                f"{where}: state {scale_name!r} was cast to {scale.dtype}, and became 0 for {int(is_lost.sum())} "
+                "blocks that hold numbers; keep it in torch.float32"
+            )
+    return Coded(codes, scale.to(torch.float32), view, signed)
+
+
+def _read_bytes(where: str, name: str, value: Any, shape: torch.Size) -> Tensor:
+    """Codes, which someone may have cast to a float dtype."""
+    tensor = check_tensor(where, name, value, shape, (torch.uint8, *REAL_DTYPES))
+    if tensor.dtype == torch.uint8:
+        return tensor
+    wide = tensor.float()
+    if not bool(((wide >= 0) & (wide <= 255) & (wide == wide.floor())).all()):
+        raise ValueError(f"{where}: state {name!r} must hold whole numbers from 0 to 255, got others in {tensor.dtype}")
+    return wide.to(torch.uint8)
 
 
 def check_absmax(where: str, name: str, absmax: Tensor) -> None:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from opt8bit.backends import stored_as
 from opt8bit.quant import block_view
+
+_, SCALE = stored_as("")  # what the names of scales end with
 
 
 @functools.cache
@@ -86,7 +89,7 @@ def sharded(state: Mapping[str, Tensor], param: Tensor, block_size: int) -> dict
         return dict(state)
     blocks = torch.Size(block_view(param.shape, block_size).absmax_shape)
     return {
-        name: _whole(tensor, blocks if name.endswith("_absmax") else param.shape + tensor.shape[param.dim() :], param)
+        name: _whole(tensor, blocks if name.endswith(SCALE) else param.shape + tensor.shape[param.dim() :], param)
         if tensor.dim()
         else tensor
         for name, tensor in state.items()
@@ -128,7 +131,8 @@ def shards_of(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any
         ValueError: one is not of the parameter's shape.
     """
     for name, value in state.items():
-        is_of_shape = name.endswith("_absmax") or not is_sharded(value) or value.shape[: param.dim()] == param.shape
+        is_of_blocks = name.endswith((SCALE, "_absmax"))
+        is_of_shape = is_of_blocks or not is_sharded(value) or value.shape[: param.dim()] == param.shape
         if not is_of_shape:
             raise ValueError(f"{where}: state {name!r} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
     return local_states(state)

@@ -1,8 +1,9 @@
-"""Numbers: which values exist (codebooks), and how a tensor is stored in blocks of codes; grids of weights."""
+"""Numbers: which values exist (codebooks), how tensors and states are stored in blocks of codes; grids of weights."""
 
 from opt8bit.quant.blockwise import BlockView, block_view, dequantize_blockwise, quantize_blockwise
 from opt8bit.quant.codebook import dynamic_map, linear_map, normal_float
 from opt8bit.quant.grid import CodebookGrid, Grid, UniformGrid
+from opt8bit.quant.state import decode_state, encode_state, state_map
 
 __all__ = [
     "BlockView",
@@ -10,9 +11,12 @@ __all__ = [
     "Grid",
     "UniformGrid",
     "block_view",
+    "decode_state",
     "dequantize_blockwise",
     "dynamic_map",
+    "encode_state",
     "linear_map",
     "normal_float",
     "quantize_blockwise",
+    "state_map",
 ]

@@ -76,7 +76,7 @@ def quantize_blockwise(
 
     Source: 8-bit Optimizers via Block-wise Quantization, section 2.1.
     """
-    _check_plain(x=x)
+    check_plain(x=x)
     if x.dtype not in QUANTIZABLE:
         raise TypeError(f"x must be one of {', '.join(map(str, QUANTIZABLE))}, got {x.dtype}")
     check_codebook(codebook)
@@ -115,18 +115,10 @@ def dequantize_blockwise(
         ValueError: ``absmax`` has not the shape that ``codes`` and ``block_size`` ask for, or lies on another
             device; a code is beyond the codebook; ``codebook``, ``block_size`` or ``backend`` is not one.
     """
-    _check_plain(codes=codes, absmax=absmax)
-    if codes.dtype != torch.uint8 or absmax.dtype != torch.float32:
-        raise TypeError(f"codes must be uint8 and absmax float32, got {codes.dtype} and {absmax.dtype}")
     if dtype not in QUANTIZABLE:
         raise TypeError(f"dtype must be one of {', '.join(map(str, QUANTIZABLE))}, got {dtype}")
     check_codebook(codebook)
-    view = block_view(codes.shape, block_size)
-    if absmax.shape != view.absmax_shape or absmax.device != codes.device:
-        raise ValueError(
-            f"absmax must have shape {view.absmax_shape} on {codes.device} for codes of shape "
-            f"{tuple(codes.shape)} in blocks of {block_size}, got {tuple(absmax.shape)} on {absmax.device}"
-        )
+    view = check_blocks(codes, "absmax", absmax, block_size)
     if codebook.numel() < 256 and codes.numel() and int(codes.max()) >= codebook.numel():
         raise ValueError(f"codes must be below the codebook's {codebook.numel()}, got {int(codes.max())}")
     server = backend_for(codes.device, backend)
@@ -137,7 +129,29 @@ def dequantize_blockwise(
     return x
 
 
-def _check_plain(**tensors: Tensor) -> None:
+def check_blocks(codes: Tensor, name: str, scales: Tensor, block_size: int) -> BlockView:
+    """Returns the block view of codes whose blocks have these scales.
+
+    Args:
+        name: of the scales, for messages.
+
+    Raises:
+        TypeError: a dtype is another one than uint8 and float32; a DTensor or its like.
+        ValueError: the scales have another shape than codes and block size ask for, or lie on another device.
+    """
+    check_plain(**{"codes": codes, name: scales})
+    if codes.dtype != torch.uint8 or scales.dtype != torch.float32:
+        raise TypeError(f"codes must be uint8 and {name} float32, got {codes.dtype} and {scales.dtype}")
+    view = block_view(codes.shape, block_size)
+    if scales.shape != view.absmax_shape or scales.device != codes.device:
+        raise ValueError(
+            f"{name} must have shape {view.absmax_shape} on {codes.device} for codes of shape "
+            f"{tuple(codes.shape)} in blocks of {block_size}, got {tuple(scales.shape)} on {scales.device}"
+        )
+    return view
+
+
+def check_plain(**tensors: Tensor) -> None:
     """Refuses what has no memory of its own to be read, such as a DTensor."""
     for name, tensor in tensors.items():
         if is_traceable_wrapper_subclass(tensor):

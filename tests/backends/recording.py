@@ -16,7 +16,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 
 from opt8bit import backends
-from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
+from opt8bit.quant import decode_state, dequantize_blockwise, dynamic_map, encode_state, quantize_blockwise
 
 sys.path.append(str(Path(__file__).parents[1] / "optim"))
 from cases import CASES
@@ -91,6 +91,10 @@ def main(backend: str, architecture: str, warp_size: str, *cases: str) -> None:
     codes = quantize_blockwise(torch.randn(64, 100), dynamic_map(), 256)
     dequantize_blockwise(*codes, dynamic_map(), 256)
     assert [name for name, _ in driver.launched] == ["quantize_kernel", "dequantize_kernel"]
+    for signed in (True, False):
+        driver.launched = []
+        decode_state(*encode_state(torch.randn(64, 100), signed, 256), signed, 256)
+        assert [name for name, _ in driver.launched] == ["encode_state_kernel", "dequantize_kernel"]
 
 
 main(*sys.argv[1:])

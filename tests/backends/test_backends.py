@@ -8,6 +8,7 @@ import torch
 
 from opt8bit import backends
 from opt8bit.backends import native
+from opt8bit.backends.interface import MAX_STATES
 from opt8bit.optim import adam, sgd
 from opt8bit.quant import dynamic_map, quantize_blockwise
 
@@ -40,7 +41,7 @@ def test_kernels_and_python_define_the_same_map(kernels: str) -> None:
 def test_every_rule_has_its_kernel(kernels: str) -> None:
     for rule in (*adam.RULES.values(), *sgd.RULES.values()):
         assert native.library().opt8bit_rule(rule.name.encode()) >= 0, rule.name
-        assert len(rule.hyper) <= native.MAX_HYPER and len(rule.states) <= native.MAX_STATES
+        assert len(rule.hyper) <= native.MAX_HYPER and len(rule.states) <= MAX_STATES
     assert native.library().opt8bit_rule(b"abacus") == -1
 
 
@@ -72,7 +73,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
         optimizer.step()
-assert optimizer.state[param]["exp_avg"].dtype == torch.uint8
+assert optimizer.state[param]["exp_avg_codes"].dtype == torch.uint8
 assert len(caught) == 1, caught
 assert caught[0].category is RuntimeWarning and "C++17 compiler" in str(caught[0].message)
 """

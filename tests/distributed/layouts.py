@@ -31,7 +31,7 @@ from training import whole
 
 import opt8bit
 from opt8bit.optim import memory_report, to_torch_state_dict
-from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
+from opt8bit.quant import decode_state, dynamic_map, quantize_blockwise
 
 Check = Callable[[], None]
 CHECKS: dict[int, list[Check]] = {2: [], 4: []}
@@ -95,7 +95,7 @@ def columns_in_whole_blocks_are_8_bit() -> None:
     for shape, block_size in (((16, 512 * ranks), 256), ((16, 300 * ranks), 100), ((16, 8 * ranks, 5, 5), 200)):
         sharded, plain = train(opt8bit.AdamW8bit, shape, mesh(), [Shard(1)], block_size=block_size)
         (state,) = sharded.state.values()
-        assert state["exp_avg_absmax"].placements == (Shard(1),) and state["exp_avg"].dtype == torch.uint8
+        assert state["exp_avg_scale"].placements == (Shard(1),) and state["exp_avg_codes"].dtype == torch.uint8
         assert_same(sharded, plain)
 
 
@@ -386,14 +386,19 @@ def damaged_checkpoints_are_refused() -> None:
 
     saved = get_optimizer_state_dict(model, optimizer)
     for change, message in (
-        (lambda state: state["tokens.weight"].pop("exp_avg_absmax"), "parameter 'tokens.weight': state 'exp_avg'"),
         (
-            lambda state: state["tokens.weight"].update(exp_avg=state["head.weight"]["exp_avg"].to(torch.float16)),
-            "'exp_avg' must be|must have shape",
+            lambda state: state["tokens.weight"].pop("exp_avg_scale"),
+            "'tokens.weight', of .* lacks the state 'exp_avg_scale'",
         ),
         (
-            lambda state: state["blocks.0.up.weight"].update(exp_avg_sq=state["blocks.0.down.weight"]["exp_avg_sq"]),
-            r"'blocks.0.up.weight': state 'exp_avg_sq' must have shape \(256, 64\), got \(64, 256\)",
+            lambda state: state["tokens.weight"].update(exp_avg_codes=state["head.bias"]["exp_avg"]),
+            r"'tokens.weight': state 'exp_avg_codes' must have shape \(67, 64\), got \(67,\)",
+        ),
+        (
+            lambda state: state["blocks.0.up.weight"].update(
+                exp_avg_sq_codes=state["blocks.0.down.weight"]["exp_avg_sq_codes"]
+            ),
+            r"'blocks.0.up.weight': state 'exp_avg_sq_codes' must have shape \(256, 64\), got \(64, 256\)",
         ),
     ):
         damaged = {**saved, "state": {name: dict(state) for name, state in saved["state"].items()}}
@@ -402,13 +407,13 @@ def damaged_checkpoints_are_refused() -> None:
             set_optimizer_state_dict(model, optimizer, damaged)
         assert unchanged()
     mixed = {**saved, "state": {name: dict(state) for name, state in saved["state"].items()}}
-    mixed["state"]["head.weight"]["exp_avg"] = whole(saved["state"]["head.weight"]["exp_avg"])
+    mixed["state"]["head.weight"]["exp_avg_codes"] = whole(saved["state"]["head.weight"]["exp_avg_codes"])
     set_optimizer_state_dict(model, optimizer, mixed)
     assert unchanged()
 
     mine = copy.deepcopy(optimizer.state_dict())
     if dist.get_rank() == 1:
-        mine["state"][0]["exp_avg_absmax"].to_local()[0] = torch.nan
+        mine["state"][0]["exp_avg_scale"].to_local()[0] = torch.nan
     word = "must be finite" if dist.get_rank() == 1 else "another process has refused its part"
     with pytest.raises(ValueError, match=word):
         optimizer.load_state_dict(mine)
@@ -434,15 +439,11 @@ def states_are_read_whole_where_they_lie_otherwise() -> None:
         for optimizer, of in ((target, source), (expected, plain)):
             optimizer.load_state_dict(of.state_dict())
         (found,), (wanted,) = target.state.values(), expected.state.values()
-        if "exp_avg_absmax" in found:
+        if "exp_avg_scale" in found:
             assert all(torch.equal(whole(found[name]), value) for name, value in wanted.items())
         else:  # shards that cut blocks: in full
-            exact = dequantize_blockwise(
-                plain.state_dict()["state"][0]["exp_avg"],
-                plain.state_dict()["state"][0]["exp_avg_absmax"],
-                dynamic_map(True),
-                block_size,
-            )
+            (stored,) = plain.state.values()
+            exact = decode_state(stored["exp_avg_codes"], stored["exp_avg_scale"], True, block_size)
             assert torch.equal(whole(found["exp_avg"]), exact)
 
 
@@ -459,7 +460,7 @@ def blocks_that_were_cut_in_a_checkpoint_are_put_together() -> None:
     target.load_state_dict(saved)
     expected.load_state_dict(plain.state_dict())
     (found,), (wanted,) = target.state.values(), expected.state.values()
-    assert "exp_avg_absmax" in found and all(torch.equal(whole(found[name]), value) for name, value in wanted.items())
+    assert "exp_avg_scale" in found and all(torch.equal(whole(found[name]), value) for name, value in wanted.items())
 
 
 @on(2)
@@ -474,8 +475,9 @@ def a_stable_embedding_keeps_its_states_in_full() -> None:
     optimizer = opt8bit.AdamW8bit(model.parameters(), lr=1e-2)
     model(torch.arange(8)).sum().backward()
     optimizer.step()
-    dtypes = {name: optimizer.state[param]["exp_avg"].dtype for name, param in model.named_parameters()}
-    assert dtypes["0.weight"] == torch.float32 and dtypes["1.weight"] == torch.uint8
+    states = {name: optimizer.state[param] for name, param in model.named_parameters()}
+    assert states["0.weight"]["exp_avg"].dtype == torch.float32 and "exp_avg_codes" not in states["0.weight"]
+    assert states["1.weight"]["exp_avg_codes"].dtype == torch.uint8 and "exp_avg" not in states["1.weight"]
 
 
 @on(2)
@@ -512,7 +514,7 @@ def a_failed_step_changes_nothing() -> None:
             optimizer.step()
             optimizer.param_groups[0]["block_size"] = 64
         else:
-            with pytest.raises(ValueError, match="with block_size 64, state 'exp_avg_absmax' must be"):
+            with pytest.raises(ValueError, match="with block_size 64, state 'exp_avg_scale' must be"):
                 optimizer.step()
             assert torch.equal(bias, before)
 

@@ -85,6 +85,72 @@ void test_quantize(const Kernels* kernels, int64_t rows, int64_t length, int64_t
   });
 }
 
+// The first element of the largest magnitude, where `x` is finite. A state without signs has nothing below zero.
+float largest_of(const float* x, int64_t n, bool is_signed) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (std::isfinite(x[i]) && (is_signed || x[i] > 0) && std::fabs(x[i]) > std::fabs(largest)) largest = x[i];
+  return largest;
+}
+
+uint8_t state_code(float x, float scale, bool is_signed) {
+  const uint8_t code = nearest_state_code(is_signed || !(x < 0) ? x : 0, scale, dynamic_map(is_signed));
+  return !is_signed && code == 0 && x > 0 && scale != 0 ? 1 : code;  // what is positive stays so
+}
+
+void check_encoded(const Kernels* kernels, const Exact<float>& x, int64_t rows, int64_t length, int64_t block_size,
+                   bool is_signed) {
+  const BlockView view(rows, length, block_size);
+  Exact<uint8_t> codes(x.size), mirrored_codes(x.size);
+  Exact<float> scales(view.blocks()), mirrored_scales(view.blocks()), mirrored(x.size);
+  opt8bit_encode_state(kernels, x.data, rows, length, block_size, is_signed, codes.data, scales.data, 2);
+  view.for_each(0, view.blocks(), [&](int64_t block, int64_t offset, int64_t n) {
+    const float scale = scales.data[block];
+    check(scale == largest_of(x.data + offset, n, is_signed), "scale");
+    check(scale != 0 || !std::signbit(scale), "a scale of zero has no sign");
+    for (int64_t i = offset; i < offset + n; ++i)
+      check(codes.data[i] == state_code(x.data[i], scale, is_signed), "nearest code of a state");
+  });
+  if (!is_signed) return;
+  for (int64_t i = 0; i < x.size; ++i) mirrored.data[i] = -x.data[i];
+  opt8bit_encode_state(kernels, mirrored.data, rows, length, block_size, is_signed, mirrored_codes.data,
+                       mirrored_scales.data, 2);
+  check(mirrored_codes == codes, "codes of the negative");
+  for (int64_t block = 0; block < view.blocks(); ++block)
+    check(mirrored_scales.data[block] == -scales.data[block], "scales of the negative");
+}
+
+void test_encode_state(const Kernels* kernels, int64_t rows, int64_t length, int64_t block_size, bool is_signed) {
+  Exact<float> x = random_values<float>(rows * length);
+  if (!is_signed)
+    for (int64_t i = 0; i < x.size; ++i)
+      if (i % 3) x.data[i] = std::fabs(x.data[i]);
+  check_encoded(kernels, x, rows, length, block_size, is_signed);
+  // In every block the largest elements are a and -a, in either order, beside midpoints between two codes of them.
+  const BlockView view(rows, length, block_size);
+  const Codebook& map = dynamic_map(is_signed);
+  const float magnitudes[] = {1, 3, 0.7324219f, 1e-40f, 0x1p-149f, 3e38f, 0x1p-101f};
+  view.for_each(0, view.blocks(), [&](int64_t block, int64_t offset, int64_t n) {
+    const float magnitude = magnitudes[block % 7];
+    for (int64_t i = offset; i < offset + n; ++i) {
+      x.data[i] = static_cast<float>(map.midpoints[generator() % 255] * magnitude);
+      if (generator() % 2) x.data[i] = std::nextafter(x.data[i], generator() % 2 ? magnitude : -magnitude);
+    }
+    const int64_t one = offset + generator() % n, other = offset + generator() % n;
+    x.data[one] = magnitude;
+    x.data[other] = -magnitude;
+    if (n > 4 && block % 2) {
+      x.data[offset + n / 2] = std::numeric_limits<float>::infinity();
+      x.data[offset + n / 3] = -std::numeric_limits<float>::infinity();
+      x.data[offset + n / 4] = std::numeric_limits<float>::quiet_NaN();
+    }
+  });
+  check_encoded(kernels, x, rows, length, block_size, is_signed);
+  for (int64_t i = 0; i < x.size; ++i)
+    x.data[i] = i % 2 ? -0.0f : i % 3 ? 0.0f : -std::numeric_limits<float>::infinity();
+  check_encoded(kernels, x, rows, length, block_size, is_signed);
+}
+
 struct RuleCase {
   const char* name;
   std::vector<double> hyper;
@@ -116,15 +182,14 @@ Exact<T> run_step(const Kernels* kernels, const RuleCase& rule, DType dtype, Rou
   const BlockView view(rows, length, block_size);
   Exact<uint8_t> codes[] = {Exact<uint8_t>(start.size), Exact<uint8_t>(start.size), Exact<uint8_t>(start.size)};
   Exact<float> values[] = {Exact<float>(start.size), Exact<float>(start.size), Exact<float>(start.size)};
-  Exact<float> absmax[] = {Exact<float>(view.blocks()), Exact<float>(view.blocks()), Exact<float>(view.blocks())};
+  Exact<float> scales[] = {Exact<float>(view.blocks()), Exact<float>(view.blocks()), Exact<float>(view.blocks())};
   Exact<int16_t> compensation(start.size);
   float step = 0;
   Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, dtype, bits, 0, 7, 5};
   if (rounding == Rounding::compensated) tensor.compensation = compensation.data;
   for (int s = 0; s < kMaxStates; ++s) {
-    std::memset(codes[s].data, s == 0 ? 127 : 0, start.size);
     tensor.states[s] = bits == 8 ? static_cast<void*>(codes[s].data) : values[s].data;
-    tensor.absmax[s] = absmax[s].data;
+    tensor.scales[s] = scales[s].data;
   }
   Group group = {static_cast<RuleId>(opt8bit_rule(rule.name)), block_size, {}, 2.0, rounding, 5};
   std::copy(rule.hyper.begin(), rule.hyper.end(), group.hyper);
@@ -215,6 +280,10 @@ int main() {
       for (int64_t length : {0, 1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 40000})
         for (int64_t block_size : {1, 16, 64, 100, 256, 2000, 65536})
           test_quantize(kernels, 2, length, block_size, is_signed);
+    for (bool is_signed : {false, true})
+      for (int64_t length : {0, 1, 15, 16, 17, 63, 64, 65, 300, 1023, 1024, 1025, 5000})
+        for (int64_t block_size : {1, 2, 16, 64, 100, 256, 2000, 5000})
+          test_encode_state(kernels, 3, length, block_size, is_signed);
     test_steps<float>(kernels, DType::float32, Rounding::nearest);
     test_steps<float16>(kernels, DType::float16, Rounding::nearest);
     for (Rounding rounding : {Rounding::nearest, Rounding::stochastic, Rounding::compensated})

@@ -165,5 +165,56 @@ def train(optimizer: torch.optim.Optimizer, param: nn.Parameter, grads: list[Ten
         optimizer.step()
 
 
+UNSIGNED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum"}  # states that are never negative
+
+
+def assert_states_agree(
+    mine: dict[str, Tensor], theirs: dict[str, Tensor], *, share: float, rtol: float, atol: float = 0.0
+) -> None:
+    """States in blocks of 256 that two backends made: values agree as float32 does, codes differ by one level at most.
+
+    Args:
+        share: of the elements of a state whose codes may differ; one may in any case, if any.
+    """
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype == value.dtype
+        if name.endswith("_codes"):
+            state = name.removesuffix("_codes")
+            distance, is_mirrored = levels_apart(state, mine, theirs)
+            assert not distance.numel() or int(distance.max()) <= 1
+            assert int((distance[~is_mirrored] > 0).sum()) <= (max(share * value.numel(), 1) if share else 0)
+        elif value.dtype == torch.uint8:
+            assert torch.equal(mine[name], value)
+        else:
+            is_scale = name.endswith("_scale")
+            pair = (mine[name].abs(), value.abs()) if is_scale else (mine[name], value)
+            torch.testing.assert_close(*pair, rtol=rtol, atol=atol)
+
+
+def levels_apart(state: str, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns how many levels lie between two stored states, and which elements are in a block of opposite scales.
+
+    A block's largest elements of either sign may be equal up to rounding; then it decides which sign the scale has. Of
+    such a block levels are counted after one side is mirrored, and each element may be one apart: there is no -1.
+    """
+    codes = [each[f"{state}_codes"] for each in (mine, theirs)]
+    scales = [each[f"{state}_scale"] for each in (mine, theirs)]
+    if state in UNSIGNED:
+        distance = (codes[0].int() - codes[1].int()).abs()
+        return distance, torch.zeros_like(distance, dtype=torch.bool)
+    length = codes[0].numel() // max(scales[0].shape[0], 1)
+    is_opposite = (scales[0] < 0) != (scales[1] < 0)
+    is_mirrored = is_opposite.repeat_interleave(256, 1)[:, :length].reshape(codes[0].shape)
+    ranks = [(each.int() + 127) % 256 for each in codes]  # of ascending values, 127 that of zero
+    distance = (torch.where(is_mirrored, 254 - ranks[0], ranks[0]) - ranks[1]).abs()
+    for rank in ranks:  # there are elements of both signs that are the largest
+        is_tie = torch.zeros_like(is_opposite)
+        for block, part in enumerate(rank.reshape(scales[0].shape[0], -1).split(256, 1)):
+            is_tie[:, block] = (part == 0).any(1) & (part == 255).any(1)
+        assert is_tie[is_opposite].all()
+    return distance, is_mirrored
+
+
 def use(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setenv("OPT8BIT_BACKEND", backend)

@@ -1,4 +1,7 @@
-"""Damaged state dicts, 10,000 of them: each is refused cleanly, with nothing changed, or loaded right."""
+"""Damaged state dicts, 13,000 of them: each is refused cleanly, with nothing changed, or loaded right.
+
+They are of all dialects, of this layout and of the one before.
+"""
 
 import copy
 import math
@@ -8,14 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from layouts_before import old_state_dict
 from torch import Tensor, nn
 
 import opt8bit
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.dialects.dialect import NOT_OTHERS
 from opt8bit.optim.states import COMPENSATION, check
 
-COUNT = 10_000
-SHAPES = ((16, 24), (5,))  # in two groups; codes and an absmax of two blocks a row, and full states
+COUNT = 13_000
+SHAPES = ((16, 24), (5,))  # in two groups; codes and a scale for each of two blocks a row, and full states
 
 
 class Case(NamedTuple):
@@ -28,6 +33,17 @@ class Case(NamedTuple):
 def own(ours: type[Optimizer8bit], hyper: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> Case:
     """State dicts of ours, in blocks of another size than the optimizer's that loads it where ``options`` say so."""
     return Case(ours, hyper, dtype, lambda params: trained(make(ours, params, {**hyper, **options})))
+
+
+def before(case: Case) -> Case:
+    """The same in the layout before: state dicts of ours only."""
+
+    def made(params: list[nn.Parameter]) -> dict[str, Any]:
+        optimizer = make(case.ours, params, case.hyper)
+        optimizer.load_state_dict(case.made(params))
+        return old_state_dict(optimizer)
+
+    return case._replace(made=made)
 
 
 def torchs(ours: type[Optimizer8bit], theirs: type[torch.optim.Optimizer], **hyper: Any) -> Case:
@@ -46,6 +62,10 @@ CASES: dict[str, Case] = {
     "SGD": own(opt8bit.SGD8bit, {"momentum": 0.9}),
     "RMSprop": own(opt8bit.RMSprop8bit, {"centered": True, "momentum": 0.9}),
     "AdEMAMix": own(opt8bit.AdEMAMix8bit, {}, block_size=64),
+    "AdamW, before": before(own(opt8bit.AdamW8bit, {"amsgrad": True})),
+    "AdamW, compensated, before": before(own(opt8bit.AdamW8bit, {"compensation": True}, torch.bfloat16)),
+    "SGD, before": before(own(opt8bit.SGD8bit, {"momentum": 0.9})),
+    "RMSprop, before": before(own(opt8bit.RMSprop8bit, {"centered": True, "momentum": 0.9})),
     "torch AdamW": torchs(opt8bit.AdamW8bit, torch.optim.AdamW, amsgrad=True),
     "torch SGD": torchs(opt8bit.SGD8bit, torch.optim.SGD, momentum=0.9),
     "torch RMSprop": torchs(opt8bit.RMSprop8bit, torch.optim.RMSprop, centered=True),
@@ -181,7 +201,8 @@ class Damage:
         name = self.random.choice([*state, "step"])
         value = state.pop(name, None)
         if self.random.random() < 0.5:
-            names = ("exp_avg", "sum", "step", "exp_avg_absmax", "compensation", "state1", "absmax9", 3, None, ("a",))
+            names: tuple[Any, ...] = ("exp_avg", "exp_avg_codes", "exp_avg_scale", "exp_avg_absmax", "exp_avg_sq_scale")
+            names += ("sum", "sum_codes", "step", "compensation", "state1", "absmax9", 3, None, ("a",))
             state[self.random.choice(names)] = value
 
     def swap(self, state_dict: dict[str, Any]) -> None:
@@ -261,14 +282,16 @@ def assert_right(optimizer: Optimizer8bit, usual: list[dict[str, Any]]) -> None:
     for group, hyper, suiting in zip(optimizer.param_groups, hypers(optimizer), usual, strict=True):
         rule = optimizer.rule(group)
         for param in group["params"]:
-            state = optimizer.state.get(param)
+            state = optimizer.state.get(param, {})
+            if not NOT_OTHERS & set(state):
+                state = {}  # of others only, such as slow weights: ours begin anew
             if state:
                 check("a parameter", param, rule, group, state)
                 assert float(state["step"]) >= 0
             finite[param] = torch.full_like(param, hyper == suiting, dtype=torch.bool)
             for name in rule.states if state else ():  # 3e38 has no square
-                absmax = state.get(f"{name}_absmax")
-                finite[param] &= state[name].abs() < 1e18 if absmax is None else bool((absmax < 1e18).all())
+                scale = state.get(f"{name}_scale")
+                finite[param] &= state[name].abs() < 1e18 if scale is None else bool((scale.abs() < 1e18).all())
             if state and COMPENSATION in state:  # nothing is rounded to 0: bits beyond it are those of NaN
                 finite[param] &= param != 0
     step(optimizer)

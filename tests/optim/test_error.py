@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import opt8bit
 from opt8bit.optim import error
-from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
+from opt8bit.quant import decode_state, dynamic_map, encode_state, state_map
 
 SHAPE = (32, 300)  # with a short block at the end of each row
 HALF = 0.5 + 2**-23 / 0.014  # codebook values are rounded to float32, and lie 0.014 apart next to -1
@@ -48,13 +48,12 @@ def test_one_coding_is_that_of_the_next_step(monkeypatch: pytest.MonkeyPatch) ->
     train(3, params, optimizer)
     weight, state = params["weight"], dict(optimizer.state[params["weight"]])
     assert weight.grad is not None
-    book = dynamic_map()
-    old = dequantize_blockwise(state["momentum_buffer"], state["momentum_buffer_absmax"], book, 256)
+    old = decode_state(state["momentum_buffer_codes"], state["momentum_buffer_scale"], True, 256)
     exact = 0.9 * old + (weight.grad + 0.1 * weight.detach())
     (row,) = opt8bit.state_error(optimizer).rows
     optimizer.step()
     state = optimizer.state[weight]
-    stored = dequantize_blockwise(state["momentum_buffer"], state["momentum_buffer_absmax"], book, 256)
+    stored = decode_state(state["momentum_buffer_codes"], state["momentum_buffer_scale"], True, 256)
     assert row.relative == ((stored - exact).double().norm() / exact.double().norm()).item()
 
 
@@ -96,29 +95,40 @@ def test_a_twin_tells_what_has_come_together(twin: str) -> None:
         assert before.relative < after.relative < 0.05
 
 
-def test_levels_count_codes_and_fractions() -> None:
-    book = dynamic_map()
-    codes = torch.tensor([[127, 200, 254, 0]], dtype=torch.uint8)
-    absmax = torch.tensor([[2.0]])
-    stored = dequantize_blockwise(codes, absmax, book, 4)
-    assert (error.levels(stored, codes, absmax, book, 4) == 0).all()
-    book = book.double()
-    moved = 2 * torch.stack([book[130], (book[200] + book[201]) / 2, book[255], book[0] - (book[1] - book[0]) / 2])
-    distance = error.levels(moved[None], codes, absmax, book, 4)
+@pytest.mark.parametrize("scale", [2.0, -2.0])
+def test_levels_count_codes_and_fractions(scale: float) -> None:
+    codes = torch.tensor([[0, 73, 127, 129]], dtype=torch.uint8)  # of values that ascend: 127, 200, 254 and 0
+    scales = torch.tensor([[scale]])
+    stored = decode_state(codes, scales, True, 4)
+    assert (error.levels(stored, codes, scales, True, 4) == 0).all()
+    book = dynamic_map().double()
+    moved = scale * torch.stack([book[130], (book[200] + book[201]) / 2, book[255], book[0] - (book[1] - book[0]) / 2])
+    distance = error.levels(moved[None], codes, scales, True, 4)
     torch.testing.assert_close(distance, torch.tensor([[3, 0.5, 1, 0.5]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_every_code_stands_at_its_own_level(signed: bool) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    distance = error.levels(state_map(signed)[None], codes, torch.ones(1, 1), signed, 256)
+    assert not distance.any()
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_nearest_codes_are_within_half_a_level(signed: bool) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     x = x if signed else x.square()
-    codes, absmax = quantize_blockwise(x, dynamic_map(signed), 64)
-    assert error.levels(x, codes, absmax, dynamic_map(signed), 64).max() <= HALF
+    codes, scale = encode_state(x, signed, 64)
+    assert (scale < 0).any() == signed
+    distance = error.levels(x, codes, scale, signed, 64)
+    is_kept = (codes == 1) & (not signed)  # what is positive does not become zero, though zero may be nearer
+    assert distance[~is_kept].max() <= HALF
+    assert (distance[is_kept] < 1).all()
 
 
 def test_levels_of_a_block_of_zeros() -> None:
-    codes, absmax = torch.full((1, 2), 127, dtype=torch.uint8), torch.zeros(1, 1)
-    distance = error.levels(torch.tensor([[0.0, 1.0]]), codes, absmax, dynamic_map(), 2)
+    codes, scale = torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, 1)
+    distance = error.levels(torch.tensor([[0.0, 1.0]]), codes, scale, True, 2)
     assert distance.tolist() == [[0, math.inf]]
 
 
@@ -194,7 +204,7 @@ WRONG_TWINS: dict[str, tuple[Any, int, str]] = {
     "other states": (lambda p: torch.optim.SGD(p.values(), momentum=0.9), 2, "exact has no state 'exp_avg'"),
     "not stepped": (lambda p: torch.optim.AdamW(p.values()), 0, "has it been stepped"),
     "other steps": (lambda p: torch.optim.AdamW(p.values()), 3, "exact must have taken 2 steps, too, got 3"),
-    "8-bit states": (lambda p: opt8bit.AdamW8bit(p.values()), 2, "must be float32 or float64.*got torch.uint8"),
+    "8-bit states": (lambda p: opt8bit.AdamW8bit(p.values()), 2, "exact has 8-bit states.*state_bits=32"),
 }
 
 

@@ -89,7 +89,7 @@ def test_8_bit_momentum_points_where_torchs_does() -> None:
     mine = opt8bit.Muon8bit([ours], weight_decay=0.0)
     train(mine, ours, grads)
     train(torch.optim.Muon([theirs], weight_decay=0.0), theirs, grads)
-    assert mine.state[ours]["momentum_buffer"].dtype == torch.uint8
+    assert mine.state[ours]["momentum_buffer_codes"].dtype == torch.uint8
     assert torch.cosine_similarity((ours - before).flatten(), (theirs - before).flatten(), dim=0) > 0.99
 
 

@@ -50,10 +50,20 @@ def test_the_element_itself_becomes_what_the_oracle_makes_of_it(name: str, value
     assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
-def test_grad_scaler_hands_its_scale_over(stateful: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_without_kernels(case: Case, backend: str, fused: bool | None) -> None:
+    if fused and (case.ours is opt8bit.Muon8bit or backend == "reference"):
+        pytest.skip("fused=True takes compiled kernels of the rule")
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler_hands_its_scale_over_or_unscales(
+    stateful: Case, fused: bool | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_kernels(stateful, backend, fused)
     use(monkeypatch, backend)
     ours, plain = parameter(), parameter()
-    mine, unscaled = stateful.ours([ours], **stateful.hyper), stateful.ours([plain], **stateful.hyper)
+    mine = stateful.ours([ours], fused=fused, **stateful.hyper)
+    unscaled = stateful.ours([plain], **stateful.hyper)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     x = torch.randn(7, 32)
     for _ in range(5):
@@ -62,15 +72,21 @@ def test_grad_scaler_hands_its_scale_over(stateful: Case, backend: str, monkeypa
             loss = (x @ param).square().mean()
             (scaler.scale(loss) if scale else loss).backward()
         scaler.step(mine)
+        assert torch.equal(ours.grad, plain.grad * (scaler.get_scale() if fused else 1))
         scaler.update()
         unscaled.step()
     assert scaler.get_scale() > 1024
     assert torch.equal(ours, plain)  # the scale is a power of two
 
 
-def test_grad_scaler_skips_a_step_with_infinities(stateful: Case) -> None:
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler_skips_a_step_with_infinities(
+    stateful: Case, fused: bool | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_kernels(stateful, backend, fused)
+    use(monkeypatch, backend)
     param = parameter()
-    optimizer = stateful.ours([param], **stateful.hyper)
+    optimizer = stateful.ours([param], fused=fused, **stateful.hyper)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     (scaler.scale(param.square().sum())).backward()
     scaler.step(optimizer)
@@ -95,6 +111,16 @@ def test_gradients_unscaled_by_the_user_are_not_unscaled_again(stateful: Case) -
     scaler.step(mine)
     unscaled.step()
     assert torch.equal(ours, plain)
+
+
+def test_unscaling_is_left_to_the_step_if_every_group_says_so() -> None:
+    """As torch.optim says it: what clips between the two takes optimizers only that leave it to the scaler."""
+    for fused, expected in (((True, True), True), ((True, None), False), ((None, None), False), ((False, True), False)):
+        groups = [{"params": [parameter()], "fused": value} for value in fused]
+        assert opt8bit.AdamW8bit(groups)._step_supports_amp_scaling is expected
+    optimizer = opt8bit.AdamW8bit([parameter()])
+    optimizer.param_groups[0]["fused"] = True
+    assert optimizer._step_supports_amp_scaling is True
 
 
 def test_zero_gradients_never_move_a_parameter() -> None:

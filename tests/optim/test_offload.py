@@ -242,7 +242,7 @@ def test_gradients_keep_their_dtype() -> None:
         param.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
         optimizer = opt8bit.AdamW8bit([param], lr=1e-2, offload=offload)
         optimizer.step()
-        results.append((param.detach(), optimizer.state[param]["exp_avg"]))
+        results.append((param.detach(), *optimizer.state[param].values()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -41,7 +41,8 @@ ERRORS = {
     f"{name} {error.optimizer_error_input.desc}": (name, error)
     for name, info in HERE_TOO.items()
     for error in info.optim_error_inputs_func("cpu", torch.float32)
-    if "foreach" not in error.optimizer_error_input.kwargs  # refused by its name: see test_optimizers.py
+    if "foreach"
+    not in error.optimizer_error_input.kwargs  # of torch's own loops, which take no tensors: here nothing depends on it
 }
 Maker = Callable[..., Optimizer8bit]
 
@@ -345,7 +346,24 @@ def test_schedulers_do_what_they_do_to_torchs(name: str, tensor_lr: bool) -> Non
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("flag", ["foreach", "capturable", "differentiable"])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_foreach_is_taken_and_changes_nothing(make: Maker, foreach: bool) -> None:
+    results = []
+    for options in ({}, {"foreach": foreach}):
+        params, loss = problem()
+        optimizer = make(params, **options)
+        run(optimizer, loss, 2)
+        results.append([*params, *(dict(optimizer.state[param]) for param in params)])
+    assert_same(*results)
+    assert optimizer.param_groups[0]["foreach"] is foreach
+
+
+def test_foreach_is_a_flag(make: Maker) -> None:
+    with pytest.raises(ValueError, match="foreach must be True, False or None, got 'yes'"):
+        make(problem()[0], foreach="yes")
+
+
+@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
 def test_flags_that_cannot_be_honoured_are_refused(make: Maker, flag: str) -> None:
     with pytest.raises(ValueError, match=f"{flag} must be left out"):
         make(problem()[0], **{flag: True})

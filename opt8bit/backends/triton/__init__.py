@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, Batch, GroupUpdate, View
+from opt8bit.backends.interface import DTYPES, Batch, Step, View
 from opt8bit.backends.reference import step_group
-from opt8bit.backends.triton.blockwise import dequantize_kernel, quantize_kernel
+from opt8bit.backends.triton.blockwise import dequantize_kernel, encode_state_kernel, quantize_kernel
 from opt8bit.backends.triton.codebook import midpoints
 from opt8bit.backends.triton.launches import OPTIONS, TILE, Launches, Shape
 from opt8bit.backends.triton.update_rules import RULES
@@ -29,26 +29,33 @@ class Triton:
     def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, codebook: Tensor, view: View, x: Tensor) -> None:
         _on_every_block(dequantize_kernel, view, codes, absmax, codebook, x)
 
+    def encode_state(self, x: Tensor, table: Tensor, signed: bool, view: View, codes: Tensor, scale: Tensor) -> None:
+        _on_every_block(encode_state_kernel, view, x, codes, scale, midpoints(table), SIGNED=signed)
+
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
-    def prepare(self, batch: Batch, device: torch.device) -> Launches | None:
+    def prepare(self, batches: Sequence[Batch]) -> list[Launches | None]:
         """
         Raises:
             RuntimeError: a kernel does not compile.
         """
-        if batch.rule.name not in RULES:
-            return None
-        with on(device):
-            return Launches(batch, device)
+        return [_launches(batch) for batch in batches]
 
-    def step(self, groups: Sequence[GroupUpdate]) -> None:
-        for group in groups:
-            if group.prepared is None:  # a rule that works on matrices: torch multiplies them, kernels code the states
-                step_group(group, self)
-            else:
-                with on(group.prepared.device):
-                    group.prepared.step(group)
+    def step(self, step: Step) -> None:
+        for update, launches in zip(step.updates(), step.prepared, strict=True):
+            if launches is not None:
+                with on(launches.device):
+                    launches.step(update)
+            elif not step.is_skipped():  # a rule that works on matrices: torch multiplies them, kernels code the states
+                step_group(update, self, step.grad_scale_on_host())
+
+
+def _launches(batch: Batch) -> Launches | None:
+    if batch.rule.name not in RULES:
+        return None
+    with on(batch.device):
+        return Launches(batch)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -56,7 +63,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
-def _on_every_block(kernel: Callable[..., Any], view: View, *arguments: Any) -> None:
+def _on_every_block(kernel: Callable[..., Any], view: View, *arguments: Any, **constants: Any) -> None:
     """Runs a kernel on every block of one tensor."""
     blocks = view.rows * view.blocks_per_row
     if blocks == 0:
@@ -65,4 +72,6 @@ def _on_every_block(kernel: Callable[..., Any], view: View, *arguments: Any) -> 
     extents = (view.row_length, view.block_size, view.blocks_per_row, blocks)
     with on(arguments[0].device):
         grid = (triton.cdiv(blocks, shape.blocks),)
-        kernel[grid](*arguments, *extents, shape.blocks, shape.block, num_warps=shape.warps, **OPTIONS)  # type: ignore[index]
+        kernel[grid](  # type: ignore[index]
+            *arguments, *extents, shape.blocks, shape.block, **constants, num_warps=shape.warps, **OPTIONS
+        )

@@ -1,4 +1,4 @@
-"""The block view of a tensor, and the kernels behind ``quantize_blockwise`` and ``dequantize_blockwise``."""
+"""The block view of a tensor, and the kernels behind the functions of :mod:`opt8bit.quant` that code blocks."""
 
 from __future__ import annotations
 
@@ -58,6 +58,43 @@ def quantize_kernel(
         part = tl.load(x + start[:, None] + begin + columns, mask=mask, other=0.0).to(tl.float32)
         is_zero = (part != part) | (largest == 0)[:, None]
         found = codebook.search(tl.where(is_zero, 0.0, part), largest, midpoints, size)
+        tl.store(codes + start[:, None] + begin + columns, found.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def encode_state_kernel(
+    x,  # float32
+    codes,
+    scales,
+    midpoints,  # (257,), float64, of the map in ascending order
+    row_length,
+    block_size,
+    blocks_per_row,
+    blocks,
+    BLOCKS_PER_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    block, start, length = blocks_of(tile, row_length, block_size, blocks_per_row, blocks, BLOCKS_PER_TILE)
+    scale = tl.zeros((BLOCKS_PER_TILE,), tl.float32)  # the first of the largest so far
+    columns = tl.arange(0, BLOCK)[None, :]
+    for begin in range(0, block_size, BLOCK):
+        mask = begin + columns < length[:, None]
+        part = tl.load(x + start[:, None] + begin + columns, mask=mask, other=0.0)
+        part = tl.where(tl.abs(part) < float("inf"), part, 0.0)
+        largest = codebook.first_largest(part if SIGNED else tl.maximum(part, 0.0), columns)
+        scale = tl.where(tl.abs(largest) > tl.abs(scale), largest, scale)
+    tl.store(scales + block, scale, mask=length > 0)
+    for begin in range(0, block_size, BLOCK):
+        mask = begin + columns < length[:, None]
+        part = tl.load(x + start[:, None] + begin + columns, mask=mask, other=0.0)
+        is_zero = (part != part) | (scale == 0)[:, None]
+        mirrored = tl.where(is_zero, 0.0, tl.where(scale[:, None] < 0, -part, part))
+        found = codebook.search(mirrored, tl.abs(scale), midpoints, 256)
+        found = codebook.from_zero(found, SIGNED)
+        if not SIGNED:
+            found = codebook.kept_positive(found, part)
         tl.store(codes + start[:, None] + begin + columns, found.to(tl.uint8), mask=mask)
 
 

@@ -38,14 +38,15 @@ UNSIGNED_INTERCEPT = tl.constexpr(SIGNED_INTERCEPT.value + (1 << 23))
 
 
 def midpoints(values: Tensor) -> Tensor:
-    """(n + 1,) float64: between neighbours, exactly, with the infinities at both ends."""
-    inner = (values[1:].double() + values[:-1].double()) / 2
+    """(n + 1,) float64: between neighbours, exactly, with the infinities at both ends; for values in any order."""
+    values = values.double().sort().values
+    inner = (values[1:] + values[:-1]) / 2
     inf = inner.new_full((1,), torch.inf)
     return torch.cat([-inf, inner, inf])
 
 
 def tables(values: Tensor, signed: bool) -> Tensor:
-    """(TABLES,) float32: those of a dynamic map, (256,)."""
+    """(TABLES,) float32: those of a state map, (256,)."""
     first = 0 if signed else 1  # the count of zero
     zero_code = 127 if signed else 0
     between = midpoints(values)[1:-1].tolist()
@@ -56,7 +57,7 @@ def tables(values: Tensor, signed: bool) -> Tensor:
     # count at the end of the cell before, inside which it begins.
     slopes[0] = 2 * least[0] * (1 - 4 / 9) / ends[0]
     slopes[-1] = (1 - 8 / 9) * least[-1] / ends[-1]
-    ends[-1] = float(values[254])
+    ends[-1] = float(values.sort().values[254])
     line_ends, line = [], 0
     for binade in range(32):  # from 2^(binade - 31) on
         ends_here = line < len(ends) and ends[line] < 2.0 ** (binade - 30)
@@ -77,23 +78,50 @@ def _with_low_bits(x: float, bits: int) -> float:
 
 @triton.jit
 def decode(codes, tables):
-    """float32 values of uint8 codes, in units of their block's absmax."""
+    """float32 values of a state's uint8 codes, in units of their block's scale."""
     return tl.load(tables + VALUES + codes.to(tl.int32))
+
+
+@triton.jit
+def from_zero(codes, SIGNED: tl.constexpr):
+    """Codes of the ascending map as states hold them: counted from that of zero, modulo 256."""
+    return (codes + 129) & 255 if SIGNED else codes
+
+
+@triton.jit
+def kept_positive(codes, x):
+    """Codes of an unsigned state. Steps divide by its root: what is positive does not become zero."""
+    return tl.where((codes == 0) & (x > 0) & (x < float("inf")), 1, codes)
+
+
+@triton.jit
+def first_largest(
+    x,  # (blocks, length), float32, finite
+    columns,  # (1, length)
+):
+    """(blocks,): the element of each with the largest magnitude; of several, the first."""
+    magnitude = tl.abs(x)
+    largest = tl.max(magnitude, 1)
+    first = tl.min(tl.where(magnitude == largest[:, None], columns, 2147483647), 1)
+    return tl.sum(tl.where(columns == first[:, None], x, 0.0), 1)
 
 
 @triton.jit
 def encode(
     x,  # (blocks, length), float32, finite
-    absmax,  # (blocks,), the largest magnitude of each
+    scale,  # (blocks,), the element with the largest magnitude of each
     tables,
     midpoints,
     SIGNED: tl.constexpr,
 ):
-    """The codes nearest to x, int32."""
+    """The codes nearest to x, int32, counted from that of zero."""
+    if SIGNED:
+        x = tl.where(scale[:, None] < 0, -x, x)
+    absmax = tl.abs(scale)
     # A power of two, which changes no digit, brings the reciprocal of a tiny or huge absmax back to where it is exact.
     factor = tl.where(absmax < 2.0**-100, 2.0**100, tl.where(absmax > 2.0**100, 2.0**-100, 1.0))
-    scale = tl.where(absmax > 0, absmax, 1.0)
-    reciprocal = tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), scale * factor)
+    divisor = tl.where(absmax > 0, absmax, 1.0)
+    reciprocal = tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), divisor * factor)
     magnitude = tl.maximum(tl.abs(x) * factor[:, None] * reciprocal[:, None], SMALLEST)
     line_end = tl.load(tables + LINE_END + ((magnitude.to(tl.int32, bitcast=True) >> 23) & 31))
     line = (line_end.to(tl.int32, bitcast=True) & 15) + (magnitude > line_end).to(tl.int32)
@@ -107,8 +135,8 @@ def encode(
         codes = tl.maximum(count - 1, 0)
     is_near = place - tl.floor(place) < place * SLACK
     if tl.max(tl.max(is_near.to(tl.int32), 1), 0) > 0:
-        codes = decided(x, scale, codes, midpoints)
-    return tl.where(absmax[:, None] > 0, codes, 127 if SIGNED else 0)
+        codes = decided(x, divisor, codes, midpoints)
+    return tl.where(absmax[:, None] > 0, from_zero(codes, SIGNED), 0)
 
 
 @triton.jit

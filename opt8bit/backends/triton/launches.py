@@ -13,7 +13,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends.interface import Batch, GroupUpdate, is_interpreting
+from opt8bit.backends.interface import ADDRESSES, GRAD, LOW_BITS, PARAM, STATES, Batch, GroupUpdate, is_interpreting
 from opt8bit.backends.triton import codebook
 from opt8bit.backends.triton import optimizer_step as kernels
 from opt8bit.backends.triton.update_rules import RULES
@@ -72,15 +72,14 @@ class Launches:
 
     Args:
         batch: of a rule that has kernels.
-        device: of its parameters.
 
     Raises:
         RuntimeError: a kernel does not compile. The message names the rule, the dtype and the device. Or what a graph
             cannot hold is needed while one is captured.
     """
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, batch: Batch) -> None:
+        self.device = device = batch.device
         self._batch = batch
         self._functions = RULES[batch.rule.name]
         self._rows = _rows(batch)
@@ -218,18 +217,14 @@ class Launches:
 
     def _words(self, group: GroupUpdate, cut: Cut) -> Words:
         """What the kernels know of this step's tensors."""
-        batch, states = self._batch, len(self._batch.codebooks)
+        batch = self._batch
         head = numpy.zeros(kernels.HEAD.value, numpy.int64)
         hyper = [0.0 if isinstance(value, Tensor) else float(value) for value in group.hyper.values()]
         head[: len(hyper)] = numpy.array(hyper).view(numpy.int64)
         head[kernels.SEED.value] = batch.seed
-        rows, found = self._rows, group.addresses
+        rows = self._rows
         rows[:, kernels.FIRST_TILE.value : kernels.TILES.value + 1] = cut.places
-        rows[:, : 3 + states] = found[:, : 3 + states]
-        if batch.coded:
-            rows[:, kernels.ABSMAX.value :][:, :states] = found[:, 3 + states :][:, :states]
-        if batch.rounding == "compensated":
-            rows[:, kernels.COMPENSATION.value] = found[:, -1]
+        rows[:, :ADDRESSES] = group.addresses
         return numpy.concatenate([head, rows.reshape(-1)])
 
 
@@ -303,8 +298,8 @@ def _shape(row: NDArray[numpy.int64], is_aligned: bool) -> Shape:
 
 def _wide_columns(batch: Batch) -> list[int]:
     """Of a step's addresses, those of elements that are loaded 16 bytes at a time."""
-    states = range(3, 3 + len(batch.codebooks))
-    return [0, 1, *states, *([-1] if batch.rounding == "compensated" else [])]
+    states = range(STATES, STATES + len(batch.codebooks))
+    return [PARAM, GRAD, *states, *([LOW_BITS] if batch.rounding == "compensated" else [])]
 
 
 def _launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:

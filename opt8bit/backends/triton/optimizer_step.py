@@ -18,7 +18,7 @@ SEED = tl.constexpr(12)
 HEAD = tl.constexpr(16)
 # Of a row:
 PARAM, GRAD, STEP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # addresses
-STATES, ABSMAX = tl.constexpr(3), tl.constexpr(6)  # likewise, of at most three
+STATES, SCALES = tl.constexpr(3), tl.constexpr(6)  # likewise, of at most three
 COMPENSATION = tl.constexpr(9)  # likewise
 NUMBER = tl.constexpr(10)  # of the parameter in its optimizer
 ROW_LENGTH, BLOCK_SIZE = tl.constexpr(11), tl.constexpr(12)
@@ -99,8 +99,8 @@ def elements(row, field, start, columns, DTYPE: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def scales(row, s, block):
-    """Where the absmax of a state's blocks are."""
-    return tl.load(row + ABSMAX + s).to(tl.pointer_type(tl.float32)) + block
+    """Where the scales of a state's blocks are."""
+    return tl.load(row + SCALES + s).to(tl.pointer_type(tl.float32)) + block
 
 
 @triton.jit
@@ -136,9 +136,8 @@ def loaded_states(
         if CODED:
             codes = elements(row, STATES + s, start, columns, tl.uint8, ALIGNED)
             tables = maps + s * codebook.TABLES
-            absmax = tl.load(scales(row, s, block), mask=length > 0, other=0.0)
-            zero = 127 if SIGNED[s] else 0
-            state = codebook.decode(tl.load(codes, mask=mask, other=zero), tables) * absmax[:, None]
+            scale = tl.load(scales(row, s, block), mask=length > 0, other=0.0)
+            state = codebook.decode(tl.load(codes, mask=mask, other=0), tables) * scale[:, None]
         else:
             values = elements(row, STATES + s, start, columns, tl.float32, ALIGNED)
             state = tl.load(values, mask=mask, other=0.0)
@@ -208,15 +207,14 @@ def store_state(
 ):
     if CODED:
         state = tl.where(is_lost | (state != state), 0.0, state)
-        absmax = tl.max(tl.abs(state), 1)
+        scale = codebook.first_largest(state, columns) if SIGNED else tl.max(state, 1)
         tables, between = maps + s * codebook.TABLES, midpoints + s * codebook.MIDPOINTS
-        new_codes = codebook.encode(state, absmax, tables, between, SIGNED)
+        new_codes = codebook.encode(state, scale, tables, between, SIGNED)
         if not SIGNED:
-            # Steps divide by its root: what is positive does not become zero.
-            new_codes = tl.where((new_codes == 0) & (state > 0), 1, new_codes)
+            new_codes = codebook.kept_positive(new_codes, state)
         codes = elements(row, STATES + s, start, columns, tl.uint8, ALIGNED)
         tl.store(codes, new_codes.to(tl.uint8), mask=mask)
-        tl.store(scales(row, s, block), absmax, mask=length > 0)
+        tl.store(scales(row, s, block), scale, mask=length > 0)
     else:
         values = elements(row, STATES + s, start, columns, tl.float32, ALIGNED)
         tl.store(values, state, mask=mask)

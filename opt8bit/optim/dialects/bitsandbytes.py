@@ -137,4 +137,5 @@ BITSANDBYTES = Dialect(
         *("maximize", "amsgrad", "decoupled_weight_decay", "dampening", "nesterov", "momentum", "centered"),
         *("lr_decay", "initial_accumulator_value", "bias_correction", "adapt", "trust_coefficient"),
     ),
+    keeps_others=False,
 )

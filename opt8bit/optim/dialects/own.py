@@ -1,12 +1,16 @@
-"""opt8bit's own dialect: states by the names of the rules, in full or as codes with an absmax."""
+"""opt8bit's own dialect: states by the names of the rules, in full or as codes with scales, of now or of before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, family, refuse_unknown, value_of
-from opt8bit.optim.reading import Read, check_tensor, described, read_coded, read_full, read_step
-from opt8bit.optim.states import COMPENSATION, compensation_spec
+from torch import Tensor
+
+from opt8bit.backends import COMPENSATION, stored_as
+from opt8bit.optim.dialects.dialect import ADDED_LATER, Dialect, Group, Place, State, family, refuse_unknown, value_of
+from opt8bit.optim.old_layout import is_old, old_absmax
+from opt8bit.optim.reading import Coded, Read, check_tensor, described, read_coded, read_full, read_step
+from opt8bit.optim.states import compensation_spec
 
 STATELESS = ("sgd", "lars")  # families that have no states without momentum, and begin anew when they get some
 
@@ -24,21 +28,30 @@ def _hyper(family: str, group: Group) -> Group:
 
 def _states(place: Place, group: Group, state: State) -> Read:
     names = {*place.rule.states, *place.others}
-    refuse_unknown(place, state, {"step", COMPENSATION, *names, *(f"{name}_absmax" for name in names)})
-    if place.rule.states and family(place.rule) in STATELESS and not set(state) & set(place.rule.states):
+    stored = {each for name in names for each in (name, *stored_as(name), old_absmax(name))}
+    refuse_unknown(place, state, {"step", COMPENSATION, *stored})
+    of_rule = {each for name in place.rule.states for each in (name, *stored_as(name))}
+    if place.rule.states and family(place.rule) in STATELESS and not set(state) & of_rule:
         return {}
     read: Read = {"step": read_step(place.where, value_of(place, state, "step"))}
     for name, signed in place.rule.states.items():
-        value = value_of(place, state, name)
-        if f"{name}_absmax" in state:
-            absmax = state[f"{name}_absmax"]
-            read[name] = read_coded(place.where, name, value, absmax, place.param, signed, group["block_size"])
-        else:
-            read[name] = read_full(place.where, name, value, place.param, signed)
+        read[name] = _state(place, name, signed, group["block_size"], state)
     if COMPENSATION in state:
         spec = compensation_spec(place.param)
         read[COMPENSATION] = check_tensor(place.where, COMPENSATION, state[COMPENSATION], spec.shape, (spec.dtype,))
     return read
 
 
-OWN = Dialect(_is_own, _hyper, _states, unused=("decoupled_weight_decay",), missing=("decoupled_weight_decay",))
+def _state(place: Place, name: str, signed: bool, block_size: int, state: State) -> Tensor | Coded:
+    """One state: in codes, in the codes of the old layout, or in full, which wins over codes that lie beside it."""
+    codes, scale = stored_as(name)
+    if is_old(state, name):
+        values = value_of(place, state, name), state[old_absmax(name)]
+        return read_coded(place.where, (name, old_absmax(name)), values, place.param, signed, block_size, is_old=True)
+    if name not in state and (codes in state or scale in state):
+        values = value_of(place, state, codes), value_of(place, state, scale)
+        return read_coded(place.where, (codes, scale), values, place.param, signed, block_size)
+    return read_full(place.where, name, value_of(place, state, name), place.param, signed)
+
+
+OWN = Dialect(_is_own, _hyper, _states, unused=("decoupled_weight_decay",), missing=ADDED_LATER)

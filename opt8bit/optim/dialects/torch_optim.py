@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import as_real
-from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, family, refuse_unknown, value_of
+from opt8bit.optim.dialects.dialect import ADDED_LATER, Dialect, Group, Place, State, family, refuse_unknown, value_of
 from opt8bit.optim.reading import Read, read_full, read_step
 
 STEPLESS = ("sgd", "muon", "lion")  # families whose states count no steps there
@@ -48,5 +48,5 @@ TORCH = Dialect(
     lambda family, group: group,
     _states,
     unused=("decoupled_weight_decay",),
-    missing=("decoupled_weight_decay", "maximize"),
+    missing=ADDED_LATER,
 )

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 import opt8bit
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.states import CODEBOOKS, check
-from opt8bit.quant import dequantize_blockwise, quantize_blockwise
+from opt8bit.optim.states import check
+from opt8bit.quant import dequantize_blockwise, dynamic_map, encode_state, quantize_blockwise
 
 SHAPE = (17, 301)  # whose flat blocks of 256 do not end where rows do, but for the last, which is short
 BLOCKS = 20
-QMAPS = {signed: codebook * (1 - 2**-20) for signed, codebook in CODEBOOKS.items()}  # nearly ours, as its own are
+QMAPS = {signed: dynamic_map(signed) * (1 - 2**-20) for signed in (False, True)}  # nearly ours, as its own are
 
 
 class Case(NamedTuple):
@@ -140,8 +140,8 @@ def test_states_are_coded_anew_in_blocks_of_rows(case: Case) -> None:
     rule = optimizer.rule(group)
     check("parameter", param, rule, group, state)
     for name, signed in rule.states.items():
-        codes, absmax = quantize_blockwise(held[name], CODEBOOKS[signed], 256)
-        assert torch.equal(state[name], codes) and torch.equal(state[f"{name}_absmax"], absmax)
+        codes, scale = encode_state(held[name], signed, 256)
+        assert torch.equal(state[f"{name}_codes"], codes) and torch.equal(state[f"{name}_scale"], scale)
     param.grad = torch.ones(SHAPE)
     optimizer.step()
     assert param.isfinite().all()
