@@ -5,6 +5,7 @@ from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.ademamix import AdEMAMix8bit
 from opt8bit.optim.convert import to_torch_state_dict
 from opt8bit.optim.distributed_checkpoint import check_distributed_checkpoint
+from opt8bit.optim.distributed_conversion import convert_distributed_checkpoint
 from opt8bit.optim.error import state_error
 from opt8bit.optim.lamb import LAMB8bit
 from opt8bit.optim.lars import LARS8bit
@@ -26,6 +27,7 @@ __all__ = [
     "RMSprop8bit",
     "SGD8bit",
     "check_distributed_checkpoint",
+    "convert_distributed_checkpoint",
     "memory_report",
     "state_error",
     "to_torch_state_dict",

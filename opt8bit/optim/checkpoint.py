@@ -247,7 +247,7 @@ def _stored(
     parts: dict[str, Tensor] = {}
     for name, value in found.items():
         if coded and name in rule.states:
-            coded_parts = _codes(where, name, value, block_size, rule.states[name])
+            coded_parts = codes_of(where, name, value, block_size, rule.states[name])
             parts |= zip(stored_as(name), coded_parts, strict=True)
         else:
             parts[name] = value.decoded() if isinstance(value, Coded) else value
@@ -257,7 +257,7 @@ def _stored(
     return {name: _own(parts[name], spec) for name, spec in expected.items()}
 
 
-def _codes(where: str, name: str, value: Tensor | Coded, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
+def codes_of(where: str, name: str, value: Tensor | Coded, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
     """A state in codes; bit for bit the same if it was in blocks of this size."""
     if isinstance(value, Coded):
         if value.view == block_view(value.codes.shape, block_size):

@@ -1,4 +1,4 @@
-"""States as they were stored before 0.2: under torch.optim's names, as codes of the ascending map beside an absmax.
+"""The old layout of states: codes of the ascending map, under torch.optim's names, beside an absmax.
 
 They are read into the same values, bit for bit: bytes are counted from that of zero, under the scale that they had.
 """

@@ -1,4 +1,4 @@
-"""State dicts as they were before 0.2: codes of the ascending maps under torch.optim's names, beside an absmax."""
+"""State dicts of the old layout: codes of the ascending maps under torch.optim's names, beside an absmax."""
 
 import copy
 from typing import Any
