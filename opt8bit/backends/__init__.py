@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from opt8bit.backends.interface import (
     stored_as,
 )
 from opt8bit.backends.reference import Reference, as_real
+from opt8bit.backends.warning import warn
 
 __all__ = [
     "ADDRESSES",
@@ -49,6 +49,7 @@ __all__ = [
     "rounding_kernels",
     "stored_as",
     "wanted_backend",
+    "warn",
     "why",
 ]
 
@@ -110,7 +111,7 @@ def can_capture(param: Tensor, rule: Rule) -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn(message, RuntimeWarning)
 
 
 def wanted_backend() -> str | None:

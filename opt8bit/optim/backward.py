@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opt8bit.backends import backend_for
 from opt8bit.optim.offload import BACKWARD, Hosts
 
 CHANGED = (
@@ -51,6 +52,7 @@ class Backward:
         groups = [group for group in self._groups() if group["offload"] == BACKWARD]
         for param in [param for group in groups for param in group["params"] if param not in self._watched]:
             if param.requires_grad and param.is_leaf:  # others may become so
+                backend_for("cpu")  # warns of missing kernels here, as no line of the user runs in the thread
                 self._watched.add(param)
                 call_when_accumulated(param, self._begin)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from opt8bit.backends import Rule, can_capture, stored_as, wanted_backend
+from opt8bit.backends import Rule, can_capture, stored_as, wanted_backend, warn
 from opt8bit.optim import shards
 from opt8bit.optim.backward import Backward
 from opt8bit.optim.checkpoint import reading
@@ -125,7 +124,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         cut = [param for param in tensors if param.requires_grad and is_cut(param, group)]
         if cut:
             about = shards.described(cut[0])
-            warnings.warn(CUT_BLOCKS.format(count=len(cut), block_size=group["block_size"], **about), stacklevel=2)
+            warn(CUT_BLOCKS.format(count=len(cut), block_size=group["block_size"], **about))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -101,8 +101,13 @@ def columns_in_whole_blocks_are_8_bit() -> None:
 
 @on(2)
 def columns_that_cut_blocks_are_32_bit_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"the states of 1 parameters are kept in 32 bits, as shards cut blocks"):
+    with pytest.warns(
+        UserWarning, match=r"the states of 1 parameters are kept in 32 bits, as shards cut blocks"
+    ) as told:
         sharded, _ = train(opt8bit.AdamW8bit, (16, 600), mesh(), [Shard(1)])
+        sharded.add_param_group({"params": [nn.Parameter(placed(random(16, 600), mesh(), [Shard(1)]))]})
+    assert [warning.filename for warning in told] == [__file__] * 2
+    del sharded.param_groups[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, plain = train(opt8bit.AdamW8bit, (16, 600), mesh(), [Shard(0)], state_bits=32)
@@ -482,8 +487,9 @@ def a_stable_embedding_keeps_its_states_in_full() -> None:
 
 @on(2)
 def flat_parameters_are_32_bit_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="Of parameters with two dimensions or more"):
+    with pytest.warns(UserWarning, match="Of parameters with two dimensions or more") as told:
         sharded, _ = train(opt8bit.SGD8bit, (2**20,), mesh(), [Shard(0)], momentum=0.9)
+    assert [warning.filename for warning in told] == [__file__]
     (state,) = sharded.state.values()
     assert state["momentum_buffer"].dtype == torch.float32
     row = memory_report(opt8bit.SGD8bit([nn.Parameter(torch.zeros(2**20))], momentum=0.9), ranks=2).rows[0]

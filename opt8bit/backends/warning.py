@@ -1,0 +1,19 @@
+"""Warnings that point at the user's line, however many of this package's and torch's functions lie between."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+PASSED_OVER = ("opt8bit", "torch")  # torch.optim wraps every step, torch.compiler parts of it
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the innermost line that lies outside of this package and of torch.
+
+    ``skip_file_prefixes`` of ``warnings.warn`` would do the same, but Python has it only since 3.12.
+    """
+    level, frame = 1, sys._getframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in PASSED_OVER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
