@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from opt8bit import ptq
 from opt8bit.cli.models import CommandError, load_tokenizer, open_model, tokens
+from opt8bit.cli.progress import ShowLayer, compression
 from opt8bit.cli.recipes import Overrides
 from opt8bit.ptq import ranks
 from opt8bit.ptq.blocks import block_layers, matrix
@@ -252,8 +253,8 @@ def _texts(settings: Settings, tokenizer: Any) -> tuple[torch.Tensor, torch.Tens
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[ptq.LayerReport, int], None]]:
-    """A bar with the layer, its error before and after correction, and the time left.
+def _progress() -> Iterator[ShowLayer]:
+    """Shows the layers that are finished, if this is the first process.
 
     Raises:
         CommandError: rich is not installed.
@@ -262,24 +263,10 @@ def _progress() -> Iterator[Callable[[ptq.LayerReport, int], None]]:
         yield lambda report, layers: None
         return
     try:
-        bars: Any = importlib.import_module("rich.progress")
+        console = importlib.import_module("rich.console").Console()
     except ImportError as error:
         raise CommandError(f"{error.name} is missing: pip install 'opt8bit[compress]'") from error
-    columns = (
-        bars.BarColumn(bar_width=20),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}"),
-    )
-    with bars.Progress(*columns) as progress:
-        task = progress.add_task("calibrating", total=None)
-
-        def see(report: ptq.LayerReport, layers: int) -> None:
-            error = f"{report.error_rounded:.2%}"
-            if report.error_corrected != report.error_rounded:
-                error += f" → {report.error_corrected:.2%}"
-            progress.update(task, advance=1, total=layers, description=f"{report.name} error {error}")
-
+    with compression(console) as see:
         yield see
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opt8bit.cli.progress import ShowStep, training
 from opt8bit.nn import StableEmbedding
 from opt8bit.optim import AdamW8bit
 
@@ -38,9 +39,8 @@ class Settings:
     width: int = 192
     heads: int = 4
     layers: int = 3
-    eval_every: int = 20
-    eval_batches: int = 4
-    final_eval_batches: int = 24
+    eval_every: int = 50
+    eval_batches: int = 24  # the same ones each time
 
 
 @dataclass
@@ -49,9 +49,13 @@ class Run:
 
     name: str
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss in nats per byte)
-    final_loss: float = 0.0
     state_bytes: int = 0
     step_seconds: float = 0.0
+
+    @property
+    def final_loss(self) -> float:
+        """The validation loss after the last step: where the curve ends, and what the table shows."""
+        return self.losses[-1][1]
 
 
 class Block(nn.Module):
@@ -129,9 +133,9 @@ def batch_loss(model: nn.Module, data: Tensor, settings: Settings, generator: to
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, data: Tensor, settings: Settings, batches: int) -> float:
+def validation_loss(model: nn.Module, data: Tensor, settings: Settings) -> float:
     generator = torch.Generator().manual_seed(settings.seed)
-    losses = [batch_loss(model, data, settings, generator).item() for _ in range(batches)]
+    losses = [batch_loss(model, data, settings, generator).item() for _ in range(settings.eval_batches)]
     return statistics.fmean(losses)
 
 
@@ -146,7 +150,7 @@ def train(
     train_data: Tensor,
     valid_data: Tensor,
     settings: Settings,
-    progress: Callable[[int, float], None],
+    show: ShowStep,
 ) -> Run:
     """Trains a GPT from the settings' seed; only the optimizer differs between two runs."""
     torch.manual_seed(settings.seed)
@@ -169,10 +173,11 @@ def train(
         optimizer.step()
         seconds.append(time.perf_counter() - start)
         schedule.step()
+        measured = None
         if step % settings.eval_every == 0 or step == settings.steps:
-            run.losses.append((step, validation_loss(model, valid_data, settings, settings.eval_batches)))
-        progress(step, loss.item())
-    run.final_loss = validation_loss(model, valid_data, settings, settings.final_eval_batches)
+            measured = validation_loss(model, valid_data, settings)
+            run.losses.append((step, measured))
+        show(step, loss.item(), measured)
     run.state_bytes = state_bytes(optimizer)
     run.step_seconds = statistics.median(seconds)
     return run
@@ -194,7 +199,6 @@ def run(settings: Settings, text: Path | None, plot: Path) -> list[Run]:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
         raise DemoError(f"{error.name} is missing: pip install 'opt8bit[demo]'") from error
     if not plot.parent.is_dir():
@@ -210,19 +214,14 @@ def run(settings: Settings, text: Path | None, plot: Path) -> list[Run]:
         f"({len(train_data) / 1e6:.1f} MB, byte by byte), twice from the same seed: {settings.steps} steps of "
         f"{settings.batch} x {settings.context} bytes on {torch.get_num_threads()} threads."
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    runs = []
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as bars:
-        for name, make_optimizer in OPTIMIZERS.items():
-            task = bars.add_task(name, total=settings.steps, loss=float("nan"))
-
-            def progress(step: int, loss: float, task: Any = task) -> None:
-                bars.update(task, completed=step, loss=loss)
-
-            runs.append(train(name, make_optimizer, train_data, valid_data, settings, progress))
+    with training(console, settings.steps) as start:
+        runs = [
+            train(name, make_optimizer, train_data, valid_data, settings, start(name))
+            for name, make_optimizer in OPTIMIZERS.items()
+        ]
     console.print(table(runs))
     save_plot(runs, plot)
-    console.print(f"Loss curves: {plot}")
+    console.print(f"Loss curves: {plot}", markup=False, soft_wrap=True)
     return runs
 
 
@@ -251,8 +250,8 @@ def table(runs: list[Run]) -> Any:
     return result
 
 
-def save_plot(runs: list[Run], path: Path) -> None:
-    """Both loss curves in one picture."""
+def draw(runs: list[Run]) -> Any:
+    """Both loss curves in one figure of matplotlib's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -261,12 +260,21 @@ def save_plot(runs: list[Run], path: Path) -> None:
         axes.plot(
             *zip(*run.losses, strict=True),
             style,
-            label=f"{run.name}: {run.state_bytes / 1e6:.1f} MB of state",
+            marker=".",  # a run of few steps has a single point
+            label=f"{run.name}: {run.final_loss:.4f} in the end, {run.state_bytes / 1e6:.2f} MB of state",
         )
     axes.set(xlabel="step", ylabel="validation loss (nats per byte)", title="32-bit and 8-bit optimizer states")
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def save_plot(runs: list[Run], path: Path) -> None:
+    """
+    Raises:
+        DemoError: the picture cannot be written.
+    """
     try:
-        figure.savefig(path, dpi=150)
+        draw(runs).savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise DemoError(f"cannot write --plot {path}: {error}") from error

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import opt8bit
 from opt8bit.backends import available
 from opt8bit.cli import demo
 from opt8bit.cli.main import main
+from opt8bit.cli.progress import training
 
 TINY = demo.Settings(
     steps=6,
@@ -17,8 +19,7 @@ TINY = demo.Settings(
     heads=2,
     layers=1,
     eval_every=3,
-    eval_batches=1,
-    final_eval_batches=2,
+    eval_batches=2,
 )
 
 
@@ -56,10 +57,46 @@ def test_demo_compares_two_runs_and_saves_the_plot(tmp_path: Path, capsys: pytes
     assert "plot.png" in printed
 
 
+def test_table_and_picture_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = demo.run(dataclasses.replace(TINY, steps=7), None, tmp_path / "plot.png")
+    table = capsys.readouterr().out
+    axes = demo.draw(runs).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    for run, line, label in zip(runs, axes.get_lines(), labels, strict=True):
+        assert list(line.get_xdata()) == [3, 6, 7]
+        assert line.get_ydata()[-1] == run.final_loss
+        loss, size = f"{run.final_loss:.4f}", f"{run.state_bytes / 1e6:.2f} MB"
+        assert run.name in label and loss in label and size in label
+        (row,) = [row for row in table.splitlines() if run.name in row and "MB" in row]
+        assert loss in row and size in row
+
+
+def test_lines_tell_the_progress_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = demo.run(TINY, None, tmp_path / "plot.png")
+    printed = capsys.readouterr().out.splitlines()
+    expected = [
+        f"{run.name}: step {step} of 6, validation loss {loss:.4f}" for run in runs for step, loss in run.losses
+    ]
+    assert [line for line in printed if "step " in line and " of 6" in line] == expected
+    assert len(expected) == 4
+
+
+def test_a_bar_shows_no_loss_before_there_is_one() -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=120)
+    with training(console, 6) as start:
+        start("AdamW")
+    assert "nan" not in console.file.getvalue() and "loss" not in console.file.getvalue()
+    with training(console, 6) as start:
+        start("AdamW")(1, 2.5, None)
+    assert "training loss 2.500" in console.file.getvalue()
+
+
 def test_a_run_repeats_itself() -> None:
     data = torch.randint(256, (4000,))
     losses = [
-        demo.train("8 bits", demo.OPTIMIZERS["opt8bit.AdamW8bit"], data, data, TINY, lambda step, loss: None).losses
+        demo.train("8 bits", demo.OPTIMIZERS["opt8bit.AdamW8bit"], data, data, TINY, lambda *seen: None).losses
         for _ in range(2)
     ]
     assert losses[0] == losses[1]

@@ -70,6 +70,17 @@ def test_options_are_those_of_the_library(
         assert torch.equal(loaded(tmp_path / "out")(ids).logits, expected(ids).logits)
 
 
+def test_lines_tell_the_progress_where_there_is_no_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(folder, tmp_path / "out", "--correct", "sequential", "--no-verify") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 14: " in line]
+    report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())
+    expected = [f"layer {i} of 14: {layer['name']} error " for i, layer in enumerate(report["layers"], 1)]
+    assert len(lines) == 14 and all(map(str.startswith, lines, expected))
+    assert f"error {report['layers'][-1]['error_rounded']:.2%}, corrected " in lines[-1]
+
+
 def test_a_seed_chooses_other_windows(folder: Path, tmp_path: Path) -> None:
     weights = []
     for name, seed in (("a", "0"), ("b", "7"), ("c", "7")):
