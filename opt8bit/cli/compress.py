@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from opt8bit import ptq
-from opt8bit.cli.models import CommandError, load_tokenizer, open_model, tokens
+from opt8bit.cli.models import CommandError, load_tokenizer, open_model, read_text, tokens
 from opt8bit.cli.progress import ShowLayer, compression
 from opt8bit.cli.recipes import Overrides
 from opt8bit.ptq import ranks
@@ -77,9 +77,10 @@ def run(settings: Settings) -> None:
         _method(settings)
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
         with _processes(), _folder(settings) as folder, _progress() as see:
-            source = open_model(settings.model, trust_remote_code=settings.trust_remote_code)
+            words = read_text(settings.calibration)
             tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-            calibration, held_out = _texts(settings, tokenizer)
+            calibration, held_out = _texts(settings, words, tokenizer)
+            source = open_model(settings.model, trust_remote_code=settings.trust_remote_code)
             settings = _with_defaults(settings, source.model)
             result = ptq.compress(
                 source,
@@ -232,10 +233,10 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _texts(settings: Settings, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _texts(settings: Settings, words: str, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Windows of the text to calibrate on, the first ones, or with a seed any; and of the others, to tell by how good
     the result is, if some are left."""
-    text = tokens(settings.calibration, tokenizer)
+    text = tokens(words, tokenizer)
     try:
         found = windows(text, settings.sequence_length, len(text) // settings.sequence_length or 1)
         if len(found) < settings.samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opt8bit.cli.models import CommandError, load, tokens
+from opt8bit.cli.models import CommandError, load, load_tokenizer, read_text, tokens
 from opt8bit.ptq import perplexity
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.report import valid_json
@@ -16,9 +16,12 @@ def report(model: str, text: Path, length: int, samples: int, as_json: bool, tru
     Raises:
         CommandError: the model or the text cannot be loaded, or the text is too short.
     """
-    network, tokenizer = load(model, trust_remote_code=trust_remote_code)
+    words = read_text(text)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     try:
-        value = perplexity(network, windows(tokens(text, tokenizer), length, samples))
+        ids = windows(tokens(words, tokenizer), length, samples)
+        network = load(model, trust_remote_code=trust_remote_code)  # last, as it takes longest
+        value = perplexity(network, ids)
     except ValueError as error:
         raise CommandError(f"{text}: {error}") from error
     dtype = str(network.dtype).removeprefix("torch.")

@@ -27,8 +27,8 @@ def transformers() -> Any:
         raise CommandError(f"{error.name or 'transformers'} is missing: pip install 'opt8bit[compress]'") from error
 
 
-def load(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model, in its own dtype and in memory, and its tokenizer.
+def load(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Returns a causal language model, in its own dtype and in memory.
 
     Args:
         name: a folder with a checkpoint in safetensors, or the id of a model on the hub.
@@ -37,8 +37,7 @@ def load(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     Raises:
         CommandError: it cannot be loaded.
     """
-    model = _loaded(_place(name), name, trust_remote_code)
-    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return _loaded(_place(name), name, trust_remote_code)
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -104,16 +103,18 @@ def _cannot_load(name: str, error: Exception) -> CommandError:
     return CommandError(f"cannot load {name!r}: {lines[0] if lines else type(error).__name__}")
 
 
-def tokens(path: Path, tokenizer: Any) -> Tensor:
-    """A text's tokens, (n,): the whole file at once.
+def read_text(path: Path) -> str:
+    """Returns a text: the whole file at once.
 
     Raises:
         CommandError: the file cannot be read, or is not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read {str(path)!r}: {error}") from error
-    # A text longer than the model's context is meant here: it is cut into windows.
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+
+
+def tokens(text: str, tokenizer: Any) -> Tensor:
+    """Returns a text's tokens, (n,). One that is longer than the model's context is meant: it is cut into windows."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)

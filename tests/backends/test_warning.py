@@ -9,7 +9,7 @@ from torch import nn
 
 import opt8bit
 from opt8bit import backends
-from opt8bit.backends import native
+from opt8bit.backends import description, native
 from opt8bit.ptq.methods import RTN, Format
 from opt8bit.quant import dynamic_map, quantize_blockwise
 from opt8bit.quant.grid import UniformGrid
@@ -63,6 +63,7 @@ def test_missing_kernels_are_told_where_they_are_missed(
 ) -> None:
     monkeypatch.delenv("OPT8BIT_BACKEND", raising=False)
     monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(description, "_torch_functions", lambda: None)  # which remembers a library that there was
     backends._warn_once.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="no compiled kernels") as told:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,23 @@ def test_texts_are_checked(
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_are_looked_at_before_models_are_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("opt8bit.cli.evaluate.load", fail)
+    monkeypatch.setattr("opt8bit.cli.compress.open_model", fail)
+    (tmp_path / "short.txt").write_text("few words")
+    for file, message in (("missing.txt", "cannot read"), ("short.txt", "the text has|it has")):
+        for command, option in (("evaluate", "--text"), ("compress", "--calibration")):
+            output = ["--output", str(tmp_path / "out")] if command == "compress" else []
+            assert main([command, str(folder / "llama"), option, str(tmp_path / file), *output]) == 2
+            assert re.search(f"{file}.*{message}|{message}.*{file}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_not_finite_are_named(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +213,8 @@ def test_no_pickle_is_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    assert main(["evaluate", str(tmp_path), "--text", str(folder / "text.txt")]) == 2
+    windows = ["--sequence-length", "16", "--samples", "5"]
+    assert main(["evaluate", str(tmp_path), "--text", str(folder / "text.txt"), *windows]) == 2
     assert "cannot load" in capsys.readouterr().err
 
 
