@@ -35,7 +35,8 @@ constexpr int kMaxHyper = 12;
 constexpr int kNorms = 2;  // those that a rule may ask for, over a whole tensor, before its step
 constexpr int64_t kMaxBlockSize = 16384;
 
-// One parameter with its gradient, both dense in the same order, and its states.
+// One parameter with its gradient, both dense in the same order, and its states, always in the logical order of the
+// elements: that of the memory of the parameter, unless there its channels come last.
 struct Tensor {
   void* param;
   const void* grad;
@@ -50,6 +51,9 @@ struct Tensor {
   int64_t group;       // index into the groups
   int64_t number;      // of the parameter in its optimizer: tells streams of random bits apart
   int64_t first;       // index of the first element in the whole parameter, where this is a shard of one
+  int64_t positions;   // of each channel, if in memory a row is (positions, channels); else 0
+  int64_t param_away;  // bytes from param, and from grad, to the memory that is read next, where they are copies
+  int64_t grad_away;
 };
 
 // Hyper-parameters that many tensors share.
@@ -96,6 +100,11 @@ bool needs_norms(RuleId rule);
 // equal offsets into two states apart modulo 4096, where a load would wait for a store.
 constexpr int64_t kBufferStride = kMaxBlockSize + 336;
 float* thread_buffer();
+void* row_buffer(int64_t bytes);  // of the calling thread, for rows of a parameter and of its gradient
+
+// Bytes of a parameter that are fetched ahead of their use: encoding a block leaves the memory idle otherwise, and
+// the processor's own prefetching stops at the end of a page.
+constexpr int64_t kAhead = 2048;
 
 struct Kernels {
   const char* name;

@@ -8,14 +8,11 @@
 #include "blockwise.h"
 #include "optimizer_step.h"
 #include "rounding.h"
+#include "transpose.h"
 #include "update_rules.h"
 
 namespace opt8bit {
 namespace {
-
-// Bytes of a parameter that are fetched ahead of their use: encoding a block leaves the memory idle otherwise, and
-// the processor's own prefetching stops at the end of a page.
-constexpr int64_t kAhead = 2048;
 
 // Blocks that are updated one after another before any is encoded: short blocks by the dozen, so that the time from
 // a block's last element to its first code is spent on others. Runs of float32 are shorter: their steps wait for the
@@ -131,28 +128,24 @@ class Grad {
  public:
   Grad(const Tensor& tensor, const Group& group)
       : tensor_(static_cast<const T*>(tensor.grad)),
+        ahead_(kAhead + tensor.grad_away),
         scale_(Simd::broadcast(static_cast<float>(1 / group.grad_scale))),
         is_scaled_(group.grad_scale != 1) {}
 
   void open(int64_t offset) { values_ = tensor_ + offset; }
   Simd::Floats load(int64_t i) const { return scaled(Simd::load(values_ + i)); }
   Simd::Floats load_tail(int64_t i, int64_t n) const { return scaled(load_first(values_ + i, n - i)); }
-  const T* values() const { return values_; }
+  const char* ahead(int64_t i) const { return reinterpret_cast<const char*>(values_ + i) + ahead_; }
 
  private:
   Simd::Floats scaled(Simd::Floats x) const { return is_scaled_ ? x * scale_ : x; }
 
   const T* const tensor_;
   const T* values_;
+  const int64_t ahead_;
   const Simd::Floats scale_;
   const bool is_scaled_;
 };
-
-template <class T>
-void prefetch(const T* x, bool is_written) {
-  const char* const ahead = reinterpret_cast<const char*>(x) + kAhead;
-  is_written ? __builtin_prefetch(ahead, 1) : __builtin_prefetch(ahead, 0);
-}
 
 // One pass over a block: p, g and the states in, p and the states out.
 template <class Rule, class Param, class Grad, size_t... s, class... States>
@@ -161,8 +154,8 @@ OPT8BIT_INLINE void update_block(const Rule& rule, Param& param, const Grad& gra
   Simd::Floats x[sizeof...(s) + 1];
   int64_t i = 0;
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
-    prefetch(param.values() + i, true);
-    prefetch(grad.values() + i, false);
+    __builtin_prefetch(param.ahead(i), 1);
+    __builtin_prefetch(grad.ahead(i), 0);
     (states.prefetch(i), ...);
     Simd::Floats p = param.load(i);
     rule.update(p, grad.load(i), states.load(i)..., x[s]...);
@@ -328,8 +321,64 @@ constexpr void (*kWithRule[])(const Work&, const Tensor&, const Group&, int64_t,
 };
 static_assert(sizeof kWithRule<Step> / sizeof *kWithRule<Step> == static_cast<size_t>(RuleId::count));
 
-void step(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block) {
+void step_in_order(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block,
+                   int64_t last_block) {
   kWithRule<Step>[static_cast<size_t>(group.rule)](Step{norms}, tensor, group, first_block, last_block);
+}
+
+// Of a tensor, the rows that begin at `row`, whose blocks follow the first `block`; the parameter and its gradient,
+// in the logical order, are elsewhere.
+Tensor part(Tensor tensor, int64_t row, int64_t rows, int64_t block, void* param, const void* grad) {
+  const int64_t offset = row * tensor.row_length;
+  for (int s = 0; s < kMaxStates; ++s) {
+    if (tensor.states[s]) tensor.states[s] = static_cast<char*>(tensor.states[s]) + offset * (tensor.state_bits / 8);
+    if (tensor.scales[s]) tensor.scales[s] += block;
+  }
+  if (tensor.compensation) tensor.compensation += offset;
+  tensor.first += offset;
+  tensor.rows = rows;
+  tensor.param = param;
+  tensor.grad = grad;
+  return tensor;
+}
+
+// A few rows at a time: the channels' elements are brought together, updated, and spread out again.
+template <class T>
+void step_channels_last(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block,
+                        int64_t last_block) {
+  constexpr int64_t kElements = 4096;  // which stay in a cache
+  const int64_t blocks_per_row = block_view(tensor, group).blocks_per_row;
+  const int64_t length = tensor.row_length, positions = tensor.positions, channels = length / positions;
+  const int64_t at_once = length < kElements ? kElements / length : 1;
+  T* const param = static_cast<T*>(row_buffer(2 * at_once * length * sizeof(T)));
+  T* const grad = param + at_once * length;
+  const int64_t last_row = last_block / blocks_per_row;
+  for (int64_t row = first_block / blocks_per_row; row < last_row; row += at_once) {
+    const int64_t rows = at_once < last_row - row ? at_once : last_row - row;
+    T* const rows_of_param = static_cast<T*>(tensor.param) + row * length;
+    const T* const rows_of_grad = static_cast<const T*>(tensor.grad) + row * length;
+    for (int64_t i = 0; i < rows * length; i += length) {
+      transpose(rows_of_param + i, positions, channels, param + i);
+      transpose(rows_of_grad + i, positions, channels, grad + i);
+    }
+    const int64_t block = row * blocks_per_row;
+    Tensor copy = part(tensor, row, rows, block, param, grad);
+    // While these are updated, the next are fetched.
+    copy.param_away = reinterpret_cast<char*>(rows_of_param + rows * length) - reinterpret_cast<char*>(param) - kAhead;
+    copy.grad_away =
+        reinterpret_cast<const char*>(rows_of_grad + rows * length) - reinterpret_cast<char*>(grad) - kAhead;
+    step_in_order(copy, group, norms, 0, rows * blocks_per_row);
+    for (int64_t i = 0; i < rows * length; i += length) transpose(param + i, channels, positions, rows_of_param + i);
+  }
+}
+
+void step(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block) {
+  if (tensor.positions == 0) return step_in_order(tensor, group, norms, first_block, last_block);
+  switch (tensor.dtype) {
+    case DType::float32: return step_channels_last<float>(tensor, group, norms, first_block, last_block);
+    case DType::float16: return step_channels_last<float16>(tensor, group, norms, first_block, last_block);
+    case DType::bfloat16: return step_channels_last<bfloat16>(tensor, group, norms, first_block, last_block);
+  }
 }
 
 void measure(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block) {

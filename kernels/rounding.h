@@ -47,17 +47,19 @@ class RandomBits {
 template <class T, Rounding rounding>
 class Param {
  public:
-  Param(const Tensor& tensor, const Group&) : tensor_(static_cast<T*>(tensor.param)) {}
+  Param(const Tensor& tensor, const Group&)
+      : tensor_(static_cast<T*>(tensor.param)), ahead_(kAhead + tensor.param_away) {}
 
   void open(int64_t offset) { values_ = tensor_ + offset; }
   Simd::Floats load(int64_t i) const { return Simd::load(values_ + i); }
   void store(int64_t i, Simd::Floats p) { Simd::store(values_ + i, p); }
   Simd::Floats load_tail(int64_t i, int64_t n) const { return load_first(values_ + i, n - i); }
   void store_tail(int64_t i, int64_t n, Simd::Floats p) { store_first(values_ + i, n - i, p); }
-  const T* values() const { return values_; }
+  const char* ahead(int64_t i) const { return reinterpret_cast<const char*>(values_ + i) + ahead_; }
 
  private:
   T* const tensor_;
+  const int64_t ahead_;
   T* values_;
 };
 
@@ -69,7 +71,8 @@ class ExactParam {
       : tensor_(static_cast<bfloat16*>(tensor.param)),
         tensor_low_(tensor.compensation),
         random_(group.seed, static_cast<uint64_t>(*tensor.step + 1.0), tensor.number),
-        first_(tensor.first) {}
+        first_(tensor.first),
+        ahead_(kAhead + tensor.param_away) {}
 
   void open(int64_t offset) {
     index_ = first_ + offset;
@@ -93,7 +96,7 @@ class ExactParam {
     Simd::copy(values_ + i, tail, (n - i) * sizeof *tail);
     if (kHasLow) Simd::copy(low_ + i, low_tail, (n - i) * sizeof *low_tail);
   }
-  const bfloat16* values() const { return values_; }
+  const char* ahead(int64_t i) const { return reinterpret_cast<const char*>(values_ + i) + ahead_; }
 
  private:
   static constexpr bool kHasLow = rounding == Rounding::compensated;
@@ -118,7 +121,7 @@ class ExactParam {
   bfloat16* const tensor_;
   int16_t* const tensor_low_;
   const RandomBits random_;
-  const int64_t first_;
+  const int64_t first_, ahead_;
   int64_t index_;  // of the block's first element, in the whole parameter
   bfloat16* values_;
   int16_t* low_ = nullptr;

@@ -68,6 +68,7 @@ class Batch(NamedTuple):
     firsts: NDArray[numpy.int64]  # (n,): index of each one's first element in the whole parameter, if it is a shard
     views: Sequence[View]  # n
     extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
+    positions: NDArray[numpy.int64]  # (n,): of each channel, where channels lie last in a row's memory; else 0
     codebooks: Sequence[Tensor]  # the state map of each state of the rule, (256,) float32
 
 
@@ -137,6 +138,10 @@ class Backend(Protocol):
 
     def can_step(self, param: Tensor) -> bool:
         """Whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
+        ...
+
+    def takes_channels_last(self, rule: Rule) -> bool:
+        """Whether :meth:`step` takes parameters and gradients of which the channels lie last in memory."""
         ...
 
     def prepare(self, batches: Sequence[Batch]) -> Any:

@@ -163,6 +163,9 @@ class Native:
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
+    def takes_channels_last(self, rule: Rule) -> bool:
+        return self._number(rule) >= 0 and not rule.whole
+
     def prepare(self, batches: Sequence[Batch]) -> Tables | None:
         numbers = [self._number(batch.rule) for batch in batches]
         return Tables(batches, numbers) if min(numbers) >= 0 else None
@@ -237,5 +240,7 @@ def _tensor_rows(batch: Batch, group: int) -> Words:
         numpy.full(count, group),
         batch.numbers,
         batch.firsts,
+        batch.positions,
+        numpy.zeros((2, count), numpy.int64),  # param and grad are no copies
     )
     return numpy.ascontiguousarray(numpy.vstack(columns).T, numpy.int64)

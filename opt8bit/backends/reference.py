@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import COMPENSATION, Backend, Batch, GroupUpdate, Step, View, stored_as
+from opt8bit.backends.interface import COMPENSATION, Backend, Batch, GroupUpdate, Rule, Step, View, stored_as
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
 
@@ -150,6 +150,9 @@ class Reference:
 
     def can_step(self, param: Tensor) -> bool:
         return True
+
+    def takes_channels_last(self, rule: Rule) -> bool:
+        return False
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         return None

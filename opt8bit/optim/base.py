@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from itertools import repeat
+from itertools import chain, islice
 from operator import attrgetter, is_
 from typing import Any
 
@@ -303,11 +303,12 @@ class Optimizer8bit(torch.optim.Optimizer):
         if alone is not None:
             params, numbers = params[alone : alone + 1], numbers[alone : alone + 1]
         grads = list(map(attrgetter("grad"), params))
-        if done or any(map(is_, grads, repeat(None))):
+        types = frozenset(map(type, grads))
+        if done or type(None) in types:
             present = [i for i, grad in enumerate(grads) if grad is not None and params[i] not in done]
             params, grads = [params[i] for i in present], [grads[i] for i in present]
-            numbers = [numbers[i] for i in present]
-        owners, types, placements = params, frozenset(map(type, grads)), None
+            numbers, types = [numbers[i] for i in present], frozenset(map(type, grads))
+        owners, placements = params, None
         if types - PLAIN:
             placements = tuple(map(shards.placement_of, owners))
         if group["offload"]:
@@ -377,10 +378,18 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _states(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
         """Returns those that are there, of the parameters or of their shards."""
-        result: list[dict[str, Any]] = []
+        owners = list(chain.from_iterable(each.owners for each in asked))
+        # Where they lie in the order of the parameters, as is usual, none has to be looked up.
+        if len(owners) == len(self.state) and all(map(is_, owners, self.state)):
+            states = list(self.state.values())
+        else:
+            states = [self.state.get(param, {}) for param in owners]
+        if all(each.placements is None for each in asked):
+            return states
+        remaining, result = iter(states), []
         for each in asked:
-            states = [self.state.get(param, {}) for param in each.owners]
-            result += states if each.placements is None else map(shards.local_states, states)
+            mine = islice(remaining, len(each.owners))
+            result += mine if each.placements is None else map(shards.local_states, mine)
         return result
 
     def _check_capture(self) -> None:

@@ -6,9 +6,10 @@ updating it. So a plan is made once, for all groups together, and each step only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import numpy
@@ -180,7 +181,7 @@ class Plan:
                 return None
             of_states = [state[name] for state, names in zip(states, self._names, strict=True) for name in names]
         else:
-            of_states = list(chain.from_iterable(state.values() for state in states))
+            of_states = list(chain.from_iterable(map(methodcaller("values"), states)))
         return [*_column(asked, "params"), *_column(asked, "grads"), *of_states]
 
 
@@ -209,11 +210,13 @@ def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequ
     shared_within = [overlapping(each.params) for each in asked]
     kinds: dict[Backend, dict[_Kind, list[int]]] = {}
     staged: set[int] = set()
+    positions: list[int] = []
     for index, (group, i, param, grad, _, state) in enumerate(every):
         of_group = asked[group]
         check(of_group.where(i), param, of_group.rule, of_group.group, state)
         backend = backend_of(of_group, param, grad, is_overlapping=i in shared_within[group])
-        if _is_staged(backend, param, grad):
+        positions.append(positions_of_channels(param, grad) if backend.takes_channels_last(of_group.rule) else 0)
+        if not positions[index] and _is_staged(backend, param, grad):
             staged.add(index)
         coded, compensated = is_coded(state, of_group.rule), is_compensated(param, of_group.group)
         kind = _Kind(group, param.device, param.dtype, coded, compensated)
@@ -222,7 +225,7 @@ def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequ
     shares = []
     for backend, members in kinds.items():
         indices = list(chain.from_iterable(members.values()))
-        batches = [_batch(kind, asked[kind.group], mine, every) for kind, mine in members.items()]
+        batches = [_batch(kind, asked[kind.group], mine, every, positions) for kind, mine in members.items()]
         places = numpy.array([_places(i, first, names, asked[every[i].group].rule) for i in indices], numpy.int64)
         places[:, GRAD] += len(every)
         copied = [place for place, index in enumerate(indices) if index in staged]
@@ -246,7 +249,9 @@ def _places(index: int, first: NDArray[numpy.int64], names: Sequence[Sequence[st
     return result
 
 
-def _batch(kind: _Kind, asked: Asked, indices: Sequence[int], every: Sequence[_Each]) -> Batch:
+def _batch(
+    kind: _Kind, asked: Asked, indices: Sequence[int], every: Sequence[_Each], positions: Sequence[int]
+) -> Batch:
     group = asked.group
     views = [block_view(every[i].param.shape, group["block_size"]) for i in indices]
     stochastic = group["stochastic_rounding"]
@@ -263,6 +268,7 @@ def _batch(kind: _Kind, asked: Asked, indices: Sequence[int], every: Sequence[_E
         numbers=numpy.array([asked.numbers[every[i].i] for i in indices], numpy.int64),
         firsts=numpy.array(firsts, numpy.int64),
         views=views,
+        positions=numpy.array([positions[i] for i in indices], numpy.int64),
         extents=numpy.array([(view.rows, view.row_length) for view in views], numpy.int64),
         codebooks=[CODEBOOKS[signed] for signed in asked.rule.states.values()],
     )
@@ -274,6 +280,16 @@ def _is_staged(backend: Backend, param: Tensor, grad: Tensor) -> bool:
     # memory there is its negative.
     is_plain = param.is_contiguous() and grad.is_contiguous() and param.numel() > 1
     return backend.name != "reference" and not is_plain
+
+
+def positions_of_channels(param: Tensor, grad: Tensor) -> int:
+    """Returns how many positions a channel has, if in memory each row of both is (positions, channels); else 0.
+
+    That is ``torch.channels_last`` and ``torch.channels_last_3d``, unless contiguous tensors lie in memory like that.
+    """
+    if param.dim() < 3 or param.is_contiguous() or not all(x.movedim(1, -1).is_contiguous() for x in (param, grad)):
+        return 0
+    return math.prod(param.shape[2:])
 
 
 def _work(

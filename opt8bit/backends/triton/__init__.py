@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from opt8bit.backends.interface import DTYPES, Batch, Step, View
+from opt8bit.backends.interface import DTYPES, Batch, Rule, Step, View
 from opt8bit.backends.reference import step_group
 from opt8bit.backends.triton.blockwise import dequantize_kernel, encode_state_kernel, quantize_kernel
 from opt8bit.backends.triton.codebook import midpoints
@@ -34,6 +34,9 @@ class Triton:
 
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
+
+    def takes_channels_last(self, rule: Rule) -> bool:
+        return False
 
     def prepare(self, batches: Sequence[Batch]) -> list[Launches | None]:
         """
