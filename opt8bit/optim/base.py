@@ -24,7 +24,7 @@ from opt8bit.optim.options import DEFAULTS, KEPT, Options, check_options
 from opt8bit.optim.overlap import refuse_shared
 from opt8bit.optim.pickled import renew
 from opt8bit.optim.plan import Asked, Plan, Work, backend_of
-from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, others, will_be_coded
+from opt8bit.optim.states import CODED_DTYPES, check, initialized, is_cut, is_flattened, others, will_be_coded
 from opt8bit.quant import decode_state
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
@@ -33,6 +33,10 @@ CUT_BLOCKS = (
     "the states of {count} parameters are kept in 32 bits, as shards cut blocks of block_size={block_size} elements; "
     "the first is of shape {shape}, placed as {placements} on a mesh of {mesh}. Of parameters with two dimensions "
     "or more blocks stay whole where the first is sharded, or the second in parts of a multiple of block_size"
+)
+FLATTENED = (
+    "the states of {count} parameters are kept in 32 bits, as FSDP1 (FullyShardedDataParallel) flattens parameters and "
+    "cuts them anywhere; fully_shard, which is FSDP2, keeps 8 bits"
 )
 PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
 
@@ -121,10 +125,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         param_group["params"] = params
         super().add_param_group(param_group)
         self._backward.watch()
-        cut = [param for param in tensors if param.requires_grad and is_cut(param, group)]
-        if cut:
-            about = shards.described(cut[0])
-            warn(CUT_BLOCKS.format(count=len(cut), block_size=group["block_size"], **about))
+        _warn_of_full_states([param for param in tensors if param.requires_grad], group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -495,6 +496,17 @@ class Optimizer8bit(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         self._backward.drop()
         self._plans.clear()  # which hold on to the states there were
+
+
+def _warn_of_full_states(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    """Tells of parameters whose states would have been in 8 bits on one process."""
+    cut = [param for param in params if is_cut(param, group)]
+    if cut:
+        about = shards.described(cut[0])
+        warn(CUT_BLOCKS.format(count=len(cut), block_size=group["block_size"], **about))
+    flattened = [param for param in params if is_flattened(param, group)]
+    if flattened:
+        warn(FLATTENED.format(count=len(flattened)))
 
 
 def _note_writes(params: list[Tensor]) -> None:

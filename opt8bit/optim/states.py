@@ -46,14 +46,24 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: the parameter's attribute ``state_bits`` is neither 8 nor 32.
     """
-    return _has_blocks(param, group) and shards.keeps_blocks(param, group["block_size"])
+    is_whole = not _is_marked(param) and shards.keeps_blocks(param, group["block_size"])
+    return _has_blocks(param, group) and is_whole
+
+
+def is_flattened(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether states are stored in full only because FSDP1 has flattened the parameter."""
+    return _is_marked(param) and _has_blocks(param, group)
 
 
 def is_cut(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether states are stored in full only because the parameter's shards would cut their blocks."""
-    return (
-        shards.is_sharded(param) and _has_blocks(param, group) and not shards.keeps_blocks(param, group["block_size"])
-    )
+    if _is_marked(param) or not shards.is_sharded(param):
+        return False
+    return _has_blocks(param, group) and not shards.keeps_blocks(param, group["block_size"])
+
+
+def _is_marked(param: Tensor) -> bool:
+    return getattr(param, FSDP1_MARK, False)
 
 
 def _has_blocks(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -61,7 +71,7 @@ def _has_blocks(param: Tensor, group: Mapping[str, Any]) -> bool:
     bits = getattr(param, "state_bits", group["state_bits"])
     if bits not in (8, 32):
         raise ValueError(f"state_bits must be 8 or 32, got {bits!r} as an attribute of a parameter")
-    if bits == 32 or param.dtype not in CODED_DTYPES or getattr(param, FSDP1_MARK, False):
+    if bits == 32 or param.dtype not in CODED_DTYPES:
         return False
     if param.numel() < max(group["min_8bit_size"], 1):
         return False
