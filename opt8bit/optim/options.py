@@ -28,8 +28,10 @@ class Options(TypedDict, total=False):
     block_size: elements per block of an 8-bit state, 16 to 16384 (default 256).
     min_8bit_size: tensors of fewer elements keep 32-bit states (default 4096).
     state_bits: 8, or 32 for float32 states throughout (default 8). A parameter that has an attribute
-        ``state_bits`` goes by that, whatever its group says. Like ``min_8bit_size``, it is asked for when states are
-        made, and does not change those that are there.
+        ``state_bits`` goes by that, whatever its group says. ``copy.deepcopy``, ``fully_shard`` and
+        ``load_state_dict(assign=True)`` make new parameters without it: set it on those, or give them a group with
+        ``state_bits``. Like ``min_8bit_size``, it is asked for when states are made, and does not change those that
+        are there.
     fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
     capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
         ``lr`` a tensor there, the graph reads it anew at each replay. Take a step like it before, and keep the

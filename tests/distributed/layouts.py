@@ -486,6 +486,25 @@ def a_stable_embedding_keeps_its_states_in_full() -> None:
 
 
 @on(2)
+def shards_lack_state_bits_until_they_are_marked_or_in_a_group() -> None:
+    model = nn.Linear(64, 128)
+    model.weight.state_bits = 32
+    fully_shard(model)
+
+    def states(params: Any) -> dict[str, Any]:
+        optimizer = opt8bit.AdamW8bit(params)
+        model(random(8, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer.state[model.weight]
+
+    assert "exp_avg_codes" in states([model.weight])
+    assert "exp_avg" in states([{"params": [model.weight], "state_bits": 32}])
+    model.weight.state_bits = 32
+    assert "exp_avg" in states([model.weight])
+
+
+@on(2)
 def flat_parameters_are_32_bit_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="Of parameters with two dimensions or more") as told:
         sharded, _ = train(opt8bit.SGD8bit, (2**20,), mesh(), [Shard(0)], momentum=0.9)

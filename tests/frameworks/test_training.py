@@ -104,41 +104,101 @@ def test_accelerate(tmp_path: Path) -> None:
     assert_same(everything(model, optimizer.optimizer), expected)
 
 
-def test_lightning(tmp_path: Path) -> None:
-    lightning: Any = pytest.importorskip("lightning")
+@pytest.mark.parametrize("kind", [opt8bit.AdamW8bit, torch.optim.AdamW])
+def test_accelerate_tells_of_a_step_that_its_scaler_skips(kind: Any) -> None:
+    accelerate: Any = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # which it makes for GPUs only
+    model = network()
+    model, optimizer = accelerator.prepare(model, kind(model.parameters(), lr=1e-2))
+    for has_infinity in (False, True, False):
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.ones(8, 16)).square().mean())
+        if has_infinity:
+            model[0].weight.grad[0, 0] = torch.inf
+        before = everything(model, optimizer.optimizer)
+        optimizer.step()
+        after = everything(model, optimizer.optimizer)
+        assert optimizer.step_was_skipped == has_infinity
+        is_same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert is_same == has_infinity
 
+
+BATCHES = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
+
+
+def lightning_module(lightning: Any, **options: Any) -> Any:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net = network()
+            self.net[1].p = 0.0  # whose random numbers a checkpoint has no place for
 
         def training_step(self, batch: Any) -> Tensor:
             return self.net(batch[0]).square().mean()
 
         def configure_optimizers(self) -> Any:
-            optimizer = opt8bit.AdamW8bit(self.parameters(), lr=1e-2)
+            optimizer = opt8bit.AdamW8bit(self.parameters(), lr=1e-2, **options)
             return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
-    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
+    return Module()
+
+
+def lightning_run(
+    lightning: Any, module: Any, epochs: int, clip: float, checkpoint: Path | None = None, **options: Any
+) -> tuple[Any, list[Tensor]]:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(BATCHES.flatten(0, 1)), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        gradient_clip_val=clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, loader, ckpt_path=checkpoint)
+    return trainer, everything(module, trainer.optimizers[0])
+
+
+def test_lightning(tmp_path: Path) -> None:
+    lightning: Any = pytest.importorskip("lightning")
 
     def run(epochs: int, checkpoint: Path | None = None) -> tuple[Any, list[Tensor]]:
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        lightning.seed_everything(0, verbose=False)
-        module = Module()
-        module.net[1].p = 0.0  # whose random numbers a checkpoint has no place for
-        trainer.fit(module, loader, ckpt_path=checkpoint)
-        return trainer, everything(module, trainer.optimizers[0])
+        return lightning_run(lightning, lightning_module(lightning), epochs, 1.0, checkpoint)
 
     _, expected = run(2)
     trainer, _ = run(1)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     assert_same(run(2, tmp_path / "stopped.ckpt")[1], expected)
+
+
+def test_lightning_clips_scaled_gradients() -> None:
+    """As this loop does. With ``fused=True`` the step unscales, too late for clipping: Lightning refuses it."""
+    lightning: Any = pytest.importorskip("lightning")
+    from lightning.pytorch.plugins import MixedPrecision
+
+    clip, scale = 0.01, 8.0  # a scale that no gradient overflows float16 with
+    module = lightning_module(lightning)
+    (optimizer,), _ = module.configure_optimizers()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for batch in BATCHES:
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = module.training_step([batch])
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert nn.utils.clip_grad_norm_(module.parameters(), clip) > clip
+        scaler.step(optimizer)
+        scaler.update()
+    expected = everything(module, optimizer)
+
+    def run(**options: Any) -> list[Tensor]:
+        # Its own precision="16-mixed" becomes bfloat16 on the CPU, without a scaler.
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+        return lightning_run(lightning, lightning_module(lightning, **options), 1, clip, plugins=precision)[1]
+
+    assert_same(run(), expected)
+    with pytest.raises(RuntimeError, match="AdamW8bit, does not allow for gradient clipping"):
+        run(fused=True)

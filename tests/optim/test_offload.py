@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import opt8bit
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.offload import target
+from opt8bit.optim.states import initialized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
@@ -277,6 +280,40 @@ def test_a_state_dict_goes_on_anywhere(offload: Any) -> None:
         train(other, resumed)
         train(reference, expected)
         assert_same(other, resumed, reference, expected)
+
+
+def moved(state: dict[str, Any], device: str) -> dict[str, Any]:
+    """As Lightning moves states to the parameters' device after it has loaded them."""
+    return {name: value if name == "step" else value.to(device, copy=True) for name, value in state.items()}
+
+
+def test_states_that_someone_has_moved_go_on() -> None:
+    models = [network(device=DEVICE), network(device=DEVICE)]
+    optimizers = [opt8bit.AdamW8bit(model.parameters(), lr=1e-2, offload=True) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer)
+        for state in optimizer.state.values() if optimizer is optimizers[0] else ():
+            state.update(moved(state, DEVICE))
+        train(model, optimizer)
+        assert all(value.device.type == "cpu" for state in optimizer.state.values() for value in state.values())
+    assert_same(models[0], optimizers[0], models[1], optimizers[1])
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_only_offloaded_states_come_back_to_the_cpu(bits: int, offload: bool) -> None:
+    """With a GPU that is not there, and tensors without elements in memory."""
+    param = nn.Parameter(torch.ones(64, 256))
+    optimizer = opt8bit.AdamW8bit([param], lr=1e-2, state_bits=bits, offload=offload)
+    (group,) = optimizer.param_groups
+    rule = optimizer.rule(group)
+    with FakeTensorMode():
+        made = initialized("parameter 0", {}, rule, target(param, group), group, bits == 8, {})
+        assert {value.device.type for value in made.values()} == {"cpu"}
+        found = initialized("parameter 0", moved(made, "cuda:0"), rule, target(param, group), group, bits == 8, {})
+    assert found.keys() == made.keys()
+    devices = {value.device.type for name, value in found.items() if name != "step"}
+    assert devices == {"cpu" if offload else "cuda"}
 
 
 def test_an_optimizer_is_let_go_and_copied() -> None:

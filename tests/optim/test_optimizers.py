@@ -247,6 +247,29 @@ def test_a_parameters_own_state_bits_win() -> None:
     assert optimizer.state[param]["exp_avg"].dtype == torch.float32
 
 
+def assigned(model: nn.Module) -> nn.Module:
+    other = nn.Linear(64, 128, device="meta")
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
+@pytest.mark.parametrize("renewed", [copy.deepcopy, assigned])
+def test_new_parameters_lack_state_bits_until_they_are_marked_or_in_a_group(renewed: Any) -> None:
+    def states(params: Any) -> dict[str, Tensor]:
+        optimizer = opt8bit.AdamW8bit(params)
+        train(optimizer, model.weight, [torch.ones(128, 64)])
+        return optimizer.state[model.weight]
+
+    model = nn.Linear(64, 128)
+    model.weight.state_bits = 32
+    assert "exp_avg" in states([model.weight])
+    model = renewed(model)
+    assert "exp_avg_codes" in states([model.weight])
+    assert "exp_avg" in states([{"params": [model.weight], "state_bits": 32}])
+    model.weight.state_bits = 32
+    assert "exp_avg" in states([model.weight])
+
+
 def test_groups_have_their_own_options() -> None:
     params = [parameter(seed) for seed in range(3)]
     optimizer = opt8bit.AdamW8bit(
