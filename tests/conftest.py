@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,6 +9,15 @@ if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is
 
 from opt8bit.backends import available
 from opt8bit.backends.native import instruction_sets
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors take longer to divide among threads than to step, and MKL's sums depend on how they are divided."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,6 +6,11 @@ import torch
 from toys import MODELS
 
 
+@pytest.fixture(autouse=True, scope="module")
+def repeatable(one_thread: None) -> None:
+    """What is computed twice has the same bits twice."""
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer of one token per byte, and a text."""

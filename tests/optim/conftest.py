@@ -1,7 +1,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 from cases import ANY_SHAPE, STATEFUL, Case
 
 from opt8bit.backends import available
@@ -18,15 +17,6 @@ def large_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "TILE", 2**14)
         yield
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors take longer to divide among threads than to step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=STATEFUL)
