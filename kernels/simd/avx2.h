@@ -165,13 +165,14 @@ struct Simd {
     explicit Decoder(const Codebook& codebook) {
       const DynamicDecoder& decoder = codebook.dynamic->decoder;
       slope = {_mm256_mul_ps(_mm256_loadu_ps(decoder.slope), _mm256_set1_ps(1 / decoder.scale))};
+      // The line of one is entry 0, as zero's is.
+      if (kSigned) slope.entries = _mm256_xor_ps(slope.entries, _mm256_setr_ps(-0.0f, 0, 0, 0, 0, 0, 0, 0));
       intercept = table8(decoder.intercept);
       scale = _mm256_set1_ps(decoder.scale);
-      offset = _mm256_set1_ps(decoder.scale * decoder.code_offset);
+      offset = _mm256_set1_ps(kSigned ? 0 : decoder.scale * decoder.code_offset);
     }
     Floats operator()(Codes codes) const {
-      const __m128i from_least = kSigned ? _mm_add_epi8(codes.v, _mm_set1_epi8(kSignedZeroCode)) : codes.v;
-      const __m256i code = _mm256_cvtepu8_epi32(from_least);
+      const __m256i code = kSigned ? _mm256_cvtepi8_epi32(codes.v) : _mm256_cvtepu8_epi32(codes.v);
       const Floats c = {_mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale, offset)};
       const Ints line = exponent(c);
       Floats start = lookup(intercept, line);

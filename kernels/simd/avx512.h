@@ -154,24 +154,27 @@ struct Simd {
   using Lines = WideLines<Simd, kSigned>;
 
   // The map's own arithmetic: the exponent of c picks a line from two permutes, one fused multiply-add follows it.
+  // Bytes of the signed map are taken as they are with signs. That of one, 128, is the only one which then has the
+  // wrong sign, and on its line the slope has, too.
   template <bool kSigned>
   struct Decoder {
+    static constexpr int kLineOfOne = 8;
     __m512 slope, intercept, offset;
-    __m512i exponent_bits;
+    __m512i large_bits;
     explicit Decoder(const Codebook& codebook) {
       const DynamicDecoder& decoder = codebook.dynamic->decoder;
       const __m512 inverse_scale = _mm512_set1_ps(1 / decoder.scale);
       slope = _mm512_mul_ps(_mm512_loadu_ps(decoder.slope), inverse_scale);
+      if (kSigned) slope = _mm512_mask_sub_ps(slope, 1 << kLineOfOne, _mm512_setzero_ps(), slope);
       intercept = _mm512_loadu_ps(decoder.intercept);
-      // A code in the low bits of this float adds `scale` to it for each code.
-      const float large = 0x1p23f * decoder.scale;
-      exponent_bits = _mm512_castps_si512(_mm512_set1_ps(large));
-      offset = _mm512_set1_ps(large - decoder.scale * decoder.code_offset);
+      // A code added to the bits of this float adds `scale` to it for each code.
+      const float large = (kSigned ? 0x3p22f : 0x1p23f) * decoder.scale;
+      large_bits = _mm512_castps_si512(_mm512_set1_ps(large));
+      offset = _mm512_set1_ps(kSigned ? large : large - decoder.scale * decoder.code_offset);
     }
     Floats operator()(Codes codes) const {
-      const __m128i from_least = kSigned ? _mm_add_epi8(codes.v, _mm_set1_epi8(kSignedZeroCode)) : codes.v;
-      const __m512i code = _mm512_cvtepu8_epi32(from_least);
-      const Floats c = {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_epi32(code, exponent_bits)), offset)};
+      const __m512i code = kSigned ? _mm512_cvtepi8_epi32(codes.v) : _mm512_cvtepu8_epi32(codes.v);
+      const Floats c = {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(code, large_bits)), offset)};
       const __m512i line = exponent(c).v;
       Floats start = {_mm512_permutexvar_ps(line, intercept)};
       if (kSigned) start = times_sign_of(c, start);
