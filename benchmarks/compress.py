@@ -24,7 +24,7 @@ import torch
 from measuring import arguments, complete, peak_bytes, plot
 
 from opt8bit import ptq
-from opt8bit.cli.models import load, load_tokenizer, tokens
+from opt8bit.cli.models import load, load_tokenizer, read_text, tokens
 from opt8bit.ptq.bias import CORRECTIONS
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.source import digest
@@ -71,8 +71,8 @@ def main() -> None:
     sizes = {name: getattr(options, name) or size for name, size in usual.items()}
     tokenizer = load_tokenizer(options.model)
     texts = {
-        "calibration": windows(tokens(options.calibration, tokenizer), sizes["length"], sizes["samples"]),
-        "test": windows(tokens(options.test, tokenizer), sizes["length"], sizes["windows"]),
+        "calibration": windows(tokens(read_text(options.calibration), tokenizer), sizes["length"], sizes["samples"]),
+        "test": windows(tokens(read_text(options.test), tokenizer), sizes["length"], sizes["windows"]),
     }
 
     def measure(**about: Any) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def compressed(model_name: str, texts: dict[str, torch.Tensor], about: dict[str, Any]) -> dict[str, Any]:
-    model, _ = load(model_name)
+    model = load(model_name)
     started = time.perf_counter()
     if about["recipe"] == "as it is":
         bits_per_weight, bias_bytes = 8.0 * model.dtype.itemsize, 0
