@@ -144,9 +144,7 @@ void opt8bit_step(const Kernels* kernels, const Tensor* tensors, int64_t count, 
     }
   };
   const auto first_block = [&](int64_t index, int64_t unit) {
-    const BlockView& view = views[index];
-    const int64_t block = std::min((unit - first_unit[index]) * blocks_per_unit(view), view.blocks());
-    return tensors[index].positions ? block / view.blocks_per_row * view.blocks_per_row : block;  // whole rows
+    return std::min((unit - first_unit[index]) * blocks_per_unit(views[index]), views[index].blocks());
   };
   const auto group_of = [&](int64_t index) -> const Group& { return groups[tensors[index].group]; };
 

@@ -342,7 +342,8 @@ Tensor part(Tensor tensor, int64_t row, int64_t rows, int64_t block, void* param
   return tensor;
 }
 
-// A few rows at a time: the channels' elements are brought together, updated, and spread out again.
+// A few rows at a time: the channels' elements are brought together, updated, and spread out again. A row belongs to
+// whoever has its last block.
 template <class T>
 void step_channels_last(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block,
                         int64_t last_block) {
