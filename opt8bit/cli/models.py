@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
 from opt8bit.ptq.source import Checkpoint, InMemory, OtherNames, Source
 
 
@@ -82,6 +83,11 @@ def _place(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CommandError(f"{name!r} has no config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise CommandError(
+            f"{name!r} has an adapter, adapter_config.json: merge it into its base and save what PEFT's "
+            "merge_and_unload() returns"
+        )
     if not folder.exists() and name.startswith((".", "~", "/")):
         raise CommandError(f"there is no folder {name!r}")
     return str(folder) if folder.is_dir() else name
@@ -90,9 +96,11 @@ def _place(name: str) -> str:
 def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
     library = transformers()
     try:
-        model = library.AutoModelForCausalLM.from_pretrained(
-            place, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        model, about = library.AutoModelForCausalLM.from_pretrained(
+            place, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        refuse_other_classes(model.config)
+        refuse_made_up(about["missing_keys"], about["unexpected_keys"])
     except Exception as error:
         raise _cannot_load(name, error) from error
     return model.eval()

@@ -21,9 +21,10 @@ from opt8bit.ptq.export import check_format
 from opt8bit.ptq.layer import Override, Recipe
 from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
 from opt8bit.ptq.methods.method import check_method
+from opt8bit.ptq.origin import refuse_quantized, unwrapped
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
-from opt8bit.ptq.source import InMemory, Source, digest, refuse_quantized
+from opt8bit.ptq.source import InMemory, Source, digest
 from opt8bit.ptq.walk import greenlets
 from opt8bit.ptq.work import Work
 from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
@@ -99,10 +100,10 @@ def compress(
         The compressed layers and a report; ``result.compressed_model()`` is the model, :func:`export` writes it.
 
     Raises:
-        TypeError, ValueError: an argument is none of these, or arguments contradict each other; ``group_size`` does
-            not divide a layer; a weight, or what a layer sees, is not finite; a weight is not in memory; two layers
-            share one weight; no blocks are found, or a model's use of them is not understood. The message names the
-            layer.
+        TypeError, ValueError: an argument is none of these, or arguments contradict each other; ``group_size`` does not
+            divide a layer; a weight, or what a layer sees, is not finite; a weight is not in memory; two layers share
+            one weight; the model has PEFT's adapters; no blocks are found, or a model's use of them is not understood.
+            The message names the layer.
         ImportError: greenlet is not installed.
 
     Warns:
@@ -148,7 +149,7 @@ def _source(model: nn.Module | Source) -> Source:
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, or ptq.Checkpoint(folder), got {model!r}")
-    return InMemory(model)
+    return InMemory(unwrapped(model))
 
 
 def _check_loaded(source: Source) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
+from opt8bit.ptq.origin import refuse_other_classes, refuse_quantized
 from opt8bit.ptq.saved import saved_name
 from opt8bit.ptq.tensor_files import bytes_of, opened
 
@@ -85,7 +86,7 @@ class Checkpoint(Source):
 
     Raises:
         OtherNames: the weights have other names than the model's.
-        ValueError: a file is damaged, or the weights are quantized already.
+        ValueError: a file is damaged, the weights are quantized already, or it is no causal language model's.
         ImportError: transformers or safetensors is not installed.
     """
 
@@ -187,23 +188,13 @@ def _skeleton(folder: Path, files: Mapping[str, Path], trust_remote_code: bool) 
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     refuse_quantized(config)
+    refuse_other_classes(config)
     dtype = getattr(config, "dtype", None) or _first_dtype(files)
     with parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
-
-
-def refuse_quantized(config: Any) -> None:
-    """
-    Raises:
-        ValueError: a configuration is that of a quantized model.
-    """
-    quantization: Any = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        has = quantization if isinstance(quantization, dict) else vars(quantization)
-        raise ValueError(f"the model is quantized already, by {has.get('quant_method')}: compress the original")
 
 
 def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:
