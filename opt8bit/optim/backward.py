@@ -50,9 +50,10 @@ class Backward:
     def watch(self) -> None:
         """Has every gradient that is to be stepped with at once begin the step of its parameter."""
         groups = [group for group in self._groups() if group["offload"] == BACKWARD]
+        if groups:
+            backend_for("cpu")  # warns of missing kernels here, as no line of the user runs in the thread
         for param in [param for group in groups for param in group["params"] if param not in self._watched]:
             if param.requires_grad and param.is_leaf:  # others may become so
-                backend_for("cpu")  # warns of missing kernels here, as no line of the user runs in the thread
                 self._watched.add(param)
                 call_when_accumulated(param, self._begin)
 

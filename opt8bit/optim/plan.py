@@ -215,7 +215,8 @@ def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequ
         of_group = asked[group]
         check(of_group.where(i), param, of_group.rule, of_group.group, state)
         backend = backend_of(of_group, param, grad, is_overlapping=i in shared_within[group])
-        positions.append(positions_of_channels(param, grad) if backend.takes_channels_last(of_group.rule) else 0)
+        found = positions_of_channels(param, grad)
+        positions.append(found if found and backend.takes_channels_last(of_group.rule) else 0)
         if not positions[index] and _is_staged(backend, param, grad):
             staged.add(index)
         coded, compensated = is_coded(state, of_group.rule), is_compensated(param, of_group.group)

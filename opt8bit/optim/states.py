@@ -46,8 +46,7 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: the parameter's attribute ``state_bits`` is neither 8 nor 32.
     """
-    is_whole = not _is_marked(param) and shards.keeps_blocks(param, group["block_size"])
-    return _has_blocks(param, group) and is_whole
+    return _has_blocks(param, group) and not _is_marked(param) and shards.keeps_blocks(param, group["block_size"])
 
 
 def is_flattened(param: Tensor, group: Mapping[str, Any]) -> bool:
