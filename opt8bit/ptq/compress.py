@@ -19,7 +19,7 @@ from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix,
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.export import check_format
 from opt8bit.ptq.layer import Override, Recipe
-from opt8bit.ptq.methods import GPTQ, Format, Method, QuantEase
+from opt8bit.ptq.methods import GPTQ, Method, QuantEase
 from opt8bit.ptq.methods.method import check_method
 from opt8bit.ptq.origin import refuse_quantized, unwrapped
 from opt8bit.ptq.pipeline import run
@@ -28,6 +28,7 @@ from opt8bit.ptq.source import InMemory, Source, digest
 from opt8bit.ptq.walk import greenlets
 from opt8bit.ptq.work import Work
 from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
+from opt8bit.quant.weight import WeightScheme
 
 Calibration = Tensor | Iterable[Mapping[str, Tensor]]
 ERROR_PROPAGATION = 0.5
@@ -122,13 +123,13 @@ def compress(
         "grid": grid,
     }
     scale_dtype = _scale_dtype(source.model)
-    format = _format(scale_dtype, **options)
+    scheme = _scheme(scale_dtype, **options)
     if error_propagation is None:
         error_propagation = ERROR_PROPAGATION if method.uses_hessian and correct != "local" else 0.0
     if not isinstance(overrides, Mapping | None):
         raise TypeError(f"overrides must be a mapping from patterns of names to options, got {overrides!r}")
     others = tuple(_override(pattern, given, options, scale_dtype) for pattern, given in (overrides or {}).items())
-    recipe = Recipe(method, format, error_propagation, correct, statistic, others)
+    recipe = Recipe(method, scheme, error_propagation, correct, statistic, others)
     batches = _batches("calibration", calibration, batch_size, source.model)
     kept = [] if held_out is None else _batches("held_out", held_out, batch_size, source.model)
     if correct != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
@@ -186,7 +187,7 @@ def _check_ranks(recipe: Recipe, batches: list[dict[str, Tensor]]) -> None:
         raise ValueError(f"several processes share means alone, got statistic={recipe.statistic!r}")
 
 
-def _format(
+def _scheme(
     scale_dtype: torch.dtype,
     *,
     method: Method,
@@ -195,24 +196,24 @@ def _format(
     symmetric: bool,
     range: str | None,
     grid: Grid | None,
-) -> Format:
+) -> WeightScheme:
     check_method("method", method)
     if grid is not None and not isinstance(grid, Grid):
         raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {grid!r}")
     if grid is None:
         if range is None:
             range = "mse" if method.uses_hessian else "minmax"
-        return Format(UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=scale_dtype), group_size)
+        return WeightScheme(UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=scale_dtype), group_size)
     if (bits, symmetric, range) != (4, False, None):
         raise ValueError(f"bits, symmetric and range are those of grid={grid!r}: leave them out")
-    return Format(grid, group_size)
+    return WeightScheme(grid, group_size)
 
 
 def _override(
     pattern: str, given: Mapping[str, Any] | None, options: Mapping[str, Any], scale_dtype: torch.dtype
 ) -> Override:
     if given is None:
-        return Override(pattern, None, _format(scale_dtype, **options))
+        return Override(pattern, None, _scheme(scale_dtype, **options))
     if not isinstance(given, Mapping):
         raise TypeError(f"overrides[{pattern!r}] must be a mapping of options, or None, got {given!r}")
     unknown = sorted(given.keys() - options.keys())
@@ -225,7 +226,7 @@ def _override(
         base["grid"] = None
     merged = {**base, **given}
     try:
-        return Override(pattern, merged["method"], _format(scale_dtype, **merged))
+        return Override(pattern, merged["method"], _scheme(scale_dtype, **merged))
     except (TypeError, ValueError) as error:
         raise type(error)(f"overrides[{pattern!r}]: {error}") from error
 
@@ -267,7 +268,7 @@ def _check_layers(source: Source, recipe: Recipe) -> None:
             raise ValueError(f"{name}: shares its weight with {owner}: it cannot be rounded for both")
         try:
             if own is not None:
-                own.format.groups_of(weight)
+                own.scheme.groups_of(weight)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     prefix, blocks = find_blocks(source.model)

@@ -14,10 +14,11 @@ from opt8bit.ptq import bias as compensation
 from opt8bit.ptq import ranks
 from opt8bit.ptq.arguments import check_fraction
 from opt8bit.ptq.blocks import matrix
-from opt8bit.ptq.methods import RTN, Format, Method, Rounded
+from opt8bit.ptq.methods import RTN, Method
 from opt8bit.ptq.statistics import Inputs, Moments, Statistics
 from opt8bit.ptq.target import asymmetric_target
-from opt8bit.quant.grid import Scales, UniformGrid
+from opt8bit.quant.grid import UniformGrid
+from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Override:
     Args:
         pattern: of names, with ``*``, ``?`` and ``[...]`` as a shell has them.
         method: rounds them; None leaves them as they are.
-        format: of the rounded weights.
+        scheme: of the rounded weights.
     """
 
     pattern: str
     method: Method | None
-    format: Format
+    scheme: WeightScheme
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Recipe:
 
     Args:
         method: rounds the weights.
-        format: of the rounded weights.
+        scheme: of the rounded weights.
         correct: the stream that Bias Compensation takes its errors from, of :data:`CORRECTIONS`: "none" for no bias;
             "local" for the float model's, as the paper's code has it: each layer's error on the float model's inputs,
             and in the block's last layer, if its output is added to the hidden states and it can hold a bias, the error
@@ -58,7 +59,7 @@ class Recipe:
     """
 
     method: Method
-    format: Format
+    scheme: WeightScheme
     error_propagation: float
     correct: str = "none"
     statistic: str = "mean"
@@ -76,7 +77,7 @@ class Recipe:
                 return replace(
                     self,
                     method=method,
-                    format=override.format,
+                    scheme=override.scheme,
                     error_propagation=strength,
                     correct=correct,
                     overrides=(),
@@ -107,7 +108,7 @@ class Compressed:
     """A layer's rounded weight, its whole bias, and what of it is there to correct: (out,), or (length, out) where it
     goes by position. (A layer that was read back from disk no longer knows what was there to correct.)"""
 
-    rounded: Rounded
+    rounded: QuantizedWeight
     dtype: torch.dtype  # of the weight in its model
     bias: Tensor | None
     shift: Tensor | None
@@ -123,16 +124,16 @@ class Compressed:
         return replace(self, bias=shift if self.bias is None else self.bias + shift, shift=shift)
 
 
-def symmetry_cost(weight: Tensor, format: Format) -> float | None:
+def symmetry_cost(weight: Tensor, scheme: WeightScheme) -> float | None:
     """By how much a grid's symmetry raises the squared error of rounding to nearest; None where it is not symmetric."""
-    grid = format.grid
+    grid = scheme.grid
     if not isinstance(grid, UniformGrid) or not grid.symmetric:
         return None
     free = UniformGrid(grid.bits, range=grid.range, scale_dtype=grid.scale_dtype)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     errors = []
     for each in (grid, free):
-        rounded = RTN().round(weight, weight, replace(format, grid=each)).dequantize()
+        rounded = RTN().round(weight, weight, replace(scheme, grid=each)).dequantize()
         errors.append(float((rounded - weight).square().sum()))
     return errors[0] / errors[1] - 1 if errors[1] else 0.0
 
@@ -187,7 +188,7 @@ def _statistics(inputs: Sequence[Inputs], recipe: Recipe, dtype: torch.dtype) ->
     return statistics
 
 
-def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict[str, Rounded]:
+def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict[str, QuantizedWeight]:
     """Rounds the weights of a stage, all rows together where the method goes row by row."""
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
     method, hessian = recipe.method, moments.x_hat_x_hat
@@ -195,8 +196,9 @@ def _round(weights: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict
         target = asymmetric_target(target, _missing(target, moments), hessian, recipe.error_propagation)
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
-        return {name: method.round(part, hessian, recipe.format) for name, part in parts}
-    whole = _of_all_ranks(method.round(ranks.rows_of_this(target), hessian, recipe.format), len(target))
+        return {name: method.round(part, hessian, recipe.scheme) for name, part in parts}
+    own = method.round(ranks.rows_of_this(target), hessian, recipe.scheme)
+    whole = own.by_row(lambda part: ranks.rows_of_all(part, len(target)))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
 
@@ -207,12 +209,6 @@ def _missing(weight: Tensor, moments: Moments) -> Tensor:
     if moments.are_wanted:
         return moments.cross - weight @ moments.x_hat_x_hat
     return weight @ (moments.cross - moments.x_hat_x_hat)
-
-
-def _of_all_ranks(part: Rounded, rows: int) -> Rounded:
-    """The weight of which every process has rounded some rows."""
-    scales = Scales(*(ranks.rows_of_all(of, rows) for of in part.scales))
-    return replace(part, codes=ranks.rows_of_all(part.codes, rows), scales=scales)
 
 
 def _shift(

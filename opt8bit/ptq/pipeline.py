@@ -262,7 +262,9 @@ class _BlockTask:
             errors = stage.errors.relative(name)
             corrects = self.result.recipe.correct != "none"
             note = why_uncorrected(full, self.result.places) if corrects else None
-            report = _layer_report(full, layers[name], layer, errors, place, note, seconds)
+            recipe = self._recipe(name)
+            assert recipe is not None
+            report = _layer_report(full, layers[name], layer, recipe, errors, place, note, seconds)
             self.reports.append(report)
             self.result.report.append(report)
             self.see(report)
@@ -336,6 +338,7 @@ def _layer_report(
     name: str,
     had: nn.Module,
     layer: Compressed,
+    recipe: Recipe,
     errors: tuple[float, float],
     place: Place | None,
     note: str | None,
@@ -355,7 +358,7 @@ def _layer_report(
         bias_norm=0.0 if shift is None else float(shift.norm()),
         bias_bytes=stored * weight.element_size(),
         bias_place=None if shift is None else str(place),
-        symmetry_cost=symmetry_cost(weight, layer.rounded.format),
+        symmetry_cost=symmetry_cost(weight, recipe.scheme),
         note=note or "",
         seconds=seconds,
     )

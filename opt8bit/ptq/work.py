@@ -9,14 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opt8bit.ptq import ranks, tensor_files
 from opt8bit.ptq.layer import Compressed, Recipe
-from opt8bit.ptq.methods import Outliers, Rounded
 from opt8bit.ptq.result import LayerReport
-from opt8bit.quant.grid import Scales
+from opt8bit.quant.weight import QuantizedWeight
 
 MANIFEST = "manifest.json"
 DTYPES = {str(dtype): dtype for dtype in tensor_files.DTYPES}
@@ -127,12 +125,7 @@ class _SavedLayers(Mapping[str, Compressed]):
             dtype = DTYPES[_about(opened)["dtypes"][name]]
         recipe = self._recipe.of(name)
         assert recipe is not None
-        outliers = None
-        if "rows" in parts:
-            whole = bool(parts["whole_columns"])
-            outliers = Outliers(parts["rows"], parts["columns"], parts["values"], whole)
-        scales = Scales(parts["scale"], parts["zero_point"])
-        rounded = Rounded(parts["codes"], scales, recipe.format, outliers)
+        rounded = QuantizedWeight.from_tensors(parts, recipe.method.grids(recipe.scheme))
         return Compressed(rounded, dtype, parts.get("bias"), None)
 
     def __iter__(self) -> Iterator[str]:
@@ -143,21 +136,8 @@ class _SavedLayers(Mapping[str, Compressed]):
 
 
 def _parts(layer: Compressed) -> dict[str, Tensor]:
-    rounded, outliers = layer.rounded, layer.rounded.outliers
-    parts: dict[str, Tensor | None] = {
-        "codes": rounded.codes,
-        "scale": rounded.scales.scale,
-        "zero_point": rounded.scales.zero_point,
-        "bias": layer.bias,
-    }
-    if outliers is not None:
-        parts |= {
-            "rows": outliers.rows,
-            "columns": outliers.columns,
-            "values": outliers.values,
-            "whole_columns": torch.tensor(outliers.whole_columns, device="cpu"),
-        }
-    return {key: part for key, part in parts.items() if part is not None}
+    bias = {} if layer.bias is None else {"bias": layer.bias}
+    return {**layer.rounded.tensors(), **bias}
 
 
 def _about(opened: Any) -> dict[str, Any]:

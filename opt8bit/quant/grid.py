@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,18 +18,23 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FRACTIONS = torch.linspace(1.0, 0.2, 41, dtype=torch.float64).tolist()
 
 
-class Scales(NamedTuple):
-    """What a grid keeps per block, of a shape that broadcasts against the block: (..., 1)."""
-
-    scale: Tensor  # positive
-    zero_point: Tensor  # integers; 0 where a grid has none
-
-    def at(self, index: object) -> Scales:
-        return Scales(self.scale[index], self.zero_point[index])  # type: ignore[index]
+# What a grid keeps per block: a NamedTuple of tensors of a shape that broadcasts against the block, (..., 1).
+P = TypeVar("P", bound=tuple[Tensor, ...])
 
 
-class Grid(ABC):
-    """The values of one block: ``decode(code, scales)`` for every code below ``2^bits``.
+def mapped(params: P, change: Callable[[Tensor], Tensor]) -> P:
+    """Returns the params that ``change`` makes of each of a grid's params."""
+    make: Any = type(params)
+    return make(*(change(part) for part in params))
+
+
+def at(params: P, index: Any) -> P:
+    """Returns a grid's params at an index, as of a tensor."""
+    return mapped(params, lambda part: part[index])
+
+
+class Grid(ABC, Generic[P]):
+    """The values of one block: ``decode(code, params)`` for every code below ``2^bits``.
 
     Args:
         scale_dtype: that scales are stored in: float32, bfloat16 or float16. Only what it holds is ever fitted.
@@ -36,6 +42,8 @@ class Grid(ABC):
     Raises:
         ValueError: ``scale_dtype`` is another one.
     """
+
+    params_type: ClassVar[Any]  # P
 
     def __init__(self, scale_dtype: torch.dtype = torch.float32) -> None:
         if scale_dtype not in SCALE_DTYPES:
@@ -47,30 +55,29 @@ class Grid(ABC):
     def bits(self) -> int:
         """Bits of one code."""
 
-    @property
     @abstractmethod
-    def bits_per_block(self) -> int:
-        """Bits that the scales of one block take when they are stored: a scale, and ``bits`` for a zero point."""
+    def stored_bits(self, codes: Tensor, params: P) -> int:
+        """Returns the bits that codes and params take when they are stored."""
 
     @abstractmethod
     def fit(
         self,
         block: Tensor,  # (..., g)
         importance: Tensor | None = None,  # (..., g) or (g,)
-    ) -> Scales:
-        """Scales for blocks of weights; errors of ``block[..., k]`` weigh by ``importance[..., k]`` (default 1)."""
+    ) -> P:
+        """Params for blocks of weights; errors of ``block[..., k]`` weigh by ``importance[..., k]`` (default 1)."""
 
     @abstractmethod
-    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+    def encode(self, x: Tensor, params: P) -> Tensor:
         """The codes of the grid values nearest to ``x``, as uint8 of its shape."""
 
     @abstractmethod
-    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
-        """The values of ``codes``, in the dtype of the scales."""
+    def decode(self, codes: Tensor, params: P) -> Tensor:
+        """The values of ``codes``, in the dtype of the params."""
 
     @abstractmethod
-    def nearest(self, x: Tensor, scales: Scales) -> Tensor:
-        """``decode(encode(x, scales), scales)``, without the codes."""
+    def nearest(self, x: Tensor, params: P) -> Tensor:
+        """``decode(encode(x, params), params)``, without the codes."""
 
     def storable(self, scale: Tensor) -> Tensor:
         """The nearest positive scales that ``scale_dtype`` holds, in the dtype of ``scale``; float32 takes all."""
@@ -81,7 +88,14 @@ class Grid(ABC):
         return scale.to(self.scale_dtype).to(scale.dtype).clamp(least, info.max)
 
 
-class UniformGrid(Grid):
+class UniformParams(NamedTuple):
+    """What a :class:`UniformGrid` keeps per block."""
+
+    scale: Tensor  # positive
+    zero_point: Tensor  # integers
+
+
+class UniformGrid(Grid[UniformParams]):
     """Evenly spaced values: ``(q - zero_point) * scale`` for q = 0 .. 2^bits - 1, zero among them.
 
     Args:
@@ -94,6 +108,8 @@ class UniformGrid(Grid):
     Raises:
         ValueError: an argument is not one of these.
     """
+
+    params_type = UniformParams
 
     def __init__(
         self,
@@ -120,16 +136,16 @@ class UniformGrid(Grid):
     def bits(self) -> int:
         return self._bits
 
-    @property
-    def bits_per_block(self) -> int:
-        return 8 * self.scale_dtype.itemsize + (0 if self.symmetric else self._bits)
+    def stored_bits(self, codes: Tensor, params: UniformParams) -> int:
+        per_block = 8 * self.scale_dtype.itemsize + (0 if self.symmetric else self._bits)
+        return self._bits * codes.numel() + per_block * params.scale.numel()
 
     @property
     def largest(self) -> int:
         """The largest code."""
         return 2**self._bits - 1
 
-    def fit(self, block: Tensor, importance: Tensor | None = None) -> Scales:
+    def fit(self, block: Tensor, importance: Tensor | None = None) -> UniformParams:
         low = block.amin(-1, keepdim=True).clamp(max=0)
         high = block.amax(-1, keepdim=True).clamp(min=0)
         if self.symmetric:
@@ -140,25 +156,31 @@ class UniformGrid(Grid):
             return full
         return _best(self, block, importance, (self._spanning(low * part, high * part) for part in FRACTIONS), full)
 
-    def _spanning(self, low: Tensor, high: Tensor) -> Scales:
+    def _spanning(self, low: Tensor, high: Tensor) -> UniformParams:
         scale = (high - low) / self.largest
         scale = self.storable(torch.where(scale > 0, scale, 1))  # 1 for a block of zeros
         middle = torch.full_like(scale, 2 ** (self._bits - 1))
         # A scale that was rounded down would put it beyond the last code.
-        return Scales(scale, middle if self.symmetric else (-low / scale).round().clamp_(max=self.largest))
+        return UniformParams(scale, middle if self.symmetric else (-low / scale).round().clamp_(max=self.largest))
 
-    def encode(self, x: Tensor, scales: Scales) -> Tensor:
-        return (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self.largest).to(torch.uint8)
+    def encode(self, x: Tensor, params: UniformParams) -> Tensor:
+        return (x / params.scale).round_().add_(params.zero_point).clamp_(0, self.largest).to(torch.uint8)
 
-    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
-        return (codes - scales.zero_point) * scales.scale
+    def decode(self, codes: Tensor, params: UniformParams) -> Tensor:
+        return (codes - params.zero_point) * params.scale
 
-    def nearest(self, x: Tensor, scales: Scales) -> Tensor:
-        steps = (x / scales.scale).round_().add_(scales.zero_point).clamp_(0, self.largest)
-        return steps.sub_(scales.zero_point).mul_(scales.scale)
+    def nearest(self, x: Tensor, params: UniformParams) -> Tensor:
+        steps = (x / params.scale).round_().add_(params.zero_point).clamp_(0, self.largest)
+        return steps.sub_(params.zero_point).mul_(params.scale)
 
 
-class CodebookGrid(Grid):
+class CodebookParams(NamedTuple):
+    """What a :class:`CodebookGrid` keeps per block."""
+
+    scale: Tensor  # positive
+
+
+class CodebookGrid(Grid[CodebookParams]):
     """Any values: ``codebook[q] * scale``, as the optimizer states are stored.
 
     Args:
@@ -170,6 +192,8 @@ class CodebookGrid(Grid):
     Raises:
         TypeError, ValueError: ``codebook``, ``range`` or ``scale_dtype`` is not one.
     """
+
+    params_type = CodebookParams
 
     def __init__(self, codebook: Tensor, *, range: str = "minmax", scale_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(scale_dtype)
@@ -185,29 +209,28 @@ class CodebookGrid(Grid):
     def bits(self) -> int:
         return (self.codebook.numel() - 1).bit_length()
 
-    @property
-    def bits_per_block(self) -> int:
-        return 8 * self.scale_dtype.itemsize
+    def stored_bits(self, codes: Tensor, params: CodebookParams) -> int:
+        return self.bits * codes.numel() + 8 * self.scale_dtype.itemsize * params.scale.numel()
 
-    def fit(self, block: Tensor, importance: Tensor | None = None) -> Scales:
+    def fit(self, block: Tensor, importance: Tensor | None = None) -> CodebookParams:
         absmax = block.abs().amax(-1, keepdim=True) / self.codebook.abs().max().to(block)
         absmax = torch.where(absmax > 0, absmax, 1)
-        full = Scales(self.storable(absmax), torch.zeros_like(absmax))
+        full = CodebookParams(self.storable(absmax))
         if self.range == "minmax":
             return full
-        candidates = (Scales(self.storable(absmax * part), full.zero_point) for part in FRACTIONS)
+        candidates = (CodebookParams(self.storable(absmax * part)) for part in FRACTIONS)
         return _best(self, block, importance, candidates, full)
 
-    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+    def encode(self, x: Tensor, params: CodebookParams) -> Tensor:
         values = self.codebook.to(device=x.device, dtype=torch.float64)
         middles = ((values[1:] + values[:-1]) / 2).to(x.dtype)
-        return torch.bucketize((x / scales.scale).contiguous(), middles).to(torch.uint8)
+        return torch.bucketize((x / params.scale).contiguous(), middles).to(torch.uint8)
 
-    def decode(self, codes: Tensor, scales: Scales) -> Tensor:
-        return self.codebook.to(scales.scale)[codes.long()] * scales.scale
+    def decode(self, codes: Tensor, params: CodebookParams) -> Tensor:
+        return self.codebook.to(params.scale)[codes.long()] * params.scale
 
-    def nearest(self, x: Tensor, scales: Scales) -> Tensor:
-        return self.decode(self.encode(x, scales), scales)
+    def nearest(self, x: Tensor, params: CodebookParams) -> Tensor:
+        return self.decode(self.encode(x, params), params)
 
 
 def _checked_range(range: str) -> str:
@@ -216,10 +239,9 @@ def _checked_range(range: str) -> str:
     return range
 
 
-def _best(grid: Grid, block: Tensor, importance: Tensor | None, candidates, full: Scales) -> Scales:
+def _best(grid: Grid[P], block: Tensor, importance: Tensor | None, candidates: Iterable[P], full: P) -> P:
     """The candidate of least squared error, block by block; ties go to the earlier one."""
-    least = torch.full_like(full.scale, torch.inf)
-    scale, zero_point = full
+    least, best = torch.full_like(full[0], torch.inf), full
     for candidate in candidates:
         error = (grid.nearest(block, candidate) - block).square_()
         if importance is not None:
@@ -227,6 +249,6 @@ def _best(grid: Grid, block: Tensor, importance: Tensor | None, candidates, full
         total = error.sum(-1, keepdim=True)
         better = total < least
         least = torch.where(better, total, least)
-        scale = torch.where(better, candidate.scale, scale)
-        zero_point = torch.where(better, candidate.zero_point, zero_point)
-    return Scales(scale, zero_point)
+        make: Any = type(full)
+        best = make(*(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)))
+    return best

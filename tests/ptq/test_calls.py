@@ -130,7 +130,7 @@ def test_the_target_of_a_layer_that_adds_is_the_best_guess_of_what_it_should_put
     x_hat = torch.randn(6, 20, WIDTH, generator=generator, dtype=torch.float64) + 1
     wanted = x_hat[..., :5].square() + x_hat[..., 5:10]
     layer = nn.Linear(WIDTH, 5).double()
-    recipe = Recipe(ptq.GPTQ(), ptq.Format(UniformGrid(2), 8), 1.0, correct)
+    recipe = Recipe(ptq.GPTQ(), ptq.WeightScheme(UniformGrid(2), 8), 1.0, correct)
     corrected = {"layer"} if correct == "joint" else set[str]()
     compress_stage({"layer": layer}, [Inputs(x_hat + 1, x_hat, None, wanted)], recipe, corrected)
     inputs, outputs = x_hat.flatten(0, 1), wanted.flatten(0, 1)
@@ -183,7 +183,7 @@ def test_the_callback_may_run_the_model() -> None:
     result = compress(model, see=lambda *row: model(token_ids()))
     expected = compress(model)
     for name, layer in expected.layers.items():
-        assert torch.equal(layer.rounded.codes, result.layers[name].rounded.codes)
+        assert torch.equal(layer.rounded.parts[0].codes, result.layers[name].rounded.parts[0].codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

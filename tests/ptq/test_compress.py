@@ -89,7 +89,7 @@ def test_batches_of_any_size_give_the_same(name: str) -> None:
     model, ids = MODELS[name]().double(), token_ids()
     results = [ptq.compress(model, ids, bits=3, group_size=16, batch_size=size) for size in (1, 10)]
     for layer, first in results[0].layers.items():
-        assert torch.equal(first.rounded.codes, results[1].layers[layer].rounded.codes)
+        assert torch.equal(first.rounded.parts[0].codes, results[1].layers[layer].rounded.parts[0].codes)
 
 
 @every_model
@@ -102,7 +102,7 @@ def test_padding_does_not_count(name: str) -> None:
     alone = ptq.compress(model, [{"input_ids": ids, "attention_mask": mask[:, :24]}], bits=3, group_size=16)
     with_padding = ptq.compress(model, [{"input_ids": padded, "attention_mask": mask}], bits=3, group_size=16)
     for layer, first in alone.layers.items():
-        assert torch.equal(first.rounded.codes, with_padding.layers[layer].rounded.codes)
+        assert torch.equal(first.rounded.parts[0].codes, with_padding.layers[layer].rounded.parts[0].codes)
 
 
 @pytest.mark.parametrize("correct", ["local", "sequential", "joint"])
@@ -355,7 +355,7 @@ def test_overrides_are_checked_and_the_last_one_is_meant() -> None:
         "*.0.*.up_proj": {"method": ptq.RTN()},
     }
     result = ptq.compress(model, ids, bits=3, group_size=16, overrides=overrides)
-    formats = {name.split(".", 3)[-1]: layer.rounded.format.grid for name, layer in result.layers.items()}
+    formats = {name.split(".", 3)[-1]: layer.rounded.parts[0].grid for name, layer in result.layers.items()}
     assert formats["mlp.down_proj"] is grid and formats["self_attn.q_proj"].bits == 2
     for wrong, message in (
         ({"*.q_proj": 8}, r"overrides\['\*.q_proj'\] must be a mapping of options, or None, got 8"),
@@ -411,7 +411,7 @@ def test_padding_on_the_left_does_not_count(name: str) -> None:
     alone = ptq.compress(model, [{"input_ids": ids}], bits=3, group_size=16)
     with_padding = ptq.compress(model, [batch], bits=3, group_size=16)
     for layer, first in alone.layers.items():
-        assert torch.equal(first.rounded.codes, with_padding.layers[layer].rounded.codes)
+        assert torch.equal(first.rounded.parts[0].codes, with_padding.layers[layer].rounded.parts[0].codes)
 
 
 def model_with(change: str) -> nn.Module:
@@ -527,7 +527,7 @@ def test_what_tokenizers_return_is_taken() -> None:
     result = ptq.compress(model, [encoded], group_size=16, held_out=[encoded])
     expected = ptq.compress(model, ids, group_size=16, batch_size=10)
     for name, layer in expected.layers.items():
-        assert torch.equal(layer.rounded.codes, result.layers[name].rounded.codes)
+        assert torch.equal(layer.rounded.parts[0].codes, result.layers[name].rounded.parts[0].codes)
 
 
 def test_what_shares_memory_is_copied_for_the_probe(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from test_methods import layer
 from opt8bit import backends
 from opt8bit.backends.native import Native
 from opt8bit.ptq.linear_algebra import inverse_factor
-from opt8bit.ptq.methods import GPTQ, RTN, Format, QuantEase, Rounded, objective
+from opt8bit.ptq.methods import GPTQ, RTN, QuantEase, objective
 from opt8bit.ptq.methods.kernels import LayerKernels, kernels_for
 from opt8bit.quant import CodebookGrid, UniformGrid, normal_float
+from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 # A sum in another order may round a number that lies in the middle of two codes to the other one; what follows in the
 # row then differs, too. Both are as good.
@@ -30,10 +31,10 @@ GRIDS = [
 
 def both(method: object, kernels: str, shape: tuple[int, int, int | None], grid: UniformGrid, monkeypatch):
     weight, hessian = layer(shape[0], shape[1], torch.float32)
-    results: list[Rounded] = []
+    results: list[QuantizedWeight] = []
     for name in ("reference", kernels):
         monkeypatch.setenv(backends.ENVIRONMENT, name)
-        results.append(method.round(weight, hessian.double(), Format(grid, shape[2])))  # type: ignore[attr-defined]
+        results.append(method.round(weight, hessian.double(), WeightScheme(grid, shape[2])))  # type: ignore[attr-defined]
     return weight, hessian, *results
 
 
@@ -42,15 +43,15 @@ def both(method: object, kernels: str, shape: tuple[int, int, int | None], grid:
 @pytest.mark.parametrize("method", [RTN(), GPTQ(), GPTQ(act_order=False), QuantEase(), QuantEase(3, GPTQ())], ids=str)
 def test_kernels_do_what_the_reference_does(method, grid, shape, kernels: str, monkeypatch) -> None:
     weight, hessian, reference, native = both(method, kernels, shape, grid, monkeypatch)
-    assert (reference.codes == native.codes).float().mean() > 0.97
+    assert (reference.parts[0].codes == native.parts[0].codes).float().mean() > 0.97
     torch.testing.assert_close(
         objective(weight, native.dequantize(), hessian),
         objective(weight, reference.dequantize(), hessian),
         rtol=SAME_OBJECTIVE,
         atol=0,
     )
-    again = Rounded.of(native.on_grid(), native.scales, native.format)
-    assert torch.equal(again.codes, native.codes)
+    (part,) = native.parts
+    assert torch.equal(Part.of(part.grid, native.on_grid(), part.params).codes, part.codes)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -78,19 +79,21 @@ def test_threads_change_no_bit(kernels: str, monkeypatch) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(QuantEase(start=GPTQ()).round(weight, hessian, Format(UniformGrid(3), 32)))
+            found.append(QuantEase(start=GPTQ()).round(weight, hessian, WeightScheme(UniformGrid(3), 32)))
     finally:
         torch.set_num_threads(threads)
     for a, b in itertools.pairwise(found):
-        assert torch.equal(a.codes, b.codes) and torch.equal(a.scales.scale, b.scales.scale)
+        assert torch.equal(a.parts[0].codes, b.parts[0].codes) and torch.equal(
+            a.parts[0].params.scale, b.parts[0].params.scale
+        )
 
 
 def test_coordinate_descent_never_raises_the_objective(kernels: str, monkeypatch) -> None:
     monkeypatch.setenv(backends.ENVIRONMENT, kernels)
     weight, hessian = layer(64, 96, torch.float32)
-    format = Format(UniformGrid(3), 32)
+    scheme = WeightScheme(UniformGrid(3), 32)
     found = [
-        objective(weight, method.round(weight, hessian, format).dequantize(), hessian.double())
+        objective(weight, method.round(weight, hessian, scheme).dequantize(), hessian.double())
         for method in (RTN(), *(QuantEase(sweeps) for sweeps in (1, 2, 4, 50)))
     ]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(found))
@@ -99,7 +102,7 @@ def test_coordinate_descent_never_raises_the_objective(kernels: str, monkeypatch
 def test_gptq_error_identity(kernels: str, monkeypatch) -> None:
     monkeypatch.setenv(backends.ENVIRONMENT, kernels)
     weight, hessian = layer(20, 96, torch.float32)
-    dense = GPTQ(act_order=False).round(weight, hessian, Format(UniformGrid(3), 32)).dequantize().double()
+    dense = GPTQ(act_order=False).round(weight, hessian, WeightScheme(UniformGrid(3), 32)).dequantize().double()
     damped, factor = inverse_factor(hessian.double(), GPTQ().damping)
     free, total = weight.double(), torch.zeros(())
     for j in range(96):

@@ -2,14 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from opt8bit.ptq.linear_algebra import inverse_factor
-from opt8bit.ptq.methods import GPTQ, METHODS, RTN, Format, Method, OutlierQuantEase, QuantEase, Rounded, objective
+from opt8bit.ptq.methods import GPTQ, METHODS, RTN, Method, OutlierQuantEase, QuantEase, objective
 from opt8bit.ptq.methods.scales import refit_scales
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
+from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 METHODS_UNDER_TEST: dict[str, Method] = {
     "rtn": RTN(),
@@ -49,12 +51,12 @@ def layer(
     return weight.to(dtype), (x.T @ x / len(x)).to(dtype)
 
 
-def assert_on_grid(rounded: Rounded) -> None:
+def assert_on_grid(rounded: QuantizedWeight) -> None:
     """Codes are below the number of values, and coding the decoded weight gives them back."""
-    assert rounded.codes.dtype == torch.uint8
-    assert int(rounded.codes.max()) < 2**rounded.format.grid.bits
-    again = Rounded.of(rounded.on_grid(), rounded.scales, rounded.format)
-    assert torch.equal(again.codes, rounded.codes)
+    assert rounded.parts[0].codes.dtype == torch.uint8
+    assert int(rounded.parts[0].codes.max()) < 2 ** rounded.parts[0].grid.bits
+    (part,) = rounded.parts
+    assert torch.equal(Part.of(part.grid, rounded.on_grid(), part.params).codes, part.codes)
 
 
 def test_the_table_is_under_test() -> None:
@@ -68,10 +70,10 @@ def test_the_table_is_under_test() -> None:
 def test_result_lies_on_its_grid(name: str, grid: str, group_size: int | None, dtype: torch.dtype) -> None:
     weight, hessian = layer(dtype=dtype)
     given = weight.clone(), hessian.clone()
-    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, Format(GRIDS[grid], group_size))
+    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(GRIDS[grid], group_size))
     assert torch.equal(weight, given[0]) and torch.equal(hessian, given[1])
-    assert rounded.codes.shape == weight.shape
-    assert rounded.scales.scale.shape == (OUTPUTS, 1 if group_size is None else INPUTS // GROUP)
+    assert rounded.parts[0].codes.shape == weight.shape
+    assert rounded.parts[0].params.scale.shape == (OUTPUTS, 1 if group_size is None else INPUTS // GROUP)
     assert rounded.dequantize().dtype == dtype
     assert_on_grid(rounded)
 
@@ -80,18 +82,18 @@ def test_result_lies_on_its_grid(name: str, grid: str, group_size: int | None, d
 @every_grid
 def test_looking_at_inputs_pays(name: str, grid: str) -> None:
     weight, hessian = layer(outputs=32)
-    format = Format(GRIDS[grid], GROUP)
-    found = objective(weight, METHODS_UNDER_TEST[name].round(weight, hessian, format).dequantize(), hessian)
-    assert found < 0.95 * objective(weight, RTN().round(weight, hessian, format).dequantize(), hessian)
+    scheme = WeightScheme(GRIDS[grid], GROUP)
+    found = objective(weight, METHODS_UNDER_TEST[name].round(weight, hessian, scheme).dequantize(), hessian)
+    assert found < 0.95 * objective(weight, RTN().round(weight, hessian, scheme).dequantize(), hessian)
 
 
 @every_method
 def test_rows_do_not_depend_on_each_other(name: str) -> None:
     method = METHODS_UNDER_TEST[name]
     weight, hessian = layer(outputs=70, dtype=torch.float32)
-    format = Format(UniformGrid(3, range="mse"), GROUP)
-    whole, alone = method.round(weight, hessian, format), method.round(weight[65:68], hessian, format)
-    assert not method.rowwise or torch.equal(whole.codes[65:68], alone.codes)
+    scheme = WeightScheme(UniformGrid(3, range="mse"), GROUP)
+    whole, alone = method.round(weight, hessian, scheme), method.round(weight[65:68], hessian, scheme)
+    assert not method.rowwise or torch.equal(whole.parts[0].codes[65:68], alone.parts[0].codes)
     assert method.rowwise == ("outlier" not in name)
     part = whole.rows_from(65, 68)
     assert torch.equal(part.dequantize(), whole.dequantize()[65:68])
@@ -102,13 +104,13 @@ def test_groups_are_independent_where_inputs_are(name: str) -> None:
     """With uncorrelated groups of inputs, a change in one group changes nothing in another."""
     weight, hessian = layer(dtype=torch.float32)
     blocks = torch.block_diag(*(hessian[i : i + GROUP, i : i + GROUP] for i in range(0, INPUTS, GROUP)))
-    format = Format(UniformGrid(3, range="mse"), GROUP)
+    scheme = WeightScheme(UniformGrid(3, range="mse"), GROUP)
     method = METHODS_UNDER_TEST[name]
     if not method.rowwise:
         pytest.skip("which weights are the largest depends on all of them")
     changed = weight.clone()
     changed[:, :GROUP] *= -1.7
-    codes, after = (method.round(w, blocks, format).codes for w in (weight, changed))
+    codes, after = (method.round(w, blocks, scheme).parts[0].codes for w in (weight, changed))
     assert torch.equal(codes[:, GROUP:], after[:, GROUP:])
     assert not torch.equal(codes[:, :GROUP], after[:, :GROUP])
 
@@ -118,18 +120,20 @@ def test_dead_inputs_take_the_nearest_and_disturb_nobody(name: str) -> None:
     weight, hessian = layer(dtype=torch.float32)
     alive = torch.arange(INPUTS) != 5
     hessian[5] = hessian[:, 5] = 0
-    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, Format(UniformGrid(8), None))
+    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(UniformGrid(8), None))
     assert torch.isfinite(rounded.dequantize()).all()
     error = (rounded.dequantize() - weight).abs()
-    assert (error[:, 5] <= rounded.scales.scale[:, 0]).all()
-    assert (error[:, alive].mean(1) <= 2 * rounded.scales.scale[:, 0]).all()
+    assert (error[:, 5] <= rounded.parts[0].params.scale[:, 0]).all()
+    assert (error[:, alive].mean(1) <= 2 * rounded.parts[0].params.scale[:, 0]).all()
 
 
 @every_method
 def test_a_hessian_of_zeros_is_rounding_to_nearest(name: str) -> None:
     weight, _ = layer()
-    rounded = METHODS_UNDER_TEST[name].round(weight, torch.zeros(INPUTS, INPUTS).double(), Format(UniformGrid(8), None))
-    assert (rounded.dequantize() - weight).abs().max() <= 0.51 * rounded.scales.scale.max()
+    rounded = METHODS_UNDER_TEST[name].round(
+        weight, torch.zeros(INPUTS, INPUTS).double(), WeightScheme(UniformGrid(8), None)
+    )
+    assert (rounded.dequantize() - weight).abs().max() <= 0.51 * rounded.parts[0].params.scale.max()
 
 
 @every_method
@@ -138,7 +142,7 @@ def test_a_singular_hessian_is_recovered_from(name: str) -> None:
     x = torch.randn(3, INPUTS, generator=torch.Generator().manual_seed(2))
     hessian = (x.T @ x).double()
     hessian[0, 0] -= 1e-3 * hessian.diagonal().mean()  # what rounding in long sums can do
-    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, Format(UniformGrid(4), GROUP))
+    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(UniformGrid(4), GROUP))
     assert torch.isfinite(rounded.dequantize()).all()
     assert_on_grid(rounded)
 
@@ -148,7 +152,7 @@ def test_the_group_size_must_divide(name: str) -> None:
     weight, hessian = layer()
     for size in (5, 0, -16, 96, True, 16.0):
         with pytest.raises(ValueError, match=rf"group_size must be a positive divisor of the 48 inputs, got {size}"):
-            METHODS_UNDER_TEST[name].round(weight, hessian, Format(UniformGrid(4), size))  # type: ignore[arg-type]
+            METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(UniformGrid(4), size))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -157,7 +161,7 @@ def test_gptq_error_identity(act_order: bool, group_size: int | None) -> None:
     """Σ e² = tr((W - Ŵ)(H + λI)(W - Ŵ)ᵀ), where the e are told from the result alone."""
     weight, hessian = layer()
     method = GPTQ(act_order=act_order)
-    rounded = method.round(weight, hessian, Format(UniformGrid(3), group_size)).dequantize()
+    rounded = method.round(weight, hessian, WeightScheme(UniformGrid(3), group_size)).dequantize()
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(INPUTS)
     damped, factor = inverse_factor(hessian[order][:, order], method.damping)
     free, errors = weight[:, order].clone(), []
@@ -171,31 +175,31 @@ def test_gptq_error_identity(act_order: bool, group_size: int | None) -> None:
 
 def test_gptq_fits_each_group_to_weights_that_are_up_to_date() -> None:
     weight, hessian = layer()
-    rounded = GPTQ(act_order=False).round(weight, hessian, Format(UniformGrid(3), GROUP))
+    rounded = GPTQ(act_order=False).round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
     _, factor = inverse_factor(hessian, GPTQ().damping)
     dense, free = rounded.dequantize(), weight.clone()
     for j in range(INPUTS):
         if j % GROUP == 0:
             fitted = UniformGrid(3).fit(free[:, j : j + GROUP])
-            torch.testing.assert_close(fitted.scale[:, 0], rounded.scales.scale[:, j // GROUP])
+            torch.testing.assert_close(fitted.scale[:, 0], rounded.parts[0].params.scale[:, j // GROUP])
         free -= ((free[:, j] - dense[:, j]) / factor[j, j])[:, None] * factor[j]
 
 
 def test_act_order_fits_groups_of_neighbours_beforehand() -> None:
     weight, hessian = layer()
-    format = Format(UniformGrid(3), GROUP)
-    static = GPTQ(act_order=True).round(weight, hessian, format).scales
-    assert torch.equal(static.scale, RTN().round(weight, hessian, format).scales.scale)
+    scheme = WeightScheme(UniformGrid(3), GROUP)
+    static = GPTQ(act_order=True).round(weight, hessian, scheme).parts[0].params
+    assert torch.equal(static.scale, RTN().round(weight, hessian, scheme).parts[0].params.scale)
 
 
 @pytest.mark.parametrize("grid", ["asymmetric3-mse", "normal4"])
 @pytest.mark.parametrize("start", [RTN(), GPTQ(), GPTQ(act_order=False)])
 def test_coordinate_descent_never_raises_the_objective(start: Method, grid: str) -> None:
     weight, hessian = layer()
-    format = Format(GRIDS[grid], GROUP)
-    found = [objective(weight, start.round(weight, hessian, format).dequantize(), hessian)]
+    scheme = WeightScheme(GRIDS[grid], GROUP)
+    found = [objective(weight, start.round(weight, hessian, scheme).dequantize(), hessian)]
     for sweeps in (1, 2, 3, 25):
-        found.append(objective(weight, QuantEase(sweeps, start).round(weight, hessian, format).dequantize(), hessian))
+        found.append(objective(weight, QuantEase(sweeps, start).round(weight, hessian, scheme).dequantize(), hessian))
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(found))
     assert found[-1] < found[0]
 
@@ -203,23 +207,23 @@ def test_coordinate_descent_never_raises_the_objective(start: Method, grid: str)
 @pytest.mark.parametrize("grid", ["asymmetric2", "symmetric4", "normal4"])
 def test_coordinate_descent_ends_where_no_single_change_helps(grid: str) -> None:
     weight, hessian = layer(outputs=3)
-    rounded = QuantEase(200).round(weight, hessian, Format(GRIDS[grid], GROUP))
+    rounded = QuantEase(200).round(weight, hessian, WeightScheme(GRIDS[grid], GROUP))
     dense = rounded.dequantize()
     least = objective(weight, dense, hessian)
     for i, j in itertools.product(range(3), range(INPUTS)):
-        for code in range(2**rounded.format.grid.bits):
-            other = Rounded(rounded.codes.clone(), rounded.scales, rounded.format)
-            other.codes[i, j] = code
+        for code in range(2 ** rounded.parts[0].grid.bits):
+            other = rounded.by_row(torch.clone)
+            other.parts[0].codes[i, j] = code
             assert objective(weight, other.dequantize(), hessian) >= least * (1 - 1e-12)
 
 
 def test_gptq_then_quantease_is_better_than_either_start() -> None:
     """Measured over several layers, as one layer proves nothing; and never worse than its own GPTQ on any."""
-    format = Format(UniformGrid(3, range="mse"), GROUP)
+    scheme = WeightScheme(UniformGrid(3, range="mse"), GROUP)
     for seed in range(5):
         weight, hessian = layer(outputs=32, seed=seed)
         gptq, both = (
-            objective(weight, method.round(weight, hessian, format).dequantize(), hessian)
+            objective(weight, method.round(weight, hessian, scheme).dequantize(), hessian)
             for method in (GPTQ(), QuantEase(start=GPTQ()))
         )
         assert both < 0.98 * gptq
@@ -228,24 +232,24 @@ def test_gptq_then_quantease_is_better_than_either_start() -> None:
 @pytest.mark.parametrize("grid", ["asymmetric2", "symmetric4", "normal4"])
 def test_refitted_scales_are_those_of_least_squares(grid: str) -> None:
     weight, hessian = layer()
-    rounded = GPTQ().round(weight, hessian, Format(GRIDS[grid], GROUP))
-    refitted = refit_scales(weight @ hessian, rounded, hessian)
-    assert torch.equal(refitted.codes, rounded.codes)
+    rounded = GPTQ().round(weight, hessian, WeightScheme(GRIDS[grid], GROUP))
+    refitted = refit_scales(weight @ hessian, rounded.parts[0], hessian)
+    assert torch.equal(refitted.codes, rounded.parts[0].codes)
     root = torch.linalg.cholesky(hessian).T
     for i in range(OUTPUTS):
-        ratio = rounded.on_grid()[i].view(-1, GROUP) / rounded.scales.scale[i, :, None]
+        ratio = rounded.on_grid()[i].view(-1, GROUP) / rounded.parts[0].params.scale[i, :, None]
         columns = torch.block_diag(*(part[:, None] for part in ratio))  # (in, groups): one group's values in each
         best = torch.linalg.lstsq(root @ columns, (root @ weight[i])[:, None]).solution[:, 0]
-        torch.testing.assert_close(refitted.scales.scale[i], best, rtol=1e-9, atol=0)
+        torch.testing.assert_close(refitted.params.scale[i], best, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("start", [RTN(), GPTQ(), OutlierQuantEase(0.02)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_refits_never_raise_the_objective(start: Method, dtype: torch.dtype) -> None:
     weight, hessian = layer(dtype=dtype)
-    format = Format(UniformGrid(2, range="mse"), GROUP)
+    scheme = WeightScheme(UniformGrid(2, range="mse"), GROUP)
     found = [
-        objective(weight, QuantEase(50, start, refits).round(weight, hessian, format).dequantize(), hessian.double())
+        objective(weight, QuantEase(50, start, refits).round(weight, hessian, scheme).dequantize(), hessian.double())
         for refits in (0, 1, 2, 8)
     ]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(found))
@@ -254,21 +258,23 @@ def test_refits_never_raise_the_objective(start: Method, dtype: torch.dtype) -> 
 
 def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
     weight, hessian = layer()
-    rounded = RTN().round(weight, hessian, Format(UniformGrid(3), GROUP))
-    assert torch.equal(refit_scales(-weight @ hessian, rounded, hessian).scales.scale, rounded.scales.scale)
+    rounded = RTN().round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
+    assert torch.equal(
+        refit_scales(-weight @ hessian, rounded.parts[0], hessian).params.scale, rounded.parts[0].params.scale
+    )
     hessian[:GROUP] = hessian[:, :GROUP] = 0
-    refitted = refit_scales(weight @ hessian, rounded, hessian).scales.scale
-    assert torch.equal(refitted[:, 0], rounded.scales.scale[:, 0])
-    assert not torch.equal(refitted[:, 1:], rounded.scales.scale[:, 1:])
+    refitted = refit_scales(weight @ hessian, rounded.parts[0], hessian).params.scale
+    assert torch.equal(refitted[:, 0], rounded.parts[0].params.scale[:, 0])
+    assert not torch.equal(refitted[:, 1:], rounded.parts[0].params.scale[:, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_refitted_scales_are_storable_and_still_no_worse(dtype: torch.dtype) -> None:
     weight, hessian = layer()
-    rounded = RTN().round(weight, hessian, Format(UniformGrid(3, scale_dtype=dtype), GROUP))
-    refitted = refit_scales(weight @ hessian, rounded, hessian)
-    scale = refitted.scales.scale
-    assert torch.equal(scale.to(dtype).to(scale.dtype), scale) and not torch.equal(scale, rounded.scales.scale)
+    rounded = RTN().round(weight, hessian, WeightScheme(UniformGrid(3, scale_dtype=dtype), GROUP))
+    refitted = refit_scales(weight @ hessian, rounded.parts[0], hessian)
+    scale = refitted.params.scale
+    assert torch.equal(scale.to(dtype).to(scale.dtype), scale) and not torch.equal(scale, rounded.parts[0].params.scale)
     assert objective(weight, refitted.dequantize(), hessian) < objective(weight, rounded.dequantize(), hessian)
 
 
@@ -281,11 +287,11 @@ def all_codes(columns: int, values: int) -> Iterator[torch.Tensor]:
 def test_tiny_layers_against_exhaustive_search(seed: int) -> None:
     """No method beats the best of all 4^5 weights on its own grid, and coordinate descent comes close to it."""
     weight, hessian = layer(outputs=1, inputs=5, seed=seed)
-    format = Format(UniformGrid(2))
+    scheme = WeightScheme(UniformGrid(2))
     for method in (RTN(), GPTQ(), QuantEase(), QuantEase(start=GPTQ())):
-        rounded = method.round(weight, hessian, format)
+        rounded = method.round(weight, hessian, scheme)
         best = min(
-            objective(weight, Rounded(codes, rounded.scales, format).dequantize(), hessian) for codes in all_codes(5, 4)
+            objective(weight, replace(rounded.parts[0], codes=codes).dequantize(), hessian) for codes in all_codes(5, 4)
         )
         found = objective(weight, rounded.dequantize(), hessian)
         assert found >= best * (1 - 1e-12)
@@ -297,7 +303,7 @@ def test_tiny_layers_against_exhaustive_search(seed: int) -> None:
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.1, 1.0])
 def test_exactly_the_outliers_asked_for(structure: str, fraction: float) -> None:
     weight, hessian = layer()
-    rounded = OutlierQuantEase(fraction, structure).round(weight, hessian, Format(UniformGrid(3), GROUP))
+    rounded = OutlierQuantEase(fraction, structure).round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
     outliers = rounded.outliers
     assert outliers is not None
     places = set(zip(outliers.rows.tolist(), outliers.columns.tolist(), strict=True))
@@ -318,7 +324,9 @@ def test_outliers_pay_and_more_of_them_pay_more(structure: str) -> None:
     found = [
         objective(
             weight,
-            OutlierQuantEase(fraction, structure).round(weight, hessian, Format(UniformGrid(3), GROUP)).dequantize(),
+            OutlierQuantEase(fraction, structure)
+            .round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
+            .dequantize(),
             hessian,
         )
         for fraction in (0.0, 0.05, 0.2)
@@ -328,19 +336,21 @@ def test_outliers_pay_and_more_of_them_pay_more(structure: str) -> None:
 
 def test_everything_kept_is_exact() -> None:
     weight, hessian = layer()
-    rounded = OutlierQuantEase(1.0, rounds=200).round(weight, hessian, Format(UniformGrid(2), GROUP))
+    rounded = OutlierQuantEase(1.0, rounds=200).round(weight, hessian, WeightScheme(UniformGrid(2), GROUP))
     assert objective(weight, rounded.dequantize(), hessian) < 1e-2 * objective(weight, rounded.on_grid(), hessian)
 
 
 def test_bits_per_weight_counts_everything() -> None:
     weight, hessian = layer()
-    assert RTN().round(weight, hessian, Format(UniformGrid(3), 16)).bits_per_weight == pytest.approx(3 + (32 + 3) / 16)
-    assert RTN().round(weight, hessian, Format(UniformGrid(4, symmetric=True))).bits_per_weight == pytest.approx(
+    assert RTN().round(weight, hessian, WeightScheme(UniformGrid(3), 16)).bits_per_weight == pytest.approx(
+        3 + (32 + 3) / 16
+    )
+    assert RTN().round(weight, hessian, WeightScheme(UniformGrid(4, symmetric=True))).bits_per_weight == pytest.approx(
         4 + 32 / 48
     )
-    rounded = OutlierQuantEase(1 / 48).round(weight, hessian, Format(UniformGrid(3), 16))
+    rounded = OutlierQuantEase(1 / 48).round(weight, hessian, WeightScheme(UniformGrid(3), 16))
     assert rounded.bits_per_weight == pytest.approx(3 + 35 / 16 + 48 / 48)
-    rounded = OutlierQuantEase(1 / 48, "column").round(weight, hessian, Format(UniformGrid(3), 16))
+    rounded = OutlierQuantEase(1 / 48, "column").round(weight, hessian, WeightScheme(UniformGrid(3), 16))
     assert rounded.bits_per_weight == pytest.approx(3 + 35 / 16 + 16 / 48 + 32 / (48 * OUTPUTS))
 
 
@@ -377,4 +387,4 @@ def test_a_hessian_that_is_none_is_refused() -> None:
     weight, hessian = layer()
     hessian[3, 3] = float("nan")
     with pytest.raises(ValueError, match="second moments of the inputs are not finite"):
-        GPTQ().round(weight, hessian, Format(UniformGrid(4)))
+        GPTQ().round(weight, hessian, WeightScheme(UniformGrid(4)))

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
-from opt8bit.quant.grid import Grid, Scales
+from opt8bit.quant.grid import Grid, UniformParams
 
 GRIDS = {
     **{f"uniform{bits}": UniformGrid(bits) for bits in range(2, 9)},
@@ -19,7 +21,7 @@ def blocks(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def all_values(grid: Grid, scales: Scales) -> torch.Tensor:
+def all_values(grid: Grid, scales: Any) -> torch.Tensor:
     """Every value of the grid of each block, (..., codes)."""
     count = 2**grid.bits if isinstance(grid, UniformGrid) else grid.codebook.numel()  # type: ignore[attr-defined]
     codes = torch.arange(count, dtype=torch.uint8).expand(*scales.scale.shape[:-1], count)
@@ -73,7 +75,7 @@ def test_the_search_finds_what_trying_all_fractions_finds(bits: int, symmetric: 
     x, importance = blocks(torch.float64), torch.rand(32, dtype=torch.float64)
     full, searched = (UniformGrid(bits, symmetric=symmetric, range=name) for name in ("minmax", "mse"))
 
-    def error(scales: Scales) -> torch.Tensor:
+    def error(scales: UniformParams) -> torch.Tensor:
         return ((full.nearest(x, scales) - x).square() * importance).sum(-1)
 
     found = error(searched.fit(x, importance))
@@ -115,10 +117,15 @@ def test_ranges_are_checked() -> None:
 
 
 def test_stored_bits() -> None:
-    assert UniformGrid(3).bits_per_block == 35 and UniformGrid(3, symmetric=True).bits_per_block == 32
-    assert UniformGrid(3, scale_dtype=torch.bfloat16).bits_per_block == 19
+    def stored(grid: Grid) -> int:
+        params = grid.fit(x)
+        return grid.stored_bits(grid.encode(x, params), params)
+
+    x = torch.ones(2, 5)
+    assert stored(UniformGrid(3)) == 2 * (5 * 3 + 35) and stored(UniformGrid(3, symmetric=True)) == 2 * (5 * 3 + 32)
+    assert stored(UniformGrid(3, scale_dtype=torch.bfloat16)) == 2 * (5 * 3 + 19)
     assert CodebookGrid(normal_float(4)).bits == 4
-    assert CodebookGrid(normal_float(4), scale_dtype=torch.float16).bits_per_block == 16
+    assert stored(CodebookGrid(normal_float(4), scale_dtype=torch.float16)) == 2 * (5 * 4 + 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -103,7 +103,7 @@ def check_format(format: str, model: nn.Module, recipe: Recipe) -> None:
     check_saved(model, packed=format != "dense")
     layers = block_layers(model)
     recipes = {name: recipe.of(name) for name in layers}
-    planned = {name: Planned(layers[name], own.format, own.method) for name, own in recipes.items() if own is not None}
+    planned = {name: Planned(layers[name], own.scheme, own.method) for name, own in recipes.items() if own is not None}
     FORMATS[format].check(planned, [name for name in layers if name not in planned])
 
 

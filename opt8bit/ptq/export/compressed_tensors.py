@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.export.uniform import check_uniform, format_of, uniform_grid
+from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
 from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.methods import Format
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.saved import saved_layer
 from opt8bit.quant.grid import UniformGrid
 from opt8bit.quant.packing import pack
+from opt8bit.quant.weight import WeightScheme
 
 # Types of models that transformers 5 initializes before their weights come, and so needs them as the model has them.
 INITIALIZED = ("gpt_bigcode", "recurrent_gemma")
@@ -31,7 +31,7 @@ class CompressedTensors(Layout):
 
     def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
-        schemes = {repr(sorted(_scheme(planned.format).items(), key=str)) for planned in layers.values()}
+        schemes = {repr(sorted(_scheme(planned.scheme).items(), key=str)) for planned in layers.values()}
         if len(schemes) > 1 and _brought_back({planned.module for planned in layers.values()}, grids.values()):
             raise ValueError(
                 "transformers loads compressed-tensors of several widths or group sizes where all grids are symmetric "
@@ -39,15 +39,14 @@ class CompressedTensors(Layout):
             )
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        rounded = layer.rounded
-        grid = uniform_grid(rounded.format)
+        part, grid = uniform_part(layer.rounded)
         tensors = {
-            "weight_packed": pack(rounded.codes, grid.bits),
-            "weight_scale": rounded.scales.scale.to(layer.dtype),
-            "weight_shape": torch.tensor(rounded.codes.shape, device="cpu"),
+            "weight_packed": pack(part.codes, grid.bits),
+            "weight_scale": part.params.scale.to(layer.dtype),
+            "weight_shape": torch.tensor(part.codes.shape, device="cpu"),
         }
         if not grid.symmetric:
-            tensors["weight_zero_point"] = pack(rounded.scales.zero_point.T.to(torch.int64), grid.bits).T
+            tensors["weight_zero_point"] = pack(part.params.zero_point.T.to(torch.int64), grid.bits).T
         return tensors
 
     def config(self, result: Result) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class CompressedTensors(Layout):
         schemes: list[dict[str, Any]] = []
         targets: list[list[str]] = []  # names, by scheme
         for name in sorted(result.layers):
-            scheme = _scheme(format_of(result, name))
+            scheme = _scheme(scheme_of(result, name))
             if scheme not in schemes:
                 schemes.append(scheme)
                 targets.append([])
@@ -64,7 +63,7 @@ class CompressedTensors(Layout):
         if len(schemes) == 1:
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        grids = (uniform_grid(format_of(result, name)) for name in result.layers)
+        grids = (uniform_grid(scheme_of(result, name)) for name in result.layers)
         model: Any = result.model
         brought_back = _brought_back((modules[name] for name in result.layers), grids)
         return {
@@ -98,14 +97,14 @@ def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) ->
     return not all(type(module) is nn.Linear for module in modules) or not all(grid.symmetric for grid in grids)
 
 
-def _scheme(format: Format) -> dict[str, Any]:
-    grid = uniform_grid(format)
-    by_group = {"strategy": "group", "group_size": format.group_size}
+def _scheme(scheme: WeightScheme) -> dict[str, Any]:
+    grid = uniform_grid(scheme)
+    by_group = {"strategy": "group", "group_size": scheme.group_size}
     return {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
         "dynamic": False,
         "actorder": None,
-        **(by_group if format.group_size else {"strategy": "channel", "group_size": None}),
+        **(by_group if scheme.group_size else {"strategy": "channel", "group_size": None}),
     }

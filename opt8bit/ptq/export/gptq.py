@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.export.uniform import check_uniform, format_of, uniform_grid
+from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.result import Result
 from opt8bit.quant.packing import WORD, pack
@@ -42,28 +42,28 @@ class GPTQFormat(Layout):
                 )
         if left:
             raise ValueError(f"{left[0]}: gptq has no word for layers that stay as they are: use format 'dense'")
-        formats = {(uniform_grid(planned.format).bits, planned.format.group_size) for planned in layers.values()}
-        if len(formats) > 1:
+        schemes = {(uniform_grid(planned.scheme).bits, planned.scheme.group_size) for planned in layers.values()}
+        if len(schemes) > 1:
             raise ValueError("gptq has one width and one group size for all layers: use format 'compressed-tensors'")
 
     def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        rounded = layer.rounded
-        bits = uniform_grid(rounded.format).bits
-        zeros = rounded.scales.zero_point.T.to(torch.uint8) - 1
-        columns, groups = rounded.codes.shape[1], rounded.scales.scale.shape[1]
+        part, grid = uniform_part(layer.rounded)
+        bits = grid.bits
+        zeros = part.params.zero_point.T.to(torch.uint8) - 1
+        columns, groups = part.codes.shape[1], part.params.scale.shape[1]
         return {
-            "qweight": pack(rounded.codes, bits).T,
+            "qweight": pack(part.codes, bits).T,
             "qzeros": pack(zeros, bits),
-            "scales": rounded.scales.scale.T.to(layer.dtype),
+            "scales": part.params.scale.T.to(layer.dtype),
             "g_idx": torch.arange(columns, dtype=torch.int32, device="cpu") // (columns // groups),
         }
 
     def config(self, result: Result) -> dict[str, Any]:
-        format = format_of(result, next(iter(result.layers)))
+        scheme = scheme_of(result, next(iter(result.layers)))
         return {
             "quant_method": "gptq",
-            "bits": uniform_grid(format).bits,
-            "group_size": format.group_size or -1,
+            "bits": uniform_grid(scheme).bits,
+            "group_size": scheme.group_size or -1,
             "sym": True,
             "desc_act": False,
             "checkpoint_format": "gptq",

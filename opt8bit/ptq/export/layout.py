@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.methods import Format, Method
+from opt8bit.ptq.methods import Method
 from opt8bit.ptq.result import Result
+from opt8bit.quant.weight import WeightScheme
 
 
 class Planned(NamedTuple):
     """A layer, and how its weight will be rounded."""
 
     module: nn.Module
-    format: Format
+    scheme: WeightScheme
     method: Method
 
 

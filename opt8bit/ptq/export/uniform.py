@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from opt8bit.ptq.export.layout import Planned
-from opt8bit.ptq.methods import Format
 from opt8bit.ptq.result import Result
 from opt8bit.quant.grid import UniformGrid
+from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
 def check_uniform(layout: str, name: str, planned: Planned) -> UniformGrid:
@@ -16,7 +16,7 @@ def check_uniform(layout: str, name: str, planned: Planned) -> UniformGrid:
     Raises:
         ValueError: it is none of these.
     """
-    module, grid = planned.module, planned.format.grid
+    module, grid = planned.module, planned.scheme.grid
     if not isinstance(grid, UniformGrid):
         raise ValueError(f"{name}: {layout} holds evenly spaced values alone, got {grid!r}: use format 'dense'")
     if not isinstance(module, nn.Linear):
@@ -30,14 +30,21 @@ def check_uniform(layout: str, name: str, planned: Planned) -> UniformGrid:
     return grid
 
 
-def format_of(result: Result, name: str) -> Format:
+def scheme_of(result: Result, name: str) -> WeightScheme:
     """Of a compressed layer, told without reading it."""
     recipe = result.recipe.of(name)
     assert recipe is not None
-    return recipe.format
+    return recipe.scheme
 
 
-def uniform_grid(format: Format) -> UniformGrid:
-    """The grid of a format that :func:`check_uniform` has let through."""
-    assert isinstance(format.grid, UniformGrid)
-    return format.grid
+def uniform_grid(scheme: WeightScheme) -> UniformGrid:
+    """The grid of a scheme that :func:`check_uniform` has let through."""
+    assert isinstance(scheme.grid, UniformGrid)
+    return scheme.grid
+
+
+def uniform_part(weight: QuantizedWeight) -> tuple[Part, UniformGrid]:
+    """All there is of a weight of such a scheme, and its grid."""
+    (part,) = weight.parts
+    assert isinstance(part.grid, UniformGrid)
+    return part, part.grid

@@ -1,7 +1,7 @@
 """Rounding methods: one file each, all on the same grids and the same layer objective."""
 
 from opt8bit.ptq.methods.gptq import GPTQ
-from opt8bit.ptq.methods.method import Format, Method, Outliers, Rounded, objective
+from opt8bit.ptq.methods.method import Method, objective
 from opt8bit.ptq.methods.outliers import OutlierQuantEase
 from opt8bit.ptq.methods.quantease import QuantEase
 from opt8bit.ptq.methods.rtn import RTN
@@ -17,11 +17,8 @@ __all__ = [
     "GPTQ",
     "METHODS",
     "RTN",
-    "Format",
     "Method",
     "OutlierQuantEase",
-    "Outliers",
     "QuantEase",
-    "Rounded",
     "objective",
 ]

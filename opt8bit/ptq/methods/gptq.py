@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from opt8bit.ptq.arguments import check_flag, check_positive
 from opt8bit.ptq.linear_algebra import inverse_factor
 from opt8bit.ptq.methods.kernels import kernels_for
-from opt8bit.ptq.methods.method import Format, Method, Rounded, by_column, fit_groups, group_numbers, pieces
-from opt8bit.quant.grid import Grid, Scales
+from opt8bit.ptq.methods.method import Method, by_column, fit_groups, group_numbers, pieces
+from opt8bit.quant.grid import Grid, P, at
+from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class GPTQ(Method):
         check_positive("damping", self.damping)
         check_flag("act_order", self.act_order)
 
-    def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
-        group_of = group_numbers(weight, format.groups_of(weight))
+    def round(self, weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedWeight:
+        group_of = group_numbers(weight, scheme.groups_of(weight))
         order = torch.arange(len(hessian), device=hessian.device)
         if self.act_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -54,13 +56,13 @@ class GPTQ(Method):
         _, factor = inverse_factor(hessian[order][:, order], self.damping)
         factor = factor.to(weight.dtype)
         importance = factor.diagonal().square().reciprocal()
-        scales = fit_groups(weight, format, importance[back]) if self.act_order else None
-        kernels = kernels_for(weight, format.grid)
+        params = fit_groups(weight, scheme, importance[back]) if self.act_order else None
+        kernels = kernels_for(weight, scheme.grid)
         if kernels is not None:
-            rounded, scales = kernels.gptq(weight[:, order], factor, importance, group_of[order], scales)
+            rounded, params = kernels.gptq(weight[:, order], factor, importance, group_of[order], params)
         else:
-            rounded, scales = round_columns(weight[:, order], factor, importance, group_of[order], scales, format.grid)
-        return Rounded.of(rounded[:, back], scales, format)
+            rounded, params = round_columns(weight[:, order], factor, importance, group_of[order], params, scheme.grid)
+        return QuantizedWeight.of(rounded[:, back], params, scheme)
 
 
 def round_columns(
@@ -68,38 +70,43 @@ def round_columns(
     factor: Tensor,  # (in, in), U
     importance: Tensor,  # (in,)
     group_of: Tensor,  # (in,)
-    scales: Scales | None,  # (out, groups); fitted on the way where None: columns then go group by group
-    grid: Grid,
-) -> tuple[Tensor, Scales]:
-    """The rounded weight, (out, in), and its scales, (out, groups)."""
-    fits = scales is None
-    if scales is None:
-        shape = (weight.shape[0], int(group_of.max()) + 1)
-        scales = Scales(weight.new_empty(shape), weight.new_empty(shape))
+    params: P | None,  # (out, groups); fitted on the way where None: columns then go group by group
+    grid: Grid[P],
+) -> tuple[Tensor, P]:
+    """The rounded weight, (out, in), and its params, (out, groups)."""
+    fits = params is None
     free = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the weight is a row here
     reached = -1
     for start, stop in pieces(group_of) if fits else pieces(torch.zeros_like(group_of)):
         if fits and int(group_of[start]) != reached:
             reached = int(group_of[start])
             columns = group_of == reached
-            fitted = grid.fit(free[columns].T, importance[columns])
-            scales.scale[:, reached], scales.zero_point[:, reached] = fitted.scale[:, 0], fitted.zero_point[:, 0]
-        own = by_column(scales, group_of[start:stop])
+            fitted = grid.fit(free[columns].T, importance[columns])  # (out, 1)
+            params = fitted if params is None else joined(params, fitted)
+        assert params is not None
+        own = by_column(params, group_of[start:stop])
         errors = _round_piece(free[start:stop], factor[start:stop, start:stop], own, grid)
         free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return free.T, scales
+    assert params is not None
+    return free.T, params
+
+
+def joined(params: P, more: P) -> P:
+    """Params (out, groups) of some groups, and behind them those of others."""
+    make: Any = type(params)
+    return make(*(torch.cat(both, 1) for both in zip(params, more, strict=True)))
 
 
 def _round_piece(
     piece: Tensor,  # (n, out), rounded in place
     factor: Tensor,  # (n, n)
-    scales: Scales,  # (n, out)
-    grid: Grid,
+    params: P,  # (n, out)
+    grid: Grid[P],
 ) -> Tensor:
     """Rounds the columns of one piece, each after the errors of those before it; returns ``e``, (n, out)."""
     errors = torch.empty_like(piece)
     for j in range(len(piece)):
-        value = grid.nearest(piece[j], scales.at(j))
+        value = grid.nearest(piece[j], at(params, j))
         errors[j] = (piece[j] - value) / factor[j, j]
         piece[j] = value
         piece[j + 1 :].addcmul_(factor[j, j + 1 :, None], errors[j], value=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from opt8bit.backends import rounding_kernels
 from opt8bit.backends.interface import DTYPES
 from opt8bit.backends.native import Native, WeightRounding
-from opt8bit.quant.grid import FRACTIONS, Grid, Scales, UniformGrid
+from opt8bit.quant.grid import FRACTIONS, Grid, UniformGrid, UniformParams
 
 
 class LayerKernels:
@@ -30,14 +30,14 @@ class LayerKernels:
         weight: Tensor,  # (out, in)
         group_size: int,
         importance: Tensor,  # (in,)
-    ) -> Scales:
-        """As ``grid.fit`` of every group: scales (out, groups)."""
-        scales = _empty_scales(weight, group_size)
+    ) -> UniformParams:
+        """As ``grid.fit`` of every group: params (out, groups)."""
+        params = _empty_params(weight, group_size)
         group_of = torch.arange(weight.shape[1], device=weight.device) // group_size
-        layer, kept = self._layer(weight, group_of, scales, importance=importance)
+        layer, kept = self._layer(weight, group_of, params, importance=importance)
         self._kernels.fit_grids(layer)
         del kept
-        return scales
+        return params
 
     def gptq(
         self,
@@ -45,16 +45,16 @@ class LayerKernels:
         factor: Tensor,  # (in, in)
         importance: Tensor,  # (in,)
         group_of: Tensor,  # (in,)
-        scales: Scales | None,  # (out, groups)
-    ) -> tuple[Tensor, Scales]:
+        params: UniformParams | None,  # (out, groups)
+    ) -> tuple[Tensor, UniformParams]:
         """As ``gptq.round_columns``."""
-        fits = scales is None
-        scales = scales or _empty_scales(weight, int(group_of.bincount()[0]))
+        fits = params is None
+        params = params or _empty_params(weight, int(group_of.bincount()[0]))
         rounded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        layer, kept = self._layer(weight, group_of, scales, importance=importance, matrix=factor.T, rounded=rounded)
+        layer, kept = self._layer(weight, group_of, params, importance=importance, matrix=factor.T, rounded=rounded)
         self._kernels.gptq(layer, fits=fits)
         del kept
-        return rounded, scales
+        return rounded, params
 
     def coordinate_descent(
         self,
@@ -62,12 +62,12 @@ class LayerKernels:
         on_grid: Tensor,  # (out, in)
         hessian: Tensor,  # (in, in)
         group_of: Tensor,  # (in,)
-        scales: Scales,  # (out, groups)
+        params: UniformParams,  # (out, groups)
         sweeps: int,
     ) -> Tensor:
         """As ``quantease.descend``."""
         rounded = on_grid.clone(memory_format=torch.contiguous_format)
-        layer, kept = self._layer(weight, group_of, scales, matrix=hessian, rounded=rounded)
+        layer, kept = self._layer(weight, group_of, params, matrix=hessian, rounded=rounded)
         self._kernels.coordinate_descent(layer, sweeps)
         del kept
         return rounded
@@ -76,7 +76,7 @@ class LayerKernels:
         self,
         weight: Tensor,
         group_of: Tensor,
-        scales: Scales,
+        params: UniformParams,
         *,
         importance: Tensor | None = None,
         matrix: Tensor | None = None,
@@ -88,12 +88,12 @@ class LayerKernels:
         importance, matrix = (None if t is None else t.contiguous() for t in (importance, matrix))
         layer = WeightRounding(
             weight=_address(weight),
-            rows=scales.scale.shape[0],
+            rows=params.scale.shape[0],
             columns=group_of.numel(),
             group_of=_address(group_of),
-            groups=scales.scale.shape[1],
-            scale=_address(scales.scale),
-            zero_point=_address(scales.zero_point),
+            groups=params.scale.shape[1],
+            scale=_address(params.scale),
+            zero_point=_address(params.zero_point),
             largest=self._grid.largest,
             is_symmetric=self._grid.symmetric,
             scale_dtype=DTYPES[self._grid.scale_dtype],
@@ -108,15 +108,15 @@ class LayerKernels:
 
 def kernels_for(weight: Tensor, grid: Grid) -> LayerKernels | None:
     """The kernels for a weight on a grid; None where plain torch serves."""
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not isinstance(grid, UniformGrid):
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or type(grid) is not UniformGrid:
         return None
     kernels = rounding_kernels(weight.device)
     return None if kernels is None else LayerKernels(kernels, grid)
 
 
-def _empty_scales(weight: Tensor, group_size: int) -> Scales:
+def _empty_params(weight: Tensor, group_size: int) -> UniformParams:
     shape = (weight.shape[0], weight.shape[1] // group_size)
-    return Scales(weight.new_empty(shape), weight.new_empty(shape))
+    return UniformParams(weight.new_empty(shape), weight.new_empty(shape))
 
 
 def _address(tensor: Tensor | None) -> int | None:

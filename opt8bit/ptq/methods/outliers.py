@@ -9,8 +9,9 @@ from torch import Tensor
 
 from opt8bit.ptq.arguments import check_count, check_fraction
 from opt8bit.ptq.methods.gptq import GPTQ
-from opt8bit.ptq.methods.method import Format, Method, Outliers, Rounded, check_method
+from opt8bit.ptq.methods.method import Method, check_method
 from opt8bit.ptq.methods.quantease import descend
+from opt8bit.quant.weight import Outliers, QuantizedWeight, WeightScheme
 
 STRUCTURES = ("unstructured", "column")
 
@@ -59,21 +60,21 @@ class OutlierQuantEase(Method):
     def keeps_outliers(self) -> bool:
         return True
 
-    def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
+    def round(self, weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedWeight:
         hessian = hessian.to(weight.dtype)
         steepest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(weight.dtype).tiny)
         kept = self._largest(weight)
         sparse = torch.where(kept, weight, 0)
-        begun = self.start.round(weight - sparse, hessian, format)
-        on_grid = begun.on_grid()
+        (begun,) = self.start.round(weight - sparse, hessian, scheme).parts
+        on_grid = begun.dequantize()
         for _ in range(self.rounds):
-            on_grid = descend(weight - sparse, on_grid, hessian, begun.scales, format, self.sweeps)
+            on_grid = descend(weight - sparse, on_grid, hessian, begun.params, scheme, self.sweeps)
             stepped = sparse + (weight - on_grid - sparse) @ hessian / steepest
             kept = self._largest(stepped)
             sparse = torch.where(kept, stepped, 0)
         rows, columns = kept.nonzero(as_tuple=True)
         outliers = Outliers(rows, columns, sparse[rows, columns], self.structure == "column")
-        return Rounded.of(on_grid, begun.scales, format, outliers)
+        return QuantizedWeight.of(on_grid, begun.params, scheme, outliers)
 
     def _largest(self, weight: Tensor) -> Tensor:
         """True where a weight (out, in) is one of the largest, or stands in one of the largest columns."""

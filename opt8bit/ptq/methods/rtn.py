@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from opt8bit.ptq.methods.method import Format, Method, Rounded, fit_groups
+from opt8bit.ptq.methods.method import Method, fit_groups
+from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,5 @@ class RTN(Method):
 
     uses_hessian = False
 
-    def round(self, weight: Tensor, hessian: Tensor, format: Format) -> Rounded:
-        return Rounded.of(weight, fit_groups(weight, format), format)
+    def round(self, weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedWeight:
+        return QuantizedWeight.of(weight, fit_groups(weight, scheme), scheme)

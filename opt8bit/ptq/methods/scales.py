@@ -8,37 +8,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from opt8bit.ptq.methods.method import Rounded
-from opt8bit.quant.grid import Grid, Scales
+from opt8bit.quant.grid import Grid, at
+from opt8bit.quant.weight import Part
 
 ROWS, COEFFICIENTS = 512, 2**23  # of the systems that are in memory at once, at most
 
 
 def refit_scales(
     wanted: Tensor,  # (out, in), W H; W without what outliers add
-    rounded: Rounded,
+    part: Part,  # all columns of Ŵ
     hessian: Tensor,  # (in, in)
-) -> Rounded:
+) -> Part:
     """The same codes with new scales, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is least; no row's share of it rises.
 
     With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
     ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones are not all positive.
     """
     hessian = hessian.to(wanted.dtype)
-    groups = rounded.scales.scale.shape[1]
-    values = rounded.format.grid.decode(rounded.codes.unflatten(1, (groups, -1)), _unit(rounded.scales))
+    groups = part.params.scale.shape[1]
+    unit = part.params._replace(scale=torch.ones_like(part.params.scale))
+    values = part.grid.decode(part.codes.unflatten(1, (groups, -1)), at(unit, (..., None)))
     size = values.shape[-1]
     # Of each group, H's columns from the diagonal down: the rest follows from symmetry.
     columns = [hessian[start:, start : start + size].contiguous() for start in range(0, len(hessian), size)]
-    scale = rounded.scales.scale.clone()
+    scale = part.params.scale.clone()
     together = max(1, min(ROWS, COEFFICIENTS // groups**2))
     for rows in torch.arange(len(wanted), device=wanted.device).split(together):
-        scale[rows] = _best(wanted[rows], values[rows], columns, scale[rows], rounded.format.grid)
-    return replace(rounded, scales=rounded.scales._replace(scale=scale))
-
-
-def _unit(scales: Scales) -> Scales:
-    return scales._replace(scale=torch.ones_like(scales.scale)).at((..., None))
+        scale[rows] = _best(wanted[rows], values[rows], columns, scale[rows], part.grid)
+    return replace(part, params=part.params._replace(scale=scale))
 
 
 def _best(
