@@ -99,7 +99,7 @@ def run(settings: Settings) -> None:
             _part()  # what loads checkpoints would have all processes at it
             if not is_first:
                 return
-            write(result, folder, settings.format, tokenizer)
+            write(result, folder, settings.format, tokenizer if source.files is None else None)
             about = {"model": settings.model, "format": settings.format, "recipe": _recipe(settings)}
             written = write_report(result, folder, about)
             (written / RECIPE).write_text(json.dumps(_recipe(settings), indent=2) + "\n")

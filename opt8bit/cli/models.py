@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
-from opt8bit.ptq.source import Checkpoint, InMemory, OtherNames, Source
+from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, OtherNames, Source
+
+# Weights in other formats that lie beside a model on the hub.
+OF_OTHERS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "consolidated*"]
 
 
 class CommandError(Exception):
@@ -38,7 +41,7 @@ def load(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CommandError: it cannot be loaded.
     """
-    return _loaded(_place(name), name, trust_remote_code)
+    return _loaded(_place(name), name, trust_remote_code)[0]
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -51,14 +54,26 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
     if not folder.is_dir():
         try:
             download = importlib.import_module("huggingface_hub").snapshot_download
-            folder = Path(download(name, allow_patterns=["*.json", "model*.safetensors", "*.py"]))
+            folder = Path(download(name, ignore_patterns=OF_OTHERS))
         except Exception as error:  # of the network, of the hub, of the disk
             raise _cannot_load(name, error) from error
     try:
         return Checkpoint(folder, trust_remote_code=trust_remote_code)
     except OtherNames:
-        return InMemory(_loaded(place, name, trust_remote_code))
+        return _loaded_whole(folder, name, trust_remote_code)
     except Exception as error:  # a model is anyone's, and so is what transformers raises on it
+        raise _cannot_load(name, error) from error
+
+
+def _loaded_whole(folder: Path, name: str, trust_remote_code: bool) -> Source:
+    """
+    Raises:
+        CommandError: it cannot be loaded.
+    """
+    model, without_place = _loaded(str(folder), name, trust_remote_code)
+    try:
+        return LoadedCheckpoint(folder, model, without_place)
+    except ValueError as error:
         raise _cannot_load(name, error) from error
 
 
@@ -93,7 +108,8 @@ def _place(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
+def _loaded(place: str, name: str, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    """Returns the model, and the names of the tensors in its checkpoint that it has no place for."""
     library = transformers()
     try:
         model, about = library.AutoModelForCausalLM.from_pretrained(
@@ -103,7 +119,7 @@ def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
         refuse_made_up(about["missing_keys"], about["unexpected_keys"])
     except Exception as error:
         raise _cannot_load(name, error) from error
-    return model.eval()
+    return model.eval(), sorted(about["unexpected_keys"])
 
 
 def _cannot_load(name: str, error: Exception) -> CommandError:

@@ -26,7 +26,7 @@ from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
 from opt8bit.ptq.source import InMemory, Source, digest
 from opt8bit.ptq.walk import greenlets
-from opt8bit.ptq.work import Work
+from opt8bit.ptq.work import LAYOUT, Work
 from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
 from opt8bit.quant.weight import WeightScheme
 
@@ -135,7 +135,7 @@ def compress(
     if correct != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
         raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
     if checkpoint_format is not None:
-        check_format(checkpoint_format, source.model, recipe)
+        check_format(checkpoint_format, source, recipe)
     _check_layers(source, recipe)
     if ranks.size() > 1:
         _check_ranks(recipe, batches)
@@ -241,7 +241,7 @@ def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -
         "held-out text": tokens[1],
         "number of processes": str(ranks.size()),
         "device": texts[0][0]["input_ids"].device.type,
-        "version": version("opt8bit"),
+        "version": f"{version('opt8bit')}, layout {LAYOUT}",
     }
 
 

@@ -8,37 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from opt8bit.ptq import tensor_files
-from opt8bit.ptq.source import files_of
-from opt8bit.quant.packing import WORD
-
-KNOWN = ("compressed-tensors", "gptq", "dense")
-PACKED = {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros", "scales", "g_idx"}
-
-
-@dataclass
-class Layer:
-    """A matrix and what is stored for it.
-
-    Attributes:
-        shape: (out, in).
-        bits: of a code, where the weight is packed.
-        stored_bytes: for the weight: codes, scales, zero points.
-        bias: whether there is one.
-    """
-
-    shape: tuple[int, int]
-    bits: int | None
-    stored_bytes: int = 0
-    bias: bool = False
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.stored_bytes / self.weights
+from opt8bit.ptq.checkpoint_files import files_of
+from opt8bit.ptq.export import FORMATS, format_of
+from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredLayer
+from opt8bit.ptq.tensor_files import Header
 
 
 @dataclass
@@ -54,7 +30,7 @@ class Contents:
     """
 
     format: str
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
     other_bytes: int = 0
     other_original_bytes: int = 0
 
@@ -74,70 +50,62 @@ def inspect(folder: str | Path) -> Contents:
         ValueError: a file is missing or damaged, or of a format that is not known here.
     """
     folder = Path(folder)
-    contents = Contents(_format(folder / "config.json"))
+    name, format = _format(folder / "config.json")
+    contents = Contents(name)
     files = files_of(folder)
     headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
-    packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in ("weight_packed", "qweight")}
+    packed = any(name.rpartition(".")[2] == format.parts[0] for name in headers)
     for owner, parts in sorted(_by_owner(headers).items()):
         others = dict(parts)
-        if owner in packed:
-            layer = _packed_layer(owner, parts, files)
-            layer.stored_bytes = sum(others.pop(key)[1] for key in PACKED & parts.keys())
-        elif not packed and len(parts.get("weight", ((), 0))[0]) == 2:
-            (rows, columns), size = others.pop("weight")
-            layer = Layer((rows, columns), None, size)
-        else:
-            layer = None
+        layer = _layer(format, owner, parts, files) if packed else None
         if layer is not None:
-            layer.bias = "bias" in parts
             contents.layers[owner] = layer
-        contents.other_bytes += sum(size for _, size in others.values())
-        contents.other_original_bytes += sum(min(size, 2 * math.prod(shape)) for shape, size in others.values())
+            for part in parts.keys() & set(format.parts):
+                del others[part]
+        contents.other_bytes += sum(other.bytes for other in others.values())
+        contents.other_original_bytes += sum(min(other.bytes, 2 * math.prod(other.shape)) for other in others.values())
     return contents
 
 
-def _format(path: Path) -> str:
+def _format(path: Path) -> tuple[str, CheckpointFormat]:
     try:
         config = json.loads(path.read_text())
-        quantization = config.get("quantization_config")
+        format, quantization = format_of(config), config.get("quantization_config")
         name = "dense" if quantization is None else quantization["quant_method"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
-    if name not in KNOWN:
-        raise ValueError(f"{path} is of the format {name}: only {', '.join(KNOWN)} can be inspected")
-    return name
+    if format is None:
+        raise ValueError(f"{path} is of the format {name}: only {', '.join(FORMATS)} can be inspected")
+    return name, format
 
 
-Parts = Mapping[str, "tuple[tuple[int, ...], int]"]  # shape and bytes by name, or the last part of it
-
-
-def _by_owner(headers: Parts) -> dict[str, Parts]:
-    owners: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {}
+def _by_owner(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
+    owners: dict[str, dict[str, Header]] = {}
     for name, header in headers.items():
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = header
-    return dict(owners)
+    return owners
 
 
-def _packed_layer(owner: str, parts: Parts, files: Mapping[str, Path]) -> Layer:
+def _layer(
+    format: CheckpointFormat, owner: str, parts: Mapping[str, Header], files: Mapping[str, Path]
+) -> StoredLayer | None:
     """
     Raises:
-        ValueError: its shape is not there.
+        ValueError: a part of its weight is not there.
     """
-    codes, shape = ("qweight", "g_idx") if "qweight" in parts else ("weight_packed", "weight_shape")
-    if shape not in parts:
-        raise ValueError(f"{files[f'{owner}.{codes}']} has {owner}.{codes}, but no {owner}.{shape}")
-    return _of_gptq(parts) if codes == "qweight" else _of_compressed_tensors(owner, parts, files)
 
+    def read(part: str) -> Tensor:
+        name = f"{owner}.{part}"
+        with tensor_files.opened(files[name]) as file:
+            return file.get_tensor(name)
 
-def _of_gptq(parts: Parts) -> Layer:
-    words, rows = parts["qweight"][0]
-    (columns,) = parts["g_idx"][0]
-    return Layer((rows, columns), WORD * words // columns)
-
-
-def _of_compressed_tensors(owner: str, parts: Parts, files: Mapping[str, Path]) -> Layer:
-    shape = f"{owner}.weight_shape"
-    with tensor_files.opened(files[shape]) as file:
-        rows, columns = file.get_tensor(shape).tolist()
-    return Layer((rows, columns), WORD * parts["weight_packed"][0][1] // columns)
+    try:
+        found = format.shape_and_bits(parts, read)
+    except ValueError as error:
+        raise ValueError(f"{files[f'{owner}.{format.parts[0]}']}: {owner} has {error}") from error
+    if found is None:
+        return None
+    shape, bits = found
+    stored = sum(parts[part].bytes for part in parts.keys() & set(format.parts))
+    return StoredLayer(shape, bits, stored, "bias" in parts)

@@ -105,8 +105,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A layer's rounded weight, its whole bias, and what of it is there to correct: (out,), or (length, out) where it
-    goes by position. (A layer that was read back from disk no longer knows what was there to correct.)"""
+    """A layer's rounded weight, its whole bias, and the part of that which corrects.
+
+    The bias and this part are (out,), or (length, out) where they go by position.
+    """
 
     rounded: QuantizedWeight
     dtype: torch.dtype  # of the weight in its model
@@ -119,9 +121,16 @@ class Compressed:
         return self.rounded.dequantize().to(self.dtype)
 
     def corrected(self, shift: Tensor) -> Compressed:
-        """With what Bias Compensation adds to the bias."""
+        """Returns the layer with ``shift`` added to its bias."""
         shift = shift.to(torch.promote_types(self.dtype, torch.float32))
-        return replace(self, bias=shift if self.bias is None else self.bias + shift, shift=shift)
+        bias = shift if self.bias is None else self.bias + shift
+        return replace(self, bias=bias, shift=shift if self.shift is None else self.shift + shift)
+
+    @property
+    def changes(self) -> dict[str, QuantizedWeight | Tensor]:
+        """What has changed, by the names of the layer's parameters."""
+        bias = {} if self.bias is None or self.shift is None else {"bias": self.bias}
+        return {"weight": self.rounded, **bias}
 
 
 def symmetry_cost(weight: Tensor, scheme: WeightScheme) -> float | None:

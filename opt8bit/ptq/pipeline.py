@@ -19,7 +19,7 @@ from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
 from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.placement import Place, bias_places, value_bias_through, why_uncorrected
-from opt8bit.ptq.result import LayerReport, Result, install
+from opt8bit.ptq.result import Change, LayerReport, Result, install
 from opt8bit.ptq.source import Source
 from opt8bit.ptq.statistics import Inputs
 from opt8bit.ptq.walk import Walk, halting, walks
@@ -85,9 +85,9 @@ def run(
             if work:
                 work.save(i, done, reports, [*streams.exact, *streams.compressed])
             else:
-                result.layers = {**result.layers, **done}
+                result.changes = {**result.changes, **done}
         if work:
-            result.layers = work.layers(recipe)
+            result.changes = work.changes(recipe)
         ends = ModelEnd(model, blocks, as_tuple)
         result.probe = probe(ends, batches[0], streams.compressed[0])
         result.quality = quality(ends, held_out, *(stream[len(batches) :] for stream in streams))
@@ -103,14 +103,18 @@ def _run_block(
     calls: Sequence[Call],
     streams: Streams,
     see: Callable[[LayerReport], None],
-) -> tuple[Streams, dict[str, Compressed], list[LayerReport]]:
-    """The streams behind the block, its layers and the reports on them. Nothing else of it is left in memory."""
+) -> tuple[Streams, dict[str, Change], list[LayerReport]]:
+    """Returns the streams behind the block, what has changed in it, and the reports on its layers.
+
+    Nothing else of it is left in memory.
+    """
     here = Streams(*([call._replace(hidden=x) for call, x in zip(calls, stream, strict=True)] for stream in streams))
     with source.block(name) as block:
         task = _BlockTask(name, block, parts, result, masks, see)
         behind = task.run(here)
     value_bias_through(result.places, task.done, source.model)
-    return behind, task.done, task.reports
+    changes = {f"{full}.{kind}": change for full, layer in task.done.items() for kind, change in layer.changes.items()}
+    return behind, changes, task.reports
 
 
 class Streams(NamedTuple):
@@ -280,11 +284,12 @@ class _BlockTask:
             except ValueError as error:
                 raise ValueError(f"{self.name}.{group[0]}: {error}") from error
         for name, layer in done.items():
-            install(layers_hat[name], layer)
+            install(layers_hat[name], layer.changes)
         if self.of_block is not None and self.of_block in done:
             shift = block_shift(self._block_errors(calls), self.result.recipe.statistic)
-            done[self.of_block] = done[self.of_block].corrected(shift)
-            install(layers_hat[self.of_block], done[self.of_block])
+            shifted = done[self.of_block] = done[self.of_block].corrected(shift)
+            assert shifted.bias is not None
+            install(layers_hat[self.of_block], {"bias": shifted.bias})
         self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
         shifts = {name: done[name].shift if name in done else None for name in names}
         errors = OutputErrors(layers, layers_hat, shifts, self.parts.overwritten)

@@ -157,9 +157,8 @@ def value_bias_through(places: Places, layers: dict[str, Compressed], model: nn.
         output = layers[place.name]
         weight = output.installed.to(layer.bias.dtype)
         moved = weight @ _per_query_head(layer.bias, weight.shape[1], model)
-        bias = moved if output.bias is None else output.bias + moved
         layers[name] = replace(layer, bias=None)
-        layers[place.name] = replace(output, bias=bias)
+        layers[place.name] = output.corrected(moved)
 
 
 def _per_query_head(bias: Tensor, features: int, model: nn.Module) -> Tensor:

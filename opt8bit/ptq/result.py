@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.ends import Probe, Quality
-from opt8bit.ptq.layer import Compressed, Recipe
+from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.placement import Places
 from opt8bit.ptq.source import Source
+from opt8bit.quant.weight import QuantizedWeight
+
+Change = QuantizedWeight | Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Result:
         source: of the model that was given, unchanged.
         recipe: what was asked for.
         places: what lets each linear layer of the blocks hold a bias.
-        layers: the rounded weight and the bias of every compressed layer, by name.
+        changes: what has changed, by the name of the model's parameter: quantized weights, (out, in), and biases,
+            (out,) or, where they go by position, (length, out). Everything else is as the source has it.
         report: one row a layer, in the order of compression.
         quality: how well the model predicts text that was held out, before and after.
         probe: what a written checkpoint is checked by.
@@ -65,7 +69,7 @@ class Result:
     source: Source
     recipe: Recipe
     places: Places
-    layers: Mapping[str, Compressed] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
     report: list[LayerReport] = field(default_factory=list)
     quality: Quality | None = None
     probe: Probe | None = None
@@ -94,10 +98,7 @@ class Result:
     def compressed_model(self) -> nn.Module:
         """A copy of the model with the compressed weights, as the exported one will be, all in memory."""
         result = self.source.copy()
-        modules = dict(result.named_modules())
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                install(modules[name], layer)
+        install(result, self.changes)
         return result
 
 
@@ -125,15 +126,19 @@ def _adding_by_position(bias: Tensor) -> Callable[..., Tensor]:
     return hook
 
 
-def install(layer: nn.Module, compressed: Compressed) -> None:
-    """Puts the rounded weight and the bias into a layer."""
-    weight = matrix(layer)
-    weight.copy_(compressed.installed)
-    bias = compressed.bias
-    if bias is None:
-        return
-    if bias.dim() == 2:
-        layer.register_forward_hook(_adding_by_position(bias))
-        layer.bias = None if layer.bias is None else nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)  # type: ignore[arg-type]
-        return
-    layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
+@torch.no_grad()
+def install(model: nn.Module, changes: Mapping[str, Change]) -> None:
+    """Puts changed parameters into a model, or any part of one, by their names there."""
+    for name, change in changes.items():
+        owner, _, kind = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(change, QuantizedWeight):
+            matrix(module).copy_(change.dequantize())
+        elif kind == "bias" and change.dim() == 2:
+            if module.bias is not None:  # it is part of the one by position
+                module.bias = nn.Parameter(torch.zeros_like(module.bias), requires_grad=False)  # type: ignore[arg-type]
+            module.register_forward_hook(_adding_by_position(change))
+        else:
+            had: Tensor | None = getattr(module, kind)
+            like = matrix(module) if had is None else had
+            setattr(module, kind, nn.Parameter(change.to(like), requires_grad=False))

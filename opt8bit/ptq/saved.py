@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 
 def as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model as its ``save_pretrained`` writes them: under other names, maybe, and in other parts."""
+    """Returns tensors of a model as its ``save_pretrained`` writes them: under other names, and maybe in parts."""
     try:
         loading: Any = importlib.import_module("transformers.core_model_loading")
     except ModuleNotFoundError:  # before version 5 models had what their checkpoints have
@@ -19,22 +19,55 @@ def as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def saved_name(model: nn.Module, name: str, tensor: Tensor) -> str | None:
-    """The name in the checkpoint; None if it is not the tensor itself that is there."""
+    """Returns the name that a tensor is saved under; None if it is not the tensor itself that is saved."""
     tensor = tensor.to("meta")
     saved = as_saved(model, {name: tensor})
     return next(iter(saved)) if _is_itself(saved, tensor) else None
 
 
-def saved_layer(model: nn.Module, name: str) -> str:
-    """A linear layer's name in the checkpoint, where its weight is as in the model."""
-    saved = saved_name(model, f"{name}.weight", model.get_parameter(f"{name}.weight"))
-    return name if saved is None else saved.removesuffix(".weight")
+def stored_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
+    """Returns the name in a checkpoint of each of a model's tensors, without those that are not there as they are.
+
+    A tensor is stored under its own name, or the one it is saved under, with the base model's prefix or without it;
+    a shared one under any of its names.
+
+    Args:
+        model: of transformers.
+        stored: names in the checkpoint.
+    """
+    base = getattr(model, "base_model_prefix", "")
+    aliases = _aliases(model)
+    found = {name: _match(names, stored, base) for name, names in aliases.items()}
+    if None in found.values():
+        tensors = model.state_dict()
+        for name, names in aliases.items():
+            saved = [saved_name(model, alias, tensors[alias]) for alias in names]
+            found[name] = _match([alias for alias in saved if alias is not None], stored, base)
+    return {name: there for name, there in found.items() if there is not None}
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Returns all names of each parameter and buffer, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
+def _match(names: Iterable[str], stored: Collection[str], base: str) -> str | None:
+    """Returns the first of the names that is stored, as it is, or without or with the base model's prefix."""
+    for name in names:
+        for candidate in (name, name.removeprefix(f"{base}."), f"{base}.{name}"):
+            if candidate in stored:
+                return candidate
+    return None
 
 
 def check_saved(model: Any, *, packed: bool) -> None:
-    """Whether a model's tensors can be written one after another as its checkpoints have them.
+    """Checks that a model's tensors can be written one after another as its checkpoints have them.
 
     Args:
+        model: of transformers.
         packed: whether some are packed, beside which transformers 5 loads no tensors that it has to put together.
 
     Raises:

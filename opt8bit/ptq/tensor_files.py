@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,15 +130,23 @@ def opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def headers(path: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
-    """The shape and the bytes of every tensor, by name."""
+class Header(NamedTuple):
+    """What a file says of one of its tensors."""
+
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def headers(path: Path) -> Iterator[tuple[str, Header]]:
+    """Reads what a file says of its tensors, by name."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            yield name, (tuple(entry["shape"]), end - start)
+            yield name, Header(entry["dtype"], tuple(entry["shape"]), end - start)
 
 
 def _package() -> Any:

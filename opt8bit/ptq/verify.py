@@ -1,8 +1,6 @@
-"""Loads a written checkpoint by transformers' own means, and compares what it computes with the model that was made.
+"""Loads a written checkpoint as a user does, and compares what it computes with the model that was made.
 
-The blocks stay on disk until they are run, so that a checkpoint larger than memory is verified as any other. What
-cannot be run so is loaded whole: weights that transformers cannot unpack one tensor at a time, which are those of
-several grids and gptq's, and whatever transformers and accelerate fail to keep on disk.
+A checkpoint that would take too much of the memory is loaded with its blocks on disk until they are run.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import importlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +21,12 @@ from torch import Tensor
 
 from opt8bit.ptq import tensor_files
 from opt8bit.ptq.blocks import evaluating, find_blocks
+from opt8bit.ptq.checkpoint_files import files_of
+from opt8bit.ptq.export import FORMATS, format_of
+from opt8bit.ptq.inspect import inspect
 from opt8bit.ptq.report import FOLDER, PROBE
-from opt8bit.ptq.source import parameters_on_meta
+from opt8bit.ptq.skeleton import parameters_on_meta
+from opt8bit.ptq.source_record import SourceRecord, differences, read_record
 
 # How far logits may be apart, in units of their own spread: sums in another order, in the model's dtype.
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -36,35 +39,49 @@ class Verification(NamedTuple):
         error: the largest difference of a logit, relative to the logits' standard deviation; infinite where a parameter
             is missing, without which nothing is computed.
         tolerance: that it may have.
-        dropped: tensors of the checkpoint that the loaded model has no place for, biases among them.
+        dropped: tensors of the checkpoint that the loaded model has no place for, though it had for the source's.
         missing: parameters of the loaded model that the checkpoint does not have.
+        differences: from the source, of tensors' names, dtypes and shapes, and of the tokenizer.
+        in_parts: whether its blocks were left on disk until they were run, as a user's would not be.
     """
 
     error: float
     tolerance: float
     dropped: Sequence[str]
     missing: Sequence[str]
+    differences: Sequence[str] = ()
+    in_parts: bool = False
 
     @property
     def is_right(self) -> bool:
-        return self.error <= self.tolerance and not self.dropped and not self.missing
+        return self.error <= self.tolerance and not (self.dropped or self.missing or self.differences)
 
     def __str__(self) -> str:
         lines = [f"logits differ by {self.error:.1e} of their spread, {self.tolerance:.0e} is allowed"]
         if self.missing:
             lines = ["it cannot be run: parameters are missing"]
+        if self.in_parts:
+            lines[0] += " (run from disk, block by block, as it takes too much of this machine's memory)"
         lines += [f"dropped on loading: {name}" for name in self.dropped]
         lines += [f"missing: {name}" for name in self.missing]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.differences])
 
 
-def verify(folder: str | Path, *, scratch: str | Path | None = None, trust_remote_code: bool = False) -> Verification:
-    """Loads a checkpoint by ``AutoModelForCausalLM.from_pretrained`` and runs the sequence that it was written with.
+def verify(
+    folder: str | Path,
+    *,
+    scratch: str | Path | None = None,
+    in_parts: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Loads a checkpoint by ``from_pretrained``, runs what it was written with, and compares it to its source.
 
     Args:
         folder: that :func:`export` or ``opt8bit compress`` wrote.
         scratch: a folder on a disk with room for the weights of the blocks as transformers unpacks them; by default
             that of temporary files.
+        in_parts: whether to leave the blocks on disk until they are run; by default where the whole model would take
+            more than half of the machine's memory. What cannot be run so is loaded whole: several grids, and gptq.
         trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
@@ -81,13 +98,55 @@ def verify(folder: str | Path, *, scratch: str | Path | None = None, trust_remot
     if not {"logits", "input_ids"} <= tensors.keys():
         raise ValueError(f"{probe} is damaged: it has {', '.join(sorted(tensors))}")
     expected = tensors.pop("logits")
-    with suppress(ValueError), TemporaryDirectory(dir=scratch) as unpacked:
-        return _compared(folder, tensors, expected, trust_remote_code, unpacked)
-    return _compared(folder, tensors, expected, trust_remote_code)
+    record = read_record(folder) or SourceRecord()
+    found = _differences(folder, record, trust_remote_code)
+    if in_parts is None:
+        in_parts = _takes_too_much(folder)
+    if in_parts:
+        with suppress(ValueError), TemporaryDirectory(dir=scratch) as unpacked:
+            result = _compared(folder, tensors, expected, record, trust_remote_code, unpacked)
+            return result._replace(differences=found, in_parts=True)
+    return _compared(folder, tensors, expected, record, trust_remote_code)._replace(differences=found)
+
+
+def _takes_too_much(folder: Path) -> bool:
+    """Tells whether a checkpoint's weights, unpacked, would take more than half of the machine's memory."""
+    return inspect(folder).original_bytes > _memory() / 2
+
+
+def _memory() -> float:
+    """Returns the machine's memory in bytes; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _differences(folder: Path, record: SourceRecord, trust_remote_code: bool) -> list[str]:
+    """Returns what is otherwise than in the source, and whether the tokenizer can be loaded."""
+    found = []
+    if record.tensors:
+        contents, files = inspect(folder), files_of(folder)
+        headers = dict(header for file in set(files.values()) for header in tensor_files.headers(file))
+        format = FORMATS[contents.format]
+        packed = {f"{name}.weight": layer.shape for name, layer in contents.layers.items() if layer.bits}
+        found += differences(record, headers, packed, format.parts)
+    if (folder / "tokenizer_config.json").is_file():
+        transformers: Any = importlib.import_module("transformers")
+        try:
+            transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever transformers raises
+            found.append(f"the tokenizer cannot be loaded: {error}")
+    return found
 
 
 def _compared(
-    folder: Path, inputs: dict[str, Tensor], expected: Tensor, trust_remote_code: bool, unpacked: str | None = None
+    folder: Path,
+    inputs: dict[str, Tensor],
+    expected: Tensor,
+    record: SourceRecord,
+    trust_remote_code: bool,
+    unpacked: str | None = None,
 ) -> Verification:
     """Loads the checkpoint, its blocks to be kept in the folder ``unpacked`` or whole, and runs it.
 
@@ -102,7 +161,8 @@ def _compared(
         raise
     except Exception as failure:  # whatever else transformers raises on a checkpoint is wrong with it
         raise ValueError(f"transformers cannot load {folder}: {failure}") from failure
-    return Verification(error, _tolerance(folder, model), sorted(info["unexpected_keys"]), missing)
+    dropped = sorted(set(info["unexpected_keys"]) - set(record.without_place))
+    return Verification(error, _tolerance(folder, model), dropped, missing)
 
 
 def _error(model: Any, inputs: dict[str, Tensor], expected: Tensor) -> float:
@@ -128,12 +188,14 @@ def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tupl
 def _offloading(transformers: Any, config: Any, unpacked: str, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments by which transformers leaves the blocks on disk, unpacked; none where it cannot."""
     quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    format = format_of({"quantization_config": quantization})
+    options = None if format is None else format.load_options(quantization)
+    if options is None:
+        return {}
     with parameters_on_meta():
         skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    if quantization is not None:
-        if quantization["quant_method"] != "compressed-tensors" or len(quantization["config_groups"]) > 1:
-            return {}
-        config.quantization_config = {**quantization, "dequantize": True}
+    for name, value in options.items():
+        setattr(config, name, value)
     return {"config": config, "device_map": _device_map(skeleton), "offload_folder": unpacked}
 
 
@@ -165,5 +227,6 @@ def _tolerance(folder: Path, model: Any) -> float:
     name = config.get("dtype") or config.get("torch_dtype")
     dtype = getattr(torch, name) if isinstance(name, str) else model.dtype
     found = TOLERANCES.get(dtype, max(TOLERANCES.values()))
-    is_gptq = config.get("quantization_config", {}).get("quant_method") == "gptq"
-    return max(found, TOLERANCES[torch.float16]) if is_gptq else found  # GPTQModel decodes weights in float16
+    format = format_of(config)
+    decoded_in = None if format is None else format.decoded_in
+    return found if decoded_in is None else max(found, TOLERANCES[decoded_in])

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from opt8bit.ptq import ranks, tensor_files
-from opt8bit.ptq.layer import Compressed, Recipe
-from opt8bit.ptq.result import LayerReport
+from opt8bit.ptq.layer import Recipe
+from opt8bit.ptq.result import Change, LayerReport
 from opt8bit.quant.weight import QuantizedWeight
 
 MANIFEST = "manifest.json"
-DTYPES = {str(dtype): dtype for dtype in tensor_files.DTYPES}
+LAYOUT = "2"  # of the folder: a run that another one began is not gone on with
+WHOLE = "whole"  # the name of a changed tensor that has no parts
 
 
 class Work:
@@ -61,16 +62,13 @@ class Work:
     def save(
         self,
         block: int,
-        layers: Mapping[str, Compressed],
+        changes: Mapping[str, Change],
         reports: Sequence[LayerReport],
         streams: Sequence[Tensor],
     ) -> None:
         """Keeps a block; whenever the process ends, it is kept whole or not at all."""
-        tensors = {f"{name} {key}": part for name, layer in layers.items() for key, part in _parts(layer).items()}
-        about = {
-            "dtypes": {name: str(layer.dtype) for name, layer in layers.items()},
-            "reports": [asdict(report) for report in reports],
-        }
+        tensors = {f"{name} {key}": part for name, change in changes.items() for key, part in _parts(change).items()}
+        about = {"changes": list(changes), "reports": [asdict(report) for report in reports]}
         if ranks.rank() == 0:
             _replace(self._file(block), lambda path: tensor_files.save(tensors, path, {"block": json.dumps(about)}))
         numbered = {f"{i}": stream for i, stream in enumerate(streams)}
@@ -86,10 +84,10 @@ class Work:
         rows = [row for block in range(self.finished) for row in self._about(block)["reports"]]
         return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
-    def layers(self, recipe: Recipe) -> Mapping[str, Compressed]:
-        """The layers of all finished blocks, read when they are asked for."""
-        files = {name: self._file(i) for i in range(self.finished) for name in self._about(i)["dtypes"]}
-        return _SavedLayers(files, recipe)
+    def changes(self, recipe: Recipe) -> Mapping[str, Change]:
+        """What has changed in all finished blocks, read when it is asked for."""
+        files = {name: self._file(i) for i in range(self.finished) for name in self._about(i)["changes"]}
+        return _SavedChanges(files, recipe)
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:05}.safetensors"
@@ -113,20 +111,20 @@ def _read_manifest(manifest: Path) -> dict[str, str]:
     return had
 
 
-class _SavedLayers(Mapping[str, Compressed]):
+class _SavedChanges(Mapping[str, Change]):
     def __init__(self, files: Mapping[str, Path], recipe: Recipe) -> None:
         self._files = files
         self._recipe = recipe
 
-    def __getitem__(self, name: str) -> Compressed:
+    def __getitem__(self, name: str) -> Change:
         with tensor_files.opened(self._files[name]) as opened:
             keys = [key for key in opened.keys() if key.rpartition(" ")[0] == name]
             parts = {key.rpartition(" ")[2]: opened.get_tensor(key).clone() for key in keys}
-            dtype = DTYPES[_about(opened)["dtypes"][name]]
-        recipe = self._recipe.of(name)
+        if parts.keys() == {WHOLE}:
+            return parts[WHOLE]
+        recipe = self._recipe.of(name.rpartition(".")[0])
         assert recipe is not None
-        rounded = QuantizedWeight.from_tensors(parts, recipe.method.grids(recipe.scheme))
-        return Compressed(rounded, dtype, parts.get("bias"), None)
+        return QuantizedWeight.from_tensors(parts, recipe.method.grids(recipe.scheme))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -135,9 +133,8 @@ class _SavedLayers(Mapping[str, Compressed]):
         return len(self._files)
 
 
-def _parts(layer: Compressed) -> dict[str, Tensor]:
-    bias = {} if layer.bias is None else {"bias": layer.bias}
-    return {**layer.rounded.tensors(), **bias}
+def _parts(change: Change) -> dict[str, Tensor]:
+    return change.tensors() if isinstance(change, QuantizedWeight) else {WHOLE: change}
 
 
 def _about(opened: Any) -> dict[str, Any]:

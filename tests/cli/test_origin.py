@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import SMALL
 from torch import nn
-from toys import MODELS, token_ids
+from toys import MODELS, assert_same_changes, token_ids
 
 from opt8bit import ptq
 from opt8bit.cli.main import main
@@ -88,8 +88,7 @@ def test_the_model_within_a_compiled_one_is_compressed() -> None:
     expected = ptq.compress(model, token_ids(), **options)
     compiled: Any = torch.compile(model)
     found = ptq.compress(compiled, token_ids(), **options)
-    assert list(found.layers) == list(expected.layers)
-    assert all(torch.equal(found.layers[name].installed, layer.installed) for name, layer in expected.layers.items())
+    assert_same_changes(found, expected)
 
 
 def test_a_model_with_adapters_is_refused() -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import token_ids
+from toys import assert_same_changes, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.calls import apart
@@ -182,8 +182,7 @@ def test_the_callback_may_run_the_model() -> None:
     model = Model(Inner(), Inner())
     result = compress(model, see=lambda *row: model(token_ids()))
     expected = compress(model)
-    for name, layer in expected.layers.items():
-        assert torch.equal(layer.rounded.parts[0].codes, result.layers[name].rounded.parts[0].codes)
+    assert_same_changes(result, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -196,8 +195,7 @@ def test_torchs_default_dtype_has_no_say(dtype: torch.dtype) -> None:
         found = compress(model)
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, layer in expected.layers.items():
-        assert torch.equal(layer.installed, found.layers[name].installed)
+    assert_same_changes(found, expected)
 
 
 @pytest.mark.parametrize(

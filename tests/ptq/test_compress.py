@@ -1,7 +1,6 @@
 """The pipeline on small random models of each type: what it finds, what it leaves alone, what it refuses."""
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import MODELS, PLACES, WRITERS, token_ids
+from toys import MODELS, PLACES, WRITERS, assert_same_changes, quantized, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq import pipeline
@@ -22,7 +21,7 @@ from opt8bit.ptq.placement import Place, value_bias_through
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import install
 from opt8bit.ptq.statistics import Inputs
-from opt8bit.quant import CodebookGrid, normal_float
+from opt8bit.quant import CodebookGrid, UniformGrid, normal_float
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -52,10 +51,11 @@ def test_every_linear_layer_of_the_blocks_is_compressed(name: str) -> None:
     assert_untouched(model, before)
     prefix, blocks = find_blocks(model)
     expected = {f"{prefix}.{i}.{layer}" for i, block in enumerate(blocks) for layer in linear_layers(block)}
-    assert len(blocks) == 2 and result.layers.keys() == expected == {row.name for row in result.report}
+    assert len(blocks) == 2 and result.changes.keys() == {f"{layer}.weight" for layer in expected}
+    assert {row.name for row in result.report} == expected
     compressed = dict(result.compressed_model().named_modules())
     for layer in expected:
-        assert torch.equal(matrix(compressed[layer]), result.layers[layer].rounded.dequantize())
+        assert torch.equal(matrix(compressed[layer]), quantized(result, layer).dequantize())
     changed = {key for key, value in compressed[""].named_parameters() if not torch.equal(value, before[key])}
     assert changed == {f"{layer}.weight" for layer in expected}
 
@@ -88,8 +88,9 @@ def test_biases_go_where_the_architecture_holds_them(name: str) -> None:
 def test_batches_of_any_size_give_the_same(name: str) -> None:
     model, ids = MODELS[name]().double(), token_ids()
     results = [ptq.compress(model, ids, bits=3, group_size=16, batch_size=size) for size in (1, 10)]
-    for layer, first in results[0].layers.items():
-        assert torch.equal(first.rounded.parts[0].codes, results[1].layers[layer].rounded.parts[0].codes)
+    for row in results[0].report:
+        first, second = (quantized(result, row.name).parts[0].codes for result in results)
+        assert torch.equal(first, second)
 
 
 @every_model
@@ -101,8 +102,9 @@ def test_padding_does_not_count(name: str) -> None:
     mask[:, 24:] = 0
     alone = ptq.compress(model, [{"input_ids": ids, "attention_mask": mask[:, :24]}], bits=3, group_size=16)
     with_padding = ptq.compress(model, [{"input_ids": padded, "attention_mask": mask}], bits=3, group_size=16)
-    for layer, first in alone.layers.items():
-        assert torch.equal(first.rounded.parts[0].codes, with_padding.layers[layer].rounded.parts[0].codes)
+    for row in alone.report:
+        codes, with_padding_codes = (quantized(result, row.name).parts[0].codes for result in (alone, with_padding))
+        assert torch.equal(codes, with_padding_codes)
 
 
 @pytest.mark.parametrize("correct", ["local", "sequential", "joint"])
@@ -125,8 +127,7 @@ def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) 
     modules = dict(hooked.named_modules())
     folded = 0
     with torch.no_grad():
-        for name, layer in result.layers.items():
-            install(modules[name], layer)
+        install(hooked, result.changes)
         for name, place in result.places.items():
             if place and place.kind == "through":
                 output = modules[place.name]
@@ -138,21 +139,30 @@ def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) 
                 output.bias += matrix(output) @ shift
                 torch.testing.assert_close(logits(hooked, ids), with_hook, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(before, with_hook)
-                assert result.layers[name].bias is None and result.layers[place.name].bias is not None
+                assert f"{name}.bias" not in result.changes and f"{place.name}.bias" in result.changes
                 folded += 1
     assert folded == 2
 
 
 def test_a_value_bias_goes_through_heads_that_share_values() -> None:
     model, ids = MODELS["llama"](), token_ids()
-    result = ptq.compress(model, ids, bits=3, group_size=16, correct="sequential", error_propagation=0.0)
     values, output = "model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"
-    shift = torch.randn(16, generator=torch.Generator().manual_seed(3))
-    result.layers[values] = dataclasses.replace(result.layers[values], bias=shift)
-    expected = logits(result.compressed_model(), ids)
-    value_bias_through({values: Place("through", output)}, result.layers, model)
-    assert result.layers[values].bias is None
-    torch.testing.assert_close(logits(result.compressed_model(), ids), expected, rtol=1e-4, atol=1e-5)
+    generator = torch.Generator().manual_seed(3)
+    layers = {}
+    for name in (values, output):
+        weight = matrix(model.get_submodule(name))
+        rounded = ptq.RTN().round(weight, weight, ptq.WeightScheme(UniformGrid(3)))
+        layer = Compressed(rounded, torch.float32, None, None)
+        layers[name] = layer.corrected(torch.randn(len(weight), generator=generator))
+    results = []
+    for place in (None, Place("through", output)):
+        value_bias_through({values: place}, layers, model)
+        changed = copy.deepcopy(model)
+        for name, layer in layers.items():
+            install(changed.get_submodule(name), layer.changes)
+        results.append(logits(changed, ids))
+    assert layers[values].bias is None and "bias" not in layers[values].changes
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_biases_by_position_do_not_go_through_attention() -> None:
@@ -188,8 +198,8 @@ def test_by_position_applies_a_bias_at_each_position_and_counts_its_bytes() -> N
     result = ptq.compress(model, ids, bits=2, group_size=16, correct="sequential", statistic="position")
     row = result.report[0]
     assert row.bias_bytes == 24 * row.shape[0] * 4
-    bias = result.layers[row.name].bias
-    assert bias is not None and bias.shape == (24, row.shape[0])
+    bias = result.changes[f"{row.name}.bias"]
+    assert isinstance(bias, torch.Tensor) and bias.shape == (24, row.shape[0])
     module = dict(result.compressed_model().named_modules())[row.name]
     x = torch.randn(2, 24, row.shape[1])
     torch.testing.assert_close(module(x), x @ matrix(module).T + bias)
@@ -314,7 +324,7 @@ def test_reported_errors_are_those_of_the_outputs(architecture: str) -> None:
     for network in (model, result.compressed_model()):
         seen: dict[str, torch.Tensor] = {}
         for name, module in network.named_modules():
-            if name in result.layers:
+            if f"{name}.weight" in result.changes:
                 module.register_forward_hook(
                     lambda module, args, output, name=name, seen=seen: seen.update({name: output.clone()})
                 )
@@ -322,9 +332,10 @@ def test_reported_errors_are_those_of_the_outputs(architecture: str) -> None:
         outputs.append({name: output.view(*ids.shape, -1)[mask.bool()] for name, output in seen.items()})
     for row in result.report:
         y, y_hat = (seen[row.name] for seen in outputs)
-        shift = result.layers[row.name].shift
-        assert (shift is None) == row.name.endswith("k_proj")
-        shift = torch.zeros(()) if shift is None else shift
+        bias = result.changes.get(f"{row.name}.bias")
+        assert (bias is None) == row.name.endswith("k_proj")
+        had = model.get_submodule(row.name).bias
+        shift = torch.zeros(()) if bias is None else bias - (0 if had is None else had.detach())
         signal = y.square().sum()
         assert row.error_corrected == pytest.approx(float((y - y_hat).square().sum() / signal), rel=1e-3)
         assert row.error_rounded == pytest.approx(float((y - y_hat + shift).square().sum() / signal), rel=1e-3)
@@ -355,8 +366,8 @@ def test_overrides_are_checked_and_the_last_one_is_meant() -> None:
         "*.0.*.up_proj": {"method": ptq.RTN()},
     }
     result = ptq.compress(model, ids, bits=3, group_size=16, overrides=overrides)
-    formats = {name.split(".", 3)[-1]: layer.rounded.parts[0].grid for name, layer in result.layers.items()}
-    assert formats["mlp.down_proj"] is grid and formats["self_attn.q_proj"].bits == 2
+    grids = {row.name.split(".", 3)[-1]: quantized(result, row.name).parts[0].grid for row in result.report}
+    assert grids["mlp.down_proj"] is grid and grids["self_attn.q_proj"].bits == 2
     for wrong, message in (
         ({"*.q_proj": 8}, r"overrides\['\*.q_proj'\] must be a mapping of options, or None, got 8"),
         ({"*.q_proj": {"width": 8}}, r"may have method, bits, group_size, symmetric, range, grid, got 'width'"),
@@ -395,10 +406,9 @@ def test_models_of_16_bits_keep_their_dtype_and_are_corrected_as_they_will_be(dt
     module = dict(model.named_modules())[name]
     module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].double()))
     logits(model, token_ids(40))
-    layer = result.layers[name]
-    assert layer.shift is not None and layer.installed.dtype == dtype
-    mean = inputs[0].flatten(0, 1).mean(0) @ (matrix(module).double() - layer.installed.double()).T
-    assert (mean - layer.shift).norm() < 0.5 * mean.norm()
+    installed = quantized(result, name).dequantize().to(dtype).double()
+    mean = inputs[0].flatten(0, 1).mean(0) @ (matrix(module).double() - installed).T
+    assert (mean - (result.changes[f"{name}.bias"] - module.bias.detach())).norm() < 0.5 * mean.norm()
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
@@ -410,8 +420,9 @@ def test_padding_on_the_left_does_not_count(name: str) -> None:
     batch = {"input_ids": padded, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     alone = ptq.compress(model, [{"input_ids": ids}], bits=3, group_size=16)
     with_padding = ptq.compress(model, [batch], bits=3, group_size=16)
-    for layer, first in alone.layers.items():
-        assert torch.equal(first.rounded.parts[0].codes, with_padding.layers[layer].rounded.parts[0].codes)
+    for row in alone.report:
+        codes, with_padding_codes = (quantized(result, row.name).parts[0].codes for result in (alone, with_padding))
+        assert torch.equal(codes, with_padding_codes)
 
 
 def model_with(change: str) -> nn.Module:
@@ -526,8 +537,7 @@ def test_what_tokenizers_return_is_taken() -> None:
     encoded = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": 0 * ids})
     result = ptq.compress(model, [encoded], group_size=16, held_out=[encoded])
     expected = ptq.compress(model, ids, group_size=16, batch_size=10)
-    for name, layer in expected.layers.items():
-        assert torch.equal(layer.rounded.parts[0].codes, result.layers[name].rounded.parts[0].codes)
+    assert_same_changes(result, expected)
 
 
 def test_what_shares_memory_is_copied_for_the_probe(tmp_path: Path) -> None:
@@ -560,7 +570,7 @@ def test_matrices_that_are_in_no_linear_layer_are_told() -> None:
     )
     with pytest.warns(UserWarning, match=expected) as told:
         result = ptq.compress(model, token_ids(), group_size=16)
-    assert len(told) == 1 and told[0].filename == __file__ and len(result.layers) == 14
+    assert len(told) == 1 and told[0].filename == __file__ and len(result.report) == 14
 
 
 def test_weights_that_are_not_in_memory_are_refused() -> None:
@@ -619,11 +629,10 @@ def test_a_plain_model_of_ones_own_is_compressed() -> None:
             return self.head(hidden)
 
     result = ptq.compress(Model(), token_ids() % 50, bits=4, group_size=16, correct="sequential")
-    assert len(result.layers) == 6
+    assert len(result.report) == 6
     assert {row.bias_place for row in result.report} == {"own", None}
     with pytest.raises(TypeError, match="only models of transformers can be exported, got Model"):
         ptq.export(result, Path("never"))
-    assert isinstance(next(iter(result.layers.values())), Compressed)
 
 
 def test_a_model_spread_over_devices_is_refused() -> None:

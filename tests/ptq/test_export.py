@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import MODELS, token_ids
+from toys import MODELS, quantized, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.compress import polished
@@ -89,7 +89,7 @@ def test_gptqs_format_holds_the_codes(bits: int, group_size: int | None, tmp_pat
     tensors = load_file(path / "model.safetensors")
     expected = {"bits": bits, "group_size": group_size or -1, "sym": True, "desc_act": False}
     assert json.loads((path / "config.json").read_text())["quantization_config"].items() >= expected.items()
-    for name, layer in result.layers.items():
+    for name in (row.name for row in result.report):
         words, zeros, scales, index = (tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx"))
         outputs = words.shape[1]
         per_word = 32 // bits
@@ -97,7 +97,7 @@ def test_gptqs_format_holds_the_codes(bits: int, group_size: int | None, tmp_pat
         codes = (words[:, None] >> shifts[:, None] & (2**bits - 1)).flatten(0, 1)  # (in, out)
         zero = (zeros[..., None] >> shifts & (2**bits - 1)).flatten(1)  # (groups, out)
         weight = scales[index.long()] * (codes - (zero + 1)[index.long()])
-        assert weight.shape[1] == outputs and torch.equal(weight.T, layer.installed)
+        assert weight.shape[1] == outputs and torch.equal(weight.T, quantized(result, name).dequantize())
 
 
 def test_formats_say_what_they_cannot_hold(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_layers_left_as_they_are_and_mixed_widths_load(format: str, tmp_path: Pa
     result = ptq.compress(
         MODELS["llama"](), token_ids(), group_size=16, symmetric=True, correct="joint", overrides=overrides
     )
-    assert not any("o_proj" in name for name in result.layers) and len(result.layers) == 12
+    assert not any("o_proj" in row.name for row in result.report) and len(result.report) == 12
     loaded, info = load(ptq.export(result, tmp_path / "out", format=format))
     assert not any(info.values())
     with torch.no_grad():

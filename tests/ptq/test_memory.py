@@ -60,7 +60,7 @@ VERIFY = """
     torch.ones(64, 64) @ torch.ones(64, 64)
     seen = [anonymous()]
     threading.Thread(target=watch, daemon=True).start()
-    verification = ptq.verify(sys.argv[1], scratch=sys.argv[2])
+    verification = ptq.verify(sys.argv[1], scratch=sys.argv[2], in_parts=True)
     assert verification.is_right, verification
     print(max(seen) - seen[0])
 """

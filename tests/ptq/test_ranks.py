@@ -38,8 +38,8 @@ try:
         except KeyboardInterrupt:
             pass
     result = ptq.compress(MODELS["llama"](), token_ids(), batch_size=2, held_out=token_ids(3), **options)
-    tensors = {{f"{{name}} {{key}}": value.contiguous() for name, layer in result.layers.items()
-               for key, value in (("weight", layer.installed), ("bias", layer.bias)) if value is not None}}
+    tensors = {{name: (change if isinstance(change, torch.Tensor) else change.dequantize()).contiguous()
+               for name, change in result.changes.items()}}
     save_file(tensors, folder / f"{{rank}}.safetensors")
     (folder / f"{{rank}}.txt").write_text(repr((result.quality, [(r.name, r.error_corrected) for r in result.report])))
 except ValueError as error:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import MODELS, token_ids
+from toys import MODELS, assert_same_changes, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.blocks import find_blocks
-from opt8bit.ptq.source import INDEX, Checkpoint, InMemory, OtherNames, digest
+from opt8bit.ptq.checkpoint_files import INDEX
+from opt8bit.ptq.source import Checkpoint, InMemory, OtherNames, digest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -57,19 +58,12 @@ def test_compressing_block_by_block_gives_the_same(name: str, tmp_path: Path) ->
     options: dict[str, Any] = {"bits": 3, "group_size": 16, "correct": "sequential", "held_out": token_ids(3)}
     expected = ptq.compress(whole(folder), token_ids(), **options)
     found = ptq.compress(Checkpoint(folder), token_ids(), **options, work=tmp_path / "work")
-    assert list(found.layers) == list(expected.layers)
-    for key, layer in expected.layers.items():
-        assert torch.equal(found.layers[key].installed, layer.installed)
-        bias = found.layers[key].bias
-        if layer.bias is None or bias is None:
-            assert bias is layer.bias
-        else:
-            assert torch.equal(bias, layer.bias)
+    assert_same_changes(found, expected)
     assert found.quality == expected.quality and found.quality is not None
     ptq.export(found, tmp_path / "found", format="dense")
     ptq.export(expected, tmp_path / "expected", format="dense")
-    for file in (path for path in (tmp_path / "expected").rglob("*") if path.is_file()):
-        assert (tmp_path / "found" / file.relative_to(tmp_path / "expected")).read_bytes() == file.read_bytes()
+    for file in ("model.safetensors", "opt8bit/probe.safetensors"):
+        assert (tmp_path / "found" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

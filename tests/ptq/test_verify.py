@@ -1,5 +1,6 @@
 """Verification: what plain ``from_pretrained`` loads right is right, however its blocks can be kept."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def test_what_cannot_be_kept_on_disk_is_loaded_whole(name: str, format: str, tmp
     if format == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
     result = ptq.compress(NOT_ON_DISK[name](), token_ids(), group_size=16, symmetric=True)
-    assert ptq.verify(ptq.export(result, tmp_path / "out", format=format)).is_right
+    path = ptq.export(result, tmp_path / "out", format=format)
+    assert ptq.verify(path, in_parts=True).is_right and ptq.verify(path).is_right
 
 
 @pytest.fixture
@@ -63,12 +65,19 @@ def test_what_cannot_be_run_from_disk_is_loaded_whole(path: Path, monkeypatch: p
         return model, info
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    assert ptq.verify(path, scratch=path.parent).is_right
+    assert ptq.verify(path, scratch=path.parent, in_parts=True).is_right
     assert from_disk == [True, False] and [entry.name for entry in path.parent.iterdir()] == ["out"]
 
 
 def test_what_cannot_be_loaded_whole_is_wrong(path: Path) -> None:
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"transformers cannot load .*out: "):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or damaged"):
         ptq.verify(path)
+
+
+def test_models_are_loaded_as_users_do_unless_they_take_too_much(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not ptq.verify(path).in_parts
+    monkeypatch.setattr(sys.modules[ptq.verify.__module__], "_memory", lambda: 1000)
+    verification = ptq.verify(path)
+    assert verification.in_parts and verification.is_right and "run from disk, block by block" in str(verification)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import MODELS, token_ids
+from toys import MODELS, assert_same_changes, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.result import LayerReport
@@ -45,16 +45,7 @@ def test_an_ended_run_goes_on(layers: int, method: Any, tmp_path: Path) -> None:
     assert result.report == reports and result.quality == expected.quality
     assert result.probe is not None and expected.probe is not None
     assert torch.equal(result.probe.logits, expected.probe.logits)
-    assert result.layers.keys() == expected.layers.keys()
-    for name, layer in expected.layers.items():
-        found = result.layers[name]
-        assert torch.equal(found.rounded.parts[0].codes, layer.rounded.parts[0].codes)
-        assert torch.equal(found.installed, layer.installed) and found.dtype == layer.dtype
-        if layer.bias is None or found.bias is None:
-            assert found.bias is layer.bias
-        else:
-            assert torch.equal(found.bias, layer.bias)
-        assert found.rounded.bits_per_weight == layer.rounded.bits_per_weight
+    assert_same_changes(result, expected)
 
 
 def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+
+from opt8bit.quant.weight import QuantizedWeight
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
@@ -102,3 +105,23 @@ WRITERS: dict[str, set[str]] = {
 
 def token_ids(samples: int = 10, length: int = 24) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def quantized(result: Any, layer: str) -> QuantizedWeight:
+    """The weight of a compressed layer."""
+    change = result.changes[f"{layer}.weight"]
+    assert isinstance(change, QuantizedWeight)
+    return change
+
+
+def assert_same_changes(found: Any, expected: Any) -> None:
+    """Two results changed the same parameters, to the same bits."""
+    assert list(found.changes) == list(expected.changes) and found.changes
+    for name, change in expected.changes.items():
+        other = found.changes[name]
+        if isinstance(change, torch.Tensor):
+            assert torch.equal(other, change), name
+            continue
+        ours, theirs = other.tensors(), change.tensors()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], part) for key, part in theirs.items()), name
+        assert other.stored_bits == change.stored_bits

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.export.layout import Layout, Planned
+from opt8bit.ptq.blocks import matrix, other_matrices
+from opt8bit.ptq.export.checkpoint_format import Planned
+from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
-from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.saved import saved_layer
+from opt8bit.ptq.tensor_files import Header
 from opt8bit.quant.grid import UniformGrid
-from opt8bit.quant.packing import pack
-from opt8bit.quant.weight import WeightScheme
+from opt8bit.quant.packing import WORD, pack
+from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 # Types of models that transformers 5 initializes before their weights come, and so needs them as the model has them.
 INITIALIZED = ("gpt_bigcode", "recurrent_gemma")
 
 
-class CompressedTensors(Layout):
+class CompressedTensors(HuggingFaceFormat):
     """Integers of 2 to 8 bits, symmetric or not, by group or by row.
 
     ``weight_packed``, int32 (out, ceil(in * bits / 32)), has the codes; ``weight_scale`` (out, groups) is of the
     model's dtype; ``weight_zero_point``, int32 (ceil(out * bits / 32), groups), is there where the grid is not
     symmetric; ``weight_shape`` is (out, in). A weight is ``(code - zero_point) * weight_scale``.
     """
+
+    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
     def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
@@ -38,34 +42,35 @@ class CompressedTensors(Layout):
                 "and all layers nn.Linear themselves: use symmetric grids, or format 'dense'"
             )
 
-    def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        part, grid = uniform_part(layer.rounded)
+    def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
+        part, grid = uniform_part(weight)
         tensors = {
             "weight_packed": pack(part.codes, grid.bits),
-            "weight_scale": part.params.scale.to(layer.dtype),
+            "weight_scale": part.params.scale.to(matrix(module).dtype),
             "weight_shape": torch.tensor(part.codes.shape, device="cpu"),
         }
         if not grid.symmetric:
             tensors["weight_zero_point"] = pack(part.params.zero_point.T.to(torch.int64), grid.bits).T
         return tensors
 
-    def config(self, result: Result) -> dict[str, Any]:
+    def quantization(self, result: Result) -> dict[str, Any]:
         modules = dict(result.model.named_modules())
         schemes: list[dict[str, Any]] = []
         targets: list[list[str]] = []  # names, by scheme
-        for name in sorted(result.layers):
+        compressed = {row.name for row in result.report}
+        for name in sorted(compressed):
             scheme = _scheme(scheme_of(result, name))
             if scheme not in schemes:
                 schemes.append(scheme)
                 targets.append([])
-            targets[schemes.index(scheme)] += _names(result.model, name)
-        classes = sorted({type(modules[name]).__name__ for name in result.layers} | {"Linear"})
+            targets[schemes.index(scheme)] += _names(result, name)
+        classes = sorted({type(modules[name]).__name__ for name in compressed} | {"Linear"})
         if len(schemes) == 1:
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        grids = (uniform_grid(scheme_of(result, name)) for name in result.layers)
+        grids = (uniform_grid(scheme_of(result, name)) for name in compressed)
         model: Any = result.model
-        brought_back = _brought_back((modules[name] for name in result.layers), grids)
+        brought_back = _brought_back((modules[name] for name in compressed), grids)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -80,16 +85,46 @@ class CompressedTensors(Layout):
                 }
                 for i, (scheme, target) in enumerate(zip(schemes, targets, strict=True))
             },
-            "ignore": [each for name in linear if name not in result.layers for each in _names(result.model, name)],
+            "ignore": _ignored(result, [name for name in linear if name not in compressed]),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             **({"dequantize": True} if brought_back or model.config.model_type in INITIALIZED else {}),
         }
 
+    def shape_and_bits(
+        self, parts: Mapping[str, Header], read: Callable[[str], Tensor]
+    ) -> tuple[tuple[int, int], int | None] | None:
+        if "weight_packed" not in parts:
+            return None
+        if "weight_shape" not in parts:
+            raise ValueError("weight_packed, but no weight_shape")
+        rows, columns = read("weight_shape").tolist()
+        return (rows, columns), WORD * parts["weight_packed"].shape[1] // columns
 
-def _names(model: nn.Module, name: str) -> list[str]:
+    def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if quantization is None or len(quantization["config_groups"]) > 1:
+            return None
+        return {"quantization_config": {**quantization, "dequantize": True}}
+
+
+def _ignored(result: Result, left: Iterable[str]) -> list[str]:
+    """Returns the names of what servers must not look for packed weights in.
+
+    Linear layers that stay as they are; experts that are one tensor, under any names that a server gives each of them;
+    and what the model has no place for, such as a vision tower.
+    """
+    layers = [each for name in left for each in _names(result, name)]
+    params = [name for name, param in other_matrices(result.model).items() if param.dim() > 2]
+    experts = sorted({name.rpartition(".")[0] for name in params})
+    of_experts = [f"re:^{re.escape(name)}(\\..*)?$" for name in experts]
+    others = [name.removesuffix(".weight") for name in sorted(result.source.without_place) if name.endswith(".weight")]
+    return [*layers, *of_experts, *others]
+
+
+def _names(result: Result, name: str) -> list[str]:
     """A layer's in the model and in the checkpoint: which of them is read differs among transformers and servers."""
-    return list(dict.fromkeys([name, saved_layer(model, name)]))
+    stored = result.source.stored_name(f"{name}.weight")
+    return [name] if stored is None else list(dict.fromkeys([name, stored.removesuffix(".weight")]))
 
 
 def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import as_stored
-from opt8bit.ptq.export.layout import Layout, Planned
-from opt8bit.ptq.layer import Compressed
+from opt8bit.ptq.blocks import as_stored, matrix
+from opt8bit.ptq.export.checkpoint_format import Planned
+from opt8bit.ptq.export.huggingface import HuggingFaceFormat
+from opt8bit.ptq.tensor_files import Header
+from opt8bit.quant.weight import QuantizedWeight
 
 
-class Dense(Layout):
+class Dense(HuggingFaceFormat):
     """Holds every layer, outliers included."""
+
+    parts = ("weight",)
 
     def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         pass
 
-    def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        return {"weight": as_stored(module, layer.installed)}
+    def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
+        return {"weight": as_stored(module, weight.dequantize().to(matrix(module).dtype))}
+
+    def shape_and_bits(
+        self, parts: Mapping[str, Header], read: Callable[[str], Tensor]
+    ) -> tuple[tuple[int, int], int | None] | None:
+        if "weight" not in parts or len(parts["weight"].shape) != 2:
+            return None
+        rows, columns = parts["weight"].shape
+        return (rows, columns), None
+
+    def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return {}

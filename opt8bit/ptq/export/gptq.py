@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import matrix
-from opt8bit.ptq.export.layout import Layout, Planned
+from opt8bit.ptq.export.checkpoint_format import Planned
+from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
-from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.result import Result
+from opt8bit.ptq.tensor_files import Header
 from opt8bit.quant.packing import WORD, pack
+from opt8bit.quant.weight import QuantizedWeight
 
 BITS = (4, 8)
 
 
-class GPTQFormat(Layout):
+class GPTQFormat(HuggingFaceFormat):
     """Symmetric integers of 4 or 8 bits, by group or by row, one scheme for all layers: what servers still take.
 
     ``qweight``, int32 (in * bits / 32, out), has the codes of an output in a column; ``qzeros``, int32
     (groups, out * bits / 32), the zero points less one; ``scales`` (groups, out) are of the
     model's dtype; ``g_idx``, int32 (in,), names each input's group.
     """
+
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    decoded_in = torch.float16  # by GPTQModel
 
     def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         for name, planned in layers.items():
@@ -46,20 +51,20 @@ class GPTQFormat(Layout):
         if len(schemes) > 1:
             raise ValueError("gptq has one width and one group size for all layers: use format 'compressed-tensors'")
 
-    def weight(self, layer: Compressed, module: nn.Module) -> dict[str, Tensor]:
-        part, grid = uniform_part(layer.rounded)
+    def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
+        part, grid = uniform_part(weight)
         bits = grid.bits
         zeros = part.params.zero_point.T.to(torch.uint8) - 1
         columns, groups = part.codes.shape[1], part.params.scale.shape[1]
         return {
             "qweight": pack(part.codes, bits).T,
             "qzeros": pack(zeros, bits),
-            "scales": part.params.scale.T.to(layer.dtype),
+            "scales": part.params.scale.T.to(matrix(module).dtype),
             "g_idx": torch.arange(columns, dtype=torch.int32, device="cpu") // (columns // groups),
         }
 
-    def config(self, result: Result) -> dict[str, Any]:
-        scheme = scheme_of(result, next(iter(result.layers)))
+    def quantization(self, result: Result) -> dict[str, Any]:
+        scheme = scheme_of(result, result.report[0].name)
         return {
             "quant_method": "gptq",
             "bits": uniform_grid(scheme).bits,
@@ -69,3 +74,17 @@ class GPTQFormat(Layout):
             "checkpoint_format": "gptq",
             "lm_head": False,
         }
+
+    def shape_and_bits(
+        self, parts: Mapping[str, Header], read: Callable[[str], Tensor]
+    ) -> tuple[tuple[int, int], int | None] | None:
+        if "qweight" not in parts:
+            return None
+        if "g_idx" not in parts:
+            raise ValueError("qweight, but no g_idx")
+        words, rows = parts["qweight"].shape
+        (columns,) = parts["g_idx"].shape
+        return (rows, columns), WORD * words // columns
+
+    def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opt8bit.ptq.source import INDEX, SINGLE
+from opt8bit.ptq.checkpoint_files import INDEX, SINGLE
 from opt8bit.ptq.tensor_files import Writer
 
 SHARD_BYTES = 4 * 2**30

@@ -1,0 +1,108 @@
+"""What a format of checkpoints is: what it can hold, how it is written, what its files say, how it is loaded."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.methods import Method
+from opt8bit.ptq.result import Result
+from opt8bit.ptq.tensor_files import Header
+from opt8bit.quant.weight import WeightScheme
+
+
+class Planned(NamedTuple):
+    """A layer, and how its weight will be rounded."""
+
+    module: nn.Module
+    scheme: WeightScheme
+    method: Method
+
+
+@dataclass
+class StoredLayer:
+    """A matrix in a checkpoint and what is stored for it.
+
+    Attributes:
+        shape: (out, in).
+        bits: of a code, where the weight is packed.
+        stored_bytes: for the weight: codes, scales, zero points.
+        bias: whether there is one.
+    """
+
+    shape: tuple[int, int]
+    bits: int | None
+    stored_bytes: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.stored_bytes / self.weights
+
+
+class CheckpointFormat(ABC):
+    """One format of checkpoints.
+
+    Attributes:
+        parts: what stands behind a layer's name in the names of the tensors that are its weight; the codes' first.
+        decoded_in: the dtype in which loaders compute the weights from the codes, if it is not the model's.
+    """
+
+    parts: ClassVar[Sequence[str]]
+    decoded_in: ClassVar[torch.dtype | None] = None
+
+    @abstractmethod
+    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
+        """Checks that layers so rounded can be written.
+
+        Args:
+            layers: by name.
+            left: names of linear layers of the blocks that stay as they are.
+
+        Raises:
+            ValueError: the format cannot hold one; the message names it, and what to use instead.
+        """
+
+    @abstractmethod
+    def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
+        """Writes a compressed model's checkpoint into an empty folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+    @abstractmethod
+    def shape_and_bits(
+        self, parts: Mapping[str, Header], read: Callable[[str], Tensor]
+    ) -> tuple[tuple[int, int], int | None] | None:
+        """Returns the shape (out, in) of the weight that is stored under a name, and the bits of its codes.
+
+        Args:
+            parts: all tensors under the name, by what stands behind it.
+            read: reads one of them.
+
+        Returns:
+            None if they are no matrix; no bits if it is not packed.
+
+        Raises:
+            ValueError: a part is missing.
+        """
+
+    @abstractmethod
+    def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Returns what transformers' configuration must have to unpack one tensor at a time; None where it cannot.
+
+        Args:
+            quantization: the checkpoint's quantization header, if it has one.
+        """

@@ -1,0 +1,139 @@
+"""Checkpoints that ``from_pretrained`` loads: for each tensor of the source its change, or itself."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.blocks import block_layers, matrix
+from opt8bit.ptq.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.export.checkpoint_format import CheckpointFormat
+from opt8bit.ptq.export.configuration import configuration, write_configuration
+from opt8bit.ptq.export.shards import write_shards
+from opt8bit.ptq.report import write_probe
+from opt8bit.ptq.result import Change, Result
+from opt8bit.ptq.source_record import SourceRecord
+from opt8bit.quant.weight import QuantizedWeight
+
+
+class HuggingFaceFormat(CheckpointFormat):
+    """A folder with safetensors, a ``config.json`` and what else lies beside them."""
+
+    @abstractmethod
+    def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
+        """Returns the tensors that are the weight of a layer, by what stands behind the layer's name."""
+
+    def quantization(self, result: Result) -> dict[str, Any] | None:
+        """Returns what the configuration says of the weights, its ``quantization_config``; None for nothing."""
+        return None
+
+    def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
+        record = SourceRecord(without_place=sorted(result.source.without_place))
+        write_shards(self._overlaid(result, record), folder)
+        write_configuration(configuration(result, self.quantization(result)), folder)
+        if result.source.files is None:
+            _write_generation(result.model, folder)
+        else:
+            _copy_side_files(result.source.files, folder)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, folder)
+        record.write(folder)
+        if result.probe is not None:
+            write_probe(result.probe, folder)
+
+    def _overlaid(self, result: Result, record: SourceRecord) -> Iterator[tuple[str, Tensor]]:
+        """Yields for each tensor of the source its change, or itself; and behind its weight the bias that a layer got.
+
+        Args:
+            result: the source and the changes.
+            record: gets the source's tensors.
+        """
+        layers = block_layers(result.model)
+        names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+        by_stored_name = {stored_parameter(result, name): name for name in names}
+        for there, tensor in result.source.tensors():
+            record.add(there, tensor)
+            name = by_stored_name.get(there, "")
+            owner, _, kind = name.rpartition(".")
+            prefix = there.removesuffix(kind)
+            change = result.changes.get(name)
+            if change is None:
+                yield there, tensor
+            else:
+                record.changed.append(there)
+                for suffix, part in self._changed(change, layers[owner], kind, tensor).items():
+                    yield f"{prefix}{suffix}", part
+            bias = _new_bias(result, owner, layers[owner]) if kind == "weight" else None
+            if bias is not None:
+                record.added.append(f"{prefix}bias")
+                yield f"{prefix}bias", bias
+
+    def _changed(self, change: Change, module: nn.Module, kind: str, had: Tensor) -> dict[str, Tensor]:
+        """Returns the tensors that hold a changed parameter, by what stands behind its layer's name."""
+        if isinstance(change, QuantizedWeight):
+            return self.tensors(change, module)
+        return {kind: change.to(had.dtype)}
+
+
+def _new_bias(result: Result, layer: str, module: nn.Module) -> Tensor | None:
+    """Returns the bias that a layer without one has got.
+
+    Zeros, where it got none but the configuration's switch is on for others: whoever loads the checkpoint makes a bias
+    for every layer that a switch gives one, and must find them all.
+    """
+    if module.bias is not None:
+        return None
+    bias, weight = result.changes.get(f"{layer}.bias"), matrix(module)
+    if isinstance(bias, Tensor):
+        return bias.to(weight.dtype)
+    place = result.places.get(layer)
+    is_switched = place is not None and place.kind in ("switch", "llama")
+    return torch.zeros(len(weight), dtype=weight.dtype, device="cpu") if is_switched else None
+
+
+def stored_parameter(result: Result, name: str) -> str | None:
+    """Returns the checkpoint's name of a parameter; None where the model has none of that name."""
+    owner, _, kind = name.rpartition(".")
+    if getattr(result.model.get_submodule(owner), kind) is None:
+        return None
+    return result.source.stored_name(name)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # where the disk is full tokenizers raises a plain one
+        raise OSError(f"cannot write the tokenizer to {folder}: {error}") from error
+
+
+def _write_generation(model: nn.Module, folder: Path) -> None:
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        # Not save_pretrained, which refuses what from_pretrained takes, such as a temperature where nothing is sampled.
+        generation = copy.copy(generation)
+        generation.compile_config = None  # is of this machine
+        generation.to_json_file(folder / "generation_config.json")
+
+
+def _copy_side_files(files: CheckpointFiles, folder: Path) -> None:
+    """
+    Raises:
+        OSError: one cannot be read or written.
+    """
+    for path in files.side_files():
+        try:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files.folder / path, folder / path)
+        except OSError as error:
+            raise OSError(f"cannot copy {path} from {files.folder} to {folder}: {error.strerror}") from error

@@ -1,0 +1,81 @@
+"""Models whose parameters have a shape and a dtype, but no memory until it is needed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.origin import refuse_other_classes, refuse_quantized
+
+
+def skeleton(files: CheckpointFiles, trust_remote_code: bool) -> Any:
+    """Returns a checkpoint's model with its buffers, and with parameters on the meta device.
+
+    Raises:
+        ValueError: its weights are quantized already, or it is no causal language model's.
+        ImportError: transformers is not installed.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    refuse_quantized(config)
+    refuse_other_classes(config)
+    dtype = getattr(config, "dtype", None) or _first_dtype(files)
+    with parameters_on_meta():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (files.folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(files.folder)
+    return model.eval()
+
+
+def _first_dtype(files: CheckpointFiles) -> torch.dtype:
+    first = next(iter(files.where))
+    return files.read([first])[first].dtype
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters of new modules take no memory. Buffers do: nobody else would compute them."""
+    had = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        had(module, name, param)
+        if param is not None and not param.is_meta:  # what is on it already may be shared
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = had  # type: ignore[method-assign]
+
+
+def parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns what a checkpoint has, by name: shared tensors once, and no buffers that are computed."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """Returns a parameter or buffer by its name."""
+    owner, _, own = name.rpartition(".")
+    return getattr(model.get_submodule(owner), own)
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor where the model has that parameter or buffer, wherever it is shared."""
+    old = get_tensor(model, name)
+    is_parameter = isinstance(old, nn.Parameter)
+    new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    for module in model.modules():
+        held: dict[str, Any] = module._parameters if is_parameter else module._buffers
+        for key, value in held.items():
+            if value is old:
+                held[key] = new
