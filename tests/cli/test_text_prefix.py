@@ -74,7 +74,7 @@ def words(count: int, between: str) -> str:
     return "".join(draw.choice(known) + draw.choice(between or [""]) for _ in range(count))
 
 
-CHAIN = [chr(0x4E00 + i) for i in range(3000)]  # each merges with the next, the last pair first
+CHAIN = [chr(0x4E00 + i) for i in range(3001)]  # each merges with the next, the last pair first
 FALLING = list(pairwise(CHAIN))[::-1]
 ALTERNATING = {"a": -3.0, "b": -5.0, "ab": -2.0, "ba": -1.9999}  # the parity of the end decides on all that is before
 TEXT, DENSE = words(4000, "     \n\n,."), words(2000, "")
