@@ -40,14 +40,13 @@ def unigram(pieces: dict[str, float]) -> Any:
     return wrapped(Tokenizer(models.Unigram([("?", -99.0), *pieces.items()], unk_id=0, byte_fallback=False)))
 
 
-def trained(texts: list[str], pre_tokenizer: Any, size: int, length: int | None = None) -> Any:
+def trained(texts: list[str], pre_tokenizer: Any, size: int) -> Any:
     """A BPE that was trained, with one special token before and one after a text."""
     tokenizer: Any = Tokenizer(models.BPE())
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer
-    options = {"max_token_length": length} if length else {}
     special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, **options)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[(word, tokenizer.token_to_id(word)) for word in special]

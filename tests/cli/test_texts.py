@@ -76,6 +76,14 @@ def test_every_format_has_the_same_text(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / name) == JOINED
 
 
+@pytest.mark.parametrize("name", [name for name in WRITERS if "parquet" not in name])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_chunks_may_end_anywhere(size: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opt8bit.cli.texts.files.CHUNK", size)
+    WRITERS[name](tmp_path / name)
+    assert read(tmp_path / name) == JOINED
+
+
 def test_zstandard_is_read_to_its_last_frame(tmp_path: Path) -> None:
     library = pytest.importorskip("zstandard")
     frames = [library.compress(text.encode()) for text in (JOINED, "", "more" * CHUNK)]

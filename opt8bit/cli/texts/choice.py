@@ -16,7 +16,7 @@ from opt8bit.ptq.evaluate import windows
 
 SMALL = 1 << 21  # characters: a text up to this is tokenized as a whole, and its windows are drawn
 REMOTE = 1 << 28  # characters of a data set that is downloaded, from which windows are drawn
-EDGE = 16  # tokens at the ends of a block that are not used, as cutting the text may have changed them
+EDGE = 16  # tokens at the ends of a block that are not used: special ones, and those that cutting the text changes
 SPARE = 2  # times as long as windows are expected to be are blocks
 
 
@@ -96,7 +96,7 @@ def _windows_of_blocks(text: Text, tokenizer: Any, start: str, length: int, coun
         blocks, number = _draw(_blocks(text, tokenizer, size), drawn, seed)
         found = []
         for block in blocks:
-            ids = tokens(block, tokenizer, special=False)  # it is none of the text's ends
+            ids = tokens(block, tokenizer)
             if len(ids) >= length + 2 * EDGE and len(found) < count:
                 found.append(ids[EDGE : EDGE + length])
         if len(found) == count:

@@ -15,10 +15,9 @@ ALL = 1 << 62  # characters or tokens: more than any text has
 GIVE_UP = 4  # times as many tokens as are needed, and still not enough that are settled: all of the text is tokenized
 
 
-def tokens(text: str, tokenizer: Any, *, special: bool = True) -> Tensor:
+def tokens(text: str, tokenizer: Any) -> Tensor:
     """Returns a text's tokens, (n,). The text may be longer than the model's context, as it is cut into windows."""
-    ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def first_tokens(pieces: Iterable[str], tokenizer: Any, count: int) -> Tensor:
