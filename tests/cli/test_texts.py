@@ -96,7 +96,7 @@ def test_zstandard_is_read_to_its_last_frame(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".jsonl", ".json", ".csv"])
 def test_what_is_longer_than_a_chunk_is_cut_nowhere(suffix: str, tmp_path: Path) -> None:
-    rows = [f"{i} é\r\n" * (CHUNK // 6 + i) for i in range(7)]
+    rows = [f"{i} é\r\n" * (CHUNK // 2 + i) for i in range(7)]
     path = tmp_path / f"long{suffix}"
     if suffix == ".jsonl":
         path.write_bytes(json_lines([{"text": row} for row in rows]))
@@ -127,6 +127,22 @@ def test_chats_are_rendered_by_the_models_template(name: str, rows: list[dict[st
         read(path, tokenizer=SimpleNamespace(chat_template=None))
 
 
+def test_nulls_of_a_message_are_dropped_except_the_content(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(chat_template="there is one", apply_chat_template=lambda chat, tokenize: str(chat))
+    message = {"role": "user", "content": None, "tool_calls": None}
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"messages": [message]}]))
+    assert read(tmp_path / "a.jsonl", tokenizer=tokenizer) == "[{'role': 'user', 'content': None}]"
+
+
+def test_what_a_template_refuses_is_said(tmp_path: Path) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("roles must alternate")
+
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"messages": CHAT}]))
+    with pytest.raises(CommandError, match=r"a\.jsonl, line 1: the model's chat template refuses it: roles must alter"):
+        read(tmp_path / "a.jsonl", tokenizer=SimpleNamespace(chat_template="x", apply_chat_template=refuse))
+
+
 def test_a_column_can_be_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json_lines([{"text": "a", "messages": CHAT, "body": "b"}]))
@@ -141,10 +157,11 @@ def test_a_column_can_be_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a.md", ".hidden/x.txt", ".DS_Store"):
+    names = ["a/z.txt", "a.md", *(f"b{i}.txt" for i in range(10, 30))]
+    for name in (*names[::-2], *names[::2], *names[1::2], ".hidden/x.txt", ".DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert read(tmp_path) == "a/z.txt\n\na.md\n\nb.txt"
+    assert read(tmp_path) == "\n\n".join(names)
     (tmp_path / "rows.jsonl").write_bytes(json_lines(ROWS))
     with pytest.raises(CommandError, match=r"z\.txt is a text and .*rows\.jsonl has records: give one of them"):
         read(tmp_path)
@@ -172,6 +189,11 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {  # name of the file, what is in it
     "value": ("a.json", b'["a",\n\n"b', "a.json, line 3: broken JSON: Unterminated string"),
     "more": ("a.json", b'["a"]\n["b"]', "a.json, line 2: broken JSON: more text after the list"),
     "element": ("a.json", b'["a",\n 1]', "a.json, line 2, record 2: a record must be an object with columns, got 1"),
+    "far element": (
+        "a.json",
+        b'[\n"a\xc3\xa9' + b'",\n"' * CHUNK + b'",\n1]',
+        f"a.json, line {CHUNK + 3}, record {CHUNK + 2}: a record must be",
+    ),
     "two lists": (
         "a.json",
         b'{"train": ["a"], "test": ["b"]}',
