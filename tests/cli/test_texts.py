@@ -291,6 +291,10 @@ def test_names_of_data_sets(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.txt").write_text("a")
         assert read(name) == "a"
+        (tmp_path / name / "a.txt").rename(tmp_path / "a.txt")
+        (tmp_path / name).rmdir()
+        (tmp_path / "a.txt").rename(tmp_path / name)
+        assert read(name) == "a"
 
 
 def test_the_datasets_package_reads_what_we_read(tmp_path: Path) -> None:
