@@ -24,9 +24,9 @@ import torch
 from measuring import arguments, complete, peak_bytes, plot
 
 from opt8bit import ptq
-from opt8bit.cli.models import load, load_tokenizer, read_text, tokens
+from opt8bit.cli.models import load, load_tokenizer
+from opt8bit.cli.texts import find_text, first_windows
 from opt8bit.ptq.bias import CORRECTIONS
-from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.source import digest
 
 PAPER: dict[str, Any] = {"range": "minmax", "error_propagation": 0.0}
@@ -55,8 +55,8 @@ QUICK_RECIPES = ["rtn", "gptq, bias local", "default, bias joint", "quantease, b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder with a checkpoint in safetensors, or id of the hub")
-    parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate on")
-    parser.add_argument("--test", type=Path, required=True, help="text to measure perplexity on")
+    parser.add_argument("--calibration", required=True, help="text to calibrate on")
+    parser.add_argument("--test", required=True, help="text to measure perplexity on")
     parser.add_argument("--bits", type=int, nargs="+", help="(default 3 4 2)")
     parser.add_argument("--groups", nargs="+", help='weights that share a scale, or "row" (default 64 row)')
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help="(default all)")
@@ -71,8 +71,8 @@ def main() -> None:
     sizes = {name: getattr(options, name) or size for name, size in usual.items()}
     tokenizer = load_tokenizer(options.model)
     texts = {
-        "calibration": windows(tokens(read_text(options.calibration), tokenizer), sizes["length"], sizes["samples"]),
-        "test": windows(tokens(read_text(options.test), tokenizer), sizes["length"], sizes["windows"]),
+        "calibration": first_windows(find_text(options.calibration), tokenizer, sizes["length"], sizes["samples"]),
+        "test": first_windows(find_text(options.test), tokenizer, sizes["length"], sizes["windows"]),
     }
 
     def measure(**about: Any) -> list[dict[str, Any]]:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from opt8bit import ptq
-from opt8bit.cli.models import CommandError, load_tokenizer, open_model, read_text, tokens
+from opt8bit.cli.models import CommandError, load_tokenizer, open_model
 from opt8bit.cli.progress import ShowLayer, compression
 from opt8bit.cli.recipes import Overrides
+from opt8bit.cli.texts import choose_windows, find_text
 from opt8bit.ptq import ranks
 from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.compress import polished
-from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.methods import Method
@@ -38,7 +38,8 @@ class Settings:
     """What the command takes, as it takes it."""
 
     model: str
-    calibration: Path
+    calibration: str
+    text_column: str | None
     output: Path
     method: str
     bits: int
@@ -63,7 +64,8 @@ class Settings:
     overrides: Overrides = ()
 
 
-ABOUT_THE_RUN = ("model", "calibration", "output", "resume", "verify", "trust_remote_code")  # not the recipe
+# These are not the recipe.
+ABOUT_THE_RUN = ("model", "calibration", "text_column", "output", "resume", "verify", "trust_remote_code")
 
 
 def run(settings: Settings) -> None:
@@ -77,9 +79,16 @@ def run(settings: Settings) -> None:
         _method(settings)
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
         with _processes(), _folder(settings) as folder, _progress() as see:
-            words = read_text(settings.calibration)
+            text = find_text(settings.calibration, settings.text_column)
             tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-            calibration, held_out = _texts(settings, words, tokenizer)
+            calibration, held_out = choose_windows(
+                text,
+                tokenizer,
+                length=settings.sequence_length,
+                samples=settings.samples,
+                held_out=settings.held_out,
+                seed=settings.seed,
+            )
             source = open_model(settings.model, trust_remote_code=settings.trust_remote_code)
             settings = _with_defaults(settings, source.model)
             result = ptq.compress(
@@ -231,26 +240,6 @@ def _method(settings: Settings) -> Method:
 def _given(**options: Any) -> dict[str, Any]:
     """Those that were; the library has defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _texts(settings: Settings, words: str, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Windows of the text to calibrate on, the first ones, or with a seed any; and of the others, to tell by how good
-    the result is, if some are left."""
-    text = tokens(words, tokenizer)
-    try:
-        found = windows(text, settings.sequence_length, len(text) // settings.sequence_length or 1)
-        if len(found) < settings.samples:
-            needed, has = settings.samples * settings.sequence_length, len(text)
-            raise ValueError(
-                f"{settings.samples} samples of {settings.sequence_length} tokens take {needed:,}, it has {has:,}"
-            )
-    except ValueError as error:
-        raise CommandError(f"{settings.calibration}: {error}") from error
-    if settings.seed:
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(settings.seed))
-        found = found[order]
-    held_out = found[settings.samples :][: settings.held_out]
-    return found[: settings.samples], held_out if len(held_out) else None
 
 
 @contextmanager

@@ -11,11 +11,15 @@ from opt8bit import __version__
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
 from opt8bit.cli.models import CommandError
 from opt8bit.cli.recipes import METHODS, STATISTICS, read_recipe
+from opt8bit.cli.texts import find_text
 from opt8bit.optim.options import DEFAULTS
 from opt8bit.ptq.bias import CORRECTIONS
 from opt8bit.ptq.export import FORMATS
 from opt8bit.ptq.methods.outliers import STRUCTURES
 from opt8bit.quant.grid import RANGES
+
+TEXTS = "a file of text or records, a folder of them, or owner/name:config:split of the datasets package"
+COLUMN = "of records, with the text or the chat (default: text, messages or conversations)"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -82,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     test.add_argument("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of the hub")
-    test.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to predict, in UTF-8")
+    test.add_argument("--text", required=True, metavar="TEXT", help=f"to predict: {TEXTS}")
+    test.add_argument("--text-column", metavar="NAME", help=COLUMN)
     test.add_argument(
         "--sequence-length", type=positive, default=512, help="tokens of a window; windows do not overlap"
     )
@@ -100,7 +105,8 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     )
     add = command.add_argument
     add("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of a model on the hub")
-    add("--calibration", type=Path, required=True, metavar="FILE", help="text, in UTF-8, like what the model is for")
+    add("--calibration", required=True, metavar="TEXT", help=f"like what the model is for: {TEXTS}")
+    add("--text-column", metavar="NAME", help=COLUMN)
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
     add("--method", choices=METHODS, default="gptq", help="that rounds")
     add("--bits", type=int, choices=range(2, 9), default=4, metavar="N", help="of a weight, 2 to 8")
@@ -161,7 +167,8 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     length, samples = options.sequence_length, options.samples
-    print(evaluate.report(options.model, options.text, length, samples, options.json, options.trust_remote_code))
+    text = find_text(options.text, options.text_column)
+    print(evaluate.report(options.model, text, length, samples, options.json, options.trust_remote_code))
 
 
 COMMANDS = {

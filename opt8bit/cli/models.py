@@ -1,13 +1,10 @@
-"""Language models and texts, as the commands take them. No pickle is read, and no remote code run unless asked for."""
+"""Language models, as the commands take them. No pickle is read, and no remote code run unless asked for."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
 from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, OtherNames, Source
@@ -125,20 +122,3 @@ def _loaded(place: str, name: str, trust_remote_code: bool) -> tuple[Any, list[s
 def _cannot_load(name: str, error: Exception) -> CommandError:
     lines = str(error).strip().splitlines()
     return CommandError(f"cannot load {name!r}: {lines[0] if lines else type(error).__name__}")
-
-
-def read_text(path: Path) -> str:
-    """Returns a text: the whole file at once.
-
-    Raises:
-        CommandError: the file cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"cannot read {str(path)!r}: {error}") from error
-
-
-def tokens(text: str, tokenizer: Any) -> Tensor:
-    """Returns a text's tokens, (n,). One that is longer than the model's context is meant: it is cut into windows."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
