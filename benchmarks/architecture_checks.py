@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 import opt8bit
 from opt8bit import ptq
 from opt8bit.cli.compress import GROUP_SIZES
-from opt8bit.cli.models import CommandError, load_tokenizer, open_model, tokens
+from opt8bit.cli.models import CommandError, open_model, tokens
 from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.compress import DEFAULT_METHOD
 from opt8bit.ptq.evaluate import windows
@@ -34,7 +35,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 2, 24, 8
 # layers add up to less than 5%; the median over tokens leaves out those that a router sends to another expert.
 ROUNDING = 0.1
 EXACT = 2e-3  # sums in another order, in float32
-OF_A_MATRIX = 0.1  # of its norm, which rounding and what makes up for the layers before may change
+OF_A_MATRIX = 0.5  # of its norm, which rounding and what makes up for the layers before may change
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # of a packed weight
 OF_THE_RUN = ("transformers_version", "quantization_config")  # entries of config.json that may differ
 LATE = ("_run_block", "write", "export", "verify")  # functions that run when calibration has begun
@@ -107,7 +108,7 @@ def examined(original: Original, format: str, folder: Path) -> dict[str, Any]:
         row["share"] = round(result.weights / sum(param.numel() for param in result.model.parameters()), 3)
         with stage("export"):
             folder.mkdir()
-            write(result, folder, format, load_tokenizer(str(original.folder)))
+            write(result, folder, format, tiny_tokenizer())
         row |= compared(original, result, format, folder)
     except Wrong as error:
         return {**row, "result": "wrong", "why": str(error)}
@@ -119,11 +120,10 @@ def examined(original: Original, format: str, folder: Path) -> dict[str, Any]:
 
 def compressed(original: Original, format: str) -> Any:
     """Runs what ``opt8bit compress --bits 8`` does."""
-    tokenizer = load_tokenizer(str(original.folder))
     words = torch.randint(
         FIRST_WORD, FIRST_SPECIAL, ((SAMPLES + HELD_OUT) * LENGTH,), generator=torch.Generator().manual_seed(2)
     )
-    text = tokens(" ".join(f"w{word}" for word in words.tolist()), tokenizer)
+    text = tokens(" ".join(f"w{word}" for word in words.tolist()), tiny_tokenizer())
     samples = windows(text, LENGTH, SAMPLES + HELD_OUT)
     source = open_model(str(original.folder))
     inputs = {matrix(layer).shape[1] for layer in block_layers(source.model).values()}
@@ -186,7 +186,7 @@ def difference(logits: Tensor, expected: Tensor) -> float:
         raise Wrong(f"logits are {tuple(logits.shape)}, the original's {tuple(expected.shape)}")
     by_token = (logits - expected).square().mean(-1).sqrt()
     found = float(by_token.median() / expected.std())
-    return found if found == found else float("inf")
+    return float("inf") if math.isnan(found) else found
 
 
 def generated(model: Any) -> dict[bool, list[list[int]]]:
@@ -290,7 +290,7 @@ def is_refusal(error: BaseException) -> bool:
 def told(error: BaseException) -> dict[str, str]:
     """The first line of what an error says, and the functions it came from."""
     lines = str(error).strip().splitlines()
-    why = f"{lines[0][:300]}" if lines else ""
+    why = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
     if not isinstance(error, CommandError | NotBuilt):
         why = f"{type(error).__name__}: {why}"
     inner = error.__cause__ if isinstance(error, CommandError) and error.__cause__ is not None else error

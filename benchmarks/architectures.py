@@ -27,6 +27,11 @@ from tiny_models import class_name, model_types
 FORMATS = ("compressed-tensors", "dense")
 RESULTS = ("whole", "refused", "wrong", "crash", "not built")
 TIMEOUT = 120
+PRELOADED = (  # that every process would import
+    *("architecture_checks", "transformers.generation.utils", "transformers.quantizers.auto", "greenlet"),
+    *("accelerate.big_modeling", "compressed_tensors.quantization", "compressed_tensors.compressors", "torch._dynamo"),
+    *("torch.distributed.tensor", "torch.nn.attention.flex_attention"),
+)
 PROCESSES = 2
 
 
@@ -91,7 +96,7 @@ def main() -> None:
     if options.from_rows:
         rows = read_rows(options.rows)
     else:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["architecture_checks"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
         with ThreadPoolExecutor(PROCESSES) as pool:
             found = pool.map(lambda name: measure(name, options.format), options.only or model_types())
             rows = [row for each in found for row in each]

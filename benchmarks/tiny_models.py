@@ -7,13 +7,12 @@ set to a small value by the first pattern of ``SIZES`` that fits. Layers are cho
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,7 +20,6 @@ VOCABULARY, POSITIONS, WINDOW = 128, 128, 16
 PAD, BOS, EOS = 0, 1, 2
 FIRST_WORD, FIRST_SPECIAL = 3, 96  # tokens from the one to the other stand for words
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, EXPERTS = 64, 128, 4, 16, 4
-LEAST_LAYERS = 2
 
 # The first pattern that fits all of an entry's name gives its value; what has no pattern stays as it is.
 SIZES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
@@ -34,11 +32,12 @@ SIZES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"(keep_|attention_)?(sliding_)?window(_size)?|local_attention(_window_len)?|attention_chunk_size", WINDOW),
     ("chunk_size|mamba_chunk_size|l?l?o?c?a?s?h?_attn_chunk_length", WINDOW),
     (
-        r".*intermediate_size.*|(en|de)coder_ffn_dim|d_ff|.*ffn_hidden_size|feed_forward_size|dff|dim_ff|ffn_dim|mlp_dim|d_inner",
+        r".*intermediate_size.*|((en|de)coder_)?ffn_dim|d_ff|.*ffn_hidden_size|feed_forward_size|dff|dim_ff|mlp_dim|d_inner",
         INTERMEDIATE,
     ),
     (
-        r"hidden_size(_global)?|d_model|n_embd|(word_)?embed(ding|_proj)?_(dim|size)|emb_dim|attention_hidden_size|backbone_hidden_size|lru_width|out_hidden_size",
+        r"((out|attention|backbone)_)?hidden_size(_global)?|(word_)?embed(ding|_proj)?_(dim|size)|d_model|n_embd|d_embed|emb_dim"
+        "|lru_width|adapter_(in|out)_dim",
         HIDDEN,
     ),
     (r"hidden_size_per_layer_input|.*lora_rank|laurel_rank|.*time_step_rank|mamba_dt_rank", HIDDEN // 2),
@@ -58,33 +57,44 @@ SIZES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (".*image_size|crop_size", 32),
     ("patch_size", lambda size: min(size, 16)),
 )
+LAYERS = "num_hidden_layers|n_layers?|num_layers|((en|de)coder|num_(en|de)coder)_layers|depth|num_blocks"
+LEAST_LAYERS, MOST_LAYERS = 2, 4
 # Entries that are None by default and whose models cannot do without.
 UNNAMED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS // 2}
 # Without which a configuration cannot even be made.
+NO_INPUTS_BY_LAYER = {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
 NEEDED: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+    "gemma4_assistant": NO_INPUTS_BY_LAYER,
+    "phi4_multimodal": {"vision_config": {}, "audio_config": {}},
 }
-LAYERS = "num_hidden_layers|n_layers?|num_layers|((en|de)coder|num_(en|de)coder)_layers|depth|num_blocks"
-MOST_LAYERS = 4
-
 
 BERTS = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
     *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
 )
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-HYBRID = ["linear_attention", "full_attention"]
+IS_5 = int(transformers.__version__.partition(".")[0]) >= 5
+LINEAR, FULL = ("linear_attention", "full_attention") if IS_5 else ("mamba", "attention")
 SLIDING = ["sliding_attention", "full_attention"]
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2}
 ZAMBA = {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM}  # it reads two widths side by side
-EVERY_OTHER = {
-    "num_hidden_layers": 4,
-    "layers_block_type": ["linear_attention", "hybrid"] * 2,
-}  # shared by two at least
+PAIRS = {"num_hidden_layers": 4, "layers_block_type": [LINEAR, LINEAR, "hybrid", "hybrid"]}  # two share weights
+LATENT = {
+    **{"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": 32, "kv_lora_rank": 32},
+    **{"head_dim": 2 * HEAD_DIM, "qk_nope_head_dim": HEAD_DIM, "v_head_dim": HEAD_DIM},
+}
+KV_SHARED = {"num_hidden_layers": 4, "layer_types": SLIDING * 2, "num_kv_shared_layers": 2}
+
+
+def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, and the others where there are two; so of configurations inside."""
+    both = {name: _merged(values[name], other) for name, other in others.items() if isinstance(values.get(name), dict)}
+    return {**values, **others, **both}
+
 
 # By type of model, or of a part of one, what the names do not tell.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(BERTS, {"is_decoder": True}),
+    **{name: {"is_decoder": True} for name in BERTS},
     "bamba": {**MAMBA2, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {kind: ROPE for kind in SLIDING}, "layer_types": SLIDING},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
@@ -94,31 +104,47 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": SLIDING * 2,
         **{"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     },
+    "dots3_note_text": {
+        **{
+            "layer_types": ["indexed_attention", "sliding_attention"],
+            "head_dim": 2 * HEAD_DIM,
+            "per_layer_config": None,
+        },
+        **{f"swa_{name}": value for name, value in LATENT.items()},
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "conv_output_size": 256},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2, "layer_types": SLIDING},
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 128},
-    "granitemoehybrid": {**MAMBA2, "layer_types": HYBRID},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "gemma3n_text": KV_SHARED,
+    "gemma4_text": KV_SHARED,
+    "gemma4_assistant": _merged(NO_INPUTS_BY_LAYER, {"text_config": {"num_kv_shared_layers": 4}}),  # all of its layers
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},  # all of its layers
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {**MAMBA2, "layer_types": [LINEAR, FULL]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mllama_text_model": {
+        "cross_attention_layers": [1],
+        **({} if IS_5 else {"rope_scaling": {"rope_type": "default"}}),
+    },
     "qwen4_exp_text": {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
         **{"indexer_budget": 16, "indexer_compress_ratio": 4},
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
-        **{
-            "hash_seed": 0,
-            "is_decoder": True,
-            "axial_pos_shape": [8, 16],
-            "axial_pos_embds_dim": [32, 32],
-            "num_buckets": 4,
-        },
+        **{"hash_seed": 0, "is_decoder": True, "num_buckets": 4},
+        **{"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
     },
     "xlm": {"causal": True},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "xlstm": {"qk_dim_factor": 1.0},
-    "zamba": {**ZAMBA, **EVERY_OTHER},
-    "zamba2": {**ZAMBA, **EVERY_OTHER, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16, "n_mamba_heads": 8},
+    "transfo-xl": {"cutoffs": [32, 64, 96]},
+    "xlstm": {  # half of its width is rounded up to a multiple of 64; transformers 4.57 has states of one chunk alone
+        **{"hidden_size": 128, "embedding_dim": 128, "chunk_size": 64},
+    },
+    "zamba": {**ZAMBA, **PAIRS, "attn_layer_period": 1, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    "zamba2": {**ZAMBA, **PAIRS, "hybrid_layer_ids": [2, 3], "mamba_headdim": 16, "n_mamba_heads": 8},
 }
 
 
@@ -130,6 +156,10 @@ def model_types() -> list[str]:
 def class_name(model_type: str) -> str:
     """Returns the class of that type's models."""
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def model_class(model_type: str) -> Any:
+    return getattr(transformers, class_name(model_type))
 
 
 def tiny_config(model_type: str) -> Any:
@@ -148,14 +178,14 @@ def _shrunk(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
             changed[name] = {**({"model_type": kind} if kind else {}), **_shrunk(value, kind)}
             if "text" not in name and "intermediate_size" in changed[name]:  # the language model is to be the largest
                 changed[name]["intermediate_size"] = INTERMEDIATE // 4
-        elif isinstance(value, list) and value and len(value) == _depth(values):
+        elif isinstance(value, list) and value and len(value) == _depth(values):  # an entry for each layer
             changed[name] = [_resized(name, value[i], len(layers)) for i in layers]
         else:
             changed[name] = _resized(name, value, len(layers))
     if values.get("kv_lora_rank"):  # keys and values of latent attention have all heads
         changed["num_key_value_heads"] = HEADS
     changed = {name: value for name, value in changed.items() if value != values[name]}
-    return {**changed, **OVERRIDES.get(model_type, {})}
+    return _merged(changed, OVERRIDES.get(model_type, {}))
 
 
 def _resized(name: str, value: Any, layers: int) -> Any:
@@ -191,7 +221,11 @@ def _chosen_layers(values: Mapping[str, Any]) -> list[int]:
 def tiny_model(model_type: str) -> Any:
     """Returns a model of that type with random weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    config = tiny_config(model_type)
+    inner = getattr(config, "text_config", None)
+    if type(inner) is model_class(model_type).config_class and inner.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config = inner  # the class is of the language model alone
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() >= 2:  # as large as those of trained models: logits are to differ
