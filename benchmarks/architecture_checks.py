@@ -280,7 +280,7 @@ def stage(name: str) -> Iterator[None]:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether it is a message of opt8bit's own, given before calibration began."""
-    if isinstance(error, CommandError) and error.__cause__ is not None:
+    if error.__cause__ is not None:  # what is raised again, with a name before it, is no message of its own
         return is_refusal(error.__cause__)
     frames = traceback.extract_tb(error.__traceback__)
     is_own = isinstance(error, CommandError | ValueError | TypeError) and frames[-1].filename.startswith(PACKAGE)
@@ -293,7 +293,9 @@ def told(error: BaseException) -> dict[str, str]:
     why = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
     if not isinstance(error, CommandError | NotBuilt):
         why = f"{type(error).__name__}: {why}"
-    inner = error.__cause__ if isinstance(error, CommandError) and error.__cause__ is not None else error
+    inner = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
     frames = traceback.extract_tb(inner.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
     places = [f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in (*own[-1:], *frames[-1:])]

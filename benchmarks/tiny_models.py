@@ -105,11 +105,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     },
     "dots3_note_text": {
-        **{
-            "layer_types": ["indexed_attention", "sliding_attention"],
-            "head_dim": 2 * HEAD_DIM,
-            "per_layer_config": None,
-        },
+        **{"num_hidden_layers": 2, "layer_types": ["indexed_attention", "sliding_attention"], "head_dim": 2 * HEAD_DIM},
+        "mlp_layer_types": ["dense", "sparse"],
         **{f"swa_{name}": value for name, value in LATENT.items()},
     },
     "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "conv_output_size": 256},
