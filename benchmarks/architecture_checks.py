@@ -167,7 +167,8 @@ def compared(original: Original, result: Any, format: str, folder: Path) -> dict
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    # Without a dtype, transformers 4 loads compressed-tensors in float16, whatever they were saved in.
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     return model.eval(), info
 
 

@@ -13,6 +13,7 @@ import argparse
 import collections
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -96,6 +97,7 @@ def main() -> None:
     if options.from_rows:
         rows = read_rows(options.rows)
     else:
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server knows no other
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
         with ThreadPoolExecutor(PROCESSES) as pool:
             found = pool.map(lambda name: measure(name, options.format), options.only or model_types())

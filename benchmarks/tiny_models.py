@@ -29,7 +29,9 @@ SIZES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     ("bos_token_id|decoder_start_token_id", BOS),
     ("eos_token_id|forced_eos_token_id|sep_token_id", EOS),
     ("(max|n)_position(_embedding)?s|max_(source|target)_positions|n_ctx|max_seq_len|model_max_length", POSITIONS),
-    (r"(keep_|attention_)?(sliding_)?window(_size)?|local_attention(_window_len)?|attention_chunk_size", WINDOW),
+    # Of 48 tokens: with fewer, rounding would change which of them are attended to.
+    ("index_topk|keep_window_size", 40),
+    (r"(attention_)?(sliding_)?window(_size)?|local_attention(_window_len)?|attention_chunk_size", WINDOW),
     ("chunk_size|mamba_chunk_size|l?l?o?c?a?s?h?_attn_chunk_length", WINDOW),
     (
         r".*intermediate_size.*|((en|de)coder_)?ffn_dim|d_ff|.*ffn_hidden_size|feed_forward_size|dff|dim_ff|mlp_dim|d_inner",
@@ -52,7 +54,6 @@ SIZES: tuple[tuple[str, int | Callable[[int], int]], ...] = (
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k", lambda experts: min(experts, 2)),
     (r"n_group|num_expert_group|n_groups|mamba_n_?groups", lambda groups: min(groups, 2)),
     ("topk_group", 1),
-    ("index_topk", 8),
     ("first_k_dense_replace|num_dense_layers|max_window_layers|num_kv_shared_layers", lambda layers: min(layers, 1)),
     (".*image_size|crop_size", 32),
     ("patch_size", lambda size: min(size, 16)),
