@@ -59,6 +59,7 @@ def measure(model_type: str, formats: list[str]) -> list[dict[str, Any]]:
     except EOFError:
         process.join()
         rows = [{"result": "crash", "why": f"the process ended with {process.exitcode}"}]
+    process.join(10)  # left to end by itself, it clears away what it made
     process.kill()
     process.join()
     if len(rows) < len(formats):

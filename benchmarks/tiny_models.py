@@ -220,7 +220,7 @@ def tiny_model(model_type: str) -> Any:
     """Returns a model of that type with random weights."""
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    inner = getattr(config, "text_config", None)
+    inner: Any = getattr(config, "text_config", None)
     if type(inner) is model_class(model_type).config_class and inner.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config = inner  # the class is of the language model alone
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
