@@ -50,7 +50,7 @@ class Original:
     folder: Path
     class_name: str
     logits: Tensor  # (PROMPTS, LENGTH, vocabulary)
-    generated: dict[bool, list[list[int]]] = field(default_factory=dict)  # with cache, and without
+    generated: dict[bool, list[list[int]]] = field(default_factory=dict)  # with a cache, and without
     note: str = ""
 
 
@@ -89,6 +89,8 @@ def built(model_type: str, folder: Path) -> Original:
         original.generated = generated(loaded)
     except Exception as error:
         original.note = f"does not generate: {told(error)['why']}"
+    if original.generated and original.generated[True] != original.generated[False]:
+        original.note = "the original itself generates other tokens with a cache than without"
     return original
 
 
