@@ -132,9 +132,9 @@ def anatomy(block: nn.Module, call: Call) -> Anatomy:
     families = expert_families(block, usage, tokens)
     experts = {name for family in families for name in family}
     left = {}
-    for name in usage.keys() - experts:
-        why = usage[name].why_left(tokens)
-        if why is not None:
+    for name, use in usage.items():
+        why = use.why_left(tokens)
+        if why is not None and name not in experts:
             left[name] = why
     stages = _stages([(name, x) for name, x in order if name not in left])
     return Anatomy(with_experts(stages, families), stream_writers(block, call), overwritten(block, call), left)

@@ -132,7 +132,7 @@ def block_calls(
 
     options = {} if keeps_cache else no_cache(model)
     try:
-        with replaced({block: _numbered(record, i) for i, block in enumerate(blocks)}), raised_by("the model"):
+        with replaced({block: _numbered(record, i) for i, block in enumerate(blocks)}), raised_by(f"{type(model).__name__}, run without its blocks,"):
             model(**batch, **options)
     except _Seen:
         return list(_linked(calls, [*stands, None]))

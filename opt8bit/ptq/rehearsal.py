@@ -16,7 +16,7 @@ from opt8bit.ptq.calls import Anatomy, Call, Refused, anatomy, raised_by, replac
 from opt8bit.ptq.ends import ModelEnd
 from opt8bit.ptq.recording import block_calls, changed_between, check_order, same_hidden, taken
 from opt8bit.ptq.source import Source
-from opt8bit.ptq.states import State, copied, flattened
+from opt8bit.ptq.states import State, copied, flattened, placeholder
 
 FEW = 8  # tokens: enough for experts to share them, and for as many passes as an anatomy takes
 
@@ -114,8 +114,8 @@ class _Watch:
             if self.calls and not same_hidden(call.hidden_of(self.made[-1]), call.hidden):
                 raise changed_between(i)
             # What the block is called with has to outlive the call, in which it may change.
-            own_args, own_kwargs = copied((call.args, call.kwargs), {})
-            self.calls.append(call._replace(hidden=call.hidden.clone(), args=own_args, kwargs=own_kwargs))
+            hidden, own_args, own_kwargs = placeholder((call.hidden, call.args, call.kwargs))
+            self.calls.append(call._replace(hidden=hidden, args=own_args, kwargs=own_kwargs))
             with self.source.block(call.name) as block, replaced({block: forward}):
                 with raised_by(f"the model's block {call.name}"):
                     self.made.append(block(*args, **kwargs))

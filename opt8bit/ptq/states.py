@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Names under which models pass their caches: the older ones are plain tuples, which no class tells.
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "cache_params", "kv_cache")
+# Names under which models pass their caches, some of which are plain tuples or lists of tensors.
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "past", "cache", "cache_params", "kv_cache", "state")
 
 
 class State:
