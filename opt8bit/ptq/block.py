@@ -15,12 +15,14 @@ from torch.nn.functional import linear
 from opt8bit.ptq import ranks
 from opt8bit.ptq.bias import block_shift
 from opt8bit.ptq.blocks import linear_layers, matrix
-from opt8bit.ptq.calls import Anatomy, Call, apart
-from opt8bit.ptq.layer import Compressed, Recipe, compress_stage, symmetry_cost
+from opt8bit.ptq.calls import Anatomy, apart
+from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
 from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.placement import Place, why_uncorrected
+from opt8bit.ptq.passes import Call
+from opt8bit.ptq.placement import why_uncorrected
 from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
+from opt8bit.ptq.stages import Stage, by_recipe, layer_report
 from opt8bit.ptq.statistics import Inputs
 from opt8bit.ptq.walk import Walk, halting, walks
 
@@ -73,7 +75,7 @@ class BlockTask:
             self.of_block = next((n for n in last if n in parts.writers and self._corrects(n)), None)
         self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
         self.drifts: list[Tensor] = []  # of each batch, if there are writers
-        self.pending: _Stage | None = None
+        self.pending: Stage | None = None
         self.passed: set[nn.Module] = set()  # layers before which no pass stands still any more
         self.too_few: dict[str, int] = {}
 
@@ -195,23 +197,23 @@ class BlockTask:
             errors = stage.errors.relative(name)
             corrects = self.result.recipe.correct != "none"
             note = self._note(name, stage) if corrects else None
-            report = _layer_report(full, layers[name], layer, errors, place, note, seconds)
+            report = layer_report(full, layers[name], layer, errors, place, note, seconds)
             self.reports.append(report)
             self.result.report.append(report)
             self.see(report)
 
-    def _note(self, layer: str, stage: _Stage) -> str | None:
+    def _note(self, layer: str, stage: Stage) -> str | None:
         """Why a layer was not corrected; None if it was."""
         why = why_uncorrected(f"{self.name}.{layer}", self.result.places)
         if why is None and stage.is_routed and stage.layers[layer].shift is None:
             return "it sees only some of the tokens"
         return why
 
-    def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> _Stage:
+    def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> Stage:
         started = time.perf_counter()
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         done: dict[str, Compressed] = {}
-        for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
+        for recipe, group in by_recipe({n: self._recipe(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and n != self.of_block}
             with _named(f"{self.name}.{group[0]}"):
                 done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected)
@@ -224,15 +226,15 @@ class BlockTask:
         self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
         shifts = {name: done[name].shift if name in done else None for name in names}
         errors = OutputErrors(layers, layers_hat, shifts, self.parts.overwritten)
-        return _Stage(done, errors, time.perf_counter() - started)
+        return Stage(done, errors, time.perf_counter() - started)
 
-    def _compress_routed(self, names: list[str], x_hat: Sequence[Tensor]) -> _Stage:
+    def _compress_routed(self, names: list[str], x_hat: Sequence[Tensor]) -> Stage:
         """Rounds layers that do not see all tokens, or not the same ones in both models."""
         started = time.perf_counter()
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         tokens, features = tokens_seen(x_hat), matrix(layers[names[0]]).shape[1]
         done: dict[str, Compressed] = {}
-        for recipe, group in _by_recipe({n: self._recipe(n) for n in names}):
+        for recipe, group in by_recipe({n: self._recipe(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and recipe.statistic != "position"}
             with _named(f"{self.name}.{group[0]}"):
                 done |= compress_routed({n: layers[n] for n in group}, x_hat, tokens, recipe, corrected)
@@ -247,7 +249,7 @@ class BlockTask:
         errors.close()
         if not enough:
             self.too_few |= {f"{self.name}.{name}": tokens for name in done}
-        return _Stage(done, errors, time.perf_counter() - started, is_routed=True)
+        return Stage(done, errors, time.perf_counter() - started, is_routed=True)
 
     def _block_errors(self, calls: Sequence[Call]) -> Iterator[Tensor]:
         """Of each batch, the float block's output minus the compressed one's, both for the float model's hidden states.
@@ -269,27 +271,6 @@ class BlockTask:
             yield error if mask is None else torch.where(mask.bool().unsqueeze(-1), error, torch.nan)
 
 
-def _by_recipe(recipes: dict[str, Recipe | None]) -> list[tuple[Recipe, list[str]]]:
-    """Layers of a stage that go together."""
-    groups: list[tuple[Recipe, list[str]]] = []
-    for name, recipe in recipes.items():
-        group = next((names for other, names in groups if other == recipe), None)
-        if group is not None:
-            group.append(name)
-        elif recipe is not None:
-            groups.append((recipe, [name]))
-    return groups
-
-
-class _Stage(NamedTuple):
-    """Layers that are compressed, while the passes go through them."""
-
-    layers: dict[str, Compressed]
-    errors: OutputErrors
-    seconds: float
-    is_routed: bool = False  # whether the layers see only some of the tokens: their errors are complete
-
-
 @contextmanager
 def _named(layer: str) -> Iterator[None]:
     """Inside, a check that fails is about this layer."""
@@ -301,32 +282,3 @@ def _named(layer: str) -> Iterator[None]:
 
 def _pass(call: Call, block: nn.Module) -> Callable[[], Tensor]:
     return lambda: call.through(block)
-
-
-def _layer_report(
-    name: str,
-    had: nn.Module,
-    layer: Compressed,
-    errors: tuple[float, float],
-    place: Place | None,
-    note: str | None,
-    seconds: float,
-) -> LayerReport:
-    weight, shift = matrix(had), layer.shift
-    moved = place is not None and place.kind == "through"
-    stored = 0
-    if shift is not None and layer.bias is not None and not moved:
-        stored = layer.bias.numel() - (0 if had.bias is None else len(weight))
-    return LayerReport(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        bits_per_weight=layer.rounded.bits_per_weight,
-        error_rounded=errors[0],
-        error_corrected=errors[1],
-        bias_norm=0.0 if shift is None else float(shift.norm()),
-        bias_bytes=stored * weight.element_size(),
-        bias_place=None if shift is None else str(place),
-        symmetry_cost=symmetry_cost(weight, layer.rounded.format),
-        note=note or "",
-        seconds=seconds,
-    )

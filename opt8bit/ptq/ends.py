@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from opt8bit.ptq import ranks
-from opt8bit.ptq.calls import raised_by
 from opt8bit.ptq.evaluate import perplexity_of
+from opt8bit.ptq.passes import raised_by
 from opt8bit.ptq.recording import handing_on, no_cache
 
 PROBED = 4  # tokens whose logits a checkpoint is checked by
@@ -58,7 +58,10 @@ class ModelEnd:
         """Of hidden states (sequences, length, ...) that the last block puts out; None where the model has none."""
         if self._axes != (0, 1):
             hidden = hidden.movedim((0, 1), self._axes)
-        with handing_on(self._blocks, self._outputs, hidden), raised_by("the model"):
+        with (
+            handing_on(self._blocks, self._outputs, hidden),
+            raised_by(f"{type(self._model).__name__}, run without its blocks,"),
+        ):
             output: Any = self._model(**batch, **no_cache(self._model))
         return getattr(output, "logits", None)
 

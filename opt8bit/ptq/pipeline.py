@@ -11,9 +11,10 @@ from opt8bit.backends import warn
 from opt8bit.ptq import ranks
 from opt8bit.ptq.block import BlockTask, Streams
 from opt8bit.ptq.blocks import block_layers, evaluating, find_blocks
-from opt8bit.ptq.calls import Anatomy, Call, Refused
+from opt8bit.ptq.calls import Anatomy
 from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.layer import Compressed, Recipe
+from opt8bit.ptq.passes import Call, Refused
 from opt8bit.ptq.placement import Places, bias_places, value_bias_through
 from opt8bit.ptq.rehearsal import Rehearsal, rehearse
 from opt8bit.ptq.result import LayerReport, Result
@@ -56,6 +57,8 @@ def run(
         calls = [known.calls(model, blocks, batch) for batch in (*batches, *held_out)]
         masks = [batch.get("attention_mask") for batch in batches]
         _check_lengths(calls, masks)
+        ends = ModelEnd(model, blocks, known.outputs, known.axes)
+        probe(ends, batches[0], calls[0][0].hidden)  # of any hidden states: an end that cannot run is known at once
         embedded = [of_batch[0].hidden for of_batch in calls]
         streams = Streams(embedded, embedded)
         del embedded  # the streams' alone, to be let go with the first block
@@ -89,7 +92,6 @@ def run(
         if work:
             result.layers = work.layers(recipe)
         _warn_of_few(too_few)
-        ends = ModelEnd(model, blocks, known.outputs, known.axes)
         result.probe = probe(ends, batches[0], streams.compressed[0])
         result.quality = quality(ends, held_out, *(stream[len(batches) :] for stream in streams))
     return result
@@ -161,7 +163,7 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
     if stay and not ranks.rank():
         found = by_pattern(stay, prefix, len(known.parts))
         names = "; ".join(f"{pattern} {why}" for pattern, why in found[:NAMED])
-        warn(f"{len(stay)} layers stay as they are: {names}{' ...' if len(found) > NAMED else ''}")
+        warn(f"layers that stay as they are ({len(stay)}): {names}{' ...' if len(found) > NAMED else ''}")
     return len(compressed)
 
 
@@ -199,6 +201,6 @@ def _warn_of_few(tokens: Mapping[str, int]) -> None:
         return
     names = ", ".join(f"{name} ({count})" for name, count in list(tokens.items())[:NAMED])
     warn(
-        f"{len(tokens)} layers saw too few tokens for statistics of their own, and were rounded to nearest: "
-        f"{names}{' ...' if len(tokens) > NAMED else ''}"
+        f"layers that saw too few tokens for statistics of their own and were rounded to nearest ({len(tokens)}), "
+        f"and how many they saw: {names}{' ...' if len(tokens) > NAMED else ''}"
     )

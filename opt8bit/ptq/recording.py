@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.calls import Call, Refused, raised_by, replaced
+from opt8bit.ptq.calls import replaced
+from opt8bit.ptq.passes import Call, Refused, raised_by
 from opt8bit.ptq.states import flattened, hidden_in, placeholder, with_hidden
 
 HIDDEN = "hidden_states"  # what nearly all models call them
@@ -125,14 +126,15 @@ def block_calls(
         if i + 1 == len(blocks):
             raise _Seen
         hidden = args[0] if call.place == 0 else kwargs[call.place]  # type: ignore[index]
-        if outputs is None:
-            return hidden
-        stands.append(with_hidden(outputs[i] if as_made else placeholder(outputs[i]), hidden))
+        stands.append(hidden)
+        if outputs is not None:
+            stands[-1] = with_hidden(outputs[i] if as_made else placeholder(outputs[i]), hidden)
         return stands[-1]
 
     options = {} if keeps_cache else no_cache(model)
+    stubs = {block: _numbered(record, i) for i, block in enumerate(blocks)}
     try:
-        with replaced({block: _numbered(record, i) for i, block in enumerate(blocks)}), raised_by(f"{type(model).__name__}, run without its blocks,"):
+        with replaced(stubs), raised_by(f"{type(model).__name__}, run without its blocks,"):
             model(**batch, **options)
     except _Seen:
         return list(_linked(calls, [*stands, None]))

@@ -7,16 +7,20 @@ what they compute in it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.calls import Anatomy, Call, Refused, anatomy, raised_by, replaced
+from opt8bit.ptq.blocks import linear_layers
+from opt8bit.ptq.calls import Anatomy, anatomy, replaced
 from opt8bit.ptq.ends import ModelEnd
+from opt8bit.ptq.passes import Call, ModelError, Refused, raised_by
 from opt8bit.ptq.recording import block_calls, changed_between, check_order, same_hidden, taken
 from opt8bit.ptq.source import Source
 from opt8bit.ptq.states import State, copied, flattened, placeholder
+from opt8bit.ptq.walk import halting, walks
 
 FEW = 8  # tokens: enough for experts to share them, and for as many passes as an anatomy takes
 
@@ -28,6 +32,7 @@ class Part(NamedTuple):
     output: Any  # what it returned
     changes: bool  # whether it changes what it shares with other blocks
     clones: bool  # whether it overwrites its hidden states
+    fields: tuple[tuple[str, str, Any], ...]  # what its modules keep in attributes, as it was: module, name, value
 
 
 class Rehearsal(NamedTuple):
@@ -51,7 +56,9 @@ class Rehearsal(NamedTuple):
     def calls(self, model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]) -> list[Call]:
         """How the model calls its blocks on a batch; see :func:`block_calls`."""
         calls = block_calls(model, blocks, batch, self.outputs, axes=self.axes, keeps_cache=self.keeps_cache)
-        return [call._replace(clones=part.clones) for call, part in zip(calls, self.parts, strict=True)]
+        return [
+            call._replace(clones=part.clones, fields=part.fields) for call, part in zip(calls, self.parts, strict=True)
+        ]
 
 
 def few_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,18 +124,22 @@ class _Watch:
             hidden, own_args, own_kwargs = placeholder((call.hidden, call.args, call.kwargs))
             self.calls.append(call._replace(hidden=hidden, args=own_args, kwargs=own_kwargs))
             with self.source.block(call.name) as block, replaced({block: forward}):
+                before = _attributes(block)
                 with raised_by(f"the model's block {call.name}"):
                     self.made.append(block(*args, **kwargs))
-                self.parts.append(self._look(block))
+                self.parts.append(self._look(block, _changed(before, block)))
             return self.made[-1]
 
         return visited
 
-    def _look(self, block: nn.Module) -> Part:
+    def _look(self, block: nn.Module, fields: tuple[tuple[str, str, Any], ...]) -> Part:
+        self.calls[-1] = self.calls[-1]._replace(fields=fields)
         call = self._apart(block)
         clones = _overwrites(block, call)
         call = call._replace(clones=clones)
-        return Part(anatomy(block, call), call.output(block), _changes(block, call), clones)
+        if fields:
+            _check_interleaved(block, call)
+        return Part(anatomy(block, call), call.output(block), _changes(block, call), clones, fields)
 
     def _apart(self, block: nn.Module) -> Call:
         """The call as it is to be made apart from the model: without the cache, unless the block needs it.
@@ -158,6 +169,51 @@ def _overwrites(block: nn.Module, call: Call) -> bool:
     version = call.hidden._version
     call.of(block)
     return call.hidden._version != version
+
+
+Attributes = dict[tuple[str, str], Any]  # by the module's name and their own
+
+
+def _attributes(block: nn.Module) -> Attributes:
+    """The attributes and buffers of a block's modules that are tensors, or nothing yet."""
+    return {
+        (module_name, name): value
+        for module_name, module in block.named_modules()
+        for name, value in (*vars(module).items(), *module.named_buffers(recurse=False))
+        if value is None or isinstance(value, Tensor)
+    }
+
+
+def _changed(before: Attributes, block: nn.Module) -> tuple[tuple[str, str, Any], ...]:
+    """What other values a block's modules had for their attributes before a pass."""
+    after = _attributes(block)
+    return tuple((*key, value) for key, value in before.items() if after.get(key, value) is not value)
+
+
+def _check_interleaved(block: nn.Module, call: Call) -> None:
+    """
+    Raises:
+        Refused: modules keep something for other layers of the same pass, which another pass would overwrite.
+    """
+    other = call._replace(hidden=call.hidden.flip(1))
+    expected = [one.of(block) for one in (call, other)]
+    try:
+        found = _interleaved(block, call, other)
+    except ModelError:
+        found = []
+    if not found or not all(map(_agree, found, expected)):
+        names = ", ".join(f"{module}.{name}".lstrip(".") for module, name, _ in call.fields)
+        raise Refused(f"{call.name} keeps what it needs in one pass in attributes of its modules: {names}")
+
+
+def _interleaved(block: nn.Module, *calls: Call) -> list[Tensor]:
+    """The hidden states that a block makes of calls, each pass going on to its next layer in turn."""
+    with halting(linear_layers(block).values()), walks([partial(call.of, block) for call in calls]) as passes:
+        while not all(walk.ended for walk in passes):
+            for walk in passes:
+                if not walk.ended:
+                    walk.step()
+        return [walk.x for walk in passes]
 
 
 def _changes(block: nn.Module, call: Call) -> bool:

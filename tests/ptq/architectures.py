@@ -166,6 +166,5 @@ def make(name: str) -> Any:
     return model
 
 
-
 def token_ids(samples: int, length: int) -> torch.Tensor:
     return torch.randint(4, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(length))

@@ -41,9 +41,7 @@ def compress(model: Any, ids: Tensor, **options: Any) -> ptq.Result:
 
 @pytest.mark.parametrize("length", [WINDOW - 2, 3 * WINDOW])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_both_streams_end_in_the_logits_of_their_models(
-    name: str, length: int, streams: list[tuple[Any, ...]]
-) -> None:
+def test_both_streams_end_in_the_logits_of_their_models(name: str, length: int, streams: list[tuple[Any, ...]]) -> None:
     model, ids = model_of(name), token_ids(3, length)
     with torch.no_grad():
         before = model(input_ids=ids).logits
