@@ -62,7 +62,7 @@ def run(
         embedded = [of_batch[0].hidden for of_batch in calls]
         streams = Streams(embedded, embedded)
         del embedded  # the streams' alone, to be let go with the first block
-        calls = [[call._replace(hidden=call.hidden[:0]) for call in of_batch] for of_batch in calls]
+        calls = [[call._replace(hidden=call.hidden.new_empty(0)) for call in of_batch] for of_batch in calls]
         states = Streams(*([State() for _ in calls] for _ in streams))
         first = work.finished if work and not _hand_on_more(known, calls) else 0
         if work and first:
