@@ -82,7 +82,8 @@ def rehearse(source: Source, prefix: str, blocks: nn.ModuleList, batch: dict[str
     with replaced(visits), raised_by("the model"):
         output: Any = source.model(**few)
     if len(watch.parts) < len(blocks):
-        raise Refused(f"{type(source.model).__name__} called {len(watch.parts)} of its {len(blocks)} blocks")
+        name = type(source.model).__name__
+        raise Refused(f"{name} called {len(watch.parts)} of its {len(blocks)} blocks, {prefix}.*")
     _check_arguments(source.model, blocks, few, watch)
     _check_end(source.model, blocks, few, watch, getattr(output, "logits", None))
     return Rehearsal(watch.parts, watch.calls[0].axes, watch.keeps_cache)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from toys import token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.passes import ModelError
-from opt8bit.ptq.states import copied, hidden_in, is_cache, with_hidden
+from opt8bit.ptq.passes import Call, ModelError
+from opt8bit.ptq.recording import no_cache
+from opt8bit.ptq.states import State, copied, hidden_in, is_cache, with_hidden
 
 IDS = token_ids(6)
 
@@ -152,6 +153,48 @@ class Caching(Model):
 @pytest.mark.parametrize("shares", [False, True])
 def test_no_pass_sees_the_keys_of_another_one(shares: bool) -> None:
     check(Caching(shares), correct="local")
+
+
+@torch.no_grad()
+def test_a_call_can_be_repeated_while_the_streams_own_pass_goes_on() -> None:
+    class Counting(Inner):
+        def forward(self, hidden: Tensor, seen: list[Tensor]) -> Tensor:
+            seen.append(hidden)
+            return super().forward(hidden * len(seen))
+
+    block, recorded, state = Counting(), [torch.ones(1)], State()
+    call = Call(torch.randn(1, 2, WIDTH), (recorded,), {}, state=state)
+    repeated = call.repeatable()
+    expected = Inner.forward(block, 2 * call.hidden)
+    later = call._replace(later=frozenset([id(recorded)]))
+    assert torch.equal(repeated.of(block), expected) and torch.equal(later.through(block), expected)
+    assert torch.equal(repeated.of(block), expected)
+    assert torch.equal(call.of(block), Inner.forward(block, 3 * call.hidden))
+    assert torch.equal(call.repeatable().of(block), call.of(block)) and len(recorded) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SimpleNamespace(use_cache=True), {"use_cache": False}),
+        (SimpleNamespace(text_config=SimpleNamespace(use_cache=True)), {"use_cache": False}),
+        (SimpleNamespace(text_config=SimpleNamespace()), {}),
+    ],
+)
+def test_any_part_of_a_configuration_may_switch_a_cache(config: Any, expected: dict[str, Any]) -> None:
+    class Open(nn.Module):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> None: ...
+
+    class Closed(nn.Module):
+        def forward(self, input_ids: Tensor) -> None: ...
+
+    class Named(nn.Module):
+        def forward(self, input_ids: Tensor, use_cache: bool | None = None) -> None: ...
+
+    for model_class, options in ((Open, expected), (Closed, {}), (Named, {"use_cache": False})):
+        model: Any = model_class()
+        model.config = config
+        assert no_cache(model) == options
 
 
 class Pair(NamedTuple):
