@@ -21,7 +21,8 @@ from torch import Tensor
 import opt8bit
 from opt8bit import ptq
 from opt8bit.cli.compress import GROUP_SIZES
-from opt8bit.cli.models import CommandError, open_model, tokens
+from opt8bit.cli.models import CommandError, open_model
+from opt8bit.cli.texts.prefix import tokens
 from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.compress import DEFAULT_METHOD
 from opt8bit.ptq.evaluate import windows

@@ -1,4 +1,4 @@
-"""How a model calls its blocks, and a block its layers, told by watching them."""
+"""What a block does with its linear layers, determined by watching it run."""
 
 from __future__ import annotations
 
@@ -10,87 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import linear_layers, matrix
-
-
-class Call(NamedTuple):
-    """How a model called one of its blocks: the hidden states first, and whatever else it passed."""
-
-    hidden: Tensor  # (sequences, length, d)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def of(self, block: nn.Module) -> Tensor:
-        """The hidden states that ``block`` makes of this call."""
-        output = block(self.hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-def one_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The least batch of its kind: it tells what a block is made of as well as a large one, and costs nothing."""
-    first = {name: value[:1, :1] for name, value in batch.items()}
-    if "attention_mask" in first:
-        first["attention_mask"] = torch.ones_like(first["attention_mask"])
-    return first
-
-
-def returns_tuple(model: nn.Module, block: nn.Module, batch: dict[str, Tensor]) -> bool:
-    """Whether a block gives its hidden states alone or as the first of several. No other block need be able to run."""
-    found: list[bool] = []
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(isinstance(output, tuple))
-        raise _Seen
-
-    handle = block.register_forward_hook(after)
-    try:
-        model(**one_token(batch), **no_cache(model))
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    return bool(found and found[0])
-
-
-def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor], *, as_tuple: bool) -> list[Call]:
-    """How the model calls each of its blocks on a batch; only the first call's hidden states mean anything.
-
-    The blocks do not run: each hands its input on, ``as_tuple`` if that is how they return. So what the model
-    computes on the way from the embedding (masks, positions, rotary angles) is seen as every single block gets it,
-    whatever it depends on.
-
-    Raises:
-        ValueError: the model does not call all of its blocks, once each, with the hidden states first and as the
-            block before returned them.
-    """
-    calls: list[Call] = []
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states", None)
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-            raise ValueError("a block is not called with hidden states (sequences, length, features) first")
-        if calls and not (hidden is calls[-1].hidden or torch.equal(hidden, calls[-1].hidden)):
-            raise ValueError(
-                f"the model changes the hidden states between its blocks {len(calls) - 1} and {len(calls)}"
-            )
-        calls.append(Call(hidden, args[1:], kwargs))
-        if len(calls) == len(blocks):
-            raise _Seen
-        return (hidden,) if as_tuple else hidden
-
-    try:
-        with replaced(dict.fromkeys(blocks, record)):
-            model(**batch, **no_cache(model))
-    except _Seen:
-        return calls
-    raise ValueError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
-
-
-class _Seen(Exception):
-    """What was looked for is found: the rest of the forward pass need not run."""
-
-
-def no_cache(model: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+from opt8bit.ptq.experts import expert_families, with_experts
+from opt8bit.ptq.passes import Call, ModelError
 
 
 class Anatomy(NamedTuple):
@@ -99,32 +20,66 @@ class Anatomy(NamedTuple):
     stages: list[list[str]]  # in the order of their calls; those of a stage read one tensor
     writers: set[str]  # whose output is added to the hidden states as it is, such as o_proj and down_proj
     overwritten: set[str]  # whose output is changed in place afterwards: who keeps it has to copy it
+    left: dict[str, str]  # which stay as they are, and why
 
 
 def anatomy(block: nn.Module, call: Call) -> Anatomy:
-    """
-    Raises:
-        ValueError: a layer is called twice, or never.
-    """
-    return Anatomy(stages(block, call), stream_writers(block, call), overwritten(block, call))
+    """Runs a block a few times to find out what it does with its linear layers."""
+    usage, order = used(block, call)
+    tokens = call.hidden.shape[:2].numel()
+    families = expert_families(block, usage, tokens)
+    experts = {name for family in families for name in family}
+    left = {}
+    for name, use in usage.items():
+        why = use.why_left(tokens)
+        if why is not None and name not in experts:
+            left[name] = why
+    stages = _stages([(name, x) for name, x in order if name not in left])
+    return Anatomy(with_experts(stages, families), stream_writers(block, call), overwritten(block, call), left)
 
 
-def stages(block: nn.Module, call: Call) -> list[list[str]]:
-    """The names of a block's linear layers in the order they are called; those that read one tensor go together.
+class Use(NamedTuple):
+    """How a block used a layer in one pass."""
+
+    calls: int = 0
+    rows: int = 0  # of its input, all dimensions but the last together
+    returns_tensor: bool = True
+
+    def why_left(self, tokens: int) -> str | None:
+        """Why a layer that is no expert cannot be rounded on what it sees; None if it can."""
+        if not self.calls:
+            return "is not called"
+        if self.calls > 1:
+            return f"is called {self.calls} times"
+        if not self.returns_tensor:
+            return "returns no tensor"
+        if self.rows != tokens:
+            return f"sees {self.rows} vectors of {tokens} tokens"
+        return None
+
+
+def used(block: nn.Module, call: Call) -> tuple[dict[str, Use], list[tuple[str, Tensor]]]:
+    """How a block uses each of its layers; and which input it calls them with, in the order of the calls."""
+    usage = {name: Use() for name in linear_layers(block)}
+    order: list[tuple[str, Tensor]] = []
+
+    def see(name: str, x: Any, output: Any) -> None:
+        rows = x.numel() // x.shape[-1] if isinstance(x, Tensor) and x.numel() else 0
+        had = usage[name]
+        fine = isinstance(output, Tensor) and isinstance(x, Tensor) and had.returns_tensor
+        usage[name] = Use(had.calls + 1, had.rows + rows, fine)
+        order.append((name, x))
+
+    with _watched(linear_layers(block), see):
+        call.of(block)
+    return usage, order
+
+
+def _stages(order: list[tuple[str, Tensor]]) -> list[list[str]]:
+    """The names in the order of their calls; those that read one tensor go together.
 
     So queries, keys and values are one stage and share their statistics, and so are the two halves of a gated MLP.
-
-    Raises:
-        ValueError: a layer is called twice, or never.
     """
-    layers = linear_layers(block)
-    order: list[tuple[str, Tensor]] = []
-    with _watched(layers, lambda name, x: order.append((name, x))):
-        call.of(block)
-    called = [name for name, _ in order]
-    for name in layers:
-        if called.count(name) != 1:
-            raise ValueError(f"{name} is called {called.count(name)} times in one pass of its block, expected once")
     result: list[list[str]] = []
     last: Tensor | None = None
     for name, x in order:
@@ -133,6 +88,24 @@ def stages(block: nn.Module, call: Call) -> list[list[str]]:
         result[-1].append(name)
         last = x
     return result
+
+
+@contextmanager
+def _watched(layers: dict[str, nn.Module], see: Callable[[str, Any, Any], object]) -> Iterator[None]:
+    """Inside, ``see(name, input, output)`` runs after each of the layers."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values()), None), output)
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def apart(order: list[list[str]], names: set[str]) -> list[list[str]]:
@@ -148,48 +121,41 @@ def apart(order: list[list[str]], names: set[str]) -> list[list[str]]:
     return result
 
 
-@contextmanager
-def _watched(layers: dict[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Inside, ``see(name, input)`` runs before each of the layers does."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            see(name, inputs[0])
-
-        return before
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def stream_writers(block: nn.Module, call: Call) -> set[str]:
     """The linear layers whose output is added to the hidden states as it is, such as ``o_proj`` and ``down_proj``.
 
-    Told by trial: with all other layers silent, the block returns its input plus what the layer puts out.
+    A trial determines it: with all other layers silent, the block returns its input plus what the layer puts out.
     """
-    layers = linear_layers(block)
-    features = call.hidden.shape[-1]
+    usage, _ = used(block, call)
+    layers = {name: layer for name, layer in linear_layers(block).items() if usage[name].returns_tensor}
+    features, tokens = call.hidden.shape[-1], call.hidden.shape[:2].numel()
     found: set[str] = set()
-    for name in (name for name, layer in layers.items() if matrix(layer).shape[0] == features):
+    for name, layer in layers.items():
+        if len(matrix(layer)) != features or usage[name].why_left(tokens) is not None:
+            continue
         trial = torch.randn(features, generator=torch.Generator().manual_seed(0), device="cpu").to(call.hidden)
         outputs = {other: trial if other == name else trial.new_zeros(len(matrix(layers[other]))) for other in layers}
         with replaced({layers[other]: _constant(output) for other, output in outputs.items()}):
-            if torch.allclose(call.of(block), call.hidden + trial):
+            if _gives(block, call, call.hidden + trial):
                 found.add(name)
     return found
+
+
+def _gives(block: nn.Module, call: Call, expected: Tensor) -> bool:
+    try:
+        return torch.allclose(call.of(block), expected)
+    except ModelError:  # it cannot do without what a layer computes
+        return False
 
 
 def overwritten(block: nn.Module, call: Call) -> set[str]:
     """The linear layers whose output the block changes in place, as Falcon's does to save memory."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def after(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name] = (output, output.clone())
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = (output, output.clone())
 
         return after
 
@@ -203,7 +169,7 @@ def overwritten(block: nn.Module, call: Call) -> set[str]:
 
 
 def _constant(output: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: output.expand(*x.shape[:-1], -1).clone()
+    return lambda x, **_: output.expand(*x.shape[:-1], -1).clone()
 
 
 @contextmanager

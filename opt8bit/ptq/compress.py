@@ -103,12 +103,15 @@ def compress(
     Raises:
         TypeError, ValueError: an argument is none of these, or arguments contradict each other; ``group_size`` does not
             divide a layer; a weight, or what a layer sees, is not finite; a weight is not in memory; two layers share
-            one weight; the model has PEFT's adapters; no blocks are found, or a model's use of them is not understood.
+            one weight; the model has PEFT's adapters; no blocks are found, or a model's use of them cannot be followed.
             The message names the layer.
+        RuntimeError: the model's own code raised an exception, which is the cause.
         ImportError: greenlet is not installed.
 
     Warns:
-        UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are.
+        UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are; or
+            linear layers that do, because they are not called exactly once with all tokens, or return no tensor; or
+            experts that see fewer tokens than they have features, and are rounded to nearest from min to max.
     """
     greenlets()
     source = _source(model)

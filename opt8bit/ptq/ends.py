@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from opt8bit.ptq import ranks
-from opt8bit.ptq.calls import no_cache, replaced
 from opt8bit.ptq.evaluate import perplexity_of
+from opt8bit.ptq.passes import raised_by
+from opt8bit.ptq.recording import handing_on, no_cache
 
 PROBED = 4  # tokens whose logits a checkpoint is checked by
 
@@ -44,19 +45,23 @@ class ModelEnd:
     Args:
         model: whose blocks need not be able to run.
         blocks: of it.
-        as_tuple: whether they return their hidden states as the first of several.
+        outputs: what each of them returns.
+        axes: dimensions of sequences and length in the model's own hidden states.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, as_tuple: bool) -> None:
-        self._model, self._blocks, self._as_tuple = model, blocks, as_tuple
+    def __init__(
+        self, model: nn.Module, blocks: nn.ModuleList, outputs: Sequence[Any], axes: tuple[int, int] = (0, 1)
+    ) -> None:
+        self._model, self._blocks, self._outputs, self._axes = model, blocks, outputs, axes
 
     def logits(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
-        """Of hidden states (sequences, length, d) that the last block puts out; None where the model has none."""
-
-        def hand_on(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._as_tuple else hidden
-
-        with replaced(dict.fromkeys(self._blocks, hand_on)):
+        """Of hidden states (sequences, length, ...) that the last block puts out; None where the model has none."""
+        if self._axes != (0, 1):
+            hidden = hidden.movedim((0, 1), self._axes)
+        with (
+            handing_on(self._blocks, self._outputs, hidden),
+            raised_by(f"{type(self._model).__name__}, run without its blocks,"),
+        ):
             output: Any = self._model(**batch, **no_cache(self._model))
         return getattr(output, "logits", None)
 

@@ -46,7 +46,7 @@ def check_token_ids(name: str, ids: Tensor, model: nn.Module) -> None:
         raise ValueError(
             f"{name} must be below the vocabulary's {vocabulary:,}, got {int(ids.min())} to {int(ids.max())}"
         )
-    if isinstance(positions, int) and ids.shape[1] > positions:
+    if isinstance(positions, int) and 0 < positions < ids.shape[1]:  # XLNet says -1: as many as there are
         raise ValueError(
             f"{name} may be {positions:,} tokens long, as many as the model has positions, got {ids.shape[1]:,}"
         )

@@ -133,17 +133,19 @@ class Compressed:
         return {"weight": self.rounded, **bias}
 
 
-def symmetry_cost(weight: Tensor, scheme: WeightScheme) -> float | None:
+def symmetry_cost(weight: Tensor, rounded: QuantizedWeight) -> float | None:
     """By how much a grid's symmetry raises the squared error of rounding to nearest; None where it is not symmetric."""
-    grid = scheme.grid
+    part = rounded.parts[0]
+    grid = part.grid
     if not isinstance(grid, UniformGrid) or not grid.symmetric:
         return None
+    scheme = WeightScheme(grid, part.codes.shape[1] // part.params.scale.shape[1])
     free = UniformGrid(grid.bits, range=grid.range, scale_dtype=grid.scale_dtype)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     errors = []
     for each in (grid, free):
-        rounded = RTN().round(weight, weight, replace(scheme, grid=each)).dequantize()
-        errors.append(float((rounded - weight).square().sum()))
+        nearest = RTN().round(weight, weight, replace(scheme, grid=each)).dequantize()
+        errors.append(float((nearest - weight).square().sum()))
     return errors[0] / errors[1] - 1 if errors[1] else 0.0
 
 

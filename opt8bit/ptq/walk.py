@@ -28,7 +28,25 @@ class Walk:
     def __init__(self, forward: Callable[[], Tensor]) -> None:
         self._greenlet = greenlets().greenlet(forward)
         self._greenlet.is_walk = True
+        self._greenlet.layer = None
         self._answer: Tensor | None = None
+        self._last: Tensor | None = None
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer that the pass stands before; None at its start and at its end."""
+        return None if self._greenlet.dead else self._greenlet.layer
+
+    @property
+    def ended(self) -> bool:
+        """Whether the pass has come to its end."""
+        return self._greenlet.dead
+
+    @property
+    def x(self) -> Tensor:
+        """The input of the layer that the pass stands before, or its result where it has ended."""
+        assert self._last is not None
+        return self._last
 
     def answer(self, output: Tensor) -> None:
         """Takes the output of the layer that the pass stands before: it need not be computed again."""
@@ -40,8 +58,8 @@ class Walk:
         Raises:
             RuntimeError: the pass ended without another halt.
         """
-        x = self._go_on()
-        if self._greenlet.dead:
+        x = self.step()
+        if self.ended:
             raise RuntimeError("a forward pass took another way than before: a layer was not reached")
         return x
 
@@ -51,14 +69,17 @@ class Walk:
         Raises:
             RuntimeError: it halts once more.
         """
-        result = self._go_on()
-        if not self._greenlet.dead:
+        result = self.step()
+        if not self.ended:
             raise RuntimeError("a forward pass took another way than before: a layer was reached again")
         return result
 
-    def _go_on(self) -> Tensor:
-        answer, self._answer = self._answer, None
-        return self._greenlet.switch() if answer is None else self._greenlet.switch(answer)
+    def step(self) -> Tensor:
+        """Lets the pass run up to the next halt or to its end; returns the layer's input, or the pass's result."""
+        answer, self._answer, self._last = self._answer, None, None
+        last: Tensor = self._greenlet.switch() if answer is None else self._greenlet.switch(answer)
+        self._last = last
+        return last
 
     def close(self) -> None:
         """Ends the pass wherever it stands."""
@@ -84,18 +105,21 @@ def halting(layers: Iterable[nn.Module]) -> Iterator[None]:
     # A module that has no hook when it is called would not see those that come while a pass stands in it.
     handles = [layer.register_forward_pre_hook(lambda *_: None) for layer in layers]
     try:
-        with replaced({layer: _halting(layer.forward) for layer in layers}):
+        with replaced({layer: _halting(layer, layer.forward) for layer in layers}):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _halting(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def halted(x: Tensor) -> Tensor:
+def _halting(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def halted(*args: Any, **kwargs: Any) -> Tensor:
         current = greenlets().getcurrent()
-        answer = current.parent.switch(x) if getattr(current, "is_walk", False) else None
-        return answer if isinstance(answer, Tensor) else forward(x)
+        if not getattr(current, "is_walk", False):
+            return forward(*args, **kwargs)
+        current.layer = layer
+        answer = current.parent.switch(args[0] if args else next(iter(kwargs.values())))
+        return answer if isinstance(answer, Tensor) else forward(*args, **kwargs)
 
     return halted
 

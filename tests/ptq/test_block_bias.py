@@ -10,7 +10,10 @@ from toys import MODELS, WRITERS, token_ids
 from opt8bit import ptq
 from opt8bit.ptq.bias import block_shift
 from opt8bit.ptq.blocks import evaluating, find_blocks
-from opt8bit.ptq.calls import anatomy, block_calls, returns_tuple
+from opt8bit.ptq.calls import anatomy
+from opt8bit.ptq.recording import block_calls
+from opt8bit.ptq.rehearsal import rehearse
+from opt8bit.ptq.source import InMemory
 
 WIDTH = 16
 unshrunk = pytest.mark.usefixtures("_unshrunk")
@@ -41,7 +44,7 @@ def test_a_local_bias_centres_the_error_of_a_whole_block(name: str, statistic: s
     (prefix, blocks), (_, rounded) = find_blocks(model), find_blocks(result.compressed_model())
     whole, corrected = {"input_ids": ids, "attention_mask": mask}, 0
     with evaluating(model):
-        calls = block_calls(model, blocks, whole, as_tuple=returns_tuple(model, blocks[0], whole))
+        calls = rehearse(InMemory(model), prefix, blocks, whole).calls(model, blocks, whole)
         hidden = calls[0].hidden
         for i, (block, block_hat, call) in enumerate(zip(blocks, rounded, calls, strict=True)):
             call = call._replace(hidden=hidden)
@@ -147,7 +150,7 @@ def test_half_precision_models_have_their_errors_centred(dtype: torch.dtype) -> 
         )
         (_, blocks), (_, rounded) = find_blocks(model), find_blocks(result.compressed_model())
         with evaluating(model):
-            call = block_calls(model, blocks, batches[0], as_tuple=False)[0]
+            call = block_calls(model, blocks, batches[0])[0]
             errors[correct] = float((call.of(blocks[0]) - call.of(rounded[0])).float().mean((0, 1)).norm())
     assert errors["local"] < 0.3 * errors["none"]
 

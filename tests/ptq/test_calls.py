@@ -159,13 +159,56 @@ def test_weights_that_two_layers_share_are_refused() -> None:
         compress(Model(block, block))
 
 
-def test_a_layer_that_is_not_called_is_named_before_anything_is_rounded() -> None:
-    last = Inner()
-    last.extra = nn.Linear(WIDTH, WIDTH)
+def test_layers_whose_calls_say_nothing_stay_as_they_are_and_are_named_before_anything_is_rounded() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, y.tanh()
+
+    class Odd(Inner):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.extra, self.twice = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.last, self.router = nn.Linear(WIDTH, WIDTH), Router(WIDTH, WIDTH)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            hidden = super().forward(self.twice(self.twice(hidden)))
+            return hidden + self.last(hidden[:, -1:]) + self.router(hidden)[1]
+
     seen: list[object] = []
-    with pytest.raises(ValueError, match=r"^blocks\.1\.extra is called 0 times in one pass of its block"):
-        compress(Model(Inner(), last), see=lambda *row: seen.append(row))
-    assert not seen
+    expected = (
+        r"^layers that stay as they are \(4\): blocks\.1\.extra is not called; blocks\.1\.twice is called 2 times; "
+        r"blocks\.1\.last sees 1 vectors of 8 tokens; blocks\.1\.router returns no tensor$"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        result = compress(Model(Inner(), Odd()), see=lambda *row: seen.append(row))
+    assert sorted(row.name for row in result.report) == [
+        f"blocks.{name}" for name in ("0.layers.layer0", "1.layers.layer0", "1.layers.layer1")
+    ]
+    assert [total for _, total in seen] == [3, 3, 3]  # type: ignore[misc]
+    left = {"blocks.1.extra": None, "blocks.1.twice": None, "blocks.1.last": None, "blocks.1.router": None}
+    assert compress(Model(Inner(), Odd()), overrides=left).changes.keys() == result.changes.keys()
+
+
+def test_a_layer_that_is_not_called_in_any_block_is_named_once() -> None:
+    def odd() -> Inner:
+        block = Inner()
+        block.extra = nn.Linear(WIDTH, WIDTH)
+        return block
+
+    with pytest.warns(UserWarning, match=r"^layers that stay as they are \(2\): blocks\.\*\.extra is not called$"):
+        compress(Model(odd(), odd()))
+
+
+def test_where_nothing_can_be_compressed_that_is_said() -> None:
+    class Idle(Inner):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden + 1
+
+    with pytest.raises(
+        ValueError, match=r"^no layer of the blocks can be compressed: blocks\.0\.layers\.layer0 is not"
+    ):
+        compress(Model(Idle()))
 
 
 def test_blocks_may_be_of_several_classes_and_are_no_bare_layers() -> None:

@@ -13,13 +13,16 @@ from torch import nn
 from toys import MODELS, PLACES, WRITERS, assert_same_changes, quantized, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq import pipeline
+from opt8bit.ptq import block as blockwise
 from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
-from opt8bit.ptq.calls import anatomy, block_calls, one_token, returns_tuple
+from opt8bit.ptq.calls import anatomy
 from opt8bit.ptq.layer import Compressed
 from opt8bit.ptq.placement import Place, value_bias_through
+from opt8bit.ptq.recording import block_calls
+from opt8bit.ptq.rehearsal import few_tokens, rehearse
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import install
+from opt8bit.ptq.source import InMemory
 from opt8bit.ptq.statistics import Inputs
 from opt8bit.quant import CodebookGrid, UniformGrid, normal_float
 
@@ -214,7 +217,7 @@ def test_layers_that_read_the_same_input_go_together() -> None:
     model = MODELS["llama"]()
     _, blocks = find_blocks(model)
     with evaluating(model):
-        call = block_calls(model, blocks, {"input_ids": token_ids()}, as_tuple=False)[0]
+        call = block_calls(model, blocks, {"input_ids": token_ids()})[0]
         found = anatomy(blocks[0], call).stages
     attention, mlp = "self_attn.", "mlp."
     assert found == [
@@ -229,10 +232,10 @@ def test_layers_that_read_the_same_input_go_together() -> None:
 def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> None:
     model = MODELS[name]()
     before = parameters(model)
-    _, blocks = find_blocks(model)
+    prefix, blocks = find_blocks(model)
     with evaluating(model):
         batch = {"input_ids": token_ids()}
-        calls = block_calls(model, blocks, one_token(batch), as_tuple=returns_tuple(model, blocks[0], batch))
+        calls = rehearse(InMemory(model), prefix, blocks, batch).calls(model, blocks, few_tokens(batch))
         for block, call in zip(blocks, calls, strict=True):
             found, layers = anatomy(block, call), linear_layers(block)
             assert found.writers == {layer for layer in layers if layer.rpartition(".")[2] in WRITERS[name]}
@@ -253,7 +256,7 @@ def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, op
     """Behind the block the streams differ by what its last writer should put out and does not."""
     last: list[tuple[Sequence[Inputs], Compressed]] = []
     blocks: list[int] = []
-    compress_stage, run = pipeline.compress_stage, pipeline._BlockTask.run
+    compress_stage, run = blockwise.compress_stage, blockwise.BlockTask.run
 
     def watched_stage(layers, inputs, *args):
         done = compress_stage(layers, inputs, *args)
@@ -274,8 +277,8 @@ def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, op
         blocks.append(len(inputs))
         return streams
 
-    monkeypatch.setattr(pipeline, "compress_stage", watched_stage)
-    monkeypatch.setattr(pipeline._BlockTask, "run", watched_run)
+    monkeypatch.setattr(blockwise, "compress_stage", watched_stage)
+    monkeypatch.setattr(blockwise.BlockTask, "run", watched_run)
     model = MODELS[name]().double()
     ptq.compress(model, token_ids(), bits=2, group_size=16, error_propagation=0.7, batch_size=4, **options)
     assert blocks == [3, 3]
