@@ -79,14 +79,19 @@ def scheme_of(header: Header) -> Scheme:
     """
     inner = header.get("quantization_config") or header.get("quantization")  # of transformers, and of ModelOpt's file
     header = {**header, **inner} if isinstance(inner, Mapping) else header
-    method = str(header.get("quant_method"))
-    if method == "None" and "quant_algo" in header:
-        method = "modelopt"
-    if method == "None" and "config_groups" in header:
-        method = "compressed-tensors"
+    method = _method(header)
     if method not in METHODS:
         raise _refused(method)
     return METHODS[method](header)
+
+
+def _method(header: Header) -> str:
+    method = header.get("quant_method")
+    if method is None and "quant_algo" in header:  # ModelOpt's own file has no method
+        return "modelopt"
+    if method is None and "config_groups" in header:  # nor have compressed-tensors' older headers
+        return "compressed-tensors"
+    return str(getattr(method, "value", method))  # transformers' configurations have a member of its enumeration
 
 
 def _refused(by: str) -> ValueError:

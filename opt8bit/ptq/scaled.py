@@ -176,7 +176,7 @@ def refuse_narrow(dtypes: Dtypes) -> None:
     """
     narrow = sorted(name for name, dtype in dtypes.items() if _is_narrow(dtype))
     if narrow:
-        others = f" and {len(narrow) - 1:,} other tensors are" if len(narrow) > 1 else " is"
+        others = f" and {len(narrow) - 1:,} more are" if len(narrow) > 1 else " is"
         raise ValueError(
             f"{narrow[0]}{others} stored in 8 bits or fewer ({dtypes[narrow[0]]}), and neither config.json nor "
             "hf_quant_config.json says how they are scaled: add the quantization_config that they were written with, "
@@ -193,7 +193,7 @@ def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block: 
         zero_point: likewise.
         block: its rows and columns.
     """
-    weight = codes.to(torch.float32, copy=True)
+    weight = codes.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     rows, columns = block
     for column, part in enumerate(weight.split(columns, -1) if weight.dim() > 1 else [weight]):
         for tensor, operation in ((zero_point, part.sub_), (scale, part.mul_)):
