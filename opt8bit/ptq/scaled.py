@@ -140,10 +140,8 @@ class Scaled:
         dropped = [kind for kind, there in kinds.items() if there]
         if not dropped:
             return None
-        return (
-            f"the checkpoint's weights are dequantized to {str(self.dtype).removeprefix('torch.')}; that servers "
-            f"quantize its {' and its '.join(dropped)}, too, is dropped"
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"the weights are dequantized to {dtype}, and the quantization of {' and of '.join(dropped)} is dropped"
 
     def _fitted(self, name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Block]:
         """A scale or zero point in float32 with as many dimensions as its weight, and the block that it belongs to."""

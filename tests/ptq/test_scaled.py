@@ -1,5 +1,6 @@
 """Weights in fp8 and int8 are what the libraries that store them take them for, and all else is refused by name."""
 
+import doctest
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from scaled_checkpoints import FP8, KINDS, blocks
 from torch import Tensor
 
+from opt8bit.ptq import scaled as module
 from opt8bit.ptq.quantization_header import dtype_of, header_of, scheme_of, without_header
 from opt8bit.ptq.scaled import Scaled, refuse_narrow
 
@@ -22,6 +24,10 @@ def weight(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     magnitudes = torch.exp(torch.randn(shape[-2], 1, generator=generator) + torch.randn(shape[-1], generator=generator))
     return ((torch.randn(shape, generator=generator) + 0.3) * magnitudes).to(torch.bfloat16)
+
+
+def test_the_example_is_true() -> None:
+    assert doctest.testmod(module) == (0, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -289,9 +295,9 @@ def test_dtypes_are_the_configs(config: dict[str, Any], dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("fp8-blocks", "that servers quantize its activations, too, is dropped"),
-        ("modelopt", "that servers quantize its activations and its keys and values, too, is dropped"),
-        ("quark", "its activations and its keys and values"),
+        ("fp8-blocks", "the quantization of activations is dropped"),
+        ("modelopt", "the quantization of activations and of keys and values is dropped"),
+        ("quark", "of activations and of keys and values is dropped"),
     ],
 )
 def test_what_is_dropped_is_said(kind: str, words: str) -> None:
