@@ -181,6 +181,12 @@ def test_a_scale_that_fits_in_two_ways_is_refused() -> None:
         Scaled(header, tensors).weight("a.weight", tensors)
 
 
+def test_groups_wider_than_a_weight_are_its_rows() -> None:
+    tensors = {"a.weight": torch.ones(8, 12, dtype=torch.int8), "a.weight_scale": torch.arange(1.0, 9.0)[:, None]}
+    found = Scaled(KINDS["int-groups"].header, tensors, torch.float32).weight("a.weight", tensors)
+    assert torch.equal(found, tensors["a.weight_scale"].expand(8, 12))
+
+
 def test_several_groups_are_told_apart_by_their_tensors() -> None:
     """Rows in fp8 and groups in int8, each in its own format."""
     kinds = {"a": KINDS["float-rows"], "b": KINDS["int-groups"]}
