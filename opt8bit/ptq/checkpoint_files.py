@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from opt8bit.ptq.tensor_files import opened
+from opt8bit.ptq.quantization_header import without_header
+from opt8bit.ptq.scaled import refuse_narrow, scaled_checkpoint, warn_of_dropped
+from opt8bit.ptq.tensor_files import headers, opened
 
+CONFIG, QUANTIZATION = "config.json", "hf_quant_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = {
     ".bin",
@@ -34,33 +38,69 @@ INDICES = (".safetensors.index.json", ".bin.index.json")
 class CheckpointFiles:
     """A folder whose tensors are read when they are asked for.
 
+    Weights in fp8 or int8 are read as what they stand for, if a header says how they are scaled.
+
     Args:
         folder: with weights in safetensors.
 
     Attributes:
         folder: as given.
         where: the file of each tensor, by name.
+        scaled: how weights are scaled, if they are.
 
     Raises:
-        ValueError: a file is missing, or damaged, or lacks what the index says it has.
+        ValueError: a file is missing, or damaged, or lacks what the index says it has; or weights are more than scaled.
         ImportError: safetensors is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.where = files_of(folder)
+        self._where = files_of(folder)  # with the scales
+        self.scaled = scaled_checkpoint(folder, self._where)
+        names = self._where if self.scaled is None else self.scaled.names
+        self.where = {name: file for name, file in self._where.items() if name in names}
+
+    def config(self) -> dict[str, Any]:
+        """Returns the configuration in its own words, as that of a model that is not quantized."""
+        config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        return config if self.scaled is None else without_header(config)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns tensors by name, in memory of their own."""
+        wanted = list(names)
+        parts = {name: (name,) if self.scaled is None else self.scaled.parts(name) for name in wanted}
         by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.where[name], []).append(name)
-        tensors = {}
+        for part in dict.fromkeys(part for name in wanted for part in parts[name]):
+            by_file.setdefault(self._where[part], []).append(part)
+        stored = {}
         for file, inside in by_file.items():
             with opened(file) as handle:  # only while it is read: what is mapped counts as the process's memory
-                for name in inside:
-                    tensors[name] = handle.get_tensor(name).clone()
-        return tensors
+                for part in inside:
+                    stored[part] = handle.get_tensor(part).clone()
+        if self.scaled is None:
+            return {name: stored[name] for name in wanted}
+        return {name: self.scaled.weight(name, stored) for name in wanted}
+
+    def check_dtypes(self, names: Collection[str]) -> None:
+        """Checks that the weights of a model are numbers, or codes whose scales are known.
+
+        Args:
+            names: of parameters.
+
+        Raises:
+            ValueError: one is neither.
+
+        Warns:
+            UserWarning: weights are dequantized, and what a server would quantize beside them is not kept.
+        """
+        dtypes = {}
+        for file in {self.where[name] for name in names}:
+            dtypes |= {name: header.dtype for name, header in headers(file) if name in names}
+        if self.scaled is None:
+            refuse_narrow(dtypes)
+        else:
+            self.scaled.check(dtypes)
+            warn_of_dropped(self.scaled)
 
     def side_files(self) -> Iterator[Path]:
         """Yields what else belongs to the model, relative to the folder: tokenizer, licence, code, other modules.
@@ -70,9 +110,10 @@ class CheckpointFiles:
         """
         for file in sorted(self.folder.rglob("*")):
             path = file.relative_to(self.folder)
-            if not file.is_file() or path.parts[0] == "opt8bit" or any(part.startswith(".") for part in path.parts):
+            hidden = any(part.startswith(".") for part in path.parts)
+            if not file.is_file() or hidden or path.parts[0] == "opt8bit" or path.name == QUANTIZATION:
                 continue
-            is_weights = path.suffix in WEIGHTS or path.name.endswith(INDICES) or path.name == "config.json"
+            is_weights = path.suffix in WEIGHTS or path.name.endswith(INDICES) or path.name == CONFIG
             if not is_weights or (len(path.parts) > 1 and re.match(r"\d+_", path.parts[0])):
                 yield path
 

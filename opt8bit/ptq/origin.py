@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from opt8bit.ptq.quantization_header import KEYS
+
 # What is put before a model's names, by whom, and what to do about it.
 PREFIXES: Mapping[str, str] = {
     "_orig_mod.": "torch.compile puts there: save the model that was compiled, model._orig_mod",
@@ -38,6 +40,14 @@ def refuse_quantized(config: Any) -> None:
     if quantization is not None:
         has = quantization if isinstance(quantization, dict) else vars(quantization)
         raise ValueError(f"the model is quantized already, by {has.get('quant_method')}: compress the original")
+
+
+def remove_header(config: Any) -> None:
+    """Makes a configuration that of a model which is not quantized, in all its parts."""
+    for part in (config, *vars(config).values()):
+        for key in KEYS:
+            if key in getattr(part, "__dict__", {}):
+                delattr(part, key)
 
 
 def refuse_other_classes(config: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.quantization_header import Block, Header, scheme_of
+from opt8bit.backends.warning import warn
+from opt8bit.ptq.quantization_header import Block, Header, dtype_of, header_of, scheme_of
 
 SCALES = ("_scale_inv", "_scale")  # after a weight's name; both are what its codes are multiplied by
 ZERO_POINT = "_zero_point"
@@ -138,7 +141,7 @@ class Scaled:
         """Returns what is lost when only the weights are kept, as a sentence, or None."""
         kinds = {"activations": self.scheme.activations, "keys and values": self.scheme.cache}
         dropped = [kind for kind, there in kinds.items() if there]
-        if not dropped:
+        if not self._scales or not dropped:
             return None
         dtype = str(self.dtype).removeprefix("torch.")
         return f"the weights are dequantized to {dtype}, and the quantization of {' and of '.join(dropped)} is dropped"
@@ -161,6 +164,30 @@ class Scaled:
             raise ValueError(f"{name} of shape {tuple(scale.shape)} {how}")
         ((block, places),) = fits.items()
         return scale.reshape(places), block
+
+
+def scaled_checkpoint(folder: Path, stored: Collection[str]) -> Scaled | None:
+    """Returns how a checkpoint's weights are scaled, or None where no file in its folder has a header.
+
+    Raises:
+        ValueError: the weights are more than scaled, or a file is damaged.
+    """
+    configs: list[Any] = []
+    for name in ("config.json", "hf_quant_config.json"):
+        try:
+            configs.append(json.loads((folder / name).read_text()) if (folder / name).is_file() else None)
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is damaged: {error}") from error
+    config = configs[0] or {}
+    header = header_of(config, configs[1])
+    return None if header is None else Scaled(header, stored, dtype_of(config))
+
+
+def warn_of_dropped(scaled: Scaled) -> None:
+    """Warns of what is lost when only the weights are kept."""
+    notice = scaled.notice()
+    if notice is not None:
+        warn(notice)
 
 
 def refuse_narrow(dtypes: Dtypes) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
-from opt8bit.ptq.origin import refuse_other_classes, refuse_quantized
+from opt8bit.ptq.origin import refuse_other_classes, refuse_quantized, remove_header
 
 
 def skeleton(files: CheckpointFiles, trust_remote_code: bool) -> Any:
@@ -23,9 +23,11 @@ def skeleton(files: CheckpointFiles, trust_remote_code: bool) -> Any:
     """
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    if files.scaled is not None:
+        remove_header(config)
     refuse_quantized(config)
     refuse_other_classes(config)
-    dtype = getattr(config, "dtype", None) or _first_dtype(files)
+    dtype = getattr(config, "dtype", None) or (files.scaled.dtype if files.scaled else _first_dtype(files))
     with parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (files.folder / "generation_config.json").is_file():

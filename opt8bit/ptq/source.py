@@ -114,8 +114,12 @@ class Checkpoint(Source):
 
     Raises:
         OtherNames: the weights have other names than the model's.
-        ValueError: a file is damaged, the weights are quantized already, or it is no causal language model's.
+        ValueError: a file is damaged, the weights are quantized in more than 8-bit codes and scales, or in codes of
+            which no header says how they are scaled, or it is no causal language model's.
         ImportError: transformers or safetensors is not installed.
+
+    Warns:
+        UserWarning: weights are dequantized, and what a server would quantize beside them is not kept.
     """
 
     def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
@@ -126,6 +130,8 @@ class Checkpoint(Source):
         missing = names.keys() - self._stored_names.keys()
         if missing:
             raise OtherNames(f"the checkpoint has no {min(missing)}")
+        params = {self._stored_names[name] for name, tensor in names.items() if isinstance(tensor, nn.Parameter)}
+        self._files.check_dtypes(params)
         blocks, _ = find_blocks(self.model)
         self._load([name for name in names if not name.startswith(f"{blocks}.")])
 

@@ -307,12 +307,16 @@ def test_dtypes_are_the_configs(config: dict[str, Any], dtype: torch.dtype) -> N
     ],
 )
 def test_what_is_dropped_is_said(kind: str, words: str) -> None:
-    notice = Scaled(KINDS[kind].header, [], torch.float16).notice()
+    notice = Scaled(KINDS[kind].header, ["a.weight", "a.weight_scale"], torch.float16).notice()
     assert notice is not None and words in notice and "dequantized to float16" in notice
 
 
 def test_weights_only_drop_nothing() -> None:
-    assert Scaled(compressed(), []).notice() is None
+    assert Scaled(compressed(), ["a.weight", "a.weight_scale"]).notice() is None
+
+
+def test_what_nothing_is_quantized_of_drops_nothing() -> None:
+    assert Scaled(FINE, ["a.weight"]).notice() is None
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "F4", torch.float8_e5m2, torch.uint8, "int8"])

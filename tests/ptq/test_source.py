@@ -105,12 +105,12 @@ def _reshape_one(folder: Path) -> None:
 def test_models_that_are_quantized_are_refused(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match="quantized already, by fp8: compress the original"):
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="quantized already, by gptq: compress the original"):
         Checkpoint(str(folder))
     model: Any = MODELS["llama"]()
-    model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ValueError, match="quantized already, by fp8: compress the original"):
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ValueError, match="quantized already, by gptq: compress the original"):
         ptq.compress(model, token_ids())
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from opt8bit.ptq.checkpoint_files import CONFIG
 from opt8bit.ptq.placement import LLAMA, Place, config_with_places
 from opt8bit.ptq.result import Result
 
-CONFIG = "config.json"
 OF_THIS_RUN = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # no part of what a model is
 # What transformers 5 writes as one object, and everything pinned below 5 looks for under names of its own.
 ROPE, ROPE_WORDS = "rope_parameters", ("rope_theta", "rope_scaling", "rope_local_base_freq")
@@ -30,8 +30,7 @@ def configuration(result: Result, quantization: Mapping[str, Any] | None) -> dic
     if files is None:
         config = _in_older_words(_of_transformers(result, places))
     else:
-        config = json.loads((files.folder / CONFIG).read_text(encoding="utf-8"))
-        config = _with_places(config, result, places)
+        config = _with_places(files.config(), result, places)
     return config if quantization is None else {**config, "quantization_config": dict(quantization)}
 
 
