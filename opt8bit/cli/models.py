@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
+from opt8bit.ptq.skeleton import auto_class
 from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, OtherNames, Source
 
 # Weights in other formats that lie beside a model on the hub.
@@ -38,7 +39,7 @@ def load(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CommandError: it cannot be loaded.
     """
-    return _loaded(_place(name), name, trust_remote_code)[0]
+    return _loaded(_place(name), name, trust_remote_code)
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -67,9 +68,9 @@ def _loaded_whole(folder: Path, name: str, trust_remote_code: bool) -> Source:
     Raises:
         CommandError: it cannot be loaded.
     """
-    model, without_place = _loaded(str(folder), name, trust_remote_code)
+    model = _loaded(str(folder), name, trust_remote_code)
     try:
-        return LoadedCheckpoint(folder, model, without_place)
+        return LoadedCheckpoint(folder, model)
     except ValueError as error:
         raise _cannot_load(name, error) from error
 
@@ -105,18 +106,18 @@ def _place(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _loaded(place: str, name: str, trust_remote_code: bool) -> tuple[Any, list[str]]:
-    """Returns the model, and the names of the tensors in its checkpoint that it has no place for."""
+def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
     library = transformers()
     try:
-        model, about = library.AutoModelForCausalLM.from_pretrained(
+        config = library.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        refuse_other_classes(config)
+        model, about = auto_class(config).from_pretrained(
             place, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-        refuse_other_classes(model.config)
         refuse_made_up(about["missing_keys"], about["unexpected_keys"])
     except Exception as error:
         raise _cannot_load(name, error) from error
-    return model.eval(), sorted(about["unexpected_keys"])
+    return model.eval()
 
 
 def _cannot_load(name: str, error: Exception) -> CommandError:

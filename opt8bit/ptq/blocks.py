@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,10 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The blocks of a model and their name: of all outermost lists of modules, the one with most weights.
+    """Returns the blocks of a model and their name: of all outermost lists of modules, the one with most weights.
+
+    Lists outside the model's decoder, where transformers says which part that is, do not count: vision towers have
+    blocks, too.
 
     Raises:
         ValueError: no list of modules has linear layers in each of them.
@@ -53,8 +57,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"no blocks found in {type(model).__name__}: expected an nn.ModuleList of modules that each have "
             "nn.Linear or Conv1D layers"
         )
-    name = max(found, key=lambda name: sum(matrix(layer).numel() for layer in linear_layers(found[name]).values()))
+    inside = _decoder(model)
+    candidates = [name for name in found if f"{name}.".startswith(inside)] or list(found)
+    name = max(candidates, key=lambda name: sum(matrix(layer).numel() for layer in linear_layers(found[name]).values()))
     return name, found[name]
+
+
+def _decoder(model: nn.Module) -> str:
+    """Returns what the names in a model's decoder begin with, or nothing where the model does not name one."""
+    get: Any = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    names = [name for name, module in model.named_modules() if module is decoder]
+    return f"{names[0]}." if names and names[0] else ""
 
 
 def block_layers(model: nn.Module) -> dict[str, nn.Module]:

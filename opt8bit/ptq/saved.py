@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,22 +28,30 @@ def saved_name(model: nn.Module, name: str, tensor: Tensor) -> str | None:
 def stored_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """Returns the name in a checkpoint of each of a model's tensors, without those that are not there as they are.
 
-    A tensor is stored under its own name, or the one it is saved under, with the base model's prefix or without it;
-    a shared one under any of its names.
+    A tensor is stored under its own name, or the one it is saved under. Where the names begin with the base model's
+    prefix, that may be missing, or be another one: composite models have their text models under one of theirs. A
+    shared tensor is stored under any of its names.
 
     Args:
         model: of transformers.
         stored: names in the checkpoint.
     """
-    base = getattr(model, "base_model_prefix", "")
     aliases = _aliases(model)
-    found = {name: _match(names, stored, base) for name, names in aliases.items()}
+    match = _matcher(model, aliases, stored)
+    found = {name: match(names) for name, names in aliases.items()}
     if None in found.values():
         tensors = model.state_dict()
         for name, names in aliases.items():
             saved = [saved_name(model, alias, tensors[alias]) for alias in names]
-            found[name] = _match([alias for alias in saved if alias is not None], stored, base)
+            found[name] = match([alias for alias in saved if alias is not None])
     return {name: there for name, there in found.items() if there is not None}
+
+
+def stored_parts(model: nn.Module, stored: Collection[str]) -> set[str]:
+    """Returns the names in a checkpoint of all tensors that a model's are made of, alone or together."""
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    match = _matcher(model, tensors, stored)
+    return {found for found in (match([name]) for name in (*tensors, *as_saved(model, tensors))) if found is not None}
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -54,13 +62,33 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _match(names: Iterable[str], stored: Collection[str], base: str) -> str | None:
-    """Returns the first of the names that is stored, as it is, or without or with the base model's prefix."""
-    for name in names:
-        for candidate in (name, name.removeprefix(f"{base}."), f"{base}.{name}"):
-            if candidate in stored:
-                return candidate
-    return None
+def _matcher(
+    model: nn.Module, names: Collection[str], stored: Collection[str]
+) -> Callable[[Iterable[str]], str | None]:
+    """Returns a function that finds the first of some names of a model's that is stored, under whatever prefix.
+
+    Args:
+        model: whose base model's prefix is replaced.
+        names: of all its tensors.
+        stored: names in the checkpoint.
+    """
+    stored, base = set(stored), f"{getattr(model, 'base_model_prefix', '')}."
+    inner = [name.removeprefix(base) for name in names if name.startswith(base)]
+    others = {name.removesuffix(inner[0]) for name in stored if name.endswith(f".{inner[0]}")} if inner else set()
+    # Another prefix is that of the same model only if everything is there under it.
+    prefixes = [base, "", *sorted(other for other in others if all(other + name in stored for name in inner))]
+
+    def match(some: Iterable[str]) -> str | None:
+        for name in some:
+            candidates = [name, base + name]
+            if name.startswith(base):
+                candidates = [name, *(prefix + name.removeprefix(base) for prefix in prefixes)]
+            found = next((candidate for candidate in candidates if candidate in stored), None)
+            if found is not None:
+                return found
+        return None
+
+    return match
 
 
 def check_saved(model: Any, *, packed: bool) -> None:

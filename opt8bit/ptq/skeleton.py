@@ -29,10 +29,19 @@ def skeleton(files: CheckpointFiles, trust_remote_code: bool) -> Any:
     refuse_other_classes(config)
     dtype = getattr(config, "dtype", None) or (files.scaled.dtype if files.scaled else _first_dtype(files))
     with parameters_on_meta():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (files.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(files.folder)
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """Returns the class of transformers that makes a configuration's model: one for text alone, where it has one."""
+    transformers: Any = importlib.import_module("transformers")
+    with_images = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(config) in with_images and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _first_dtype(files: CheckpointFiles) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
-from opt8bit.ptq.saved import as_saved, check_saved, saved_name, stored_names
+from opt8bit.ptq.saved import as_saved, check_saved, saved_name, stored_names, stored_parts
 from opt8bit.ptq.skeleton import get_tensor, parameters_and_buffers, set_tensor, skeleton
 from opt8bit.ptq.tensor_files import bytes_of
 
@@ -188,16 +188,14 @@ class LoadedCheckpoint(InMemory):
     Args:
         folder: with weights in safetensors.
         model: loaded from there.
-        without_place: names of the tensors that it has left there.
 
     Raises:
         ValueError: a file is damaged.
         ImportError: safetensors is not installed.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module, without_place: Collection[str] = ()) -> None:
+    def __init__(self, folder: str | Path, model: nn.Module) -> None:
         super().__init__(model)
-        self._without_place = without_place
         self._files = CheckpointFiles(Path(folder))
         self._stored_names = stored_names(model, self._files.where.keys())
 
@@ -210,7 +208,7 @@ class LoadedCheckpoint(InMemory):
 
     @property
     def without_place(self) -> Collection[str]:
-        return self._without_place
+        return self._files.where.keys() - stored_parts(self.model, self._files.where.keys())
 
     def stored_name(self, name: str) -> str | None:
         return self._stored_names.get(name)

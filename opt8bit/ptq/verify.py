@@ -25,7 +25,7 @@ from opt8bit.ptq.checkpoint_files import files_of
 from opt8bit.ptq.export import FORMATS, format_of
 from opt8bit.ptq.inspect import inspect
 from opt8bit.ptq.report import FOLDER, PROBE
-from opt8bit.ptq.skeleton import parameters_on_meta
+from opt8bit.ptq.skeleton import auto_class, parameters_on_meta
 from opt8bit.ptq.source_record import SourceRecord, differences, read_record
 
 # How far logits may be apart, in units of their own spread: sums in another order, in the model's dtype.
@@ -176,16 +176,17 @@ def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tupl
     transformers: Any = importlib.import_module("transformers")
     importlib.import_module("accelerate")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    model_class = auto_class(config)
     if unpacked is not None:
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        options |= _offloading(transformers, config, unpacked, trust_remote_code)
+        options |= _offloading(config, unpacked, trust_remote_code)
     with _quiet("accelerate.big_modeling"):
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        return model_class.from_pretrained(
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, **options
         )
 
 
-def _offloading(transformers: Any, config: Any, unpacked: str, trust_remote_code: bool) -> dict[str, Any]:
+def _offloading(config: Any, unpacked: str, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments by which transformers leaves the blocks on disk, unpacked; none where it cannot."""
     quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
     format = format_of({"quantization_config": quantization})
@@ -193,7 +194,7 @@ def _offloading(transformers: Any, config: Any, unpacked: str, trust_remote_code
     if options is None:
         return {}
     with parameters_on_meta():
-        skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     for name, value in options.items():
         setattr(config, name, value)
     return {"config": config, "device_map": _device_map(skeleton), "offload_folder": unpacked}
