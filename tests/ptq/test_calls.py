@@ -215,7 +215,7 @@ def test_blocks_may_be_of_several_classes_and_are_no_bare_layers() -> None:
     class Other(Inner):
         pass
 
-    assert len(compress(Model(Inner(), Other(2))).layers) == 3
+    assert len(compress(Model(Inner(), Other(2))).changes) == 3
     with pytest.raises(ValueError, match="no blocks found in Model"):
         compress(Model(nn.Linear(WIDTH, WIDTH)))
 
