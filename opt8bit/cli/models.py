@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
 from opt8bit.ptq.skeleton import auto_class
 from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, OtherNames, Source
@@ -39,7 +40,18 @@ def load(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CommandError: it cannot be loaded.
     """
-    return _loaded(_place(name), name, trust_remote_code)
+    place = _place(name)
+    if _is_scaled(Path(place)):  # transformers would quantize the inputs of its layers, too, and wants a GPU for that
+        return open_model(name, trust_remote_code=trust_remote_code).copy()
+    return _loaded(place, name, trust_remote_code)
+
+
+def _is_scaled(folder: Path) -> bool:
+    """Tells whether the weights in a folder are codes in 8 bits that are only scaled."""
+    try:
+        return folder.is_dir() and CheckpointFiles(folder).scaled is not None
+    except ValueError:  # they are more than that, or a file is damaged, which transformers tells
+        return False
 
 
 def open_model(name: str, *, trust_remote_code: bool = False) -> Source:

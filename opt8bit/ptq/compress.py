@@ -24,7 +24,7 @@ from opt8bit.ptq.methods.method import check_method
 from opt8bit.ptq.origin import refuse_quantized, unwrapped
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
-from opt8bit.ptq.source import InMemory, Source, digest
+from opt8bit.ptq.source import InMemory, Loaded, Source, digest
 from opt8bit.ptq.walk import greenlets
 from opt8bit.ptq.work import LAYOUT, Work
 from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
@@ -157,7 +157,7 @@ def _source(model: nn.Module | Source) -> Source:
 
 
 def _check_loaded(source: Source) -> None:
-    if not isinstance(source, InMemory):
+    if not isinstance(source, Loaded):
         return
     for name, param in source.model.named_parameters():
         if param.is_meta:

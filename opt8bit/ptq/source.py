@@ -71,8 +71,8 @@ class Source(ABC):
         return ()
 
 
-class InMemory(Source):
-    """A model that is loaded; its checkpoint is what transformers would save.
+class Loaded(Source):
+    """A model whose weights are all in memory.
 
     Args:
         model: any.
@@ -84,6 +84,13 @@ class InMemory(Source):
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
         yield self.model.get_submodule(name)
+
+    def copy(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+
+class InMemory(Loaded):
+    """A model that was given; its checkpoint is what transformers would save."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()
@@ -99,9 +106,6 @@ class InMemory(Source):
         if not hasattr(self.model, "save_pretrained"):
             raise TypeError(f"only models of transformers can be exported, got {type(self.model).__name__}")
         check_saved(self.model, packed=packed)
-
-    def copy(self) -> nn.Module:
-        return copy.deepcopy(self.model)
 
 
 class Checkpoint(Source):
@@ -182,7 +186,7 @@ class Checkpoint(Source):
             set_tensor(self.model, name, tensor.to(had.dtype))
 
 
-class LoadedCheckpoint(InMemory):
+class LoadedCheckpoint(Loaded):
     """A model that transformers has loaded, as it alone knows how its checkpoint's files make a model.
 
     Args:

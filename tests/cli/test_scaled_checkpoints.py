@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,19 @@ def test_what_is_compressed_has_the_originals_bytes(kind: str, folder: Path, tmp
     output, original = load_file(tmp_path / "found" / "model.safetensors"), load_file(plain / "model.safetensors")
     assert output.keys() == original.keys()
     assert torch.equal(output["lm_head.weight"], original["lm_head.weight"])
+
+
+def test_they_are_evaluated_as_what_they_stand_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for model in written("fp8-blocks", folder / "llama", tmp_path):
+        command = ["evaluate", str(model), "--text", str(folder / "text.txt"), "--samples", "4", "--json"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", DROPPED)
+            assert main([*command, "--sequence-length", "16"]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_packed_output_has_the_compressions_header_alone(folder: Path, tmp_path: Path) -> None:
