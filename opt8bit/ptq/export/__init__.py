@@ -14,6 +14,7 @@ from opt8bit.ptq.export.compressed_tensors import CompressedTensors
 from opt8bit.ptq.export.dense import Dense
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.gptq import GPTQFormat
+from opt8bit.ptq.export.initialization import check_initialization
 from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.source import Source
@@ -72,6 +73,8 @@ def check_format(format: str, source: Source, recipe: Recipe) -> None:
     if source.files is None:
         _check_configurations(source.model)
     FORMATS[format].check(planned, [name for name in layers if name not in planned])
+    if format == "compressed-tensors":
+        check_initialization(source.model, planned)
 
 
 def format_of(config: Mapping[str, Any]) -> CheckpointFormat | None:

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
+from opt8bit.ptq.export.initialization import needs_weights
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.tensor_files import Header
 from opt8bit.quant.grid import UniformGrid
 from opt8bit.quant.packing import WORD, pack
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
-
-# Types of models that transformers 5 initializes before their weights come, and so needs them as the model has them.
-INITIALIZED = ("gpt_bigcode", "recurrent_gemma")
 
 
 class CompressedTensors(HuggingFaceFormat):
@@ -69,7 +67,6 @@ class CompressedTensors(HuggingFaceFormat):
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         grids = (uniform_grid(scheme_of(result, name)) for name in compressed)
-        model: Any = result.model
         brought_back = _brought_back((modules[name] for name in compressed), grids)
         return {
             "quant_method": "compressed-tensors",
@@ -88,7 +85,7 @@ class CompressedTensors(HuggingFaceFormat):
             "ignore": _ignored(result, [name for name in linear if name not in compressed]),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
-            **({"dequantize": True} if brought_back or model.config.model_type in INITIALIZED else {}),
+            **({"dequantize": True} if brought_back or needs_weights(result.model, compressed) else {}),
         }
 
     def shape_and_bits(

@@ -1,0 +1,83 @@
+"""Models that transformers initializes on loading, packed or not: their checkpoints say that it has to unpack."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import CONFIGURATIONS, SIZES, make, token_ids
+
+from opt8bit import ptq
+from opt8bit.ptq.blocks import block_layers
+from opt8bit.ptq.export.initialization import needs_weights
+
+MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "nanochat": ("NanoChatForCausalLM", "NanoChatConfig", SIZES),
+    "modernbert-decoder": (
+        "ModernBertDecoderForCausalLM",
+        "ModernBertDecoderConfig",
+        {**{name: size for name, size in SIZES.items() if name != "num_key_value_heads"}, "sliding_window": 8},
+    ),
+    "gpt_bigcode": (
+        "GPTBigCodeForCausalLM",
+        "GPTBigCodeConfig",
+        {"vocab_size": SIZES["vocab_size"], "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {**SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
+    ),
+}
+# Those whose initialization reaches into layers: any that is not skipped, or only that of modules which are not whole.
+REACHING = ("nanochat", "mamba", "mamba2", "modernbert-decoder", "gpt_bigcode")
+REACHING_BEFORE_5 = ("falcon_mamba", "recurrent_gemma")
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, configuration in MORE.items():
+        monkeypatch.setitem(CONFIGURATIONS, name, configuration)
+
+
+def model_of(name: str) -> Any:
+    model = make(name)
+    return pytest.skip(f"transformers has no {name}") if model is None else model
+
+
+def in_blocks(model: Any) -> list[str]:
+    return [name for name, layer in block_layers(model).items() if type(layer) is torch.nn.Linear]
+
+
+@pytest.mark.parametrize("name", [*REACHING, *REACHING_BEFORE_5])
+def test_what_initialization_reaches_into_is_unpacked_on_loading(name: str, tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model, ids = model_of(name), token_ids(4, 16)
+    assert needs_weights(model, in_blocks(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that stay as they are
+        result = ptq.compress(model, ids, bits=8, group_size=None, symmetric=True, method=ptq.RTN())
+        if name in REACHING_BEFORE_5 and int(transformers.__version__.partition(".")[0]) < 5:
+            with pytest.raises(ValueError, match=f"cannot load models of type {name} with packed weights"):
+                ptq.export(result, tmp_path / "out")
+            return
+        path = ptq.export(result, tmp_path / "out")
+        assert json.loads((path / "config.json").read_text())["quantization_config"]["dequantize"] is True
+        assert ptq.verify(path).is_right
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_others_stay_packed(name: str) -> None:
+    model = model_of(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not needs_weights(model, in_blocks(model))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_layers_without_packed_weights_are_asked_for_nothing() -> None:
+    model = model_of("mamba2")
+    assert needs_weights(model, ["backbone.layers.1.mixer.out_proj"])
+    assert not needs_weights(model, ["backbone.layers.0.mixer.in_proj"])
