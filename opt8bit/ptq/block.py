@@ -19,7 +19,7 @@ from opt8bit.ptq.calls import Anatomy, apart
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
 from opt8bit.ptq.outputs import OutputErrors
 from opt8bit.ptq.passes import Call
-from opt8bit.ptq.placement import why_uncorrected
+from opt8bit.ptq.placement import skipped_by_servers, why_uncorrected
 from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
 from opt8bit.ptq.stages import Stage, by_recipe, layer_report
@@ -203,10 +203,12 @@ class BlockTask:
             self.see(report)
 
     def _note(self, layer: str, stage: Stage) -> str | None:
-        """Why a layer was not corrected; None if it was."""
+        """Why a layer was not corrected, or which servers drop its bias; None if there is nothing to say."""
         why = why_uncorrected(f"{self.name}.{layer}", self.result.places)
         if why is None and stage.is_routed and stage.layers[layer].shift is None:
             return "it sees only some of the tokens"
+        if why is None:
+            return skipped_by_servers(self.result.model, f"{self.name}.{layer}", self.result.places)
         return why
 
     def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> Stage:

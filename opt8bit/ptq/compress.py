@@ -17,7 +17,7 @@ from opt8bit.ptq import ranks
 from opt8bit.ptq.arguments import check_count
 from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
 from opt8bit.ptq.evaluate import check_token_ids
-from opt8bit.ptq.export import check_format
+from opt8bit.ptq.export import check_format, warn_of_servers
 from opt8bit.ptq.layer import Override, Recipe
 from opt8bit.ptq.methods import GPTQ, Method, QuantEase
 from opt8bit.ptq.methods.method import check_method
@@ -94,7 +94,8 @@ def compress(
         batch_size: sequences that go through a block together, where ``calibration`` is a tensor.
         work: a folder for what is finished, so that the same call goes on from there if it did not end. The result
             reads its layers from there: keep it until they are exported.
-        checkpoint_format: of :func:`export`, if the result is meant for it: refused at once what it cannot hold.
+        checkpoint_format: of :func:`export`, if the result is meant for it: what it cannot hold is refused at once,
+            and what servers will not run is said.
         see: called after each layer with its report and the number of layers.
 
     Returns:
@@ -111,7 +112,8 @@ def compress(
     Warns:
         UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are; or
             linear layers that do, because they are not called exactly once with all tokens, or return no tensor; or
-            experts that see fewer tokens than they have features, and are rounded to nearest from min to max.
+            experts that see fewer tokens than they have features, and are rounded to nearest from min to max. Or
+            servers will not run what ``checkpoint_format`` is to hold.
     """
     greenlets()
     source = _source(model)
@@ -142,6 +144,8 @@ def compress(
     _check_layers(source, recipe)
     if ranks.size() > 1:
         _check_ranks(recipe, batches)
+    if checkpoint_format is not None and not ranks.rank():
+        warn_of_servers(checkpoint_format, source, recipe)
     _warn_of_others(source.model)
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
