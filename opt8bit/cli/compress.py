@@ -62,6 +62,7 @@ class Settings:
     sequence_length: int
     format: str
     seed: int
+    dtype: str | None
     resume: bool
     verify: bool
     trust_remote_code: bool
@@ -93,7 +94,7 @@ def run(settings: Settings) -> None:
                 held_out=settings.held_out,
                 seed=settings.seed,
             )
-            source = open_model(settings.model, trust_remote_code=settings.trust_remote_code)
+            source = open_model(settings.model, trust_remote_code=settings.trust_remote_code, dtype=settings.dtype)
             settings = _with_defaults(settings, source.model)
             result = ptq.compress(
                 source,
