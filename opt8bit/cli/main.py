@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opt8bit import __version__
 from opt8bit.cli import compress, demo, evaluate, info, inspect, memory, verify
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.models import DTYPES, CommandError
 from opt8bit.cli.recipes import METHODS, STATISTICS, read_recipe
 from opt8bit.cli.texts import find_text
 from opt8bit.optim.options import DEFAULTS
@@ -134,6 +134,8 @@ def add_compress(commands: argparse._SubParsersAction) -> None:
     add("--held-out", type=at_least(0), default=8, metavar="N", help=kept)
     add("--format", choices=FORMATS, default="compressed-tensors", help="of the checkpoint")
     add("--seed", type=seed, default=0, metavar="N", help="of the choice of windows; 0 takes the first ones")
+    computed = "to compute the model in, and to name in the result's config.json (default: the model's own)"
+    add("--dtype", choices=DTYPES, help=computed)
     add("--recipe", type=Path, metavar="FILE", help="options in JSON, and others for single layers; flags go first")
     add("--resume", action="store_true", help="go on with a run that ended before it was done")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")

@@ -6,11 +6,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
 from opt8bit.ptq.skeleton import auto_class
 from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, OtherNames, Source
 
+DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 # Weights in other formats that lie beside a model on the hub.
 OF_OTHERS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "consolidated*"]
 
@@ -54,10 +57,12 @@ def _is_scaled(folder: Path) -> bool:
         return False
 
 
-def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
+def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None = None) -> Source:
     """A model whose blocks are read from its files when they are asked for. In memory, where only transformers knows
-    how its files make a model. Arguments and errors as of :func:`load`.
+    how its files make a model. Arguments and errors as of :func:`load`; ``dtype`` is the name of another one than the
+    model's own, one of :data:`DTYPES`.
     """
+    computed_in: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     transformers()
     place = _place(name)
     folder = Path(place)
@@ -68,21 +73,21 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> Source:
         except Exception as error:  # of the network, of the hub, of the disk
             raise _cannot_load(name, error) from error
     try:
-        return Checkpoint(folder, trust_remote_code=trust_remote_code)
+        return Checkpoint(folder, trust_remote_code=trust_remote_code, dtype=computed_in)
     except OtherNames:
-        return _loaded_whole(folder, name, trust_remote_code)
+        return _loaded_whole(folder, name, trust_remote_code, computed_in)
     except Exception as error:  # a model is anyone's, and so is what transformers raises on it
         raise _cannot_load(name, error) from error
 
 
-def _loaded_whole(folder: Path, name: str, trust_remote_code: bool) -> Source:
+def _loaded_whole(folder: Path, name: str, trust_remote_code: bool, dtype: torch.dtype | None) -> Source:
     """
     Raises:
         CommandError: it cannot be loaded.
     """
-    model = _loaded(str(folder), name, trust_remote_code)
+    model = _loaded(str(folder), name, trust_remote_code, dtype)
     try:
-        return LoadedCheckpoint(folder, model)
+        return LoadedCheckpoint(folder, model, dtype)
     except ValueError as error:
         raise _cannot_load(name, error) from error
 
@@ -118,13 +123,17 @@ def _place(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _loaded(place: str, name: str, trust_remote_code: bool) -> Any:
+def _loaded(place: str, name: str, trust_remote_code: bool, dtype: torch.dtype | None = None) -> Any:
     library = transformers()
     try:
         config = library.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         refuse_other_classes(config)
         model, about = auto_class(config).from_pretrained(
-            place, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            place,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
         refuse_made_up(about["missing_keys"], about["unexpected_keys"])
     except Exception as error:

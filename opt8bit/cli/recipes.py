@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.models import DTYPES, CommandError
 from opt8bit.ptq.bias import CORRECTIONS, SHIFTS
 from opt8bit.ptq.export import FORMATS
 from opt8bit.ptq.methods.outliers import STRUCTURES
@@ -38,6 +38,7 @@ OF_RUNS: dict[str, type | tuple[str, ...]] = {  # what a recipe may have
     "sequence_length": int,
     "format": tuple(FORMATS),
     "seed": int,
+    "dtype": DTYPES,
 }
 WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 

@@ -18,12 +18,12 @@ from opt8bit.ptq.blocks import linear_layers, matrix
 from opt8bit.ptq.calls import Anatomy, apart
 from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
 from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.passes import Call
-from opt8bit.ptq.placement import why_uncorrected
+from opt8bit.ptq.passes import OVERFLOW, Call
+from opt8bit.ptq.placement import skipped_by_servers, why_uncorrected
 from opt8bit.ptq.result import LayerReport, Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
 from opt8bit.ptq.stages import Stage, by_recipe, layer_report
-from opt8bit.ptq.statistics import Inputs
+from opt8bit.ptq.statistics import Inputs, NotFinite
 from opt8bit.ptq.walk import Walk, halting, walks
 
 
@@ -203,10 +203,12 @@ class BlockTask:
             self.see(report)
 
     def _note(self, layer: str, stage: Stage) -> str | None:
-        """Why a layer was not corrected; None if it was."""
+        """Why a layer was not corrected, or which servers drop its bias; None if there is nothing to say."""
         why = why_uncorrected(f"{self.name}.{layer}", self.result.places)
         if why is None and stage.is_routed and stage.layers[layer].shift is None:
             return "it sees only some of the tokens"
+        if why is None:
+            return skipped_by_servers(self.result.model, f"{self.name}.{layer}", self.result.places)
         return why
 
     def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> Stage:
@@ -215,7 +217,7 @@ class BlockTask:
         done: dict[str, Compressed] = {}
         for recipe, group in by_recipe({n: self._recipe(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and n != self.of_block}
-            with _named(f"{self.name}.{group[0]}"):
+            with _named(f"{self.name}.{group[0]}", inputs[0].x_hat.dtype):
                 done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected)
         for name, layer in done.items():
             install(layers_hat[name], layer.changes)
@@ -237,7 +239,7 @@ class BlockTask:
         done: dict[str, Compressed] = {}
         for recipe, group in by_recipe({n: self._recipe(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and recipe.statistic != "position"}
-            with _named(f"{self.name}.{group[0]}"):
+            with _named(f"{self.name}.{group[0]}", x_hat[0].dtype if x_hat else None):
                 done |= compress_routed({n: layers[n] for n in group}, x_hat, tokens, recipe, corrected)
         for name, layer in done.items():
             install(layers_hat[name], layer.changes)
@@ -273,10 +275,13 @@ class BlockTask:
 
 
 @contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """Inside, a check that fails is about this layer."""
+def _named(layer: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, a check that fails is about this layer, whose inputs are of this dtype."""
     try:
         yield
+    except NotFinite as error:
+        hint = f": {OVERFLOW}" if dtype == torch.float16 else ""
+        raise ValueError(f"{layer}: {error}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{layer}: {error}") from error
 

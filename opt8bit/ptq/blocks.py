@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,19 @@ def other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     prefix, blocks = find_blocks(model)
     layers, params = block_layers(model), blocks.named_parameters(prefix)
     return {name: param for name, param in params if param.dim() >= 2 and name.rpartition(".")[0] not in layers}
+
+
+def by_pattern(about: Mapping[str, str], prefix: str, blocks: int) -> list[tuple[str, str]]:
+    """What there is to say about layers, once for those of all blocks: ``*`` stands for the number of any block."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for name, why in about.items():
+        number, _, own = name.removeprefix(f"{prefix}.").partition(".")
+        numbers.setdefault((own, why), []).append(number)
+    return [
+        (f"{prefix}.{number}.{own}", why)
+        for (own, why), found in numbers.items()
+        for number in (["*"] if len(found) == blocks > 1 else found)
+    ]
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:

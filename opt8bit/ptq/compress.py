@@ -17,18 +17,18 @@ from opt8bit.ptq import ranks
 from opt8bit.ptq.arguments import check_count
 from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
 from opt8bit.ptq.evaluate import check_token_ids
-from opt8bit.ptq.export import check_format
-from opt8bit.ptq.layer import Override, Recipe
+from opt8bit.ptq.export import check_format, warn_of_servers
+from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.methods import GPTQ, Method, QuantEase
 from opt8bit.ptq.methods.method import check_method
+from opt8bit.ptq.options import recipe_for
 from opt8bit.ptq.origin import refuse_quantized, unwrapped
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.result import LayerReport, Result
 from opt8bit.ptq.source import InMemory, Loaded, Source, digest
 from opt8bit.ptq.walk import greenlets
 from opt8bit.ptq.work import LAYOUT, Work
-from opt8bit.quant.grid import SCALE_DTYPES, Grid, UniformGrid
-from opt8bit.quant.weight import WeightScheme
+from opt8bit.quant.grid import Grid
 
 Calibration = Tensor | Iterable[Mapping[str, Tensor]]
 ERROR_PROPAGATION = 0.5
@@ -94,7 +94,8 @@ def compress(
         batch_size: sequences that go through a block together, where ``calibration`` is a tensor.
         work: a folder for what is finished, so that the same call goes on from there if it did not end. The result
             reads its layers from there: keep it until they are exported.
-        checkpoint_format: of :func:`export`, if the result is meant for it: refused at once what it cannot hold.
+        checkpoint_format: of :func:`export`, if the result is meant for it: what it cannot hold is refused at once,
+            and what servers will not run is said.
         see: called after each layer with its report and the number of layers.
 
     Returns:
@@ -111,7 +112,8 @@ def compress(
     Warns:
         UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are; or
             linear layers that do, because they are not called exactly once with all tokens, or return no tensor; or
-            experts that see fewer tokens than they have features, and are rounded to nearest from min to max.
+            experts that see fewer tokens than they have features, and are rounded to nearest from min to max. Or
+            servers will not run what ``checkpoint_format`` is to hold.
     """
     greenlets()
     source = _source(model)
@@ -125,14 +127,11 @@ def compress(
         "range": range,
         "grid": grid,
     }
-    scale_dtype = _scale_dtype(source.model)
-    scheme = _scheme(scale_dtype, **options)
+    check_method("method", method)
     if error_propagation is None:
         error_propagation = ERROR_PROPAGATION if method.uses_hessian and correct != "local" else 0.0
-    if not isinstance(overrides, Mapping | None):
-        raise TypeError(f"overrides must be a mapping from patterns of names to options, got {overrides!r}")
-    others = tuple(_override(pattern, given, options, scale_dtype) for pattern, given in (overrides or {}).items())
-    recipe = Recipe(method, scheme, error_propagation, correct, statistic, others)
+    whole = {"error_propagation": error_propagation, "correct": correct, "statistic": statistic}
+    recipe = recipe_for(source.model, options, overrides, whole)
     batches = _batches("calibration", calibration, batch_size, source.model)
     kept = [] if held_out is None else _batches("held_out", held_out, batch_size, source.model)
     if correct != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
@@ -142,6 +141,8 @@ def compress(
     _check_layers(source, recipe)
     if ranks.size() > 1:
         _check_ranks(recipe, batches)
+    if checkpoint_format is not None and not ranks.rank():
+        warn_of_servers(checkpoint_format, source, recipe)
     _warn_of_others(source.model)
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
@@ -190,55 +191,12 @@ def _check_ranks(recipe: Recipe, batches: list[dict[str, Tensor]]) -> None:
         raise ValueError(f"several processes share means alone, got statistic={recipe.statistic!r}")
 
 
-def _scheme(
-    scale_dtype: torch.dtype,
-    *,
-    method: Method,
-    bits: int,
-    group_size: int | None,
-    symmetric: bool,
-    range: str | None,
-    grid: Grid | None,
-) -> WeightScheme:
-    check_method("method", method)
-    if grid is not None and not isinstance(grid, Grid):
-        raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {grid!r}")
-    if grid is None:
-        if range is None:
-            range = "mse" if method.uses_hessian else "minmax"
-        return WeightScheme(UniformGrid(bits, symmetric=symmetric, range=range, scale_dtype=scale_dtype), group_size)
-    if (bits, symmetric, range) != (4, False, None):
-        raise ValueError(f"bits, symmetric and range are those of grid={grid!r}: leave them out")
-    return WeightScheme(grid, group_size)
-
-
-def _override(
-    pattern: str, given: Mapping[str, Any] | None, options: Mapping[str, Any], scale_dtype: torch.dtype
-) -> Override:
-    if given is None:
-        return Override(pattern, None, _scheme(scale_dtype, **options))
-    if not isinstance(given, Mapping):
-        raise TypeError(f"overrides[{pattern!r}] must be a mapping of options, or None, got {given!r}")
-    unknown = sorted(given.keys() - options.keys())
-    if unknown:
-        allowed = ", ".join(options)
-        raise ValueError(f"overrides[{pattern!r}] may have {allowed}, got {unknown[0]!r}")
-    of_grids = {"bits": 4, "symmetric": False, "range": None}
-    base = {**options, **(of_grids if given.get("grid") is not None else {})}
-    if given.keys() & of_grids.keys():
-        base["grid"] = None
-    merged = {**base, **given}
-    try:
-        return Override(pattern, merged["method"], _scheme(scale_dtype, **merged))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"overrides[{pattern!r}]: {error}") from error
-
-
 def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -> dict[str, str]:
     """What the result depends on, told from other runs'."""
     tokens = [digest(tensor for batch in text for _, tensor in sorted(batch.items())) for text in texts]
     return {
         "options": repr(recipe),
+        "dtype": str(next(source.model.parameters()).dtype),
         "model": digest(tensor for _, tensor in source.tensors()) + _configuration(source.model),
         "calibration text": tokens[0],
         "held-out text": tokens[1],
@@ -246,13 +204,6 @@ def _identity(source: Source, recipe: Recipe, *texts: list[dict[str, Tensor]]) -
         "device": texts[0][0]["input_ids"].device.type,
         "version": f"{version('opt8bit')}, layout {LAYOUT}",
     }
-
-
-def _scale_dtype(model: nn.Module) -> torch.dtype:
-    """Scales are stored in the dtype of the weights, as packed checkpoints have them."""
-    _, blocks = find_blocks(model)
-    dtype = matrix(next(iter(linear_layers(blocks[0]).values()))).dtype
-    return dtype if dtype in SCALE_DTYPES else torch.float32
 
 
 def _configuration(model: nn.Module) -> str:

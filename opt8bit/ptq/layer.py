@@ -177,7 +177,8 @@ def compress_stage(
     result = {}
     for name, weight in weights.items():
         had: Tensor | None = layers[name].bias  # type: ignore[assignment]
-        layer = Compressed(rounded[name], first.dtype, None if had is None else had.detach().to(dtype), None)
+        own = matrix(layers[name]).dtype
+        layer = Compressed(rounded[name], own, None if had is None else had.detach().to(dtype), None)
         if name in corrected:
             layer = layer.corrected(_shift(weight, layer.installed.to(dtype), statistics, inputs, recipe))
         result[name] = layer

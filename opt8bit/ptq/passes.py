@@ -19,6 +19,13 @@ class Refused(ValueError):
     """What a model does with its blocks is not what calibration can follow."""
 
 
+# What to do about activations that are beyond the largest float16, 65504.
+OVERFLOW = (
+    "its activations are too large for float16: compute in another dtype, by --dtype bfloat16 or float32, or from "
+    "Python ptq.Checkpoint(folder, dtype=torch.bfloat16), or model.to(torch.bfloat16)"
+)
+
+
 @contextmanager
 def raised_by(what: str) -> Iterator[None]:
     """Inside, an exception is one of the model's own code, and is reported as that.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opt8bit.backends import warn
 from opt8bit.ptq import ranks
 from opt8bit.ptq.block import BlockTask, Streams
-from opt8bit.ptq.blocks import block_layers, evaluating, find_blocks
+from opt8bit.ptq.blocks import block_layers, by_pattern, evaluating, find_blocks
 from opt8bit.ptq.calls import Anatomy
 from opt8bit.ptq.ends import ModelEnd, probe, quality
 from opt8bit.ptq.layer import Recipe
@@ -166,19 +166,6 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
         names = "; ".join(f"{pattern} {why}" for pattern, why in found[:NAMED])
         warn(f"layers that stay as they are ({len(stay)}): {names}{' ...' if len(found) > NAMED else ''}")
     return len(compressed)
-
-
-def by_pattern(about: Mapping[str, str], prefix: str, blocks: int) -> list[tuple[str, str]]:
-    """What there is to say about layers, once for those of all blocks: ``*`` stands for the number of any block."""
-    numbers: dict[tuple[str, str], list[str]] = {}
-    for name, why in about.items():
-        number, _, own = name.removeprefix(f"{prefix}.").partition(".")
-        numbers.setdefault((own, why), []).append(number)
-    return [
-        (f"{prefix}.{number}.{own}", why)
-        for (own, why), found in numbers.items()
-        for number in (["*"] if len(found) == blocks > 1 else found)
-    ]
 
 
 def _hand_on_more(known: Rehearsal, calls: Sequence[Sequence[Call]]) -> bool:

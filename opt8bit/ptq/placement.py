@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.layer import Compressed
+from opt8bit.ptq.servers import who_skips
 
 KEYS, VALUES, OUTPUTS = "k_proj", "v_proj", ("o_proj", "out_proj")
 OF_KEYS = "a constant in the keys shifts all scores alike, or harms under rotary embedding"
@@ -70,6 +71,16 @@ def why_uncorrected(name: str, places: Places) -> str | None:
     if places[name] is None:
         return "the checkpoint has no place for a bias here"
     return OF_KEYS if name.rpartition(".")[2] == KEYS else None
+
+
+def skipped_by_servers(model: nn.Module, name: str, places: Places) -> str | None:
+    """Which servers load a layer's bias from the written checkpoint and do not use it; None where there are none."""
+    place = places[name]
+    holder = place.name if place is not None and place.kind == "through" else name
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if any(each is not None and each.kind == "llama" for each in places.values()):
+        kind = "llama"  # as which it is written
+    return who_skips(kind, holder.rpartition(".")[2])
 
 
 def config_with_places(model: nn.Module, places: Iterable[Place | None]) -> Any:

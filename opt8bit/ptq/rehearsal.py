@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import linear_layers
 from opt8bit.ptq.calls import Anatomy, anatomy, replaced
 from opt8bit.ptq.ends import ModelEnd
-from opt8bit.ptq.passes import Call, ModelError, Refused, raised_by
+from opt8bit.ptq.passes import OVERFLOW, Call, ModelError, Refused, raised_by
 from opt8bit.ptq.recording import block_calls, changed_between, check_order, same_hidden, taken
 from opt8bit.ptq.source import Source
 from opt8bit.ptq.states import State, copied, flattened, placeholder
@@ -121,6 +121,8 @@ class _Watch:
             call = taken(args, kwargs, self.tokens, axes)._replace(name=f"{self.prefix}.{i}")
             if self.calls and not same_hidden(call.hidden_of(self.made[-1]), call.hidden):
                 raise changed_between(i)
+            if not self.calls:
+                _check_range("what goes into", call.name, call.hidden)
             # What the block is called with has to outlive the call, in which it may change.
             hidden, own_args, own_kwargs = placeholder((call.hidden, call.args, call.kwargs))
             self.calls.append(call._replace(hidden=hidden, args=own_args, kwargs=own_kwargs))
@@ -128,6 +130,7 @@ class _Watch:
                 before = _attributes(block)
                 with raised_by(f"the model's block {call.name}"):
                     self.made.append(block(*args, **kwargs))
+                _check_range("what comes out of", call.name, call.hidden_of(self.made[-1]))
                 self.parts.append(self._look(block, _changed(before, block)))
             return self.made[-1]
 
@@ -154,6 +157,15 @@ class _Watch:
                 self.keeps_cache |= candidate is call
                 return candidate
         raise Refused(f"{call.name} computes something else when it is run apart from its {type(self.model).__name__}")
+
+
+def _check_range(what: str, block: str, hidden: Tensor) -> None:
+    """
+    Raises:
+        Refused: hidden states have overflowed, in float16. In other dtypes the layer that sees them reports it.
+    """
+    if hidden.dtype == torch.float16 and not bool(hidden.isfinite().all()):
+        raise Refused(f"{what} {block} is not finite: {OVERFLOW}")
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -14,8 +14,13 @@ from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.origin import refuse_other_classes, refuse_quantized, remove_header
 
 
-def skeleton(files: CheckpointFiles, trust_remote_code: bool) -> Any:
+def skeleton(files: CheckpointFiles, trust_remote_code: bool, dtype: torch.dtype | None = None) -> Any:
     """Returns a checkpoint's model with its buffers, and with parameters on the meta device.
+
+    Args:
+        files: of the checkpoint.
+        trust_remote_code: whether Python files that come with the model may run.
+        dtype: of the parameters; by default as the checkpoint has it.
 
     Raises:
         ValueError: its weights are quantized already, or it is no causal language model's.
@@ -27,7 +32,8 @@ def skeleton(files: CheckpointFiles, trust_remote_code: bool) -> Any:
         remove_header(config)
     refuse_quantized(config)
     refuse_other_classes(config)
-    dtype = getattr(config, "dtype", None) or (files.scaled.dtype if files.scaled else _first_dtype(files))
+    if dtype is None:
+        dtype = getattr(config, "dtype", None) or (files.scaled.dtype if files.scaled else _first_dtype(files))
     with parameters_on_meta():
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if (files.folder / "generation_config.json").is_file():

@@ -20,6 +20,7 @@ from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.saved import as_saved, check_saved, saved_name, stored_names, stored_parts
 from opt8bit.ptq.skeleton import get_tensor, parameters_and_buffers, set_tensor, skeleton
 from opt8bit.ptq.tensor_files import bytes_of
+from opt8bit.quant.grid import SCALE_DTYPES
 
 
 class Source(ABC):
@@ -70,6 +71,11 @@ class Source(ABC):
         """Names of the checkpoint's tensors that the model does not load."""
         return ()
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In which the model is computed, now and by those who load the result, if not as the checkpoint says."""
+        return None
+
 
 class Loaded(Source):
     """A model whose weights are all in memory.
@@ -115,20 +121,27 @@ class Checkpoint(Source):
         folder: with a ``config.json`` and weights in safetensors, under the names that the model has for them or that
             ``save_pretrained`` writes.
         trust_remote_code: whether Python files that come with the model may run.
+        dtype: float32, bfloat16 or float16, to compute in; by default the checkpoint's own. The configuration of what
+            is exported names it, so that whoever loads that computes in it, too.
 
     Raises:
         OtherNames: the weights have other names than the model's.
-        ValueError: a file is damaged, the weights are quantized in more than 8-bit codes and scales, or in codes of
-            which no header says how they are scaled, or it is no causal language model's.
+        ValueError: ``dtype`` is another one, a file is damaged, the weights are quantized in more than 8-bit codes and
+            scales, or in codes of which no header says how they are scaled, or it is no causal language model's.
         ImportError: transformers or safetensors is not installed.
 
     Warns:
         UserWarning: weights are dequantized, and what a server would quantize beside them is not kept.
     """
 
-    def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        if dtype not in (None, *SCALE_DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {dtype!r}")
+        self._dtype = dtype
         self._files = CheckpointFiles(Path(folder))
-        self.model = skeleton(self._files, trust_remote_code)
+        self.model = skeleton(self._files, trust_remote_code, dtype)
         names = parameters_and_buffers(self.model)
         self._stored_names = stored_names(self.model, self._files.where.keys())
         missing = names.keys() - self._stored_names.keys()
@@ -142,6 +155,10 @@ class Checkpoint(Source):
     @property
     def files(self) -> CheckpointFiles:
         return self._files
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self._dtype
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
@@ -192,20 +209,26 @@ class LoadedCheckpoint(Loaded):
     Args:
         folder: with weights in safetensors.
         model: loaded from there.
+        dtype: in which it was loaded, if not as the checkpoint says.
 
     Raises:
         ValueError: a file is damaged.
         ImportError: safetensors is not installed.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module) -> None:
+    def __init__(self, folder: str | Path, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__(model)
+        self._dtype = dtype
         self._files = CheckpointFiles(Path(folder))
         self._stored_names = stored_names(model, self._files.where.keys())
 
     @property
     def files(self) -> CheckpointFiles:
         return self._files
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self._dtype
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._files.tensors(self._files.where)

@@ -27,6 +27,10 @@ class Inputs(NamedTuple):
         return Inputs(self.x.to(dtype), self.x_hat.to(dtype), self.mask, wanted)
 
 
+class NotFinite(ValueError):
+    """An input of a layer is not finite."""
+
+
 class Statistics:
     """Sums over the tokens that one layer has seen: x in the float model, x̂ in the model quantized so far.
 
@@ -97,7 +101,7 @@ class Statistics:
             streams = [torch.where(counts, stream, 0) for stream in streams]
         sums = [stream.sum(1).to(self.sum_x.dtype) for stream in streams]
         if not all(bool(part.isfinite().all()) for part in sums):
-            raise ValueError("an input is not finite")
+            raise NotFinite("an input is not finite")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
         self.sum_x = torch.cat([self.sum_x, sums[0]])
         self.sum_x_hat = torch.cat([self.sum_x_hat, sums[1]])

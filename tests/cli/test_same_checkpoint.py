@@ -14,7 +14,10 @@ from toys import token_ids
 from opt8bit import ptq
 from opt8bit.cli.main import main
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:not every server runs"),  # what is as small as here
+]
 
 FORMATS = ("dense", "compressed-tensors")
 BESIDE = {  # what lies beside weights, and stays as it is

@@ -8,7 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from opt8bit.ptq.blocks import block_layers
+from torch import nn
+
+from opt8bit.backends import warn
+from opt8bit.ptq.blocks import block_layers, find_blocks, matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, Planned
 from opt8bit.ptq.export.compressed_tensors import CompressedTensors
 from opt8bit.ptq.export.dense import Dense
@@ -17,7 +20,9 @@ from opt8bit.ptq.export.gptq import GPTQFormat
 from opt8bit.ptq.export.initialization import check_initialization
 from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.result import Result
+from opt8bit.ptq.servers import Layer, Packing, warnings_of
 from opt8bit.ptq.source import Source
+from opt8bit.quant.grid import UniformGrid
 
 FORMATS: dict[str, CheckpointFormat] = {
     "compressed-tensors": CompressedTensors(),
@@ -66,15 +71,53 @@ def check_format(format: str, source: Source, recipe: Recipe) -> None:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if recipe.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
-    layers = block_layers(source.model)
-    recipes = {name: recipe.of(name) for name in layers}
-    planned = {name: Planned(layers[name], own.scheme, own.method) for name, own in recipes.items() if own is not None}
+    planned, left = _planned(source, recipe)
     source.check_stored(planned, packed=format != "dense")
     if source.files is None:
         _check_configurations(source.model)
-    FORMATS[format].check(planned, [name for name in layers if name not in planned])
+    FORMATS[format].check(planned, left)
     if format == "compressed-tensors":
         check_initialization(source.model, planned)
+
+
+def warn_of_servers(format: str, source: Source, recipe: Recipe) -> None:
+    """Warns of what servers will refuse, or get wrong, of what is to be written.
+
+    Args:
+        format, source, recipe: that :func:`check_format` has let through.
+
+    Warns:
+        UserWarning: there is something. It says what to do.
+    """
+    layers = block_layers(source.model)
+    planned, _ = _planned(source, recipe)
+    stored = {name: Layer(_shape(layer), _packing(planned.get(name))) for name, layer in layers.items()}
+    has_experts = any(".experts." in name for name in layers)
+    has_experts = has_experts or any(param.dim() > 2 for param in other_matrices(source.model).values())
+    prefix, blocks = find_blocks(source.model)
+    found = warnings_of(format, stored, prefix, len(blocks), has_experts=has_experts)
+    if found:
+        warn("\n  ".join(["not every server runs what will be written:", *found]))
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    outputs, inputs = matrix(layer).shape
+    return outputs, inputs
+
+
+def _packing(planned: Planned | None) -> Packing | None:
+    if planned is None or not isinstance(planned.scheme.grid, UniformGrid):
+        return None
+    grid = planned.scheme.grid
+    return Packing(grid.bits, grid.symmetric, planned.scheme.group_size)
+
+
+def _planned(source: Source, recipe: Recipe) -> tuple[dict[str, Planned], list[str]]:
+    """The layers that will be rounded, and the names of those that stay as they are."""
+    layers = block_layers(source.model)
+    recipes = {name: recipe.of(name) for name in layers}
+    planned = {name: Planned(layers[name], own.scheme, own.method) for name, own in recipes.items() if own is not None}
+    return planned, [name for name in layers if name not in planned]
 
 
 def format_of(config: Mapping[str, Any]) -> CheckpointFormat | None:

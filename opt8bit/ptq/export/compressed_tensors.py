@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import matrix, other_matrices
+from opt8bit.ptq.blocks import find_blocks, matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.initialization import needs_weights
@@ -112,10 +112,29 @@ def _ignored(result: Result, left: Iterable[str]) -> list[str]:
     """
     layers = [each for name in left for each in _names(result, name)]
     params = [name for name, param in other_matrices(result.model).items() if param.dim() > 2]
-    experts = sorted({name.rpartition(".")[0] for name in params})
-    of_experts = [f"re:^{re.escape(name)}(\\..*)?$" for name in experts]
+    experts = [experts_of(name.rpartition(".")[0]) for name in params]
+    compressed = [row.name for row in result.report]
+    prefix, _ = find_blocks(result.model)
+    of_experts = [
+        # Servers have other names for what the blocks are in, and do not map regular expressions to them.
+        f"re:(.*\\.)?{re.escape(name.removeprefix(prefix.rpartition('.')[0]).removeprefix('.'))}(\\..*)?$"
+        for name in sorted({each for names in experts for each in names})
+        if not any(other.startswith(f"{name}.") for other in compressed)
+    ]
     others = [name.removesuffix(".weight") for name in sorted(result.source.without_place) if name.endswith(".weight")]
     return [*layers, *of_experts, *others]
+
+
+def experts_of(module: str) -> list[str]:
+    """The names under which servers have the experts that a module holds as one tensor.
+
+    Most call the list ``experts``. Where the model has no such name, the experts are in its own module here, and beside
+    it in servers: Granite's ``block_sparse_moe.input_linear`` is ``block_sparse_moe.experts`` there.
+    """
+    parts = module.split(".")
+    if "experts" in parts:
+        return [".".join(parts[: parts.index("experts") + 1])]
+    return [module, ".".join([*parts[:-1], "experts"])]
 
 
 def _names(result: Result, name: str) -> list[str]:

@@ -9,11 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from opt8bit.ptq.checkpoint_files import CONFIG
 from opt8bit.ptq.placement import LLAMA, Place, config_with_places
 from opt8bit.ptq.result import Result
 
-OF_THIS_RUN = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # no part of what a model is
+DTYPE_WORDS = ("dtype", "torch_dtype")
+OF_THIS_RUN = ("_name_or_path", *DTYPE_WORDS, "transformers_version")  # no part of what a model is
 # What transformers 5 writes as one object, and everything pinned below 5 looks for under names of its own.
 ROPE, ROPE_WORDS = "rope_parameters", ("rope_theta", "rope_scaling", "rope_local_base_freq")
 
@@ -30,8 +33,21 @@ def configuration(result: Result, quantization: Mapping[str, Any] | None) -> dic
     if files is None:
         config = _in_older_words(_of_transformers(result, places))
     else:
-        config = _with_places(files.config(), result, places)
+        config = _with_places(in_dtype(files.config(), result.source.dtype), result, places)
     return config if quantization is None else {**config, "quantization_config": dict(quantization)}
+
+
+def in_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Returns a configuration that names a dtype to load in, in its parts where they name one; None leaves it."""
+    if dtype is None:
+        return config
+    name = str(dtype).removeprefix("torch.")
+    config = {
+        key: in_dtype(part, dtype) if isinstance(part, dict) and set(DTYPE_WORDS) & part.keys() else part
+        for key, part in config.items()
+    }
+    words = [word for word in DTYPE_WORDS if word in config] or ["torch_dtype"]  # which all versions read
+    return {**config, **dict.fromkeys(words, name)}
 
 
 def write_configuration(config: Mapping[str, Any], folder: Path) -> None:

@@ -68,18 +68,19 @@ class HuggingFaceFormat(CheckpointFormat):
                 yield there, tensor
             else:
                 record.changed.append(there)
-                for suffix, part in self._changed(change, layers[owner], kind, tensor).items():
+                for suffix, part in self._changed(change, layers[owner], kind).items():
                     yield f"{prefix}{suffix}", part
             bias = _new_bias(result, owner, layers[owner]) if kind == "weight" else None
             if bias is not None:
                 record.added.append(f"{prefix}bias")
                 yield f"{prefix}bias", bias
 
-    def _changed(self, change: Change, module: nn.Module, kind: str, had: Tensor) -> dict[str, Tensor]:
+    def _changed(self, change: Change, module: nn.Module, kind: str) -> dict[str, Tensor]:
         """Returns the tensors that hold a changed parameter, by what stands behind its layer's name."""
         if isinstance(change, QuantizedWeight):
             return self.tensors(change, module)
-        return {kind: change.to(had.dtype)}
+        had: Tensor = getattr(module, kind)
+        return {kind: change.to(had.dtype)}  # in which it is computed; the source may have another
 
 
 def _new_bias(result: Result, layer: str, module: nn.Module) -> Tensor | None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.result import Result
-from opt8bit.quant.grid import UniformGrid
+from opt8bit.quant.grid import SCALE_DTYPES, UniformGrid
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
@@ -23,6 +23,11 @@ def check_uniform(format: str, name: str, planned: Planned) -> UniformGrid:
         raise ValueError(f"{name}: {format} holds nn.Linear alone, got {type(module).__name__}: use format 'dense'")
     if planned.method.keeps_outliers:
         raise ValueError(f"{name}: {format} has no place for weights that are kept exact: use format 'dense'")
+    if module.weight.dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"{name}: {format} has no scales of the weight's dtype, {module.weight.dtype}: convert the model first, as "
+            "by model.float(), or use format 'dense'"
+        )
     if module.weight.dtype != grid.scale_dtype:
         raise ValueError(
             f"{name}: {format} holds scales of the weight's dtype, {module.weight.dtype}, got {grid.scale_dtype}"
