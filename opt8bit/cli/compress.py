@@ -217,8 +217,8 @@ def _warn_of_odd_layers(names: list[str], chosen: int, wanted: int, model: torch
     layers = ", ".join(found[:NAMED]) + (" ..." if len(found) > NAMED else "")
     groups = f"groups of {chosen}" if chosen else "one scale for each row"
     warn(
-        f"all layers get {groups}, because {wanted} does not divide the inputs of {layers}. To leave those as they are, "
-        f"and have groups of {wanted} in all others: --recipe FILE with {example}"
+        f"all layers get {groups}, because {wanted} does not divide the inputs of {layers}. To leave those as they "
+        f"are, and have groups of {wanted} in all others: --recipe FILE with {example}"
     )
 
 
