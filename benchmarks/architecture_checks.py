@@ -27,6 +27,7 @@ from opt8bit.ptq.blocks import block_layers, matrix
 from opt8bit.ptq.compress import DEFAULT_METHOD
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import write
+from opt8bit.ptq.passes import Refused
 
 BITS = 8
 LENGTH, SAMPLES, HELD_OUT = 48, 8, 2  # windows are three times as long as the tiny models' sliding ones
@@ -221,7 +222,9 @@ def stage(name: str) -> Iterator[None]:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether it is a message of opt8bit's own, given before calibration began."""
-    if error.__cause__ is not None:  # what is raised again, with a name before it, is no message of its own
+    if error.__cause__ is not None and not isinstance(
+        error, Refused
+    ):  # what is raised again, with a name before it, is no message of its own
         return is_refusal(error.__cause__)
     frames = traceback.extract_tb(error.__traceback__)
     is_own = isinstance(error, CommandError | ValueError | TypeError) and frames[-1].filename.startswith(PACKAGE)

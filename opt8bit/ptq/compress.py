@@ -245,7 +245,8 @@ def _check_overrides(recipe: Recipe, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _batches(name: str, calibration: Calibration, batch_size: int, model: nn.Module) -> list[dict[str, Tensor]]:
-    device = next(model.parameters()).device
+    # Of a checkpoint the blocks' parameters are on the meta device.
+    device = next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
     if isinstance(calibration, Tensor):
         check_count("batch_size", batch_size)
         check_token_ids(name, calibration, model)

@@ -41,6 +41,22 @@ def raised_by(what: str) -> Iterator[None]:
         raise ModelError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def run_without_blocks(model: object) -> Iterator[None]:
+    """Inside, a model runs with stubs in place of its blocks, which not every model can.
+
+    Raises:
+        Refused: it raised an exception.
+    """
+    try:
+        yield
+    except (ModelError, Refused):
+        raise
+    except Exception as error:
+        name = type(model).__name__
+        raise Refused(f"{name} cannot run without its blocks: it raised {type(error).__name__}: {error}") from error
+
+
 class Call(NamedTuple):
     """How a model called one of its blocks.
 

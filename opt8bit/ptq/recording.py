@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.calls import replaced
-from opt8bit.ptq.passes import Call, Refused, raised_by
+from opt8bit.ptq.passes import Call, Refused, run_without_blocks
 from opt8bit.ptq.states import flattened, hidden_in, placeholder, with_hidden
 
 HIDDEN = "hidden_states"  # what nearly all models call them
@@ -134,7 +134,7 @@ def block_calls(
     options = {} if keeps_cache else no_cache(model)
     stubs = {block: _numbered(record, i) for i, block in enumerate(blocks)}
     try:
-        with replaced(stubs), raised_by(f"{type(model).__name__}, run without its blocks,"):
+        with replaced(stubs), run_without_blocks(model):
             model(**batch, **options)
     except _Seen:
         return list(_linked(calls, [*stands, None]))

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Types of models whose experts transformers replaces by layers of their own when it finds packed weights.
+TAKEN_APART = ("llama4", "llama4_text")
+
 
 def as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors of a model as its ``save_pretrained`` writes them: under other names, and maybe in parts."""
@@ -113,6 +116,27 @@ def check_saved(model: Any, *, packed: bool) -> None:
                 f"{kind} have {name} in other parts in checkpoints, which transformers cannot load beside packed "
                 "weights: use format 'dense'"
             )
+
+
+def check_packed(model: Any, weights: Iterable[str]) -> None:
+    """Checks that transformers would load packed weights where those of layers are stored.
+
+    Args:
+        model: of transformers.
+        weights: names of layers' weights in the checkpoint.
+
+    Raises:
+        ValueError: it would not.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if kind in TAKEN_APART:
+        raise ValueError(
+            f"models of type {kind} have experts in one tensor, which transformers looks for one by one beside packed "
+            "weights: use format 'dense'"
+        )
+    odd = [name for name in weights if not name.endswith(".weight")]
+    if odd:
+        raise ValueError(f"{odd[0]} does not end with .weight, as names of packed weights must: use format 'dense'")
 
 
 def _is_itself(saved: Mapping[str, Tensor], tensor: Tensor) -> bool:

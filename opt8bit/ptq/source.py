@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
-from opt8bit.ptq.saved import as_saved, check_saved, saved_name, stored_names, stored_parts
+from opt8bit.ptq.saved import as_saved, check_packed, check_saved, saved_name, stored_names, stored_parts
 from opt8bit.ptq.skeleton import get_tensor, parameters_and_buffers, set_tensor, skeleton
 from opt8bit.ptq.tensor_files import bytes_of
 from opt8bit.quant.grid import SCALE_DTYPES
@@ -112,6 +112,8 @@ class InMemory(Loaded):
         if not hasattr(self.model, "save_pretrained"):
             raise TypeError(f"only models of transformers can be exported, got {type(self.model).__name__}")
         check_saved(self.model, packed=packed)
+        if packed:
+            check_packed(self.model, ())
 
 
 class Checkpoint(Source):
@@ -183,7 +185,8 @@ class Checkpoint(Source):
         return self._stored_names.get(name)
 
     def check_stored(self, layers: Iterable[str], *, packed: bool) -> None:
-        pass  # every tensor is found, under one name or another
+        if packed:
+            check_packed(self.model, [self._stored_names[f"{name}.weight"] for name in layers])
 
     def copy(self) -> nn.Module:
         result = copy.deepcopy(self.model)
@@ -241,11 +244,13 @@ class LoadedCheckpoint(Loaded):
         return self._stored_names.get(name)
 
     def check_stored(self, layers: Iterable[str], *, packed: bool) -> None:
-        for name in layers:
-            if f"{name}.weight" not in self._stored_names:
-                raise ValueError(f"{name}.weight is in other parts in the checkpoint: leave that layer as it is")
+        weights = [f"{name}.weight" for name in layers]
+        for name in weights:
+            if name not in self._stored_names:
+                raise ValueError(f"{name} is in other parts in the checkpoint: leave that layer as it is")
         if packed:
             check_saved(self.model, packed=True)
+            check_packed(self.model, [self._stored_names[name] for name in weights])
 
 
 def _give_back_memory() -> None:

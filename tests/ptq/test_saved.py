@@ -12,7 +12,7 @@ from torch import Tensor
 from toys import GATED, SIZES, _make, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.saved import check_saved
+from opt8bit.ptq.saved import check_packed, check_saved
 from opt8bit.ptq.source import Checkpoint, OtherNames
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -125,3 +125,15 @@ def test_models_of_transformers_4_have_the_names_of_their_checkpoints(monkeypatc
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
     tensors = RENAMED().state_dict()
     assert as_saved(RENAMED(), tensors).keys() == tensors.keys()
+
+
+def test_packed_weights_that_transformers_would_not_find_are_refused_before_the_work(tmp_path: Path) -> None:
+    import transformers
+
+    experts = {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8, "moe_layers": [1]}
+    config = transformers.Llama4TextConfig(**{**GATED, **experts}, pad_token_id=0)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="type llama4_text have experts in one tensor, .* use format 'dense'"):
+        ptq.compress(model, token_ids(), bits=4, symmetric=True, checkpoint_format="compressed-tensors")
+    with pytest.raises(ValueError, match=r"a\.weight_v does not end with \.weight"):
+        check_packed(RENAMED(), ["b.weight", "a.weight_v"])

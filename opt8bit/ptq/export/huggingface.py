@@ -69,7 +69,7 @@ class HuggingFaceFormat(CheckpointFormat):
             else:
                 record.changed.append(there)
                 for suffix, part in self._changed(change, layers[owner], kind).items():
-                    yield f"{prefix}{suffix}", part
+                    yield there if suffix == kind else f"{prefix}{suffix}", part
             bias = _new_bias(result, owner, layers[owner]) if kind == "weight" else None
             if bias is not None:
                 record.added.append(f"{prefix}bias")
