@@ -133,7 +133,7 @@ def test_packed_weights_that_transformers_would_not_find_are_refused_before_the_
     experts = {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8, "moe_layers": [1]}
     config = transformers.Llama4TextConfig(**{**GATED, **experts}, pad_token_id=0)
     model = transformers.Llama4ForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="type llama4_text have experts in one tensor, .* use format 'dense'"):
+    with pytest.raises(ValueError, match=r"type llama4_text have experts in one tensor, .* use format 'dense'"):
         ptq.compress(model, token_ids(), bits=4, symmetric=True, checkpoint_format="compressed-tensors")
     with pytest.raises(ValueError, match=r"a\.weight_v does not end with \.weight"):
         check_packed(RENAMED(), ["b.weight", "a.weight_v"])
