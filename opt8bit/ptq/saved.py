@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -16,9 +17,18 @@ def as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     """Returns tensors of a model as its ``save_pretrained`` writes them: under other names, and maybe in parts."""
     try:
         loading: Any = importlib.import_module("transformers.core_model_loading")
-    except ModuleNotFoundError:  # before version 5 models had what their checkpoints have
-        return dict(tensors)
+    except ModuleNotFoundError:  # before version 5 models had what their checkpoints have, if under other names
+        return {_older_name(model, name): tensor for name, tensor in tensors.items()}
     return loading.revert_weight_conversion(model, dict(tensors))
+
+
+def _older_name(model: nn.Module, name: str) -> str:
+    """Returns the name that transformers 4 saves a tensor under: models with a vision tower keep those of before."""
+    renamed: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", {})
+    for pattern, prefix in renamed.items():
+        if name.startswith(f"{prefix}."):
+            return re.sub(r"\(.*\)", "", pattern.lstrip("^")) + name.removeprefix(prefix)
+    return name
 
 
 def saved_name(model: nn.Module, name: str, tensor: Tensor) -> str | None:

@@ -26,7 +26,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -108,9 +108,18 @@ def _ignored(result: Result, left: Iterable[str]) -> list[str]:
     """Returns the names of what servers must not look for packed weights in.
 
     Linear layers that stay as they are; experts that are one tensor, under any names that a server gives each of them;
-    and what the model has no place for, such as a vision tower.
+    whole towers beside the blocks, whose insides versions of transformers name otherwise; and what the model has no
+    place for.
     """
-    layers = [each for name in left for each in _names(result, name)]
+    of_packed = {part for row in result.report for part in row.name.split(".")}
+    layers: list[str] = []
+    towers: list[str] = []
+    for name in left:
+        tower = _tower(result.model, name)
+        if tower is None or tower in of_packed:
+            layers += _names(result, name)
+        elif tower not in towers:
+            towers.append(tower)
     params = [name for name, param in other_matrices(result.model).items() if param.dim() > 2]
     experts = [experts_of(name.rpartition(".")[0]) for name in params]
     compressed = [row.name for row in result.report]
@@ -121,8 +130,18 @@ def _ignored(result: Result, left: Iterable[str]) -> list[str]:
         for name in sorted({each for names in experts for each in names})
         if not any(other.startswith(f"{name}.") for other in compressed)
     ]
+    of_towers = [f"re:^(.*\\.)?{re.escape(tower)}\\..*$" for tower in towers]
     others = [name.removesuffix(".weight") for name in sorted(result.source.without_place) if name.endswith(".weight")]
-    return [*layers, *of_experts, *others]
+    return [*layers, *of_experts, *of_towers, *others]
+
+
+def _tower(model: nn.Module, name: str) -> str | None:
+    """Returns the own name of the largest module around a layer that has no blocks in it; None if there is none."""
+    blocks, parts = find_blocks(model)[0].split("."), name.split(".")
+    shared = 0
+    while shared < len(blocks) and parts[shared] == blocks[shared]:
+        shared += 1
+    return None if shared in (len(blocks), len(parts) - 1) else parts[shared]
 
 
 def experts_of(module: str) -> list[str]:
