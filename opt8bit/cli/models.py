@@ -10,8 +10,8 @@ import torch
 
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
-from opt8bit.ptq.skeleton import auto_class
-from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, OtherNames, Source
+from opt8bit.ptq.skeleton import OnlyWhole, auto_class
+from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, Source
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 # Weights in other formats that lie beside a model on the hub.
@@ -74,7 +74,7 @@ def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None 
             raise _cannot_load(name, error) from error
     try:
         return Checkpoint(folder, trust_remote_code=trust_remote_code, dtype=computed_in)
-    except OtherNames:
+    except OnlyWhole:
         return _loaded_whole(folder, name, trust_remote_code, computed_in)
     except Exception as error:  # a model is anyone's, and so is what transformers raises on it
         raise _cannot_load(name, error) from error

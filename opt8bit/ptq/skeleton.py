@@ -14,6 +14,10 @@ from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.origin import refuse_other_classes, refuse_quantized, remove_header
 
 
+class OnlyWhole(ValueError):
+    """A checkpoint that only transformers knows how to make a model of, by loading all of it."""
+
+
 def skeleton(files: CheckpointFiles, trust_remote_code: bool, dtype: torch.dtype | None = None) -> Any:
     """Returns a checkpoint's model with its buffers, and with parameters on the meta device.
 
@@ -23,6 +27,7 @@ def skeleton(files: CheckpointFiles, trust_remote_code: bool, dtype: torch.dtype
         dtype: of the parameters; by default as the checkpoint has it.
 
     Raises:
+        OnlyWhole: the model's constructor computes with its parameters.
         ValueError: its weights are quantized already, or it is no causal language model's.
         ImportError: transformers is not installed.
     """
@@ -34,8 +39,11 @@ def skeleton(files: CheckpointFiles, trust_remote_code: bool, dtype: torch.dtype
     refuse_other_classes(config)
     if dtype is None:
         dtype = getattr(config, "dtype", None) or (files.scaled.dtype if files.scaled else _first_dtype(files))
-    with parameters_on_meta():
-        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with parameters_on_meta():
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except RuntimeError as error:  # of torch, that values are wanted where there are none
+        raise OnlyWhole(f"the model cannot be built without its weights: {error}") from error
     if (files.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(files.folder)
     return model.eval()

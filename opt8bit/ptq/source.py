@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import find_blocks
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.saved import as_saved, check_packed, check_saved, saved_name, stored_names, stored_parts
-from opt8bit.ptq.skeleton import get_tensor, parameters_and_buffers, set_tensor, skeleton
+from opt8bit.ptq.skeleton import OnlyWhole, get_tensor, parameters_and_buffers, set_tensor, skeleton
 from opt8bit.ptq.tensor_files import bytes_of
 from opt8bit.quant.grid import SCALE_DTYPES
 
@@ -127,7 +127,7 @@ class Checkpoint(Source):
             is exported names it, so that whoever loads that computes in it, too.
 
     Raises:
-        OtherNames: the weights have other names than the model's.
+        OnlyWhole: the weights have other names than the model's, or it cannot be built without them.
         ValueError: ``dtype`` is another one, a file is damaged, the weights are quantized in more than 8-bit codes and
             scales, or in codes of which no header says how they are scaled, or it is no causal language model's.
         ImportError: transformers or safetensors is not installed.
@@ -148,7 +148,7 @@ class Checkpoint(Source):
         self._stored_names = stored_names(self.model, self._files.where.keys())
         missing = names.keys() - self._stored_names.keys()
         if missing:
-            raise OtherNames(f"the checkpoint has no {min(missing)}")
+            raise OnlyWhole(f"the checkpoint has no {min(missing)}")
         params = {self._stored_names[name] for name, tensor in names.items() if isinstance(tensor, nn.Parameter)}
         self._files.check_dtypes(params)
         blocks, _ = find_blocks(self.model)
@@ -186,7 +186,8 @@ class Checkpoint(Source):
 
     def check_stored(self, layers: Iterable[str], *, packed: bool) -> None:
         if packed:
-            check_packed(self.model, [self._stored_names[f"{name}.weight"] for name in layers])
+            stored = [self._stored_names.get(f"{name}.weight") for name in layers]
+            check_packed(self.model, [name for name in stored if name is not None])
 
     def copy(self) -> nn.Module:
         result = copy.deepcopy(self.model)
@@ -267,7 +268,3 @@ def digest(tensors: Iterable[Tensor]) -> str:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(bytes_of(tensor))
     return found.hexdigest()
-
-
-class OtherNames(ValueError):
-    """A checkpoint's tensors have other names than the model's; whoever loads it has to know how they go together."""

@@ -13,7 +13,8 @@ from toys import GATED, SIZES, _make, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.saved import check_packed, check_saved
-from opt8bit.ptq.source import Checkpoint, OtherNames
+from opt8bit.ptq.skeleton import OnlyWhole
+from opt8bit.ptq.source import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -46,7 +47,7 @@ def test_experts_are_written_one_by_one(name: str, tmp_path: Path) -> None:
     assert any("experts.3." in key for key in found)
     assert all(torch.equal(found[key], value) for key, value in expected.items() if "experts" in key)
     assert ptq.verify(path).is_right
-    with pytest.raises(OtherNames):
+    with pytest.raises(OnlyWhole):
         Checkpoint(path)
 
 

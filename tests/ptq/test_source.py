@@ -14,7 +14,8 @@ from toys import MODELS, assert_same_changes, token_ids
 from opt8bit import ptq
 from opt8bit.ptq.blocks import find_blocks
 from opt8bit.ptq.checkpoint_files import INDEX
-from opt8bit.ptq.source import Checkpoint, InMemory, OtherNames, digest
+from opt8bit.ptq.skeleton import OnlyWhole
+from opt8bit.ptq.source import Checkpoint, InMemory, LoadedCheckpoint, digest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -118,7 +119,7 @@ def test_names_that_only_transformers_knows_are_told_apart(tmp_path: Path) -> No
     folder = saved("llama", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     save_file({f"other.{name}": value for name, value in tensors.items()}, folder / "model.safetensors")
-    with pytest.raises(OtherNames, match="the checkpoint has no "):
+    with pytest.raises(OnlyWhole, match="the checkpoint has no "):
         Checkpoint(folder)
 
 
@@ -127,3 +128,32 @@ def test_a_digest_is_of_bytes_shape_and_dtype() -> None:
     assert digest([ones]) == digest([ones.clone()])
     others = [torch.ones(2, 2), torch.ones(4, dtype=torch.int32), torch.zeros(4), torch.ones(0)]
     assert len({digest([tensor]) for tensor in [ones, *others]}) == 5
+
+
+def test_models_that_compute_with_their_weights_when_they_are_built_are_loaded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from opt8bit.cli.models import open_model
+
+    folder = saved("llama", tmp_path / "model")
+    build = transformers.LlamaForCausalLM.__init__
+
+    def computes(self: Any, config: Any) -> None:
+        build(self, config)
+        float(self.lm_head.weight.sum())
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", computes)
+    with pytest.raises(OnlyWhole, match="cannot be built without its weights"):
+        Checkpoint(folder)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", build)
+    monkeypatch.setattr("opt8bit.cli.models.Checkpoint", _only_whole)
+    source = open_model(str(folder))
+    assert isinstance(source, LoadedCheckpoint) and source.files is not None
+    exact = load_file(folder / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in source.tensors()} == {k: v.tolist() for k, v in exact.items()}
+
+
+def _only_whole(*args: Any, **options: Any) -> None:
+    raise OnlyWhole("cannot be built without its weights")
