@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.memory import check_room
 from opt8bit.ptq.saved import as_saved, check_saved, saved_name, stored_names
 from opt8bit.ptq.skeleton import get_tensor, parameters_and_buffers, set_tensor, skeleton
 from opt8bit.ptq.tensor_files import bytes_of
@@ -123,7 +124,8 @@ class Checkpoint(Source):
     Raises:
         OtherNames: the weights have other names than the model's.
         ValueError: ``dtype`` is another one, a file is damaged, the weights are quantized in more than 8-bit codes and
-            scales, or in codes of which no header says how they are scaled, or it is no causal language model's.
+            scales, or in codes of which no header says how they are scaled, or it is no causal language model's. Or the
+            machine's memory does not hold one block and what is outside of all.
         ImportError: transformers or safetensors is not installed.
 
     Warns:
@@ -145,6 +147,7 @@ class Checkpoint(Source):
             raise OtherNames(f"the checkpoint has no {min(missing)}")
         params = {self._stored_names[name] for name, tensor in names.items() if isinstance(tensor, nn.Parameter)}
         self._files.check_dtypes(params)
+        check_room(self.model)
         blocks, _ = find_blocks(self.model)
         self._load([name for name in names if not name.startswith(f"{blocks}.")])
 
