@@ -19,6 +19,7 @@ from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix,
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.export import check_format, warn_of_servers
 from opt8bit.ptq.layer import Recipe
+from opt8bit.ptq.memory import warn_of_memory
 from opt8bit.ptq.methods import GPTQ, Method, QuantEase
 from opt8bit.ptq.methods.method import check_method
 from opt8bit.ptq.options import recipe_for
@@ -113,7 +114,7 @@ def compress(
         UserWarning: blocks have matrices outside linear layers, such as fused experts, which stay as they are; or
             linear layers that do, because they are not called exactly once with all tokens, or return no tensor; or
             experts that see fewer tokens than they have features, and are rounded to nearest from min to max. Or
-            servers will not run what ``checkpoint_format`` is to hold.
+            servers will not run what ``checkpoint_format`` is to hold, or the machine's memory may not suffice.
     """
     greenlets()
     source = _source(model)
@@ -146,6 +147,7 @@ def compress(
     _warn_of_others(source.model)
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
+    warn_of_memory(source.model, [*batches, *kept], recipe, in_memory=isinstance(source, InMemory))
     return run(source, batches, recipe, see or (lambda report, layers: None), held_out=kept, work=begun)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.blocks import find_blocks
 from opt8bit.ptq.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.memory import check_room
 from opt8bit.ptq.saved import as_saved, check_packed, check_saved, saved_name, stored_names, stored_parts
 from opt8bit.ptq.skeleton import OnlyWhole, get_tensor, parameters_and_buffers, set_tensor, skeleton
 from opt8bit.ptq.tensor_files import bytes_of
@@ -129,7 +130,8 @@ class Checkpoint(Source):
     Raises:
         OnlyWhole: the weights have other names than the model's, or it cannot be built without them.
         ValueError: ``dtype`` is another one, a file is damaged, the weights are quantized in more than 8-bit codes and
-            scales, or in codes of which no header says how they are scaled, or it is no causal language model's.
+            scales, or in codes of which no header says how they are scaled, or it is no causal language model's. Or the
+            machine's memory does not hold one block and what is outside of all.
         ImportError: transformers or safetensors is not installed.
 
     Warns:
@@ -151,6 +153,7 @@ class Checkpoint(Source):
             raise OnlyWhole(f"the checkpoint has no {min(missing)}")
         params = {self._stored_names[name] for name, tensor in names.items() if isinstance(tensor, nn.Parameter)}
         self._files.check_dtypes(params)
+        check_room(self.model)
         blocks, _ = find_blocks(self.model)
         self._load([name for name in names if not name.startswith(f"{blocks}.")])
 

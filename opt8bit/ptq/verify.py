@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from opt8bit.ptq.blocks import evaluating, find_blocks
 from opt8bit.ptq.checkpoint_files import files_of
 from opt8bit.ptq.export import FORMATS, format_of
 from opt8bit.ptq.inspect import inspect
+from opt8bit.ptq.memory import machine_memory
 from opt8bit.ptq.report import FOLDER, PROBE
 from opt8bit.ptq.skeleton import auto_class, parameters_on_meta
 from opt8bit.ptq.source_record import SourceRecord, differences, read_record
@@ -111,15 +111,7 @@ def verify(
 
 def _takes_too_much(folder: Path) -> bool:
     """Tells whether a checkpoint's weights, unpacked, would take more than half of the machine's memory."""
-    return inspect(folder).original_bytes > _memory() / 2
-
-
-def _memory() -> float:
-    """Returns the machine's memory in bytes; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+    return inspect(folder).original_bytes > machine_memory() / 2
 
 
 def _differences(folder: Path, record: SourceRecord, trust_remote_code: bool) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from toys import GATED
 
 from opt8bit.cli.main import main
+from opt8bit.ptq import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 # Three layers of four read the hidden states of 64, and one of each block something odd.
@@ -62,3 +63,12 @@ def test_the_summary_names_biases_that_servers_do_not_use(
     report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())
     noted = {row["name"] for row in report["layers"] if "SGLang" in row["note"]}
     assert noted == {f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")}
+
+
+def test_a_model_of_which_no_block_fits_is_refused_and_nothing_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: 50_000)
+    assert compress(folder / "llama", folder, tmp_path / "out") == 2
+    assert "does not hold the embeddings and the head" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

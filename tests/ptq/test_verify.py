@@ -78,6 +78,6 @@ def test_what_cannot_be_loaded_whole_is_wrong(path: Path) -> None:
 
 def test_models_are_loaded_as_users_do_unless_they_take_too_much(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ptq.verify(path).in_parts
-    monkeypatch.setattr(sys.modules[ptq.verify.__module__], "_memory", lambda: 1000)
+    monkeypatch.setattr(sys.modules[ptq.verify.__module__], "machine_memory", lambda: 1000)
     verification = ptq.verify(path)
     assert verification.in_parts and verification.is_right and "run from disk, block by block" in str(verification)
