@@ -9,7 +9,7 @@
 # Why it matters: small models for tests and for research often have Qwen's architecture and another tokenizer; they
 # train, or are calibrated, on nothing.
 # shellcheck source=environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" transformers==5.24.0 tokenizers==0.22.2 numpy==2.4.6
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" transformers==5.24.0 tokenizers==0.23.3 numpy==2.4.6
 finding <<'PYTHON'
 import json
 import logging

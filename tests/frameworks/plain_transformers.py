@@ -33,7 +33,8 @@ def of_qwen2() -> tuple[Any, list[str]]:
     """Returns a BPE tokenizer over bytes as Qwen's checkpoints have it, untrained, and its special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern = rf"{words}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
@@ -80,7 +81,7 @@ def save_weights(folder: Path) -> None:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
     model = getattr(transformers, config.architectures[0])(config)
     for param in model.parameters():
@@ -97,7 +98,8 @@ def load(text: str, folder: Path) -> dict[str, Any]:
 
     try:
         ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, info = loaded
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([ids])).logits.float()
     except Exception as error:  # for the test to report
