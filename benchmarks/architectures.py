@@ -72,18 +72,22 @@ def measure(model_type: str, formats: list[str]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown, with the machine and the counts."""
-    about = machine()
+    """Returns the rows in Markdown: the machine, counts, and a line for each type."""
+    about = rows[0] if "versions" in rows[0] else machine()
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    formats = list(dict.fromkeys(row["format"] for row in rows))
     lines = [f"{about['processor']}, Python {about['python']}, {versions}", ""]
     lines += ["| format | " + " | ".join(RESULTS) + " |", "|---|" + "---|" * len(RESULTS)]
-    for format in dict.fromkeys(row["format"] for row in rows):
+    for format in formats:
         counts = collections.Counter(row["result"] for row in rows if row["format"] == format)
         lines.append(f"| {format} | " + " | ".join(str(counts[result]) for result in RESULTS) + " |")
-    lines += ["", "| type | class | format | result | why |", "|---|---|---|---|---|"]
-    for row in rows:
-        why = "; ".join(part for part in (row.get("why", ""), row.get("note", "")) if part).replace("|", "\\|")
-        lines.append(f"| {row['model_type']} | {row['class']} | {row['format']} | {row['result']} | {why} |")
+    lines += ["", f"| class | {' | '.join(formats)} | why |", "|---|" + "---|" * len(formats) + "---|"]
+    for model_type in dict.fromkeys(row["model_type"] for row in rows):
+        own = [row for row in rows if row["model_type"] == model_type]
+        results = {row["format"]: row["result"] for row in own}
+        reasons = dict.fromkeys(part for row in own for part in (row.get("why", ""), row.get("note", "")) if part)
+        why = "; ".join(reasons).replace("|", "\\|")
+        lines.append(f"| {own[0]['class']} | {' | '.join(results.get(format, '') for format in formats)} | {why} |")
     return "\n".join(lines) + "\n"
 
 

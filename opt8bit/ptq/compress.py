@@ -147,7 +147,7 @@ def compress(
     _warn_of_others(source.model)
     begun = None if work is None else Work(Path(work), _identity(source, recipe, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
-    warn_of_memory(source.model, [*batches, *kept], recipe, in_memory=isinstance(source, InMemory))
+    warn_of_memory(source.model, [*batches, *kept], recipe, in_memory=isinstance(source, Loaded))
     return run(source, batches, recipe, see or (lambda report, layers: None), held_out=kept, work=begun)
 
 
