@@ -4,8 +4,8 @@
 # config.json says attn_logit_softcapping 50, and the model hands it to its attention. The one that from_pretrained takes
 # by default, "sdpa", swallows it with all other arguments that it does not know. Nothing is said.
 # Expected: the cap is applied, or "sdpa" refused, as in transformers 5.24.0, which takes "eager".
-# Why it matters: it is another model than the one that was trained; and what is measured, calibrated or compared with
-# one version is off with the other by more than weights of 8 bits are.
+# Why it matters: where scores come near the cap it is another model than the one that was trained, and the two versions
+# disagree about it: a checkpoint that is compressed with one and checked with the other seems to be damaged.
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" torch==2.13.0 transformers==4.57.6 numpy==2.4.6
 finding <<'PYTHON'
@@ -24,7 +24,7 @@ warnings.simplefilter("error")
 torch.manual_seed(0)
 config = Gemma2Config(
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "initializer_range": 0.6},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "initializer_range": 0.8},
 )
 Gemma2ForCausalLM(config).save_pretrained("capped")
 ids = torch.arange(24)[None]
@@ -43,7 +43,7 @@ uncapped = logits(None)[1]
 eager = logits(50.0, attn_implementation="eager")[1]
 print(f"by default ({default}): with a cap of 50 and without the same logits: {torch.equal(capped, uncapped)}")
 off = ((capped - eager).norm() / eager.norm()).item()
-print(f"with attn_implementation='eager' they are {off:.0%} away")
+print(f"with attn_implementation='eager' they are {off:.1%} away")
 messages = [record.getMessage() for record in records if "cap" in record.getMessage()]
 print(f"warnings of it: {len(messages)}")
 assert default == "sdpa" and torch.equal(capped, uncapped) and off > 0.01 and not messages

@@ -85,7 +85,7 @@ def save_weights(folder: Path) -> None:
     torch.manual_seed(0)
     model = getattr(transformers, config.architectures[0])(config)
     for param in model.parameters():
-        torch.nn.init.normal_(param, 0.0, 0.2)
+        torch.nn.init.normal_(param, 1.0 if param.dim() == 1 else 0.0, 0.2)
     written = (folder / "config.json").read_bytes()
     model.save_pretrained(folder)
     (folder / "config.json").write_bytes(written)

@@ -1,6 +1,7 @@
 """Models that transformers initializes on loading, packed or not: their checkpoints say that it has to unpack."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,18 @@ def test_layers_without_packed_weights_are_asked_for_nothing() -> None:
     model = model_of("mamba2")
     assert needs_weights(model, ["backbone.layers.1.mixer.out_proj"])
     assert not needs_weights(model, ["backbone.layers.0.mixer.in_proj"])
+
+
+def test_a_tower_beside_the_blocks_is_left_out_under_any_names(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that stay as they are
+        options: dict[str, Any] = {"bits": 8, "group_size": None, "symmetric": True, "method": ptq.RTN()}
+        result = ptq.compress(model_of("gemma3"), token_ids(4, 16), **options)
+        path = ptq.export(result, tmp_path / "out")
+    ignored = json.loads((path / "config.json").read_text())["quantization_config"]["ignore"]
+    (tower,) = (name.removeprefix("re:") for name in ignored if name.startswith("re:"))
+    for name in ("vision_tower.encoder.layers.0.mlp.fc1", "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1"):
+        assert re.match(tower, name)
+    assert not any(re.match(tower, row.name) for row in result.report)
+    assert not any("vision_tower" in name for name in ignored if not name.startswith("re:"))
