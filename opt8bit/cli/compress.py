@@ -10,20 +10,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opt8bit import ptq
-from opt8bit.backends import warn
+from opt8bit.cli.group_sizes import default_group_size
 from opt8bit.cli.models import CommandError, load_tokenizer, open_model
 from opt8bit.cli.progress import ShowLayer, compression
 from opt8bit.cli.recipes import Overrides
 from opt8bit.cli.texts import choose_windows, find_text
 from opt8bit.ptq import ranks
-from opt8bit.ptq.blocks import block_layers, by_pattern, find_blocks, matrix
 from opt8bit.ptq.compress import polished
 from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
@@ -31,10 +29,8 @@ from opt8bit.ptq.methods import Method
 from opt8bit.ptq.placement import OF_KEYS
 from opt8bit.ptq.report import FOLDER, PICTURE, write_report
 
-GROUP_SIZES = (64, 32, 16)  # the first that divides all layers is the default
 SERVED_SYMMETRIC = (4, 8)  # bits that servers run on symmetric grids alone
 RECIPE = "recipe.json"
-NAMED = 4  # layers that a warning is about
 
 
 @dataclass(frozen=True)
@@ -186,40 +182,8 @@ def _with_defaults(settings: Settings, model: torch.nn.Module) -> Settings:
     if symmetric is None:
         symmetric = settings.format != "dense" and settings.bits in SERVED_SYMMETRIC
     if group_size is None:
-        group_size = _default_group_size(settings, model)
+        group_size = default_group_size(model, settings.overrides)
     return replace(settings, symmetric=symmetric, group_size=group_size)
-
-
-def _default_group_size(settings: Settings, model: torch.nn.Module) -> int:
-    """The largest of some that divides the inputs of all layers without a group size of their own; 0 where none does.
-
-    Warns:
-        UserWarning: most layers would have larger groups if it were not for a few.
-    """
-    own = [override["layers"] for override in settings.overrides if {"skip", "group_size"} & override.keys()]
-    inputs = {
-        name: matrix(layer).shape[1]
-        for name, layer in block_layers(model).items()
-        if not any(fnmatchcase(name, pattern) for pattern in own)
-    }
-    odd = {size: [name for name, length in inputs.items() if length % size] for size in GROUP_SIZES}
-    chosen = next((size for size in GROUP_SIZES if not odd[size]), 0)
-    wanted = next((size for size in GROUP_SIZES if 2 * len(odd[size]) < len(inputs)), 0)
-    if wanted > chosen and not ranks.rank():
-        _warn_of_odd_layers(odd[wanted], chosen, wanted, model)
-    return chosen
-
-
-def _warn_of_odd_layers(names: list[str], chosen: int, wanted: int, model: torch.nn.Module) -> None:
-    prefix, blocks = find_blocks(model)
-    found = [pattern for pattern, _ in by_pattern(dict.fromkeys(names, ""), prefix, len(blocks))]
-    example = json.dumps({"overrides": [{"layers": pattern, "skip": True} for pattern in found[:NAMED]]})
-    layers = ", ".join(found[:NAMED]) + (" ..." if len(found) > NAMED else "")
-    groups = f"groups of {chosen}" if chosen else "one scale for each row"
-    warn(
-        f"all layers get {groups}, because {wanted} does not divide the inputs of {layers}. To leave those as they "
-        f"are, and have groups of {wanted} in all others: --recipe FILE with {example}"
-    )
 
 
 def _options(settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a run takes of the machine's memory, estimated before it begins.
 
-The factors are fitted to what runs on LLaMAs of 512 and 1024 features took, and are right within a quarter there.
+The factors are fitted to what runs on LLaMAs of 512 and 1024 features took: they are an estimate, not a bound.
 """
 
 from __future__ import annotations

@@ -113,9 +113,9 @@ def warnings_of(format: str, layers: Mapping[str, Layer], prefix: str, blocks: i
     unlike = _unlike(layers)
     if unlike:
         found.append(
-            f"{VLLM} and {SGLANG} put these into one matrix, and refuse them where they are not packed alike: "
-            f"{named(unlike)}: give them the same bits, grids and group size, or leave all of them as they are, "
-            "or use format 'dense'"
+            f"{VLLM} and {SGLANG} put these into one matrix, and refuse them, or get them wrong, where they are not "
+            f"packed alike: {named(unlike)}: give them the same bits, grids and group size, or leave all of them as "
+            "they are, or use format 'dense'"
         )
     routers = [name for name in packed if has_experts and ROUTER.fullmatch(name)]
     if routers:

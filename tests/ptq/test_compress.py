@@ -83,8 +83,7 @@ def test_biases_go_where_the_architecture_holds_them(name: str) -> None:
         expected = None if last == "k_proj" else PLACES[name].get(last, "own")  # keys get none, wherever they could
         assert row.bias_place == (expected and expected.replace("through ", f"through {parent}."))
         assert (row.bias_norm > 0) == (expected is not None)
-        of_servers = row.note.startswith(("vLLM", "SGLang"))  # that do not use the bias
-        assert bool(row.note) and not of_servers if expected is None else not row.note or of_servers
+        assert bool(row.note) == (expected is None) or "does not use it" in row.note  # a server
         assert row.error_corrected <= row.error_rounded
 
 

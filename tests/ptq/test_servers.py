@@ -68,8 +68,8 @@ def test_layers_of_one_matrix_are_to_be_alike(name: str, packing: Packing | None
     group = ("q", "k", "v") if "attn" in name else ("gate", "up")
     names = ", ".join(f"layers.*.{name.partition('.')[0]}.{part}_proj (64 × 128)" for part in group)
     assert line == (
-        f"vLLM 0.33.0 and SGLang 0.5.23 put these into one matrix, and refuse them where they are not packed alike: "
-        f"{names}: give them the same bits, grids and group size, or leave all of them as they are, "
+        f"vLLM 0.33.0 and SGLang 0.5.23 put these into one matrix, and refuse them, or get them wrong, where they are "
+        f"not packed alike: {names}: give them the same bits, grids and group size, or leave all of them as they are, "
         "or use format 'dense'"
     )
 
