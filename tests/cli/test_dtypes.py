@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import WINDOWS, loaded
+from small import WINDOWS
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
@@ -69,7 +69,9 @@ def test_computed_in_another_dtype_it_is_loaded_in_that(
 ) -> None:
     arguments = ["--dtype", dtype, "--format", format, "--correct", "sequential"]
     assert compress(too_large, folder, tmp_path / "out", *arguments) == 0  # and verified
-    model = loaded(tmp_path / "out")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")  # as servers do
     assert model.dtype == getattr(torch, dtype)
     assert bool(model(token_ids()).logits.isfinite().all())
     had, has = (json.loads((path / "config.json").read_text()) for path in (too_large, tmp_path / "out"))
@@ -103,3 +105,15 @@ def test_a_layer_that_is_stored_in_another_dtype_is_compressed_as_it_is_loaded(
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     verify = ["--no-verify"] if format == "gptq" else []  # which needs GPTQModel
     assert compress(source, folder, tmp_path / "out", "--format", format, *verify) == 0
+
+
+def test_biases_that_change_are_stored_in_the_dtype_that_is_computed_in(tmp_path: Path) -> None:
+    model: Any = MODELS["qwen2"]().half()
+    model.save_pretrained(tmp_path / "model")
+    source = ptq.Checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    result = ptq.compress(source, token_ids(), group_size=16, correct="sequential")
+    out = ptq.export(result, tmp_path / "out", format="dense")
+    stored = load_file(out / "model.safetensors")
+    assert stored["model.layers.0.self_attn.q_proj.bias"].dtype == torch.bfloat16  # corrected
+    assert stored["model.layers.0.self_attn.k_proj.bias"].dtype == torch.float16  # as it was
+    assert ptq.verify(out).is_right

@@ -7,8 +7,11 @@ import torch
 from toys import MODELS, quantized, token_ids
 
 from opt8bit import ptq
+from opt8bit.ptq.layer import Recipe, compress_stage
+from opt8bit.ptq.statistics import Inputs
 from opt8bit.quant.codebook import normal_float
 from opt8bit.quant.grid import CodebookGrid, UniformGrid
+from opt8bit.quant.weight import WeightScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:not every server runs")
 ODD = "model.layers.1.self_attn.q_proj"
@@ -61,3 +64,14 @@ def test_a_grid_that_is_given_is_taken_as_it_is() -> None:
     grid = CodebookGrid(normal_float(4), scale_dtype=torch.float16)
     result = ptq.compress(mixed(torch.bfloat16), token_ids(), group_size=16, grid=grid)
     assert {quantized(result, row.name).parts[0].grid for row in result.report} == {grid}
+
+
+def test_layers_of_a_stage_keep_their_own_dtypes() -> None:
+    layers = {"wide": torch.nn.Linear(16, 4).double(), "narrow": torch.nn.Linear(16, 4)}
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(ptq.RTN(), WeightScheme(UniformGrid(4), 16), 0.0)
+    done = compress_stage(dict(layers), [Inputs(x, x)], recipe, set())
+    assert {name: layer.installed.dtype for name, layer in done.items()} == {
+        "wide": torch.float64,
+        "narrow": torch.float32,
+    }
