@@ -20,7 +20,7 @@ from torch import Tensor
 
 import opt8bit
 from opt8bit import ptq
-from opt8bit.cli.compress import GROUP_SIZES
+from opt8bit.cli.group_sizes import GROUP_SIZES
 from opt8bit.cli.models import CommandError, open_model
 from opt8bit.cli.texts.prefix import tokens
 from opt8bit.ptq.blocks import block_layers, matrix
