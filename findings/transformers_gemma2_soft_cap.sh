@@ -48,3 +48,9 @@ messages = [record.getMessage() for record in records if "cap" in record.getMess
 print(f"warnings of it: {len(messages)}")
 assert default == "sdpa" and torch.equal(capped, uncapped) and off > 0.01 and not messages
 PYTHON
+
+# Output seen:
+#   versions: Python 3.11.7, torch 2.13.0+cpu, transformers 4.57.6, numpy 2.4.6
+#   by default (sdpa): with a cap of 50 and without the same logits: True
+#   with attn_implementation='eager' they are 1.5% away
+#   warnings of it: 0

@@ -9,7 +9,7 @@
 # are broken by a plain load.
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" \
-    torch==2.13.0 transformers==4.57.6 compressed-tensors==0.15.0 accelerate==1.15.0 numpy==2.4.6
+    torch==2.13.0 transformers==4.57.6 compressed-tensors==0.17.1 accelerate==1.15.0 numpy==2.4.6
 finding <<'PYTHON'
 import json
 from pathlib import Path
@@ -57,3 +57,9 @@ for folder, options in ((folders[0], {}), (folders[1], {}), (folders[1], {"dtype
     plain = folder == folders[1] and not options
     assert written["dtype"] == "bfloat16" and (loaded.dtype == torch.float16) == plain and nan == (1 if plain else 0)
 PYTHON
+
+# Output seen:
+#   versions: Python 3.11.7, torch 2.13.0+cpu, transformers 4.57.6, compressed-tensors 0.17.1, accelerate 1.15.0, numpy 2.4.6
+#   dense, saved in bfloat16, from_pretrained(): torch.float32, NaN 0%
+#   packed, saved in bfloat16, from_pretrained(): torch.float16, NaN 100%
+#   packed, saved in bfloat16, from_pretrained({'dtype': 'auto'}): torch.bfloat16, NaN 0%

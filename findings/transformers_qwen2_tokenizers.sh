@@ -42,3 +42,9 @@ messages = [record.getMessage() for record in records if record.levelno >= loggi
 print(f"warnings: {len(messages)}")
 assert not [message for message in messages if "okeniz" in message], messages
 PYTHON
+
+# Output seen:
+#   versions: Python 3.11.7, transformers 5.24.0, tokenizers 0.23.3, numpy 2.4.6
+#   llama: saved as TokenizersBackend, loaded as TokenizersBackend: [1, 2, 3]; by its class: [1, 2, 3]
+#   qwen2: saved as TokenizersBackend, loaded as Qwen2Tokenizer: []; by its class: [1, 2, 3]
+#   warnings: 0

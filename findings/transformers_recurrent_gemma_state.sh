@@ -38,3 +38,10 @@ with torch.no_grad():
         print(f"a batch of {len(batch)}: {'runs' if error is None else f'RuntimeError: {error}'}; kept: {kept}")
         assert kept == [(2, 32)] and (error is None) == (len(batch) == 2)
 PYTHON
+
+# Output seen:
+#   versions: Python 3.11.7, torch 2.13.0+cpu, transformers 4.57.6, numpy 2.4.6
+#   a batch of one, in a new model: runs
+#   a batch of 2: runs; kept: [(2, 32)]
+#   a batch of 2: runs; kept: [(2, 32)]
+#   a batch of 1: RuntimeError: The expanded size of the tensor (1) must match the existing size (2) at non-singleton dimension 0.  Target sizes: [1, 32].  Tensor sizes: [2, 32]; kept: [(2, 32)]

@@ -33,8 +33,8 @@ written = json.loads(open("llama/config.json").read())
 print(f"{transformers.__version__} writes:", sorted(name for name in written if name.startswith("rope")))
 assert "rope_parameters" in written and "rope_theta" not in written and "rope_scaling" not in written
 PYTHON
-older=(transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2)
-environment/bin/python -m pip install -q --no-deps --target older "${older[@]}" 2>errors || { cat errors >&2; exit 1; }
+older=(transformers==4.57.6 numpy==2.4.6)
+environment/bin/python -m pip install -q --target older "${older[@]}" 2>errors || { cat errors >&2; exit 1; }
 PYTHONPATH="$folder/older" finding <<'PYTHON'
 import logging
 import warnings
@@ -60,3 +60,10 @@ off = [((found - expected)[0, i].norm() / expected[0, i].norm()).item() for i in
 print("logits are off by " + ", ".join(f"{each:.0%}" for each in off) + " at the first, 8th and 64th token")
 assert off[0] < 1e-3 < 0.05 < off[2]
 PYTHON
+
+# Output seen:
+#   versions: Python 3.11.7, torch 2.13.0+cpu, transformers 5.24.0, numpy 2.4.6
+#   5.24.0 writes: ['rope_parameters']
+#   4.57.6 takes: rope_theta 10000.0, rope_scaling None
+#   warnings of it: 0
+#   logits are off by 0%, 56%, 57% at the first, 8th and 64th token

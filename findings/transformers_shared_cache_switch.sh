@@ -39,3 +39,9 @@ with torch.no_grad():
 print(f"with config.text_config.use_cache set to False it returns {type(cache).__name__}")
 assert cache is None
 PYTHON
+
+# Output seen:
+#   versions: Python 3.11.7, torch 2.13.0+cpu, transformers 5.24.0, numpy 2.4.6
+#   Gemma3ForCausalLM: config.use_cache True; set to False, a forward returns NoneType
+#   Gemma3ForConditionalGeneration: config.use_cache none; set to False, a forward returns DynamicCache
+#   with config.text_config.use_cache set to False it returns NoneType
