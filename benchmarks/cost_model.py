@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from opt8bit import ptq
-from opt8bit.ptq import layer, pipeline
+from opt8bit.ptq import block, layer
 from opt8bit.ptq.compress import DEFAULT_METHOD
 from opt8bit.ptq.methods import gptq, quantease
 from opt8bit.ptq.methods.kernels import LayerKernels
@@ -144,7 +144,7 @@ def _attention(shape: Shape, text: Text) -> float:
 
 
 ATTENTION = (functional, "scaled_dot_product_attention")
-PASSES, STAGES = ((Walk, "advance"), (Walk, "finish")), ((layer, "asymmetric_target"), (pipeline, "compress_stage"))
+PASSES, STAGES = ((Walk, "step"),), ((layer, "asymmetric_target"), (block, "compress_stage"))
 ROUNDING = ((LayerKernels, "gptq"), (LayerKernels, "coordinate_descent"))
 REFITTING = ((quantease, "refit_scales"), (quantease, "linear"))
 PARTS = {  # passes go through two models
@@ -152,7 +152,7 @@ PARTS = {  # passes go through two models
     "attention": Part("MAC", _attention, (ATTENTION,), in_dtype=True),
     "rest of the passes": Part("output", lambda s, t: 2 * t.tokens * s.outputs, PASSES, in_dtype=True),
     "errors of outputs": Part("output", lambda s, t: t.learned * s.outputs, ((OutputErrors, "compare"),), True),
-    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"), (pipeline, "linear"))),
+    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"), (block, "linear"))),
     "targets, float64": Part("MAC", _targets, STAGES),
     "inverses, float64": Part("MAC", lambda s, t: s.each(lambda s: s.inputs**3 * 2 / 3), ((gptq, "inverse_factor"),)),
     "grids": Part("weight", lambda s, t: s.weights, ((LayerKernels, "fit"),)),
