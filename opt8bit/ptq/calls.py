@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import linear_layers, matrix
 from opt8bit.ptq.experts import expert_families, with_experts
 from opt8bit.ptq.passes import Call, ModelError
+from opt8bit.ptq.usage import used, watched
 
 
 class Anatomy(NamedTuple):
@@ -38,43 +39,6 @@ def anatomy(block: nn.Module, call: Call) -> Anatomy:
     return Anatomy(with_experts(stages, families), stream_writers(block, call), overwritten(block, call), left)
 
 
-class Use(NamedTuple):
-    """How a block used a layer in one pass."""
-
-    calls: int = 0
-    rows: int = 0  # of its input, all dimensions but the last together
-    returns_tensor: bool = True
-
-    def why_left(self, tokens: int) -> str | None:
-        """Why a layer that is no expert cannot be rounded on what it sees; None if it can."""
-        if not self.calls:
-            return "is not called"
-        if self.calls > 1:
-            return f"is called {self.calls} times"
-        if not self.returns_tensor:
-            return "returns no tensor"
-        if self.rows != tokens:
-            return f"sees {self.rows} vectors of {tokens} tokens"
-        return None
-
-
-def used(block: nn.Module, call: Call) -> tuple[dict[str, Use], list[tuple[str, Tensor]]]:
-    """How a block uses each of its layers; and which input it calls them with, in the order of the calls."""
-    usage = {name: Use() for name in linear_layers(block)}
-    order: list[tuple[str, Tensor]] = []
-
-    def see(name: str, x: Any, output: Any) -> None:
-        rows = x.numel() // x.shape[-1] if isinstance(x, Tensor) and x.numel() else 0
-        had = usage[name]
-        fine = isinstance(output, Tensor) and isinstance(x, Tensor) and had.returns_tensor
-        usage[name] = Use(had.calls + 1, had.rows + rows, fine)
-        order.append((name, x))
-
-    with _watched(linear_layers(block), see):
-        call.of(block)
-    return usage, order
-
-
 def _stages(order: list[tuple[str, Tensor]]) -> list[list[str]]:
     """The names in the order of their calls; those that read one tensor go together.
 
@@ -88,24 +52,6 @@ def _stages(order: list[tuple[str, Tensor]]) -> list[list[str]]:
         result[-1].append(name)
         last = x
     return result
-
-
-@contextmanager
-def _watched(layers: dict[str, nn.Module], see: Callable[[str, Any, Any], object]) -> Iterator[None]:
-    """Inside, ``see(name, input, output)`` runs after each of the layers."""
-
-    def hook(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values()), None), output)
-
-        return after
-
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def apart(order: list[list[str]], names: set[str]) -> list[list[str]]:
@@ -152,19 +98,12 @@ def overwritten(block: nn.Module, call: Call) -> set[str]:
     """The linear layers whose output the block changes in place, as Falcon's does to save memory."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                seen[name] = (output, output.clone())
+    def see(name: str, x: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen[name] = (output, output.clone())
 
-        return after
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in linear_layers(block).items()]
-    try:
+    with watched(linear_layers(block), see):
         call.of(block)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name for name, (output, copy) in seen.items() if not torch.equal(output, copy)}
 
 

@@ -10,8 +10,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from opt8bit.ptq import ranks
 from opt8bit.ptq.evaluate import perplexity_of
-from opt8bit.ptq.passes import run_without_blocks
-from opt8bit.ptq.recording import handing_on, no_cache
+from opt8bit.ptq.recording import handing_on, no_cache, without_blocks
 
 PROBED = 4  # tokens whose logits a checkpoint is checked by
 
@@ -60,7 +59,7 @@ class ModelEnd:
             hidden = hidden.movedim((0, 1), self._axes)
         with (
             handing_on(self._blocks, self._outputs, hidden),
-            run_without_blocks(self._model),
+            without_blocks(self._model),
         ):
             output: Any = self._model(**batch, **no_cache(self._model))
         return getattr(output, "logits", None)

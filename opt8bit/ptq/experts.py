@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 from torch import nn
 
-
-class Use(Protocol):
-    """What is to be known of how a block used a layer in one pass."""
-
-    @property
-    def calls(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def returns_tensor(self) -> bool: ...
-
+from opt8bit.ptq.usage import Use
 
 Family = dict[str, tuple[int, str]]  # the number of the expert and the layer's name in it, by the layer's name
 

@@ -23,6 +23,7 @@ class Contents:
 
     Attributes:
         format: "compressed-tensors", "gptq" ...; "dense" where the configuration names none.
+        tensors: all that its files have, by name.
         layers: its packed matrices by name; of a dense one all matrices.
         other_bytes: of everything else.
         other_original_bytes: of everything else with no number at more than 16 bits.
@@ -30,6 +31,7 @@ class Contents:
     """
 
     format: str
+    tensors: Mapping[str, Header]
     layers: dict[str, StoredLayer] = field(default_factory=dict)
     other_bytes: int = 0
     other_original_bytes: int = 0
@@ -51,9 +53,9 @@ def inspect(folder: str | Path) -> Contents:
     """
     folder = Path(folder)
     name, format = _format(folder / "config.json")
-    contents = Contents(name)
     files = files_of(folder)
     headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
+    contents = Contents(name, headers)
     packed = any(name.rpartition(".")[2] == format.parts[0] for name in headers)
     for owner, parts in sorted(_by_owner(headers).items()):
         others = dict(parts)

@@ -27,34 +27,18 @@ OVERFLOW = (
 
 
 @contextmanager
-def raised_by(what: str) -> Iterator[None]:
+def raised_by(what: str, kind: type[ModelError | Refused] = ModelError) -> Iterator[None]:
     """Inside, an exception is one of the model's own code, and is reported as that.
 
     Raises:
-        ModelError: one was raised; its cause is the exception itself.
+        ModelError: one was raised; its cause is the exception itself. Or another ``kind``, if that is given.
     """
     try:
         yield
     except (ModelError, Refused):
         raise
     except Exception as error:
-        raise ModelError(f"{what} raised {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def run_without_blocks(model: object) -> Iterator[None]:
-    """Inside, a model runs with stubs in place of its blocks, which not every model can.
-
-    Raises:
-        Refused: it raised an exception.
-    """
-    try:
-        yield
-    except (ModelError, Refused):
-        raise
-    except Exception as error:
-        name = type(model).__name__
-        raise Refused(f"{name} cannot run without its blocks: it raised {type(error).__name__}: {error}") from error
+        raise kind(f"{what} raised {type(error).__name__}: {error}") from error
 
 
 class Call(NamedTuple):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.calls import replaced
-from opt8bit.ptq.passes import Call, Refused, run_without_blocks
+from opt8bit.ptq.passes import Call, Refused, raised_by
 from opt8bit.ptq.states import flattened, hidden_in, placeholder, with_hidden
 
 HIDDEN = "hidden_states"  # what nearly all models call them
@@ -134,11 +134,16 @@ def block_calls(
     options = {} if keeps_cache else no_cache(model)
     stubs = {block: _numbered(record, i) for i, block in enumerate(blocks)}
     try:
-        with replaced(stubs), run_without_blocks(model):
+        with replaced(stubs), without_blocks(model):
             model(**batch, **options)
     except _Seen:
         return list(_linked(calls, [*stands, None]))
     raise Refused(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
+
+
+def without_blocks(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, a model runs with stubs in place of its blocks; one that cannot is refused."""
+    return raised_by(f"{type(model).__name__} cannot run without its blocks: it", Refused)
 
 
 def check_order(model: nn.Module, i: int, expected: int) -> None:

@@ -117,7 +117,33 @@ class InMemory(Loaded):
             check_packed(self.model, ())
 
 
-class Checkpoint(Source):
+class FromFiles(Source):
+    """A model that has been made of a checkpoint's files.
+
+    Args:
+        files: of the checkpoint.
+        model: made of them.
+        dtype: that it was made in, if not as the checkpoint says.
+    """
+
+    def __init__(self, files: CheckpointFiles, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.model = model
+        self._files, self._dtype = files, dtype
+        self._stored_names = stored_names(model, files.where.keys())
+
+    @property
+    def files(self) -> CheckpointFiles:
+        return self._files
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self._dtype
+
+    def stored_name(self, name: str) -> str | None:
+        return self._stored_names.get(name)
+
+
+class Checkpoint(FromFiles):
     """A model of transformers whose blocks stay in its safetensors files until they are asked for.
 
     Args:
@@ -143,11 +169,9 @@ class Checkpoint(Source):
     ) -> None:
         if dtype not in (None, *SCALE_DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {dtype!r}")
-        self._dtype = dtype
-        self._files = CheckpointFiles(Path(folder))
-        self.model = skeleton(self._files, trust_remote_code, dtype)
+        files = CheckpointFiles(Path(folder))
+        super().__init__(files, skeleton(files, trust_remote_code, dtype), dtype)
         names = parameters_and_buffers(self.model)
-        self._stored_names = stored_names(self.model, self._files.where.keys())
         missing = names.keys() - self._stored_names.keys()
         if missing:
             raise OnlyWhole(f"the checkpoint has no {min(missing)}")
@@ -156,14 +180,6 @@ class Checkpoint(Source):
         check_room(self.model)
         blocks, _ = find_blocks(self.model)
         self._load([name for name in names if not name.startswith(f"{blocks}.")])
-
-    @property
-    def files(self) -> CheckpointFiles:
-        return self._files
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self._dtype
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
@@ -183,9 +199,6 @@ class Checkpoint(Source):
     @property
     def without_place(self) -> Collection[str]:
         return self._files.where.keys() - set(self._stored_names.values())
-
-    def stored_name(self, name: str) -> str | None:
-        return self._stored_names.get(name)
 
     def check_stored(self, layers: Iterable[str], *, packed: bool) -> None:
         if packed:
@@ -210,7 +223,7 @@ class Checkpoint(Source):
             set_tensor(self.model, name, tensor.to(had.dtype))
 
 
-class LoadedCheckpoint(Loaded):
+class LoadedCheckpoint(FromFiles, Loaded):
     """A model that transformers has loaded, as it alone knows how its checkpoint's files make a model.
 
     Args:
@@ -224,18 +237,7 @@ class LoadedCheckpoint(Loaded):
     """
 
     def __init__(self, folder: str | Path, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        super().__init__(model)
-        self._dtype = dtype
-        self._files = CheckpointFiles(Path(folder))
-        self._stored_names = stored_names(model, self._files.where.keys())
-
-    @property
-    def files(self) -> CheckpointFiles:
-        return self._files
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self._dtype
+        super().__init__(CheckpointFiles(Path(folder)), model, dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._files.tensors(self._files.where)
@@ -243,9 +245,6 @@ class LoadedCheckpoint(Loaded):
     @property
     def without_place(self) -> Collection[str]:
         return self._files.where.keys() - stored_parts(self.model, self._files.where.keys())
-
-    def stored_name(self, name: str) -> str | None:
-        return self._stored_names.get(name)
 
     def check_stored(self, layers: Iterable[str], *, packed: bool) -> None:
         weights = [f"{name}.weight" for name in layers]

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from opt8bit.ptq import tensor_files
 from opt8bit.ptq.blocks import evaluating, find_blocks
-from opt8bit.ptq.checkpoint_files import files_of
 from opt8bit.ptq.export import FORMATS, format_of
-from opt8bit.ptq.inspect import inspect
+from opt8bit.ptq.inspect import Contents, inspect
 from opt8bit.ptq.memory import machine_memory
 from opt8bit.ptq.report import FOLDER, PROBE
 from opt8bit.ptq.skeleton import auto_class, parameters_on_meta
@@ -99,9 +98,10 @@ def verify(
         raise ValueError(f"{probe} is damaged: it has {', '.join(sorted(tensors))}")
     expected = tensors.pop("logits")
     record = read_record(folder) or SourceRecord()
-    found = _differences(folder, record, trust_remote_code)
-    if in_parts is None:
-        in_parts = _takes_too_much(folder)
+    contents = inspect(folder)
+    found = _differences(folder, contents, record, trust_remote_code)
+    if in_parts is None:  # by default where the weights, unpacked, would take more than half of the memory
+        in_parts = contents.original_bytes > machine_memory() / 2
     if in_parts:
         with suppress(ValueError), TemporaryDirectory(dir=scratch) as unpacked:
             result = _compared(folder, tensors, expected, record, trust_remote_code, unpacked)
@@ -109,20 +109,12 @@ def verify(
     return _compared(folder, tensors, expected, record, trust_remote_code)._replace(differences=found)
 
 
-def _takes_too_much(folder: Path) -> bool:
-    """Tells whether a checkpoint's weights, unpacked, would take more than half of the machine's memory."""
-    return inspect(folder).original_bytes > machine_memory() / 2
-
-
-def _differences(folder: Path, record: SourceRecord, trust_remote_code: bool) -> list[str]:
+def _differences(folder: Path, contents: Contents, record: SourceRecord, trust_remote_code: bool) -> list[str]:
     """Returns what is otherwise than in the source, and whether the tokenizer can be loaded."""
     found = []
     if record.tensors:
-        contents, files = inspect(folder), files_of(folder)
-        headers = dict(header for file in set(files.values()) for header in tensor_files.headers(file))
-        format = FORMATS[contents.format]
         packed = {f"{name}.weight": layer.shape for name, layer in contents.layers.items() if layer.bits}
-        found += differences(record, headers, packed, format.parts)
+        found += differences(record, contents.tensors, packed, FORMATS[contents.format].parts)
     if (folder / "tokenizer_config.json").is_file():
         transformers: Any = importlib.import_module("transformers")
         try:

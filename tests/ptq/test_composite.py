@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from toys import VOCABULARY, token_ids
+from toys import GATED, VOCABULARY, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.blocks import find_blocks
@@ -20,15 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:not every server runs:UserWarning"),
     pytest.mark.filterwarnings("ignore:layers that stay as they are:UserWarning"),
 ]
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 # With more and larger blocks than the text model's: it is told apart all the same.
 IMAGES = {
     "hidden_size": 64,
@@ -44,19 +35,19 @@ END = VOCABULARY - 1
 
 
 def gemma3(transformers: Any) -> Any:
-    text = {**TEXT, "head_dim": 8, "sliding_window": 8}
+    text = {**GATED, "head_dim": 8, "sliding_window": 8}
     config = transformers.Gemma3Config(text_config=text, vision_config=IMAGES, image_token_index=END)
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
 def llava(transformers: Any) -> Any:
-    text, images = transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**IMAGES)
+    text, images = transformers.LlamaConfig(**GATED), transformers.CLIPVisionConfig(**IMAGES)
     config = transformers.LlavaConfig(text_config=text, vision_config=images, image_token_index=END)
     return transformers.LlavaForConditionalGeneration(config)
 
 
 def qwen3_vl(transformers: Any) -> Any:
-    text = {**TEXT, "head_dim": 8, "rope_parameters": ROTARY, "rope_scaling": ROTARY}
+    text = {**GATED, "head_dim": 8, "rope_parameters": ROTARY, "rope_scaling": ROTARY}
     images = {**QWEN_IMAGES, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=images, image_token_id=END)
     return transformers.Qwen3VLForConditionalGeneration(config)
@@ -68,7 +59,7 @@ def qwen3_5(transformers: Any) -> Any:
     linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
     kinds = {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
     images = {**QWEN_IMAGES, "out_hidden_size": 32}
-    config = transformers.Qwen3_5Config(text_config={**TEXT, **linear, **kinds}, vision_config=images)
+    config = transformers.Qwen3_5Config(text_config={**GATED, **linear, **kinds}, vision_config=images)
     return transformers.Qwen3_5ForConditionalGeneration(config)
 
 

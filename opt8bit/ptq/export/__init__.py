@@ -17,7 +17,6 @@ from opt8bit.ptq.export.compressed_tensors import CompressedTensors
 from opt8bit.ptq.export.dense import Dense
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.gptq import GPTQFormat
-from opt8bit.ptq.export.initialization import check_initialization
 from opt8bit.ptq.layer import Recipe
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.servers import Layer, Packing, warnings_of
@@ -72,12 +71,10 @@ def check_format(format: str, source: Source, recipe: Recipe) -> None:
     if recipe.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
     planned, left = _planned(source, recipe)
-    source.check_stored(planned, packed=format != "dense")
+    source.check_stored(planned, packed=FORMATS[format].is_packed)
     if source.files is None:
         _check_configurations(source.model)
-    FORMATS[format].check(planned, left)
-    if format == "compressed-tensors":
-        check_initialization(source.model, planned)
+    FORMATS[format].check(source.model, planned, left)
 
 
 def warn_of_servers(format: str, source: Source, recipe: Recipe) -> None:

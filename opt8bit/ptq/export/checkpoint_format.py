@@ -56,17 +56,20 @@ class CheckpointFormat(ABC):
 
     Attributes:
         parts: what stands behind a layer's name in the names of the tensors that are its weight; the codes' first.
+        is_packed: whether weights are stored as codes.
         decoded_in: the dtype in which loaders compute the weights from the codes, if it is not the model's.
     """
 
     parts: ClassVar[Sequence[str]]
+    is_packed: ClassVar[bool]
     decoded_in: ClassVar[torch.dtype | None] = None
 
     @abstractmethod
-    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
-        """Checks that layers so rounded can be written.
+    def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
+        """Checks that layers so rounded can be written, and loaded.
 
         Args:
+            model: of the layers.
             layers: by name.
             left: names of linear layers of the blocks that stay as they are.
 

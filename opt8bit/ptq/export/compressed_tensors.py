@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import find_blocks, matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
-from opt8bit.ptq.export.initialization import needs_weights
+from opt8bit.ptq.export.initialization import check_initialization, needs_weights
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.tensor_files import Header
@@ -30,8 +30,9 @@ class CompressedTensors(HuggingFaceFormat):
     """
 
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    is_packed = True
 
-    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
+    def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
         schemes = {repr(sorted(_scheme(planned.scheme).items(), key=str)) for planned in layers.values()}
         if len(schemes) > 1 and _brought_back({planned.module for planned in layers.values()}, grids.values()):
@@ -39,6 +40,7 @@ class CompressedTensors(HuggingFaceFormat):
                 "transformers loads compressed-tensors of several widths or group sizes where all grids are symmetric "
                 "and all layers nn.Linear themselves: use symmetric grids, or format 'dense'"
             )
+        check_initialization(model, layers)
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
         part, grid = uniform_part(weight)

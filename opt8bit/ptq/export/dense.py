@@ -18,8 +18,9 @@ class Dense(HuggingFaceFormat):
     """Holds every layer, outliers included."""
 
     parts = ("weight",)
+    is_packed = False
 
-    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
+    def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         pass
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:

@@ -29,9 +29,10 @@ class GPTQFormat(HuggingFaceFormat):
     """
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
+    is_packed = True
     decoded_in = torch.float16  # by GPTQModel
 
-    def check(self, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
+    def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         for name, planned in layers.items():
             grid = check_uniform("gptq", name, planned)
             if grid.bits not in BITS or not grid.symmetric:
