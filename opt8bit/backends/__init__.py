@@ -28,7 +28,7 @@ from opt8bit.backends.interface import (
     stored_as,
 )
 from opt8bit.backends.reference import Reference, as_real
-from opt8bit.backends.warning import warn
+from opt8bit.backends.warning import first_of, warn
 
 __all__ = [
     "ADDRESSES",
@@ -45,6 +45,7 @@ __all__ = [
     "counts_on_device",
     "data_ptrs",
     "describe",
+    "first_of",
     "get",
     "rounding_kernels",
     "stored_as",

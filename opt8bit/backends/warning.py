@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 PASSED_OVER = ("opt8bit", "torch")  # torch.optim wraps every step, torch.compiler parts of it
 
@@ -17,3 +18,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in PASSED_OVER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def first_of(words: Sequence[str], count: int, separator: str = ", ") -> str:
+    """Returns the first words of a list in one line, and dots if there are more than ``count``."""
+    return separator.join(words[:count]) + (" ..." if len(words) > count else "")

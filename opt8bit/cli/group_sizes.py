@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from opt8bit.backends import warn
+from opt8bit.backends import first_of, warn
 from opt8bit.cli.recipes import Overrides
 from opt8bit.ptq import ranks
 from opt8bit.ptq.blocks import block_layers, by_pattern, find_blocks, matrix
@@ -45,7 +45,7 @@ def _warn(layers: Sequence[str], chosen: int, wanted: int, model: nn.Module) -> 
     prefix, blocks = find_blocks(model)
     found = [pattern for pattern, _ in by_pattern(dict.fromkeys(layers, ""), prefix, len(blocks))]
     recipe = json.dumps({"overrides": [{"layers": pattern, "skip": True} for pattern in found]})
-    names = ", ".join(found[:NAMED]) + (" ..." if len(found) > NAMED else "")
+    names = first_of(found, NAMED)
     groups = f"groups of {chosen}" if chosen else "one scale for each row"
     warn(
         f"all layers get {groups}, because {wanted} does not divide the inputs of {names}. To leave those as they are, "

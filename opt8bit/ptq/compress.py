@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.backends import warn
+from opt8bit.backends import first_of, warn
 from opt8bit.ptq import ranks
 from opt8bit.ptq.arguments import check_count
 from opt8bit.ptq.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
@@ -179,10 +179,9 @@ def _warn_of_others(model: nn.Module) -> None:
         return
     left = sum(param.numel() for param in others.values())
     total = left + sum(matrix(layer).numel() for layer in block_layers(model).values())
-    names = ", ".join(list(others)[:NAMED])
     warn(
-        f"{left:,} of the blocks' {total:,} weights are in no nn.Linear or Conv1D layer and stay as they are: {names}"
-        f"{' ...' if len(others) > NAMED else ''}"
+        f"{left:,} of the blocks' {total:,} weights are in no nn.Linear or Conv1D layer and stay as they are: "
+        f"{first_of(list(others), NAMED)}"
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from opt8bit.backends import warn
+from opt8bit.backends import first_of, warn
 from opt8bit.ptq import ranks
 from opt8bit.ptq.block import BlockTask, Streams
 from opt8bit.ptq.blocks import block_layers, by_pattern, evaluating, find_blocks
@@ -163,8 +163,8 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
             result.places[name] = None
     if stay and not ranks.rank():
         found = by_pattern(stay, prefix, len(known.parts))
-        names = "; ".join(f"{pattern} {why}" for pattern, why in found[:NAMED])
-        warn(f"layers that stay as they are ({len(stay)}): {names}{' ...' if len(found) > NAMED else ''}")
+        names = [f"{pattern} {why}" for pattern, why in found]
+        warn(f"layers that stay as they are ({len(stay)}): {first_of(names, NAMED, '; ')}")
     return len(compressed)
 
 
@@ -187,8 +187,8 @@ def _check_lengths(calls: Sequence[Sequence[Call]], masks: Sequence[Tensor | Non
 def _warn_of_few(tokens: Mapping[str, int]) -> None:
     if not tokens or ranks.rank():
         return
-    names = ", ".join(f"{name} ({count})" for name, count in list(tokens.items())[:NAMED])
+    names = [f"{name} ({count})" for name, count in tokens.items()]
     warn(
         f"layers that saw too few tokens for statistics of their own and were rounded to nearest ({len(tokens)}), "
-        f"and how many they saw: {names}{' ...' if len(tokens) > NAMED else ''}"
+        f"and how many they saw: {first_of(names, NAMED)}"
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from opt8bit.backends import first_of
 from opt8bit.ptq.blocks import by_pattern
 
 VLLM, SGLANG = "vLLM 0.33.0", "SGLang 0.5.23"
@@ -106,7 +107,7 @@ def warnings_of(format: str, layers: Mapping[str, Layer], prefix: str, blocks: i
         found = [
             f"{pattern} {shape}" for pattern, shape in by_pattern({n: _shape(layers[n]) for n in names}, prefix, blocks)
         ]
-        return ", ".join(found[:NAMED]) + (" ..." if len(found) > NAMED else "")
+        return first_of(found, NAMED)
 
     packed = {name: layer for name, layer in layers.items() if layer.packing is not None}
     found = [line for runs in RUNS if runs.format == format for line in _not_run(runs, packed, named)]
