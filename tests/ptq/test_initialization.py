@@ -12,7 +12,8 @@ from architectures import CONFIGURATIONS, SIZES, make, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.blocks import block_layers
-from opt8bit.ptq.export.initialization import needs_weights
+from opt8bit.ptq.export.compressed_tensors import CompressedTensors
+from opt8bit.ptq.export.initialization import asks_for_weights, needs_weights
 
 MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nanochat": ("NanoChatForCausalLM", "NanoChatConfig", SIZES),
@@ -97,3 +98,34 @@ def test_a_tower_beside_the_blocks_is_left_out_under_any_names(tmp_path: Path) -
         assert re.match(tower, name)
     assert not any(re.match(tower, row.name) for row in result.report)
     assert not any("vision_tower" in name for name in ignored if not name.startswith("re:"))
+
+
+def reading(model: Any, name: str) -> Any:
+    """A model that reads the weight of a layer in each pass, beside calling it."""
+
+    def read(module: Any, args: Any, kwargs: Any) -> None:
+        assert module.get_submodule(name).weight.dim() == 2
+
+    model.register_forward_pre_hook(read, with_kwargs=True)
+    return model
+
+
+def test_a_pass_that_reads_a_weight_is_told_from_one_that_calls_layers() -> None:
+    model = make("llama")
+    names = in_blocks(model)
+    assert not asks_for_weights(model, names)
+    before = {name: param.data_ptr() for name, param in model.named_parameters()}
+    assert asks_for_weights(reading(model, names[0]), names)
+    assert not asks_for_weights(model, names[1:])
+    assert {name: param.data_ptr() for name, param in model.named_parameters()} == before
+
+
+@pytest.mark.filterwarnings("ignore:not every server runs:UserWarning")
+def test_a_model_that_reads_weights_is_to_be_unpacked_by_transformers_4_too() -> None:
+    plain, read = make("llama"), make("llama")
+    reading(read, in_blocks(read)[0])
+    headers = [
+        CompressedTensors().quantization(ptq.compress(model, token_ids(4, 16), group_size=16, method=ptq.RTN()))
+        for model in (plain, read)
+    ]
+    assert "run_compressed" not in headers[0] and headers[1]["run_compressed"] is False

@@ -93,6 +93,7 @@ def warn_of_servers(format: str, source: Source, recipe: Recipe) -> None:
     has_experts = has_experts or any(param.dim() > 2 for param in other_matrices(source.model).values())
     prefix, blocks = find_blocks(source.model)
     found = warnings_of(format, stored, prefix, len(blocks), has_experts=has_experts)
+    found += FORMATS[format].not_loaded_here(planned)
     if found:
         warn("\n  ".join(["not every server runs what will be written:", *found]))
 

@@ -77,6 +77,14 @@ class CheckpointFormat(ABC):
             ValueError: the format cannot hold one; the message names it, and what to use instead.
         """
 
+    def not_loaded_here(self, layers: Mapping[str, Planned]) -> list[str]:
+        """Returns what the packages that are installed cannot load of layers so rounded, and which can, in lines.
+
+        Args:
+            layers: that :meth:`check` has let through.
+        """
+        return []
+
     @abstractmethod
     def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
         """Writes a compressed model's checkpoint into an empty folder.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from opt8bit.ptq.blocks import find_blocks, matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
-from opt8bit.ptq.export.initialization import check_initialization, needs_weights
+from opt8bit.ptq.export.initialization import asks_for_weights, check_initialization, needs_weights
+from opt8bit.ptq.export.installed import not_loaded_here
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.tensor_files import Header
@@ -41,6 +42,9 @@ class CompressedTensors(HuggingFaceFormat):
                 "and all layers nn.Linear themselves: use symmetric grids, or format 'dense'"
             )
         check_initialization(model, layers)
+
+    def not_loaded_here(self, layers: Mapping[str, Planned]) -> list[str]:
+        return not_loaded_here(uniform_grid(planned.scheme) for planned in layers.values())
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
         part, grid = uniform_part(weight)
@@ -88,6 +92,8 @@ class CompressedTensors(HuggingFaceFormat):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             **({"dequantize": True} if brought_back or needs_weights(result.model, compressed) else {}),
+            # The same in the words of transformers 4, which can run more without it than version 5 can load.
+            **({"run_compressed": False} if asks_for_weights(result.model, compressed) else {}),
         }
 
     def shape_and_bits(

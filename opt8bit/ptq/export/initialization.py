@@ -1,17 +1,21 @@
-"""Whether a model can be initialized without the weights that its checkpoint has packed, as it is when it is loaded."""
+"""Whether a model can be loaded and run without the weights that its checkpoint has packed."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.blocks import matrix
+
 MARK = "_is_hf_initialized"  # by which transformers knows tensors and modules that it has loaded
+FEW = 8  # tokens of a trial
 
 
 def needs_weights(model: Any, layers: Iterable[str]) -> bool:
@@ -30,6 +34,32 @@ def needs_weights(model: Any, layers: Iterable[str]) -> bool:
         for name in layers:  # earlier versions pass over these, for all models
             setattr(bare.get_submodule(name), MARK, True)
     return not _can_be_initialized(bare)
+
+
+def asks_for_weights(model: Any, layers: Iterable[str]) -> bool:
+    """Tells whether a pass through a model asks for the ``weight`` of layers, rather than calling them.
+
+    Before version 5 transformers runs packed layers that have no weight.
+
+    Args:
+        model: of transformers; it stays as it is, and its memory is not copied.
+        layers: names of those whose weights are packed.
+    """
+    sizes = {name: len(matrix(model.get_submodule(name))) for name in layers}
+    bare = _without_weights(model, sizes)
+    for name, size in sizes.items():
+        bare.get_submodule(name).__dict__["forward"] = partial(_output_of_size, size)
+    try:
+        bare(input_ids=torch.zeros(1, FEW, dtype=torch.int64, device="meta"))
+    except AttributeError as error:
+        return str(error).endswith("'weight'")
+    except Exception:  # whatever a model's code raises on tensors without memory says nothing of weights
+        return False
+    return False
+
+
+def _output_of_size(size: int, x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size)
 
 
 def check_initialization(model: Any, layers: Iterable[str]) -> None:
