@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import opt8bit
 from opt8bit.cli import demo
+from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.quant import dequantize_blockwise, dynamic_map, linear_map, quantize_blockwise
 
 BLOCKS = ("whole tensor", "blocks of 256", "rows")
@@ -44,8 +45,8 @@ CODEBOOKS = {  # by whether they are signed
     "linear": {True: linear_map(), False: linear_map(signed=False)},
     "dynamic": {True: dynamic_map(), False: dynamic_map(signed=False)},
 }
-SIZE = demo.Settings(steps=250, width=64, heads=2, layers=2, context=64, batch=8)
-QUICK = demo.Settings(steps=10, width=32, heads=2, layers=1, context=64, batch=8)
+SIZE = DemoSettings(steps=250, width=64, heads=2, layers=2, context=64, batch=8)
+QUICK = DemoSettings(steps=10, width=32, heads=2, layers=1, context=64, batch=8)
 WORD = re.compile(rb"\w+|\W")
 
 
@@ -90,7 +91,7 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 class WordGPT(nn.Module):
-    def __init__(self, vocabulary: int, size: demo.Settings, embedding: type[nn.Embedding]) -> None:
+    def __init__(self, vocabulary: int, size: DemoSettings, embedding: type[nn.Embedding]) -> None:
         super().__init__()
         self.tokens = embedding(vocabulary, size.width)
         self.positions = nn.Parameter(torch.randn(size.context, size.width) * 0.02)
@@ -113,7 +114,7 @@ def words(vocabulary: int) -> Tensor:
 def train(
     data: Tensor,
     vocabulary: int,
-    size: demo.Settings,
+    size: DemoSettings,
     variant: Variant,
     *,
     stable: bool,

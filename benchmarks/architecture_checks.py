@@ -20,14 +20,12 @@ from torch import Tensor
 
 import opt8bit
 from opt8bit import ptq
-from opt8bit.cli.group_sizes import GROUP_SIZES
-from opt8bit.cli.models import CommandError, open_model
+from opt8bit.cli.errors import CommandError
+from opt8bit.cli.models import open_model
 from opt8bit.cli.texts.prefix import tokens
-from opt8bit.ptq.blocks import block_layers, matrix
-from opt8bit.ptq.compress import DEFAULT_METHOD
 from opt8bit.ptq.evaluate import windows
 from opt8bit.ptq.export import write
-from opt8bit.ptq.passes import Refused
+from opt8bit.ptq.model.passes import Refused
 
 BITS = 8
 LENGTH, SAMPLES, HELD_OUT = 48, 8, 2  # windows are three times as long as the tiny models' sliding ones
@@ -122,18 +120,7 @@ def compressed(original: Original, format: str) -> Any:
     text = tokens(" ".join(f"w{word}" for word in words.tolist()), tiny_tokenizer())
     samples = windows(text, LENGTH, SAMPLES + HELD_OUT)
     source = open_model(str(original.folder))
-    inputs = {matrix(layer).shape[1] for layer in block_layers(source.model).values()}
-    group_size = next((size for size in GROUP_SIZES if not any(length % size for length in inputs)), None)
-    return ptq.compress(
-        source,
-        samples[:SAMPLES],
-        method=DEFAULT_METHOD,
-        bits=BITS,
-        group_size=group_size,
-        symmetric=format != "dense",
-        held_out=samples[SAMPLES:],
-        checkpoint_format=format,
-    )
+    return ptq.compress(source, samples[:SAMPLES], bits=BITS, held_out=samples[SAMPLES:], checkpoint_format=format)
 
 
 def compared(original: Original, result: Any, format: str, folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from peers import Maker, Quantizer, adamw, quantizers
 from torch import Tensor, nn
 from training_tasks import GPT_10M, GPT_QUICK, trained_gpt
 
-from opt8bit.cli import demo
+from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
@@ -48,7 +48,7 @@ def distributions(count: int) -> dict[str, tuple[Tensor, bool]]:
     }
 
 
-def moments(settings: demo.Settings) -> dict[str, tuple[Tensor, bool]]:
+def moments(settings: DemoSettings) -> dict[str, tuple[Tensor, bool]]:
     """Of the matrices of a GPT trained by torch.optim.AdamW, in the order of its parameters."""
     model, optimizer = trained_gpt(torch.optim.AdamW, 0, settings)
     matrices = [param for param in model.parameters() if param.dim() == 2]

@@ -26,8 +26,8 @@ from measuring import arguments, complete, peak_bytes, plot
 from opt8bit import ptq
 from opt8bit.cli.models import load, load_tokenizer
 from opt8bit.cli.texts import find_text, first_windows
-from opt8bit.ptq.bias import CORRECTIONS
-from opt8bit.ptq.source import digest
+from opt8bit.ptq.model.source import digest
+from opt8bit.recipe.recipe import CORRECTIONS
 
 PAPER: dict[str, Any] = {"range": "minmax", "error_propagation": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,13 +38,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "default": {},
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    name if correct == "none" else f"{name}, bias {correct}": {**method, "correct": correct}
+    name if correct == "none" else f"{name}, bias {correct}": {**method, "bias_correction": correct}
     for name, method in METHODS.items()
     for correct in CORRECTIONS
     if not (name == "rtn" and correct == "joint")  # RTN looks at no inputs, and would round as ever
 }
 RECIPES |= {
-    f"{name}, bias local, by position": {**METHODS[name], "correct": "local", "statistic": "position"}
+    f"{name}, bias local, by position": {**METHODS[name], "bias_correction": "local", "statistic": "position"}
     for name in ("rtn", "gptq", "quantease")
 }
 SIZES = {"samples": 64, "windows": 20, "length": 512}

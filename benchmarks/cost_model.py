@@ -14,16 +14,17 @@ from torch import nn
 from torch.nn import functional
 
 from opt8bit import ptq
-from opt8bit.ptq import block, layer
-from opt8bit.ptq.compress import DEFAULT_METHOD
-from opt8bit.ptq.methods import gptq, quantease
-from opt8bit.ptq.methods.kernels import LayerKernels
-from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.statistics import Statistics
-from opt8bit.ptq.walk import Walk
+from opt8bit.ptq import block, stage
+from opt8bit.ptq.calibration.outputs import OutputErrors
+from opt8bit.ptq.calibration.statistics import Statistics
+from opt8bit.ptq.model.walk import Walk
+from opt8bit.ptq.plan import polished
+from opt8bit.ptq.rounding import gptq, quantease
+from opt8bit.ptq.rounding.compiled import CompiledEngine
 
 GROUP, HEAD = 64, 64  # weights that share a scale; features of a head of the models that are measured
-REFITS, SWEEPS = DEFAULT_METHOD.refits, DEFAULT_METHOD.sweeps * (1 + DEFAULT_METHOD.refits)
+POLISH = polished(ptq.GPTQ())
+REFITS, SWEEPS = POLISH.refits, POLISH.sweeps * (1 + POLISH.refits)
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -144,8 +145,8 @@ def _attention(shape: Shape, text: Text) -> float:
 
 
 ATTENTION = (functional, "scaled_dot_product_attention")
-PASSES, STAGES = ((Walk, "step"),), ((layer, "asymmetric_target"), (block, "compress_stage"))
-ROUNDING = ((LayerKernels, "gptq"), (LayerKernels, "coordinate_descent"))
+PASSES, STAGES = ((Walk, "step"),), ((stage, "asymmetric_target"), (block, "compress_stage"))
+ROUNDING = ((CompiledEngine, "error_feedback"), (CompiledEngine, "coordinate_descent"))
 REFITTING = ((quantease, "refit_scales"), (quantease, "linear"))
 PARTS = {  # passes go through two models
     "linear layers": Part("MAC", lambda s, t: 2 * t.tokens * s.weights, ((nn.Linear, "forward"),), in_dtype=True),
@@ -155,7 +156,7 @@ PARTS = {  # passes go through two models
     "sums over tokens": Part("MAC", _sums, ((Statistics, "update"), (block, "linear"))),
     "targets, float64": Part("MAC", _targets, STAGES),
     "inverses, float64": Part("MAC", lambda s, t: s.each(lambda s: s.inputs**3 * 2 / 3), ((gptq, "inverse_factor"),)),
-    "grids": Part("weight", lambda s, t: s.weights, ((LayerKernels, "fit"),)),
+    "grids": Part("weight", lambda s, t: s.weights, ((CompiledEngine, "fit"),)),
     "GPTQ and descent": Part("MAC", lambda s, t: s.each(lambda s: (0.5 + SWEEPS) * s.weights * s.inputs), ROUNDING),
     "refits of scales": Part("MAC", _refits, REFITTING),
     "all else": Part("weight", lambda s, t: s.weights, ((ptq, "compress"),)),

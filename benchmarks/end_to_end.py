@@ -114,11 +114,13 @@ def main() -> None:
         write_text(text, (samples + held_out) * length)
         windows = ["--samples", f"{samples}", "--sequence-length", f"{length}", "--held-out", f"{held_out}"]
         paths = [str(model), "--calibration", str(text), "--output", str(out)]
-        rows = [run("compress", *paths, *windows, "--no-verify"), run("verify", str(out)), run("inspect", str(out))]
-    print(f"{weights:,} weights, {samples} windows of {length} tokens")
-    for row in rows:
-        print(f"{row['command']:<9} {row['seconds']:8.1f} s {row['peak_anonymous_bytes'] / 1e9:6.2f} GB")
-        print("\n".join(f"    {line}" for line in row["last_lines"]))
+        print(f"{weights:,} weights, {samples} windows of {length} tokens")
+        commands = (("compress", *paths, *windows, "--no-verify"), ("verify", str(out)), ("inspect", str(out)))
+        rows = []
+        for words in commands:
+            rows.append(run(*words))
+            print(f"{words[0]:<9} {rows[-1]['seconds']:8.1f} s {rows[-1]['peak_anonymous_bytes'] / 1e9:6.2f} GB")
+            print("\n".join(f"    {line}" for line in rows[-1]["last_lines"]), flush=True)
     write_rows(options.rows, rows, weights=weights, samples=samples, sequence_length=length)
 
 

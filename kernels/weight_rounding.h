@@ -1,6 +1,6 @@
-// Rounding of weights to evenly spaced grids: what opt8bit/quant/grid.py, ptq/methods/gptq.py and quantease.py do
-// column by column, for a batch of rows at a time. Rows do not depend on each other, so that one batch stays in the
-// cache from its first column to its last; a column of the batch is kRows neighbours in memory.
+// Rounding of weights to evenly spaced grids: what opt8bit/quant/grid.py, ptq/rounding/error_feedback.py and
+// quantease.py do column by column, for a batch of rows at a time. Rows do not depend on each other, so that one batch
+// stays in the cache from its first column to its last; a column of the batch is kRows neighbours in memory.
 #pragma once
 
 #include <cstdint>

@@ -1,23 +1,28 @@
 """opt8bit: optimizers for PyTorch whose states take 8 bits; trained weights rounded to few bits, and corrected."""
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from opt8bit import ptq
-from opt8bit.nn import StableEmbedding, replace_embeddings
-from opt8bit.optim import (
-    Adagrad8bit,
-    Adam8bit,
-    AdamW8bit,
-    AdEMAMix8bit,
-    LAMB8bit,
-    LARS8bit,
-    Lion8bit,
-    Muon8bit,
-    RMSprop8bit,
-    SGD8bit,
-    memory_report,
-    state_error,
-)
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opt8bit import ptq as ptq
+    from opt8bit.nn import StableEmbedding, replace_embeddings
+    from opt8bit.optim import (
+        Adagrad8bit,
+        Adam8bit,
+        AdamW8bit,
+        AdEMAMix8bit,
+        LAMB8bit,
+        LARS8bit,
+        Lion8bit,
+        Muon8bit,
+        RMSprop8bit,
+        SGD8bit,
+        memory_report,
+        state_error,
+    )
 
 __version__ = version("opt8bit")
 
@@ -38,3 +43,20 @@ __all__ = [
     "replace_embeddings",
     "state_error",
 ]
+
+_OF_NN = ("StableEmbedding", "replace_embeddings")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, and torch with it: the command's help needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "ptq":
+        return importlib.import_module("opt8bit.ptq")
+    found = getattr(importlib.import_module("opt8bit.nn" if name in _OF_NN else "opt8bit.optim"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

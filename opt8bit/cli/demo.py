@@ -14,33 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opt8bit.cli.demo_settings import DemoSettings
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.progress import ShowStep, training
 from opt8bit.nn import StableEmbedding
 from opt8bit.optim import AdamW8bit
 
 MAX_TEXT = 20_000_000  # bytes of text read at most
-
-
-class DemoError(Exception):
-    """Something the user can mend."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of the model and its training; both runs share them."""
-
-    steps: int = 350
-    seed: int = 0
-    lr: float = 1.5e-3
-    weight_decay: float = 0.1
-    warmup: int = 20
-    batch: int = 16
-    context: int = 128
-    width: int = 192
-    heads: int = 4
-    layers: int = 3
-    eval_every: int = 50
-    eval_batches: int = 24  # the same ones each time
 
 
 @dataclass
@@ -82,7 +62,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A byte-level GPT."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: DemoSettings) -> None:
         super().__init__()
         self.tokens = StableEmbedding(256, settings.width)
         self.positions = nn.Parameter(torch.randn(settings.context, settings.width) * 0.02)
@@ -100,7 +80,7 @@ def standard_library_text() -> bytes:
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     if not text:
-        raise DemoError(f"no Python source in {folder}; name a text with --text FILE")
+        raise CommandError(f"no Python source in {folder}; name a text with --text FILE")
     return text[:MAX_TEXT]
 
 
@@ -111,20 +91,20 @@ def load_text(path: Path | None) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_TEXT)
     except OSError as error:
-        raise DemoError(f"cannot read --text {path}: {error.strerror}") from error
+        raise CommandError(f"cannot read --text {path}: {error.strerror}") from error
 
 
-def split(text: bytes, settings: Settings) -> tuple[Tensor, Tensor]:
+def split(text: bytes, settings: DemoSettings) -> tuple[Tensor, Tensor]:
     """Training text, and the last tenth for validation."""
     least = 20 * (settings.context + 1)
     if len(text) < least:
-        raise DemoError(f"the text must have at least {least} bytes, got {len(text)}")
+        raise CommandError(f"the text must have at least {least} bytes, got {len(text)}")
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     cut = len(data) * 9 // 10
     return data[:cut], data[cut:]
 
 
-def batch_loss(model: nn.Module, data: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def batch_loss(model: nn.Module, data: Tensor, settings: DemoSettings, generator: torch.Generator) -> Tensor:
     """Mean cross-entropy, in nats per byte, on a random batch."""
     starts = torch.randint(len(data) - settings.context, (settings.batch, 1), generator=generator)
     window = data[starts + torch.arange(settings.context + 1)]
@@ -133,7 +113,7 @@ def batch_loss(model: nn.Module, data: Tensor, settings: Settings, generator: to
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, data: Tensor, settings: Settings) -> float:
+def validation_loss(model: nn.Module, data: Tensor, settings: DemoSettings) -> float:
     generator = torch.Generator().manual_seed(settings.seed)
     losses = [batch_loss(model, data, settings, generator).item() for _ in range(settings.eval_batches)]
     return statistics.fmean(losses)
@@ -149,7 +129,7 @@ def train(
     make_optimizer: Callable[..., torch.optim.Optimizer],
     train_data: Tensor,
     valid_data: Tensor,
-    settings: Settings,
+    settings: DemoSettings,
     show: ShowStep,
 ) -> Run:
     """Trains a GPT from the settings' seed; only the optimizer differs between two runs."""
@@ -189,23 +169,23 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def run(settings: Settings, text: Path | None, plot: Path) -> list[Run]:
+def run(settings: DemoSettings, text: Path | None, plot: Path) -> list[Run]:
     """Trains with each optimizer, shows progress, prints the table and saves the plot.
 
     Raises:
-        DemoError: the text cannot be read or is too short, a package of the extra ``demo`` is missing, or the
+        CommandError: the text cannot be read or is too short, a package of the extra ``demo`` is missing, or the
             plot cannot be written.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
         from rich.console import Console
     except ImportError as error:
-        raise DemoError(f"{error.name} is missing: pip install 'opt8bit[demo]'") from error
+        raise CommandError(f"{error.name} is missing: pip install 'opt8bit[demo]'") from error
     if not plot.parent.is_dir():
-        raise DemoError(f"cannot write --plot {plot}: {plot.parent} is not a folder")
+        raise CommandError(f"cannot write --plot {plot}: {plot.parent} is not a folder")
     formats = FigureCanvasBase.get_supported_filetypes()
     if plot.suffix and plot.suffix[1:].lower() not in formats:
-        raise DemoError(f"cannot write --plot {plot}: its ending must be one of {', '.join(sorted(formats))}")
+        raise CommandError(f"cannot write --plot {plot}: its ending must be one of {', '.join(sorted(formats))}")
     train_data, valid_data = split(load_text(text), settings)
     size = sum(parameter.numel() for parameter in GPT(settings).parameters())
     console = Console()
@@ -272,9 +252,9 @@ def draw(runs: list[Run]) -> Any:
 def save_plot(runs: list[Run], path: Path) -> None:
     """
     Raises:
-        DemoError: the picture cannot be written.
+        CommandError: the picture cannot be written.
     """
     try:
         draw(runs).savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise DemoError(f"cannot write --plot {path}: {error}") from error
+        raise CommandError(f"cannot write --plot {path}: {error}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from opt8bit.cli.models import CommandError, load, load_tokenizer
+from opt8bit.cli.errors import CommandError
+from opt8bit.cli.models import load, load_tokenizer
 from opt8bit.cli.texts import Text, first_windows
 from opt8bit.ptq import perplexity
 from opt8bit.ptq.report import valid_json

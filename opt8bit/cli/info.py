@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from opt8bit.backends import REFERENCE, available, backend_for, native, why
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 
 
 def report() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 from opt8bit.ptq.inspect import inspect
 from opt8bit.ptq.report import FOLDER, REPORT
 

@@ -8,18 +8,14 @@ from typing import Any
 
 import torch
 
-from opt8bit.ptq.checkpoint_files import CheckpointFiles
-from opt8bit.ptq.origin import refuse_made_up, refuse_other_classes
-from opt8bit.ptq.skeleton import OnlyWhole, auto_class
-from opt8bit.ptq.source import Checkpoint, LoadedCheckpoint, Source
+from opt8bit.cli.errors import CommandError
+from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.model.origin import refuse_made_up, refuse_other_classes
+from opt8bit.ptq.model.skeleton import OnlyWhole, auto_class
+from opt8bit.ptq.model.source import Checkpoint, LoadedCheckpoint, Source
 
-DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 # Weights in other formats that lie beside a model on the hub.
 OF_OTHERS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "consolidated*"]
-
-
-class CommandError(Exception):
-    """Something the user can mend."""
 
 
 def transformers() -> Any:
@@ -60,7 +56,7 @@ def _is_scaled(folder: Path) -> bool:
 def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None = None) -> Source:
     """A model whose blocks are read from its files when they are asked for. In memory, where only transformers knows
     how its files make a model. Arguments and errors as of :func:`load`; ``dtype`` is the name of another one than the
-    model's own, one of :data:`DTYPES`.
+    model's own, such as "bfloat16".
     """
     computed_in: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     transformers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opt8bit import ptq
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 
 
 def run(folder: str, trust_remote_code: bool) -> None:

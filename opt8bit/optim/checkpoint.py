@@ -20,13 +20,13 @@ from opt8bit.optim.states import Spec, check_values, is_8bit, is_compensated, sp
 from opt8bit.quant import block_view, encode_state
 
 if TYPE_CHECKING:
-    from opt8bit.optim.base import Optimizer8bit
+    from opt8bit.optim.ruled import Ruled
 
 StateDict = dict[str, Any]
 
 
 @contextmanager
-def reading(optimizer: Optimizer8bit, policy: Policy) -> Iterator[None]:
+def reading(optimizer: Ruled, policy: Policy) -> Iterator[None]:
     """While it is open, torch.optim's own ``load_state_dict`` loads what :func:`read` makes of a state dict.
 
     The hooks are registered only now, so that hooks of the user's run before and after them and see plain tensors.
@@ -54,7 +54,7 @@ def _unbox(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> StateDict:
+def read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
     """A state dict of any dialect as the optimizer's own: its groups with the hyper-parameters of the saved ones,
     its states new tensors, boxed.
 
@@ -74,7 +74,7 @@ def read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> Sta
     return result
 
 
-def _read(optimizer: Optimizer8bit, state_dict: StateDict, policy: Policy) -> StateDict:
+def _read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
     """What :func:`read` gives where no other process has a say."""
     saved_groups, saved_states = _sections(state_dict)
     params = _params_by_key(optimizer, saved_groups)
@@ -132,7 +132,7 @@ def _sections(state_dict: StateDict) -> tuple[list[dict[str, Any]], dict[Hashabl
     return groups, states
 
 
-def _params_by_key(optimizer: Optimizer8bit, saved_groups: list[dict[str, Any]]) -> dict[Hashable, tuple[str, Tensor]]:
+def _params_by_key(optimizer: Ruled, saved_groups: list[dict[str, Any]]) -> dict[Hashable, tuple[str, Tensor]]:
     """The parameters of the optimizer, in words and themselves, by the keys that a state dict has for them.
 
     Raises:

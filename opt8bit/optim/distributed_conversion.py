@@ -7,7 +7,7 @@ import importlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,17 +16,15 @@ from torch import Tensor
 
 from opt8bit.backends import COMPENSATION
 from opt8bit.optim.checkpoint import codes_of
+from opt8bit.optim.distributed_blocks import GROUPS, block_size_of, check_blocks
 from opt8bit.optim.distributed_checkpoint import check_files, check_listed, read_metadata
 from opt8bit.optim.distributed_layout import Form, form_of, is_signed, leaves, name_of, state_of
 from opt8bit.optim.distributed_layout import Path as Keys
 from opt8bit.optim.options import KEPT
 from opt8bit.optim.reading import read_coded, read_full
-from opt8bit.quant import block_view
 
 if TYPE_CHECKING:
     from opt8bit.optim.distributed_files import Item, Source
-
-GROUPS = "param_groups"
 
 
 class Wanted(NamedTuple):
@@ -203,12 +201,12 @@ class _Conversion:
         if wanted.scale is not None:
             scale_shape, _ = self._tensors[wanted.scale]
             values = {name: each.value for name, each in self._wanted.items() if is_of_group(name)}
-            sizes[0] = _block_size(state, values, shape, scale_shape, "state_dict")
-            _check_blocks(wanted.scale, shape, scale_shape, sizes[0], "state_dict")
+            sizes[0] = block_size_of(state, values, shape, scale_shape, "state_dict")
+            check_blocks(wanted.scale, shape, scale_shape, sizes[0], "state_dict")
         if saved.scale is not None:
             scale_shape = self._listed[saved.scale].size
-            sizes[1] = _block_size(state, self._options, shape, scale_shape, str(self._folder))
-            _check_blocks(saved.scale, shape, scale_shape, sizes[1], str(self._folder))
+            sizes[1] = block_size_of(state, self._options, shape, scale_shape, str(self._folder))
+            check_blocks(saved.scale, shape, scale_shape, sizes[1], str(self._folder))
         return sizes[0], sizes[1]
 
     @functools.cached_property
@@ -247,53 +245,6 @@ def _saved(value: Any) -> io.BytesIO:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream
-
-
-def _check_blocks(name: str, shape: torch.Size, scale_shape: torch.Size, block_size: int, where: str) -> None:
-    """Raises ValueError where scales are not those of a shape in blocks of a size."""
-    expected = block_view(shape, block_size).absmax_shape
-    if tuple(scale_shape) != expected:
-        raise ValueError(
-            f"{name} must have shape {expected} for codes of shape {tuple(shape)} in blocks of {block_size}, {where} "
-            f"has {tuple(scale_shape)}"
-        )
-
-
-def _block_size(state: str, options: Mapping[str, Any], shape: torch.Size, scale_shape: torch.Size, where: str) -> int:
-    """Returns the elements per block of a state: as its parameter group says, else as shapes tell.
-
-    Args:
-        state: its full name, such as ``optimizer.state.layer.weight.exp_avg``.
-        options: of parameter groups, by their full names.
-        where: the checkpoint or state dict, in words.
-
-    Raises:
-        ValueError: there is no group of it, and shapes allow several sizes.
-    """
-    for prefix, param in _owners(state):
-        groups = f"{prefix}{GROUPS}."
-        sizes = [name for name in options if name.startswith(groups) and name.endswith(".block_size")]
-        for name in sizes:
-            group = name.removesuffix(".block_size")
-            params = options.get(f"{group}.params", ())
-            if group == groups + param or param in map(str, params):
-                return options[name]
-    # Rows of r elements in n blocks: the smallest size that makes so few of them, and the largest that makes so many.
-    row_length, blocks = block_view(shape, 1).row_length, scale_shape[-1] if len(scale_shape) else 0
-    if blocks <= 1:
-        return max(row_length, 1)
-    least, most = -(-row_length // blocks), -(-row_length // (blocks - 1)) - 1
-    if least != most:
-        raise ValueError(f"{where} has no block_size of {state}: rows of {row_length} elements lie in {blocks} blocks")
-    return least
-
-
-def _owners(state: str) -> Iterator[tuple[str, str]]:
-    """Yields what may stand before ``state.`` and ``param_groups.`` in an optimizer's names, and the parameter."""
-    keys = state.split(".")
-    for index, key in enumerate(keys):
-        if key == "state":
-            yield "".join(f"{each}." for each in keys[:index]), ".".join(keys[index + 1 : -1])
 
 
 def _distributed() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opt8bit.optim.reading import STEP_DTYPES, described, flaw, is_number
 
 if TYPE_CHECKING:
-    from opt8bit.optim.base import Optimizer8bit
+    from opt8bit.optim.ruled import Ruled
 
 
 class Policy(NamedTuple):
@@ -24,7 +24,7 @@ class Policy(NamedTuple):
 
 
 def merged_group(
-    optimizer: Optimizer8bit,
+    optimizer: Ruled,
     group: Mapping[str, Any],
     saved: Mapping[str, Any],
     unused: Collection[str],
@@ -101,7 +101,7 @@ def _copied(name: str, value: Any, had: Any) -> Any:
 SETTINGS = {"amsgrad": (False, True), "centered": (False, True), "momentum": (0, 0.9)}  # that rules depend on
 
 
-def states_of(optimizer: Optimizer8bit, group: Mapping[str, Any]) -> dict[str, bool]:
+def states_of(optimizer: Ruled, group: Mapping[str, Any]) -> dict[str, bool]:
     """Returns the states that an optimizer has with some setting or other, and whether each can be negative.
 
     Those that it has no use for now are left where they were when it was switched, and are not loaded.

@@ -14,10 +14,10 @@ from opt8bit.optim.old_layout import is_old, old_absmax, renewed_codes
 from opt8bit.optim.options import DEFAULTS
 
 if TYPE_CHECKING:
-    from opt8bit.optim.base import Optimizer8bit
+    from opt8bit.optim.ruled import Ruled
 
 
-def renew(optimizer: Optimizer8bit) -> None:
+def renew(optimizer: Ruled) -> None:
     """Makes an optimizer that has just been unpickled one of this version."""
     for group in optimizer.param_groups:
         for name, value in DEFAULTS.items():

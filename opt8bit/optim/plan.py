@@ -7,7 +7,7 @@ updating it. So a plan is made once, for all groups together, and each step only
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
@@ -25,13 +25,11 @@ from opt8bit.backends import (
     Rule,
     Step,
     addresses,
-    backend_for,
-    can_capture,
     describe,
-    get,
     stored_as,
 )
 from opt8bit.backends.interface import GRAD, LOW_BITS, PARAM, SCALES, STATES, STEP
+from opt8bit.optim.asked import Asked, backend_of
 from opt8bit.optim.overlap import overlapping
 from opt8bit.optim.shards import first_element
 from opt8bit.optim.states import check, is_coded, is_compensated
@@ -39,40 +37,6 @@ from opt8bit.quant import block_view, state_map
 
 States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
 CODEBOOKS = {signed: state_map(signed) for signed in (False, True)}
-
-
-class Asked(NamedTuple):
-    """What a step is asked to do with one parameter group, or with some parameters of it."""
-
-    rule: Rule
-    group: dict[str, Any]
-    options: tuple[Any, ...]  # of the group, what plans depend on
-    wanted_backend: str | None
-    params: Sequence[Tensor]  # that have a gradient: what is stepped, a shard of one or its copy on the CPU
-    grads: Sequence[Tensor]
-    owners: Sequence[Tensor]  # the parameters themselves
-    types: Set[type]  # of the gradients as they came
-    placements: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
-    first: int  # number of the group's first parameter in the optimizer
-    numbers: Sequence[int]  # of these parameters in the optimizer
-    hyper: Mapping[str, Any]
-
-    def part(self, indices: Sequence[int]) -> Asked:
-        """What is asked of some of the parameters."""
-        columns = (self.params, self.grads, self.owners, self.placements or [None] * len(self.owners), self.numbers)
-        params, grads, owners, placements, numbers = ([column[i] for i in indices] for column in columns)
-        placements = tuple(placements) if any(placements) else None
-        return self._replace(params=params, grads=grads, owners=owners, placements=placements, numbers=numbers)
-
-    def key(self) -> tuple[Any, ...]:
-        """What a plan depends on, besides tensors."""
-        return (self.options, self.rule, self.numbers, self.types, self.placements, self.wanted_backend)
-
-    def where(self, i: int) -> str:
-        """One of the parameters, in words: by its name, if it has one."""
-        number = self.numbers[i]
-        names = self.group.get("param_names")
-        return f"parameter {names[number - self.first]!r}" if names else f"parameter {number}"
 
 
 class Work(NamedTuple):
@@ -316,27 +280,3 @@ def _work(
     hyper = [hyper[group] for group in share.groups]
     step = Step(share.batches, hyper, grad_scale, found_inf, share.prepared, params, grads, states, found)
     return Work(share.backend, step, copies)
-
-
-def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: bool = False) -> Backend:
-    """Returns the backend that serves a parameter.
-
-    Raises:
-        ValueError: the group asks for kernels that do not serve it.
-    """
-    backend = backend_for(param.device)
-    fused = asked.group["fused"]
-    if fused is False or is_overlapping or grad.dtype != param.dtype or not backend.can_step(param):
-        backend = get("reference")
-    if fused and backend.name == "reference":
-        raise ValueError(
-            f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
-            f"{param.device} with a gradient of {grad.dtype}"
-            f"{', in memory that another may share' if is_overlapping else ''}; leave fused out"
-        )
-    if asked.group["capturable"] and not (backend.name == "triton" and can_capture(param, asked.rule)):
-        raise ValueError(
-            f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of "
-            f"{param.dtype} on {param.device} with a gradient of {grad.dtype}; leave capturable out"
-        )
-    return backend

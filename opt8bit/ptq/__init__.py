@@ -1,14 +1,16 @@
 """Compress and correct: round a trained model's weights, and, if asked, correct its outputs by Bias Compensation."""
 
+from opt8bit.ptq.allocation.layer_objective import allocate_bits
 from opt8bit.ptq.compress import compress
 from opt8bit.ptq.evaluate import mean_loss, perplexity
 from opt8bit.ptq.export import export
-from opt8bit.ptq.layer import Recipe
-from opt8bit.ptq.methods import GPTQ, RTN, OutlierQuantEase, QuantEase
-from opt8bit.ptq.result import LayerReport, Result
-from opt8bit.ptq.source import Checkpoint
+from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.model.source import Checkpoint
+from opt8bit.ptq.result import Result
+from opt8bit.ptq.rounding import GPTQ, RTN, OutlierQuantEase, QuantEase
 from opt8bit.ptq.verify import Verification, verify
 from opt8bit.quant.weight import WeightScheme
+from opt8bit.recipe.recipe import Recipe
 
 __all__ = [
     "GPTQ",
@@ -21,6 +23,7 @@ __all__ = [
     "Result",
     "Verification",
     "WeightScheme",
+    "allocate_bits",
     "compress",
     "export",
     "mean_loss",

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from opt8bit.ptq import ranks
-from opt8bit.ptq.bias import block_shift
-from opt8bit.ptq.blocks import linear_layers, matrix
-from opt8bit.ptq.calls import Anatomy, apart
-from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
-from opt8bit.ptq.outputs import OutputErrors
-from opt8bit.ptq.passes import OVERFLOW, Call
-from opt8bit.ptq.placement import skipped_by_servers, why_uncorrected
-from opt8bit.ptq.result import LayerReport, Result, install
+from opt8bit.ptq.calibration.outputs import OutputErrors
+from opt8bit.ptq.calibration.statistics import Inputs, NotFinite
+from opt8bit.ptq.compressed import Compressed
+from opt8bit.ptq.correction.bias import block_shift
+from opt8bit.ptq.layer_report import LayerReport, layer_report
+from opt8bit.ptq.model.anatomy import Anatomy, apart
+from opt8bit.ptq.model.bias_places import skipped_by_servers, why_uncorrected
+from opt8bit.ptq.model.blocks import linear_layers, matrix
+from opt8bit.ptq.model.passes import OVERFLOW, Call
+from opt8bit.ptq.model.walk import Walk, halting, walks
+from opt8bit.ptq.plan import LayerPlan
+from opt8bit.ptq.result import Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
-from opt8bit.ptq.stages import Stage, by_recipe, layer_report
-from opt8bit.ptq.statistics import Inputs, NotFinite
-from opt8bit.ptq.walk import Walk, halting, walks
+from opt8bit.ptq.stage import Stage, by_plan, compress_stage
 
 
 class Streams(NamedTuple):
@@ -66,11 +68,11 @@ class BlockTask:
         self.reports: list[LayerReport] = []
         # Only at some strength of the asymmetric target is the drift of the hidden states anybody's to make up for;
         # then it is one writer's after another.
-        self.writers = parts.writers if result.recipe.error_propagation else set()
-        kept = [[n for n in names if n in self.writers or self._recipe(n) is not None] for names in parts.stages]
+        self.writers = parts.writers if result.plan.error_propagation else set()
+        kept = [[n for n in names if n in self.writers or self._plan(n) is not None] for names in parts.stages]
         self.order = apart([names for names in kept if names], self.writers)
         self.of_block: str | None = None  # the layer whose bias makes up for the error of the whole block
-        if result.recipe.correct == "local":
+        if result.plan.bias_correction == "local":
             last = reversed(parts.stages[-1] if parts.stages else [])
             self.of_block = next((n for n in last if n in parts.writers and self._corrects(n)), None)
         self.shapes: list[torch.Size] = []  # (sequences, length) of each batch
@@ -79,12 +81,12 @@ class BlockTask:
         self.passed: set[nn.Module] = set()  # layers before which no pass stands still any more
         self.too_few: dict[str, int] = {}
 
-    def _recipe(self, layer: str) -> Recipe | None:
-        return self.result.recipe.of(f"{self.name}.{layer}")
+    def _plan(self, layer: str) -> LayerPlan | None:
+        return self.result.plan.of(f"{self.name}.{layer}")
 
     def _corrects(self, layer: str) -> bool:
-        recipe = self._recipe(layer)
-        if recipe is None or recipe.correct == "none":
+        plan = self._plan(layer)
+        if plan is None or plan.bias_correction == "none":
             return False
         return why_uncorrected(f"{self.name}.{layer}", self.result.places) is None
 
@@ -195,7 +197,7 @@ class BlockTask:
             full, seconds = f"{self.name}.{name}", stage.seconds / len(stage.layers)
             place = self.result.places[full]
             errors = stage.errors.relative(name)
-            corrects = self.result.recipe.correct != "none"
+            corrects = self.result.plan.bias_correction != "none"
             note = self._note(name, stage) if corrects else None
             report = layer_report(full, layers[name], layer, errors, place, note, seconds)
             self.reports.append(report)
@@ -215,14 +217,14 @@ class BlockTask:
         started = time.perf_counter()
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         done: dict[str, Compressed] = {}
-        for recipe, group in by_recipe({n: self._recipe(n) for n in names}):
+        for plan, group in by_plan({n: self._plan(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and n != self.of_block}
             with _named(f"{self.name}.{group[0]}", inputs[0].x_hat.dtype):
-                done |= compress_stage({n: layers[n] for n in group}, inputs, recipe, corrected)
+                done |= compress_stage({n: layers[n] for n in group}, inputs, plan, corrected)
         for name, layer in done.items():
             install(layers_hat[name], layer.changes)
         if self.of_block is not None and self.of_block in done:
-            shift = block_shift(self._block_errors(calls), self.result.recipe.statistic)
+            shift = block_shift(self._block_errors(calls), self.result.plan.statistic)
             shifted = done[self.of_block] = done[self.of_block].corrected(shift)
             assert shifted.bias is not None
             install(layers_hat[self.of_block], {"bias": shifted.bias})
@@ -237,10 +239,10 @@ class BlockTask:
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         tokens, features = tokens_seen(x_hat), matrix(layers[names[0]]).shape[1]
         done: dict[str, Compressed] = {}
-        for recipe, group in by_recipe({n: self._recipe(n) for n in names}):
-            corrected = {n for n in group if self._corrects(n) and recipe.statistic != "position"}
+        for plan, group in by_plan({n: self._plan(n) for n in names}):
+            corrected = {n for n in group if self._corrects(n) and plan.statistic != "position"}
             with _named(f"{self.name}.{group[0]}", x_hat[0].dtype if x_hat else None):
-                done |= compress_routed({n: layers[n] for n in group}, x_hat, tokens, recipe, corrected)
+                done |= compress_routed({n: layers[n] for n in group}, x_hat, tokens, plan, corrected)
         for name, layer in done.items():
             install(layers_hat[name], layer.changes)
         self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}

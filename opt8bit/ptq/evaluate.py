@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from opt8bit.ptq.blocks import evaluating
+from opt8bit.ptq.model.blocks import evaluating
 
 
 def windows(

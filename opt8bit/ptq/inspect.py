@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opt8bit.ptq import tensor_files
-from opt8bit.ptq.checkpoint_files import files_of
-from opt8bit.ptq.export import FORMATS, format_of
+from opt8bit.ptq.export import format_of
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredLayer
-from opt8bit.ptq.tensor_files import Header
+from opt8bit.ptq.model import tensor_files
+from opt8bit.ptq.model.checkpoint_files import files_of
+from opt8bit.ptq.model.tensor_files import Header
+from opt8bit.recipe.registry import FORMATS
 
 
 @dataclass

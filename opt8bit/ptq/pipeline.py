@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from opt8bit.backends import first_of, warn
 from opt8bit.ptq import ranks
 from opt8bit.ptq.block import BlockTask, Streams
-from opt8bit.ptq.blocks import block_layers, by_pattern, evaluating, find_blocks
-from opt8bit.ptq.calls import Anatomy
-from opt8bit.ptq.ends import ModelEnd, probe, quality
-from opt8bit.ptq.layer import Recipe
-from opt8bit.ptq.passes import Call, Refused
-from opt8bit.ptq.placement import Places, bias_places, value_bias_through
-from opt8bit.ptq.rehearsal import Rehearsal, rehearse
-from opt8bit.ptq.result import Change, LayerReport, Result
-from opt8bit.ptq.source import Source
-from opt8bit.ptq.states import State
-from opt8bit.ptq.work import Work
+from opt8bit.ptq.correction.value_biases import value_bias_through
+from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.model.anatomy import Anatomy
+from opt8bit.ptq.model.bias_places import Places, bias_places
+from opt8bit.ptq.model.blocks import block_layers, by_pattern, evaluating, find_blocks, matrix
+from opt8bit.ptq.model.ends import ModelEnd
+from opt8bit.ptq.model.passes import Call, Refused
+from opt8bit.ptq.model.rehearsal import Rehearsal, rehearse
+from opt8bit.ptq.model.source import Source
+from opt8bit.ptq.model.states import State
+from opt8bit.ptq.plan import Plan
+from opt8bit.ptq.reconstruction.engine import Example, Reconstruction
+from opt8bit.ptq.result import Change, Result, install
+from opt8bit.ptq.resume import Work
+from opt8bit.ptq.tasks.task import Task
+from opt8bit.ptq.transforms.transform import transformed
 
 NAMED = 8  # layers that a warning is about
 
@@ -28,7 +36,8 @@ NAMED = 8  # layers that a warning is about
 def run(
     source: Source,
     batches: Sequence[dict[str, Tensor]],
-    recipe: Recipe,
+    plan: Plan,
+    task: Task,
     see: Callable[[LayerReport, int], None],
     *,
     held_out: Sequence[dict[str, Tensor]] = (),
@@ -50,27 +59,26 @@ def run(
     """
     model = source.model
     prefix, blocks = find_blocks(model)
-    result = Result(source, recipe, _places(model, recipe))
+    result = Result(source, plan, _places(model, plan))
     with evaluating(model):
-        known = rehearse(source, prefix, blocks, batches[0])
+        few = task.smallest(batches[0])
+        known = rehearse(source, prefix, blocks, few)
         layers = _check_layers(known, prefix, result)
-        calls = [known.calls(model, blocks, batch) for batch in (*batches, *held_out)]
+        # By this a checkpoint is checked. It goes through the blocks in a batch of its own, as whoever loads the
+        # checkpoint runs it: in 16 bits, products of other shapes add up to other logits over many blocks.
+        alone = {name: value[:1] for name, value in batches[0].items()}
+        calls, streams = _started(known, model, blocks, [*batches, *held_out, alone])
         masks = [batch.get("attention_mask") for batch in batches]
-        _check_lengths(calls, masks)
+        _check_lengths(streams.exact, masks)
         ends = ModelEnd(model, blocks, known.outputs, known.axes)
-        probe(ends, batches[0], calls[0][0].hidden)  # of any hidden states: an end that cannot run is known at once
-        embedded = [of_batch[0].hidden for of_batch in calls]
-        streams = Streams(embedded, embedded)
-        del embedded  # the streams' alone, to be let go with the first block
-        calls = [[call._replace(hidden=call.hidden.new_empty(0)) for call in of_batch] for of_batch in calls]
+        task.probe(ends, alone, streams.exact[-1])  # of any hidden states: an end that cannot run is known at once
         states = Streams(*([State() for _ in calls] for _ in streams))
+        if plan.reconstruction is not None and _hand_on_more(known, calls):
+            raise Refused("blocks hand more to later ones than hidden states: they cannot be trained apart")
         first = work.finished if work and not _hand_on_more(known, calls) else 0
         if work and first:
-            saved = [stream.to(calls[0][0].hidden.device) for stream in work.streams()]
-            streams = Streams(saved[: len(calls)], saved[len(calls) :])
-            for report in work.reports():
-                result.report.append(report)
-                see(report, layers)
+            streams = _gone_on(work, streams.exact[0].device, result, lambda r: see(r, layers))
+        trials = known.calls(model, blocks, few) if plan.transforms else None
         too_few: dict[str, int] = {}
         for i in range(first, len(blocks)):
             streams, done = _run_block(
@@ -83,6 +91,7 @@ def run(
                 streams,
                 states,
                 lambda r: see(r, layers),
+                trials[i] if trials else None,
             )
             too_few |= done.too_few
             if work:
@@ -90,11 +99,31 @@ def run(
             else:
                 result.changes = {**result.changes, **done.changes}
         if work:
-            result.changes = work.changes(recipe)
+            result.changes = work.changes(plan)
         _warn_of_few(too_few)
-        result.probe = probe(ends, batches[0], streams.compressed[0])
-        result.quality = quality(ends, held_out, *(stream[len(batches) :] for stream in streams))
+        result.probe = task.probe(ends, alone, streams.compressed[-1])
+        result.quality = task.quality(ends, held_out, *(stream[len(batches) : -1] for stream in streams))
     return result
+
+
+def _started(
+    known: Rehearsal, model: nn.Module, blocks: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
+) -> tuple[list[list[Call]], Streams]:
+    """How the model calls its blocks on each batch, without hidden states; and what goes into the first block."""
+    calls = [known.calls(model, blocks, batch) for batch in batches]
+    embedded = [of_batch[0].hidden for of_batch in calls]
+    # Hidden states are the streams' alone, to be let go with the first block.
+    bare = [[call._replace(hidden=call.hidden.new_empty(0)) for call in of_batch] for of_batch in calls]
+    return bare, Streams(embedded, embedded)
+
+
+def _gone_on(work: Work, device: torch.device, result: Result, see: Callable[[LayerReport], None]) -> Streams:
+    """The streams behind the blocks that are finished; their layers' reports are the result's."""
+    saved = [stream.to(device) for stream in work.streams()]
+    for report in work.reports():
+        result.report.append(report)
+        see(report)
+    return Streams(saved[: len(saved) // 2], saved[len(saved) // 2 :])
 
 
 class _Done(NamedTuple):
@@ -115,6 +144,7 @@ def _run_block(
     streams: Streams,
     states: Streams,
     see: Callable[[LayerReport], None],
+    trial: Call | None,
 ) -> tuple[Streams, _Done]:
     """Returns the streams behind the block, and what was made of it. Nothing else of it is left in memory."""
     here = Streams(
@@ -123,20 +153,44 @@ def _run_block(
             for own in zip(streams, states, strict=True)
         )
     )
+    rewritten: dict[str, Tensor] = {}
     with source.block(name) as block:
+        if trial is not None:
+            block = copy.deepcopy(block)
+            rewritten = transformed(name, block, trial._replace(name=name), result.plan.transforms)
         task = BlockTask(name, block, parts, result, masks, see)
+        repeatable = [call.repeatable() for call in here.compressed] if result.plan.reconstruction else []
         behind = task.run(here)
+        if result.plan.reconstruction is not None:
+            behind = _reconstructed(result.plan.reconstruction, task, repeatable, behind)
     value_bias_through(result.places, task.done, source.model)
-    changes = {f"{full}.{kind}": change for full, layer in task.done.items() for kind, change in layer.changes.items()}
+    changes: dict[str, Change] = {f"{name}.{own}": param for own, param in rewritten.items()}
+    changes |= {f"{full}.{kind}": change for full, layer in task.done.items() for kind, change in layer.changes.items()}
     return behind, _Done(changes, task.reports, task.too_few)
 
 
-def _places(model: nn.Module, recipe: Recipe) -> Places:
+def _reconstructed(engine: Reconstruction, task: BlockTask, calls: Sequence[Call], behind: Streams) -> Streams:
+    """The streams behind a block whose weights have been trained; the task's layers have them."""
+    layers = {full.removeprefix(f"{task.name}."): layer for full, layer in task.done.items()}
+    weights = {
+        name: engine.parametrization.start(matrix(task.block.get_submodule(name)), layer.rounded)
+        for name, layer in layers.items()
+    }
+    pairs = zip(calls, behind.exact, task.masks, strict=False)  # what is held out has no masks
+    engine.train(task.compressed.requires_grad_(False), weights, [Example(*pair) for pair in pairs])
+    for name, layer in layers.items():
+        trained = replace(layer, rounded=weights[name].harden())
+        task.done[f"{task.name}.{name}"] = trained
+        install(task.compressed.get_submodule(name), {"weight": trained.rounded})
+    return Streams(behind.exact, [call.of(task.compressed).contiguous() for call in calls])
+
+
+def _places(model: nn.Module, plan: Plan) -> Places:
     """What lets each layer hold a bias, if any is asked for."""
     everywhere = list(block_layers(model))
-    if recipe.correct == "none":
+    if plan.bias_correction == "none":
         return dict.fromkeys(everywhere)
-    return bias_places(model, everywhere, recipe.statistic)
+    return bias_places(model, everywhere, plan.statistic)
 
 
 def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
@@ -152,9 +206,9 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
         f"{prefix}.{i}.{name}": why
         for i, part in enumerate(known.parts)
         for name, why in part.anatomy.left.items()
-        if result.recipe.of(f"{prefix}.{i}.{name}") is not None
+        if result.plan.of(f"{prefix}.{i}.{name}") is not None
     }
-    compressed = {name for name in result.places if name not in stay and result.recipe.of(name) is not None}
+    compressed = {name for name in result.places if name not in stay and result.plan.of(name) is not None}
     if not compressed:
         name, why = next(iter(stay.items()))
         raise Refused(f"no layer of the blocks can be compressed: {name} {why}, for example")
@@ -173,14 +227,14 @@ def _hand_on_more(known: Rehearsal, calls: Sequence[Sequence[Call]]) -> bool:
     return any(part.changes for part in known.parts) or any(call.hands for call in calls[0])
 
 
-def _check_lengths(calls: Sequence[Sequence[Call]], masks: Sequence[Tensor | None]) -> None:
+def _check_lengths(hidden: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
     """
     Raises:
         Refused: a mask of tokens does not fit the hidden states.
     """
-    for of_batch, mask in zip(calls, masks, strict=False):
-        if mask is not None and mask.shape != of_batch[0].hidden.shape[:2]:
-            found = tuple(of_batch[0].hidden.shape[:2])
+    for of_batch, mask in zip(hidden, masks, strict=False):
+        if mask is not None and mask.shape != of_batch.shape[:2]:
+            found = tuple(of_batch.shape[:2])
             raise Refused(f"the hidden states of {tuple(mask.shape)} tokens are {found}: which count is not known")
 
 

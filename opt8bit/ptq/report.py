@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from opt8bit.ptq import tensor_files
-from opt8bit.ptq.ends import Probe
-from opt8bit.ptq.result import LayerReport, Result
+from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.model import tensor_files
+from opt8bit.ptq.result import Result
+from opt8bit.ptq.tasks.task import Probe
 
 FOLDER = "opt8bit"  # inside a checkpoint
 REPORT, LAYERS, PICTURE, PROBE = "report.json", "layers.csv", "report.html", "probe.safetensors"

@@ -10,45 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import matrix
-from opt8bit.ptq.ends import Probe, Quality
-from opt8bit.ptq.layer import Recipe
-from opt8bit.ptq.placement import Places
-from opt8bit.ptq.source import Source
+from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.model.bias_places import Places
+from opt8bit.ptq.model.blocks import matrix
+from opt8bit.ptq.model.source import Source
+from opt8bit.ptq.plan import Plan
+from opt8bit.ptq.tasks.task import Probe, Quality
 from opt8bit.quant.weight import QuantizedWeight
+from opt8bit.recipe.recipe import Recipe
 
 Change = QuantizedWeight | Tensor
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What was done to one layer.
-
-    Attributes:
-        name: of the layer in the model.
-        shape: (out, in).
-        bits_per_weight: everything stored counted, but the bias.
-        error_rounded: of the output against the float model's, squared, relative to the square of that output.
-        error_corrected: the same with the bias; higher, maybe, where that is from the error of the whole block.
-        bias_norm: of what Bias Compensation added.
-        bias_bytes: that it takes beyond what the layer had, at the model's dtype; 0 where another layer holds it.
-        bias_place: what holds it: "own", a switch of the configuration, "through NAME"; None if there is none.
-        symmetry_cost: by how much the grid's symmetry raises the squared error of rounding to nearest; None without it.
-        note: why there is no correction where one was asked for, or which servers do not use the bias.
-        seconds: of the layer's stage, shared among its layers.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    error_rounded: float
-    error_corrected: float
-    bias_norm: float
-    bias_bytes: int
-    bias_place: str | None
-    symmetry_cost: float | None
-    note: str
-    seconds: float
 
 
 @dataclass
@@ -57,7 +28,7 @@ class Result:
 
     Attributes:
         source: of the model that was given, unchanged.
-        recipe: what was asked for.
+        plan: what was to become of each layer.
         places: what lets each linear layer of the blocks hold a bias.
         changes: what has changed, by the name of the model's parameter: quantized weights, (out, in), and biases,
             (out,) or, where they go by position, (length, out). Everything else is as the source has it.
@@ -67,12 +38,17 @@ class Result:
     """
 
     source: Source
-    recipe: Recipe
+    plan: Plan
     places: Places
     changes: Mapping[str, Change] = field(default_factory=dict)
     report: list[LayerReport] = field(default_factory=list)
     quality: Quality | None = None
     probe: Probe | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked for, with what depends on the model filled in."""
+        return self.plan.recipe
 
     @property
     def model(self) -> nn.Module:

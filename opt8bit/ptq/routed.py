@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq import ranks
-from opt8bit.ptq.blocks import matrix
-from opt8bit.ptq.layer import Compressed, Recipe, compress_stage
-from opt8bit.ptq.methods import RTN
-from opt8bit.ptq.statistics import Inputs
-from opt8bit.quant.grid import Grid, UniformGrid
+from opt8bit.ptq.calibration.statistics import Inputs
+from opt8bit.ptq.compressed import Compressed
+from opt8bit.ptq.model.blocks import matrix
+from opt8bit.ptq.plan import LayerPlan
+from opt8bit.ptq.rounding import RTN
+from opt8bit.ptq.stage import compress_stage
+from opt8bit.quant.grid import Grid
+from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import QuantizedWeight
 
 # Tokens per feature. With fewer, their second moments have not full rank, and what rounding moves into the directions
@@ -42,7 +45,7 @@ def compress_routed(
     layers: dict[str, nn.Module],
     x_hat: Sequence[Tensor],  # of each pass that called them, (..., d)
     tokens: int,
-    recipe: Recipe,
+    plan: LayerPlan,
     corrected: set[str],
 ) -> dict[str, Compressed]:
     """Rounds layers on the tokens they have seen, or, where those are too few, to nearest on a grid from min to max.
@@ -51,7 +54,7 @@ def compress_routed(
         layers: of a stage.
         x_hat: their inputs in the compressed model.
         tokens: that all processes have seen.
-        recipe: of the layers.
+        plan: of the layers.
         corrected: names of the layers that get a bias from their own error, if there are statistics.
 
     Raises:
@@ -61,15 +64,15 @@ def compress_routed(
     none = weight.new_zeros(1, 0, weight.shape[1])  # a process that has seen nothing takes part in the sums
     if are_enough(tokens, weight.shape[1]):
         inputs = [Inputs(x, x) for x in as_sequences(x_hat)] or [Inputs(none, none)]
-        return compress_stage(layers, inputs, replace(recipe, error_propagation=0.0), corrected)
-    scheme, grid = recipe.scheme, recipe.scheme.grid
+        return compress_stage(layers, inputs, replace(plan, error_propagation=0.0), corrected)
+    scheme, grid = plan.scheme, plan.scheme.grid
     if isinstance(grid, UniformGrid):
         grid = UniformGrid(grid.bits, symmetric=grid.symmetric, range="minmax", scale_dtype=grid.scale_dtype)
         scheme = replace(scheme, grid=grid)
-    nearest = Recipe(RTN(), scheme, 0.0)
+    nearest = LayerPlan(RTN(), scheme)
     done = compress_stage(layers, [Inputs(none, none)], nearest, set())
-    # How the range was found is not stored: the layers are as those of the recipe.
-    return {name: replace(layer, rounded=_on_grid(layer.rounded, recipe.scheme.grid)) for name, layer in done.items()}
+    # How the range was found is not stored: the layers are as those of the plan.
+    return {name: replace(layer, rounded=_on_grid(layer.rounded, plan.scheme.grid)) for name, layer in done.items()}
 
 
 def _on_grid(rounded: QuantizedWeight, grid: Grid) -> QuantizedWeight:

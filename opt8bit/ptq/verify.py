@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opt8bit.ptq import tensor_files
-from opt8bit.ptq.blocks import evaluating, find_blocks
-from opt8bit.ptq.export import FORMATS, format_of
+from opt8bit.ptq.export import format_of
+from opt8bit.ptq.export.source_record import SourceRecord, differences, read_record
 from opt8bit.ptq.inspect import Contents, inspect
-from opt8bit.ptq.memory import machine_memory
+from opt8bit.ptq.model import tensor_files
+from opt8bit.ptq.model.blocks import evaluating, find_blocks
+from opt8bit.ptq.model.memory import machine_memory
+from opt8bit.ptq.model.skeleton import auto_class, parameters_on_meta
 from opt8bit.ptq.report import FOLDER, PROBE
-from opt8bit.ptq.skeleton import auto_class, parameters_on_meta
-from opt8bit.ptq.source_record import SourceRecord, differences, read_record
+from opt8bit.recipe.registry import FORMATS
 
 # How far logits may be apart, in units of their own spread: sums in another order, in the model's dtype.
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

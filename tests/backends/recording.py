@@ -61,7 +61,7 @@ def train(
     """What each of three steps launches, with what GradScaler hands over or without."""
     make, _, hyper = CASES[case]
     params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    optimizer = make(params, **{**hyper, **options})
+    optimizer: Any = make(params, **{**hyper, **options})
     if is_scaled:
         optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
     for param in params:
@@ -76,7 +76,9 @@ def train(
 
 
 def main(backend: str, architecture: str, warp_size: str, *cases: str) -> None:
-    driver = Driver(GPUTarget(backend, int(architecture) if architecture.isdigit() else architecture, int(warp_size)))
+    driver: Any = Driver(
+        GPUTarget(backend, int(architecture) if architecture.isdigit() else architecture, int(warp_size))
+    )
     triton.runtime.driver.set_active(driver)
     backends.is_interpreting = lambda: True  # so that Triton serves the CPU's tensors
     for case in cases:

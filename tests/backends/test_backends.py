@@ -32,17 +32,21 @@ def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_and_python_define_the_same_map(kernels: str) -> None:
+    lib = native.library()
+    assert lib is not None
     for signed in (False, True):
         values = torch.empty(256)
-        native.library().opt8bit_dynamic_map(signed, values.data_ptr())
+        lib.opt8bit_dynamic_map(signed, values.data_ptr())
         assert torch.equal(values, dynamic_map(signed))
 
 
 def test_every_rule_has_its_kernel(kernels: str) -> None:
+    lib = native.library()
+    assert lib is not None
     for rule in (*adam.RULES.values(), *sgd.RULES.values()):
-        assert native.library().opt8bit_rule(rule.name.encode()) >= 0, rule.name
+        assert lib.opt8bit_rule(rule.name.encode()) >= 0, rule.name
         assert len(rule.hyper) <= native.MAX_HYPER and len(rule.states) <= MAX_STATES
-    assert native.library().opt8bit_rule(b"abacus") == -1
+    assert lib.opt8bit_rule(b"abacus") == -1
 
 
 def test_threads_of_its_own_give_the_same_bits(kernels: str) -> None:
@@ -50,6 +54,7 @@ def test_threads_of_its_own_give_the_same_bits(kernels: str) -> None:
     x = torch.randn(300, 1000)
     expected = quantize_blockwise(x, dynamic_map(), 256, backend=kernels)
     lib = native.library()
+    assert lib is not None
     lib.opt8bit_use_torch_threads(None)
     try:
         codes, absmax = quantize_blockwise(x, dynamic_map(), 256, backend=kernels)

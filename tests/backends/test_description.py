@@ -52,7 +52,8 @@ def test_addresses_of_many_tensors(monkeypatch: pytest.MonkeyPatch, in_python: b
         monkeypatch.setattr(description, "_torch_functions", lambda: None)
     tensors = list(torch.zeros(5000, 3).unbind())
     described = describe(tensors, 1)
-    assert addresses(tensors, described).tolist() == [tensor.data_ptr() for tensor in tensors]
+    found = addresses(tensors, described)
+    assert found is not None and found.tolist() == [tensor.data_ptr() for tensor in tensors]
     assert addresses(tensors[1:], described) is None
     for other in (torch.zeros(4), torch.zeros(3).bfloat16(), torch.zeros(6)[::2], torch.zeros(1, 3)):
         assert addresses([*tensors[:-1], other], described) is None

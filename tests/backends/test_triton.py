@@ -197,7 +197,15 @@ def test_the_slow_path_is_taken_where_it_must_be(signed: bool, count: int) -> No
 
 
 @triton.jit
-def encode_kernel(x, scales, codes, tables, midpoints, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def encode_kernel(
+    x,
+    scales,
+    codes,
+    tables,
+    midpoints,
+    SIGNED: tl.constexpr,  # pyright: ignore[reportInvalidTypeForm]
+    BLOCK: tl.constexpr,  # pyright: ignore[reportInvalidTypeForm]
+):
     """As store_state of the steps."""
     row = tl.program_id(0) + tl.arange(0, 1)
     columns = tl.arange(0, BLOCK)[None, :]
@@ -276,6 +284,7 @@ def test_a_scaler_without_a_step_yet(use: Any) -> None:
 
 def test_training_goes_on_where_another_backend_left_it(use: Any) -> None:
     """From the reference to Triton and back, through state dicts; each has the counts of steps where it wants them."""
+    optimizer: Any = None
     state: dict[str, Any] = {}
     params = [nn.Parameter(parameter(i, shape).to(DEVICE)) for i, shape in enumerate(SHAPES)]
     expected, expected_states = trained("AdamW8bit weight decay", 3)
@@ -427,6 +436,7 @@ def test_a_graph_replays_what_steps_do(dtype: torch.dtype) -> None:
         for i in range(4):
             lr.fill_(0.01 / (i + 1))
             for param in params:
+                assert param.grad is not None
                 param.grad.fill_(float(i))
             if captured:
                 graph.replay()

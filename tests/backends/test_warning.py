@@ -10,9 +10,9 @@ from torch import nn
 import opt8bit
 from opt8bit import backends
 from opt8bit.backends import description, native
-from opt8bit.ptq.methods import RTN
+from opt8bit.ptq.rounding import RTN
 from opt8bit.quant import dynamic_map, quantize_blockwise
-from opt8bit.quant.grid import UniformGrid
+from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import WeightScheme
 
 
@@ -52,7 +52,7 @@ def quantizes() -> None:
 
 
 def rounds() -> None:
-    RTN().round(torch.ones(4, 16), torch.ones(4, 16), WeightScheme(UniformGrid(4), None))
+    RTN().round(torch.ones(4, 16), torch.ones(4, 16), WeightScheme(UniformGrid(4), None))  # type: ignore[arg-type]
 
 
 USES = (steps, steps_under_a_schedule, scales, goes_backward, quantizes, rounds)

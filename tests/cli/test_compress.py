@@ -15,8 +15,8 @@ from toys import MODELS
 
 from opt8bit import ptq
 from opt8bit.cli.main import main
-from opt8bit.ptq.compress import polished
-from opt8bit.ptq.source import InMemory
+from opt8bit.ptq.model.source import InMemory
+from opt8bit.ptq.plan import polished
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -50,8 +50,8 @@ def test_three_arguments_write_a_model_that_loads(
         (["--no-act-order", "--no-polish"], {"method": ptq.GPTQ(act_order=False)}),
         (["--method", "quantease", "--symmetric"], {"method": polished(ptq.RTN()), "symmetric": True}),
         (["--error-propagation", "0"], {"error_propagation": 0.0}),
-        (["--correct", "joint"], {"correct": "joint"}),
-        (["--correct", "local", "--statistic", "median"], {"correct": "local", "statistic": "median"}),
+        (["--bias-correction", "joint"], {"bias_correction": "joint"}),
+        (["--bias-correction", "local", "--statistic", "median"], {"bias_correction": "local", "statistic": "median"}),
         (["--outliers", "0.02"], {"method": polished(ptq.OutlierQuantEase(0.02))}),
         (["--outliers", "0.02", "--no-polish"], {"method": ptq.OutlierQuantEase(0.02)}),
         (
@@ -74,7 +74,7 @@ def test_options_are_those_of_the_library(
 def test_lines_tell_the_progress_where_there_is_no_terminal(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compress(folder, tmp_path / "out", "--correct", "sequential", "--no-verify") == 0
+    assert compress(folder, tmp_path / "out", "--bias-correction", "sequential", "--no-verify") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " of 14: " in line]
     report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())
     expected = [f"layer {i} of 14: {layer['name']} error " for i, layer in enumerate(report["layers"], 1)]
@@ -94,7 +94,7 @@ def test_a_seed_chooses_other_windows(folder: Path, tmp_path: Path) -> None:
 def test_biases_are_counted_and_named_where_there_is_no_place(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compress(folder, tmp_path / "out", "--correct", "sequential") == 0
+    assert compress(folder, tmp_path / "out", "--bias-correction", "sequential") == 0
     printed = capsys.readouterr().out
     reason = "a constant in the keys shifts all scores alike, or harms under rotary embedding"
     assert "12 biases, " in printed and f"not corrected: 2 layers: {reason}" in printed
@@ -103,7 +103,7 @@ def test_biases_are_counted_and_named_where_there_is_no_place(
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "mistral" / file).write_bytes((folder / "llama" / file).read_bytes())
     text = str(folder / "text.txt")
-    arguments = ["--calibration", text, "--output", str(tmp_path / "m"), *SMALL, "--correct", "local"]
+    arguments = ["--calibration", text, "--output", str(tmp_path / "m"), *SMALL, "--bias-correction", "local"]
     assert main(["compress", str(tmp_path / "mistral"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "0 biases, 0 bytes more" in printed
@@ -115,14 +115,14 @@ def test_biases_are_counted_and_named_where_there_is_no_place(
     [
         (["--samples", "1000"], "text.txt: 1000 samples of 16 tokens take 16,000, it has 600"),
         (["--group-size", "48"], "model.layers.0.self_attn.q_proj: group_size must be a positive divisor of the 32"),
-        (["--act-order", "--method", "rtn"], "--act-order, on or off, is GPTQ's: it has no meaning for rtn"),
-        (["--method", "quantease", "--no-polish"], "--no-polish leaves nothing of it"),
+        (["--act-order", "--method", "rtn"], "act_order, on or off, is GPTQ's: it has no meaning for rtn"),
+        (["--method", "quantease", "--no-polish"], "without polish nothing is left of it"),
         (["--method", "rtn", "--error-propagation", "0.5"], "looks at no inputs: error_propagation must be 0"),
-        (["--outliers", "1.5"], "fraction must be from 0 to 1, got 1.5"),
-        (["--method", "rtn", "--outliers", "0.1"], "--outliers are chosen by the inputs, which rtn does not look at"),
-        (["--correct", "local", "--error-propagation", "0.5"], "would undo what the asymmetric target does"),
+        (["--outliers", "1.5"], "outliers must be from 0 to 1, got 1.5"),
+        (["--method", "rtn", "--outliers", "0.1"], "outliers are chosen by the inputs, which rtn does not look at"),
+        (["--bias-correction", "local", "--error-propagation", "0.5"], "would undo what the asymmetric target does"),
         (["--sequence-length", "256", "--samples", "2"], "may be 128 tokens long, as many as the model has positions"),
-        (["--outlier-structure", "column"], "--outlier-structure"),
+        (["--outlier-structure", "column"], "outlier_structure says how outliers stand"),
         (["--statistic", "median"], "statistic='median' has no bias to serve"),
     ],
     ids=str,

@@ -67,7 +67,7 @@ def test_activations_that_only_the_text_makes_too_large_name_their_layer() -> No
 def test_computed_in_another_dtype_it_is_loaded_in_that(
     format: str, dtype: str, too_large: Path, folder: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--dtype", dtype, "--format", format, "--correct", "sequential"]
+    arguments = ["--dtype", dtype, "--format", format, "--bias-correction", "sequential"]
     assert compress(too_large, folder, tmp_path / "out", *arguments) == 0  # and verified
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,7 @@ def test_biases_that_change_are_stored_in_the_dtype_that_is_computed_in(tmp_path
     model: Any = MODELS["qwen2"]().half()
     model.save_pretrained(tmp_path / "model")
     source = ptq.Checkpoint(tmp_path / "model", dtype=torch.bfloat16)
-    result = ptq.compress(source, token_ids(), group_size=16, correct="sequential")
+    result = ptq.compress(source, token_ids(), group_size=16, bias_correction="sequential")
     out = ptq.export(result, tmp_path / "out", format="dense")
     stored = load_file(out / "model.safetensors")
     assert stored["model.layers.0.self_attn.q_proj.bias"].dtype == torch.bfloat16  # corrected

@@ -88,7 +88,7 @@ def test_llamas_of_another_name_keep_their_words(model_type: str, folder: Path, 
     shutil.copy(folder / "llama" / "tokenizer.json", source)
     shutil.copy(folder / "llama" / "tokenizer_config.json", source)
     config = rewrite(source / "config.json", rope_parameters=None, rope_theta=5000.0, of_our_own=1)
-    output = compress(source, folder, tmp_path / "out", "--format", "dense", "--correct", "sequential")
+    output = compress(source, folder, tmp_path / "out", "--format", "dense", "--bias-correction", "sequential")
     written = json.loads((output / "config.json").read_text())
     assert written["model_type"] == "llama" and written["architectures"] == ["LlamaForCausalLM"]
     assert written["attention_bias"] is written["mlp_bias"] is True

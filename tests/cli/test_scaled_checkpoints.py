@@ -15,8 +15,8 @@ from small import SMALL, WINDOWS
 from toys import token_ids
 
 from opt8bit.cli.main import main
-from opt8bit.ptq.checkpoint_files import INDEX
-from opt8bit.ptq.source import Checkpoint
+from opt8bit.ptq.model.checkpoint_files import INDEX
+from opt8bit.ptq.model.source import Checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

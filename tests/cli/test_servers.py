@@ -10,11 +10,11 @@ import torch
 from toys import GATED
 
 from opt8bit.cli.main import main
-from opt8bit.ptq import memory
+from opt8bit.ptq.model import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 # Three layers of four read the hidden states of 64, and one of each block something odd.
-ODD = {**GATED, "hidden_size": 64, "intermediate_size": 80}
+ODD: dict[str, Any] = {**GATED, "hidden_size": 64, "intermediate_size": 80}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_nothing_is_said_of_groups_that_were_asked_for(odd: Path, folder: Path, 
 def test_the_summary_names_biases_that_servers_do_not_use(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compress(folder / "llama", folder, tmp_path / "out", "--correct", "sequential") == 0
+    assert compress(folder / "llama", folder, tmp_path / "out", "--bias-correction", "sequential") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "6 layers: SGLang 0.5.23 loads this bias and does not use it" in printed
     report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())

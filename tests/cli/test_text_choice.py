@@ -14,8 +14,8 @@ import torch
 from small import SMALL
 from torch import Tensor
 
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.main import main
-from opt8bit.cli.models import CommandError
 from opt8bit.cli.texts import choice, choose_windows, find_text, first_windows, prefix
 
 LENGTH, SAMPLES, HELD_OUT = 16, 8, 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from some_texts import JOINED, ROWS, TEXTS, json_lines, read
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.texts import find_text
 
 

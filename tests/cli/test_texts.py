@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from some_texts import CHAT, JOINED, RENDERED, ROWS, SHARED, TEXTS, json_lines, read
 
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.main import main
-from opt8bit.cli.models import CommandError
 from opt8bit.cli.texts.files import CHUNK
 
 

@@ -24,7 +24,7 @@ STEPS, SAVED_AT = 4, 2
 
 def made(use_orig_params: bool) -> tuple[FSDP, opt8bit.AdamW8bit]:
     torch.manual_seed(0)
-    model = FSDP(nn.Linear(*WEIGHT[::-1]), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    model = FSDP(nn.Linear(WEIGHT[1], WEIGHT[0]), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     # Of tensors that are on the CPU already, offload_to_cpu=True returns one buffer under the name of every state.
     config = FullOptimStateDictConfig(offload_to_cpu=False)
     FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(), config)

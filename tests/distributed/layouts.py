@@ -178,7 +178,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tokens = nn.Embedding(67, width)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleDict({"up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width)}) for _ in range(2)
         )
         self.head = nn.Linear(width, 67)
@@ -329,8 +329,8 @@ def a_full_state_dict_is_that_of_one_process() -> None:
     optimizers = [opt8bit.AdamW8bit(of.parameters(), lr=1e-2, compensation=False) for of in (plain, model)]
     for of, optimizer in zip((plain, model), optimizers, strict=True):
         losses(of, optimizer)
-    expected = get_optimizer_state_dict(plain, optimizers[0])
-    full = get_optimizer_state_dict(model, optimizers[1], options=StateDictOptions(full_state_dict=True))
+    expected: Any = get_optimizer_state_dict(plain, optimizers[0])
+    full: Any = get_optimizer_state_dict(model, optimizers[1], options=StateDictOptions(full_state_dict=True))
     for name, state in expected["state"].items():
         for key, value in state.items():
             assert torch.equal(full["state"][name][key], value), (name, key)
@@ -389,7 +389,7 @@ def damaged_checkpoints_are_refused() -> None:
         states = enumerate(optimizer.state.values())
         return all(torch.equal(whole(value), before[n][key]) for n, state in states for key, value in state.items())
 
-    saved = get_optimizer_state_dict(model, optimizer)
+    saved: Any = get_optimizer_state_dict(model, optimizer)
     for change, message in (
         (
             lambda state: state["tokens.weight"].pop("exp_avg_scale"),
@@ -487,7 +487,7 @@ def a_stable_embedding_keeps_its_states_in_full() -> None:
 
 @on(2)
 def shards_lack_state_bits_until_they_are_marked_or_in_a_group() -> None:
-    model = nn.Linear(64, 128)
+    model: Any = nn.Linear(64, 128)
     model.weight.state_bits = 32
     fully_shard(model)
 

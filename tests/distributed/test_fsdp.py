@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 if not torch.distributed.is_available():
     pytest.skip("torch has no distributed", allow_module_level=True)
 
-import torch.distributed.checkpoint as dcp
 import training
 from processes import run
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -22,6 +22,7 @@ from training import CASES
 
 from opt8bit.optim import check_distributed_checkpoint
 
+dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 RANKS = (1, 2, 4)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch's word on one process alone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -12,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from processes import end
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import opt8bit
 from opt8bit.optim import check_distributed_checkpoint
 
+dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 SHAPES = {
     "square": (64, 256),
     "uneven": (70, 300),  # rows that two processes share evenly, and four do not; a short last block
@@ -108,8 +109,8 @@ def checkpoint(folder: Path, writer: object, case: str) -> Path:
 class Dying(FileSystemWriter):
     """One process of several is killed when its part is written, and the checkpoint is not whole yet."""
 
-    def write_data(self, *args: Any) -> Any:
-        written = super().write_data(*args)
+    def write_data(self, *args: Any, **options: Any) -> Any:
+        written = super().write_data(*args, **options)
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return written
@@ -152,7 +153,7 @@ def resume(folder: Path, writer: object, cases: Iterable[str] = tuple(CASES)) ->
         with torch.no_grad():
             for param in model.parameters():
                 param.zero_()
-        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        parts: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         check_distributed_checkpoint(parts, checkpoint(folder, writer, case))
         dcp.load(parts, checkpoint_id=checkpoint(folder, writer, case))
         set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])

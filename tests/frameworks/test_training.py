@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def lightning_module(lightning: Any, **options: Any) -> Any:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = network()
+            self.net: Any = network()
             self.net[1].p = 0.0  # whose random numbers a checkpoint has no place for
 
         def training_step(self, batch: Any) -> Tensor:
@@ -177,7 +178,7 @@ def test_lightning(tmp_path: Path) -> None:
 def test_lightning_clips_scaled_gradients() -> None:
     """As this loop does. With ``fused=True`` the step unscales, too late for clipping: Lightning refuses it."""
     lightning: Any = pytest.importorskip("lightning")
-    from lightning.pytorch.plugins import MixedPrecision
+    plugins = importlib.import_module("lightning.pytorch.plugins")
 
     clip, scale = 0.01, 8.0  # a scale that no gradient overflows float16 with
     module = lightning_module(lightning)
@@ -196,7 +197,7 @@ def test_lightning_clips_scaled_gradients() -> None:
 
     def run(**options: Any) -> list[Tensor]:
         # Its own precision="16-mixed" becomes bfloat16 on the CPU, without a scaler.
-        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+        precision = plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
         return lightning_run(lightning, lightning_module(lightning, **options), 1, clip, plugins=precision)[1]
 
     assert_same(run(), expected)

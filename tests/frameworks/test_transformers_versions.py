@@ -117,9 +117,9 @@ FAMILIES = {
 }
 OUTPUTS = {
     "dense": ("--format", "dense"),
-    "dense-corrected": ("--format", "dense", "--correct", "sequential"),
+    "dense-corrected": ("--format", "dense", "--bias-correction", "sequential"),
     "packed": ("--format", "compressed-tensors"),
-    "packed-corrected": ("--format", "compressed-tensors", "--correct", "sequential"),
+    "packed-corrected": ("--format", "compressed-tensors", "--bias-correction", "sequential"),
 }
 
 

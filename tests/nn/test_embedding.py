@@ -2,15 +2,16 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opt8bit import AdamW8bit, StableEmbedding, replace_embeddings
 
 
-def takes_32_bits(weight: nn.Parameter) -> bool:
+def takes_32_bits(weight: Tensor) -> bool:
     optimizer = AdamW8bit([weight], min_8bit_size=0)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
@@ -46,7 +47,8 @@ def test_padding_row_is_zero_and_learns_nothing() -> None:
     embedding = StableEmbedding(10, 16, padding_idx=3)
     assert not embedding.weight[3].any() and embedding.weight[4].any()
     embedding(torch.tensor([3, 4])).square().sum().backward()
-    assert not embedding.weight.grad[3].any()
+    grad = embedding.weight.grad
+    assert grad is not None and not grad[3].any()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,8 @@ def assigned(embedding: StableEmbedding) -> StableEmbedding:
 
 
 def inside_a_model(embedding: StableEmbedding) -> StableEmbedding:
-    return copy.deepcopy(nn.Sequential(embedding).to(torch.bfloat16))[0]
+    model: Any = copy.deepcopy(nn.Sequential(embedding).to(torch.bfloat16))
+    return model[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The table by which an optimizer enters the contract, and what its tests share."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ SHAPE = (32, 300)  # 9600 elements, with a short block at the end of each row
 
 
 class Case(NamedTuple):
-    ours: type[Optimizer8bit]
+    ours: Callable[..., Optimizer8bit]
     oracle: type[torch.optim.Optimizer]  # the same with full states: torch's own where there is one
     hyper: dict[str, Any]
 
@@ -31,7 +32,7 @@ ADAM: dict[str, dict[str, Any]] = {
     "betas of zero": {"betas": (0.0, 0.0)},
     "tensor lr": {"lr": LR64},
 }
-VARIANTS: list[tuple[type[Optimizer8bit], type[torch.optim.Optimizer], dict[str, dict[str, Any]]]] = [
+VARIANTS: list[tuple[Callable[..., Optimizer8bit], type[torch.optim.Optimizer], dict[str, dict[str, Any]]]] = [
     (opt8bit.AdamW8bit, torch.optim.AdamW, ADAM),
     (opt8bit.Adam8bit, torch.optim.Adam, {**ADAM, "decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.1}}),
     (

@@ -12,10 +12,11 @@ def large_tiles() -> Iterator[None]:
     if "triton" not in available("cpu"):
         yield
         return
-    from opt8bit.backends.triton import launches
+    from opt8bit.backends.triton import launch_table, launches
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "TILE", 2**14)
+        for module in (launch_table, launches):
+            patch.setattr(module, "TILE", 2**14)
         yield
 
 

@@ -15,7 +15,7 @@ class Oracle(torch.optim.Optimizer):
         super().__init__(params, {"maximize": False, **defaults})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:

@@ -1,6 +1,7 @@
 """Training bfloat16 parameters without losing small updates."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_kernels_round_as_the_reference(way: str, kernels: str, monkeypatch: pyt
 def test_small_updates_are_lost_without() -> None:
     """An update of 1/1024 is an eighth of the distance between bfloat16 numbers at 1, and rounds to nothing."""
     steps, n = 64, 64 * 300
-    for options, expected in (({}, 0.0), *((way, steps / 1024) for way in WAYS.values())):
+    ways: list[tuple[Options, float]] = [({}, 0.0), *((way, steps / 1024) for way in WAYS.values())]
+    for options, expected in ways:
         param = nn.Parameter(torch.ones(64, 300, dtype=torch.bfloat16))
         optimizer = opt8bit.SGD8bit([param], lr=1 / 1024, **options)
         train(optimizer, param, [-torch.ones(64, 300)] * steps)
@@ -109,8 +111,9 @@ def test_compensated_training_is_float32_training(
 
 @pytest.mark.parametrize("name", ["stochastic_rounding", "compensation"])
 def test_float16_is_refused(name: str) -> None:
+    options: dict[str, Any] = {name: True}
     with pytest.raises(ValueError, match=rf"{name}=True is for bfloat16 parameters, got one of torch\.float16"):
-        opt8bit.AdamW8bit([parameter(dtype=torch.float16)], **{name: True})
+        opt8bit.AdamW8bit([parameter(dtype=torch.float16)], **options)
 
 
 def test_both_at_once_are_refused() -> None:

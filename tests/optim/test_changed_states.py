@@ -162,7 +162,8 @@ def test_rows_come_and_go_with_those_of_codes_and_scales(
 def copied_in_full(optimizer: Optimizer8bit) -> Optimizer8bit:
     """A new twin."""
     options = {name: value for name, value in optimizer.defaults.items() if name != "state_bits"}
-    twin = type(optimizer)([nn.Parameter(param_of(optimizer).detach().clone())], **options, state_bits=32)
+    kind: Any = type(optimizer)
+    twin = kind([nn.Parameter(param_of(optimizer).detach().clone())], **options, state_bits=32)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return twin
 
@@ -204,7 +205,7 @@ def test_the_opacity_may_be_reset_as_gaussian_splatting_does() -> None:
     tensor = torch.full(SHAPE, 0.01)
     for group in optimizer.param_groups:
         if group["name"] == "opacity":
-            stored_state = optimizer.state.get(group["params"][0], None)
+            stored_state: Any = optimizer.state.get(group["params"][0], None)
             stored_state["exp_avg"] = torch.zeros_like(tensor)
             stored_state["exp_avg_sq"] = torch.zeros_like(tensor)
             del optimizer.state[group["params"][0]]
@@ -228,7 +229,8 @@ def test_the_opacity_may_be_reset_as_gaussian_splatting_does() -> None:
 
 def test_where_all_are_in_full_bits_are_decided_again() -> None:
     mine, theirs = with_twin(STATEFUL["AdamW8bit weight decay"])
-    param_of(mine).state_bits = 32
+    param: Any = param_of(mine)
+    param.state_bits = 32
     for name in ("exp_avg", "exp_avg_sq"):
         state_of(mine)[name] = state_of(theirs)[name].clone()
     for optimizer in (mine, theirs):

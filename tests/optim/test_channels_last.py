@@ -84,7 +84,8 @@ def test_a_parameter_may_change_its_format() -> None:
     plain.load_state_dict(model.state_dict())
     optimizers = [opt8bit.AdamW8bit(each.parameters(), lr=1e-2) for each in (model, plain)]
     for step in range(4):
-        model.to(memory_format=torch.channels_last if step % 2 else torch.contiguous_format)
+        order = torch.channels_last if step % 2 else torch.contiguous_format
+        model.to(memory_format=order)  # type: ignore[call-overload]
         grad = torch.randn(model.weight.shape)
         model.weight.grad, plain.weight.grad = grad.contiguous(memory_format=torch.channels_last), grad
         for optimizer in optimizers:

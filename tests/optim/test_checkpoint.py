@@ -539,12 +539,13 @@ def test_every_code_is_loaded_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["amsgrad", "maximize"])
 def test_flags_that_were_added_later_may_be_missing(name: str) -> None:
     """As torch.optim has it: the optimizer's own then."""
+    options: dict[str, Any] = {name: True}
     param = nn.Parameter(torch.randn(16, 256))
-    optimizer = opt8bit.AdamW8bit([param], **{name: True})
+    optimizer = opt8bit.AdamW8bit([param], **options)
     train(optimizer, [param], 1)
     state_dict = saved(optimizer)
     del state_dict["param_groups"][0][name]
-    other = opt8bit.AdamW8bit([param], **{name: True})
+    other = opt8bit.AdamW8bit([param], **options)
     other.load_state_dict(state_dict)
     assert other.param_groups[0][name] is True
     assert_same(other.state_dict(), optimizer.state_dict())

@@ -11,7 +11,7 @@ from opt8bit.optim import error
 from opt8bit.quant import decode_state, dynamic_map, encode_state, state_map
 
 SHAPE = (32, 300)  # with a short block at the end of each row
-HALF = 0.5 + 2**-23 / 0.014  # codebook values are rounded to float32, and lie 0.014 apart next to -1
+HALF: float = 0.5 + 2**-23 / 0.014  # codebook values are rounded to float32, and lie 0.014 apart next to -1
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:

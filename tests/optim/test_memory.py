@@ -59,11 +59,13 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_states_are_counted_as_they_are_allocated(name: str, options: dict[str, Any]) -> None:
     optimizer = memory.OPTIMIZERS[name](model().parameters(), **options)
+    assert optimizer is not None
     before = row(optimizer)
     step(optimizer)
     assert before == row(optimizer)
     assert before.state_bytes == allocated(optimizer)
     full = memory.OPTIMIZERS[name](model().parameters(), **{**options, "state_bits": 32})
+    assert full is not None
     step(full)
     assert before.state_bytes_32 == allocated(full)
     assert before.saved_bytes == allocated(full) - allocated(optimizer)
@@ -73,6 +75,7 @@ def test_states_are_counted_as_they_are_allocated(name: str, options: dict[str, 
 def test_every_dtype_is_counted(name: str, dtype: torch.dtype) -> None:
     network = model(dtype)
     optimizer = memory.OPTIMIZERS[name](network.parameters())
+    assert optimizer is not None
     report = row(optimizer)
     step(optimizer)
     assert report.state_bytes == allocated(optimizer)
@@ -121,8 +124,9 @@ def test_frozen_parameters_are_weights_only() -> None:
 
 
 def test_weights_that_cannot_be_optimized_may_be_frozen() -> None:
-    network = nn.Sequential(nn.Linear(300, 40), nn.ParameterList())
-    network[1].append(nn.Parameter(torch.zeros(10, dtype=torch.uint8), requires_grad=False))
+    frozen = nn.ParameterList()
+    network = nn.Sequential(nn.Linear(300, 40), frozen)
+    frozen.append(nn.Parameter(torch.zeros(10, dtype=torch.uint8), requires_grad=False))
     assert opt8bit.memory_report(network).rows[0].weight_bytes == 4 * (300 * 40 + 40) + 10
 
 

@@ -50,7 +50,10 @@ def test_iterations_lead_to_singular_values_near_one() -> None:
         {"adjust_lr_fn": "match_rms_adamw", "lr": 0.01},
         pytest.param(
             {"adjust_lr_fn": "spectral_unclamped", "lr": 0.01},
-            marks=pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch.optim.Muon has it from torch 2.14 on"),
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 14),  # type: ignore[operator]
+                reason="torch.optim.Muon has it from torch 2.14 on",
+            ),
         ),
         {"momentum": 0.8, "ns_steps": 6},
     ],

@@ -1,6 +1,7 @@
 """Gradients that are not finite, and the scaling of gradients that finds them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_grad_scaler_hands_its_scale_over_or_unscales(
             loss = (x @ param).square().mean()
             (scaler.scale(loss) if scale else loss).backward()
         scaler.step(mine)
+        assert ours.grad is not None and plain.grad is not None
         assert torch.equal(ours.grad, plain.grad * (scaler.get_scale() if fused else 1))
         scaler.update()
         unscaled.step()
@@ -92,6 +94,7 @@ def test_grad_scaler_skips_a_step_with_infinities(
     scaler.step(optimizer)
     scaler.update()
     before = param.detach().clone(), {name: value.clone() for name, value in optimizer.state[param].items()}
+    assert param.grad is not None
     param.grad[1, 1] = math.inf
     scaler.step(optimizer)
     scaler.update()
@@ -145,7 +148,7 @@ def test_zero_gradients_never_move_a_parameter() -> None:
 
 def test_grad_scaler_with_nothing_to_step(stateful: Case) -> None:
     param = parameter()
-    optimizer = stateful.ours([param], **stateful.hyper)
+    optimizer: Any = stateful.ours([param], **stateful.hyper)
     optimizer.found_inf, optimizer.grad_scale = 0, None  # as a scaler without gradients leaves them
     optimizer.step()
     assert not optimizer.state

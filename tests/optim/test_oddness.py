@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from opt8bit.backends import available
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.muon import muon
-from opt8bit.optim.options import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((5, 300), (20, 16), (7,))  # with short blocks, of one block a row, and too small for codes
 STEPS = 3
-FORMS: dict[str, tuple[torch.dtype, Options]] = {
+FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "float16": (torch.float16, {}),
     "bfloat16, nearest": (torch.bfloat16, {}),

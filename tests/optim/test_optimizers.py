@@ -240,7 +240,7 @@ def test_which_tensors_take_8_bits(shape: tuple[int, ...], options: dict[str, An
 
 
 def test_a_parameters_own_state_bits_win() -> None:
-    param = parameter()
+    param: Any = parameter()
     param.state_bits = 32
     optimizer = opt8bit.AdamW8bit([param])
     train(optimizer, param, gradients(1))
@@ -260,7 +260,7 @@ def test_new_parameters_lack_state_bits_until_they_are_marked_or_in_a_group(rene
         train(optimizer, model.weight, [torch.ones(128, 64)])
         return optimizer.state[model.weight]
 
-    model = nn.Linear(64, 128)
+    model: Any = nn.Linear(64, 128)
     model.weight.state_bits = 32
     assert "exp_avg" in states([model.weight])
     model = renewed(model)
@@ -349,7 +349,8 @@ def test_closure_is_run_with_gradients() -> None:
         return loss
 
     first = optimizer.step(closure)
-    assert optimizer.step(closure) < first and not param.grad.isnan().any()
+    assert optimizer.step(closure) < first
+    assert param.grad is not None and not param.grad.isnan().any()
 
 
 def copies(optimizer: Optimizer8bit, param: nn.Parameter) -> dict[str, tuple[Optimizer8bit, nn.Parameter]]:
@@ -420,7 +421,7 @@ def test_bad_hyper_parameters_are_refused(any_shape: Case, hyper: dict[str, Any]
         (lambda: opt8bit.SGD8bit([parameter()], momentum=-1), ValueError, "Invalid momentum value: -1"),
         (lambda: opt8bit.SGD8bit([parameter()], nesterov=True), ValueError, "Nesterov momentum requires"),
         (
-            lambda: opt8bit.AdamW8bit([parameter()], amount=3),
+            lambda: opt8bit.AdamW8bit([parameter()], amount=3),  # type: ignore[call-arg]
             TypeError,
             "unexpected keyword argument 'amount'",
         ),
@@ -501,7 +502,7 @@ def test_states_that_were_loaded_are_contiguous(stateful: Case) -> None:
 
 
 def test_a_state_added_later_is_stored_as_the_others() -> None:
-    param = parameter()
+    param: Any = parameter()
     optimizer = opt8bit.AdamW8bit([param])
     train(optimizer, param, gradients(1))
     param.state_bits = 32
@@ -643,7 +644,7 @@ def test_a_gradient_of_a_wider_dtype_is_not_rounded() -> None:
 
 
 def test_bad_attributes_and_types_are_refused() -> None:
-    param = parameter()
+    param: Any = parameter()
     param.state_bits = 16
     param.grad = torch.ones(SHAPE)
     with pytest.raises(ValueError, match="state_bits must be 8 or 32, got 16 as an attribute"):
@@ -651,11 +652,11 @@ def test_bad_attributes_and_types_are_refused() -> None:
     with pytest.raises(TypeError, match="ordered collections"):
         opt8bit.AdamW8bit([{"params": {parameter()}}])
     with pytest.raises(ValueError, match="adapt must be True or False, got 'no'"):
-        opt8bit.LAMB8bit([parameter()], adapt="no")
+        opt8bit.LAMB8bit([parameter()], adapt="no")  # type: ignore[arg-type]
 
 
 def test_momentum_may_be_a_tensor() -> None:
     params = [parameter(), parameter()]
     for param, momentum in zip(params, (0.9, torch.tensor(0.9, dtype=torch.float64)), strict=True):
-        train(opt8bit.SGD8bit([param], momentum=momentum), param, gradients(2))
+        train(opt8bit.SGD8bit([param], momentum=momentum), param, gradients(2))  # type: ignore[arg-type]
     assert torch.equal(*params)

@@ -18,8 +18,10 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 import opt8bit
 from opt8bit.optim.base import Optimizer8bit
 
-TORCHS = {info.optim_cls.__name__: info for info in optim_db}
-CLASSES: dict[str, type[Optimizer8bit]] = {
+Maker = Callable[..., Optimizer8bit]
+TABLE: Any = optim_db
+TORCHS = {info.optim_cls.__name__: info for info in TABLE}
+CLASSES: dict[str, Maker] = {
     **{ours.__name__: ours for ours, _, _ in VARIANTS},
     "Muon8bit": opt8bit.Muon8bit,
 }
@@ -44,7 +46,6 @@ ERRORS = {
     if "foreach"
     not in error.optimizer_error_input.kwargs  # of torch's own loops, which take no tensors: here nothing depends on it
 }
-Maker = Callable[..., Optimizer8bit]
 
 
 @pytest.fixture(params=INPUTS)
@@ -68,7 +69,7 @@ def problem(seed: int = 0) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
     return params, lambda: (x @ params[0] @ params[1] - y).square().mean()
 
 
-def closure_of(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], sign: float = 1) -> Callable[[], Tensor]:
+def closure_of(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], sign: float = 1) -> Callable[[], Any]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = loss()
@@ -153,7 +154,7 @@ def test_gradients_are_not_written(make: Maker) -> None:
     params, loss = problem()
     optimizer = make(params)
     loss().backward()
-    grads = [param.grad.clone() for param in params]
+    grads = [param.grad.clone() for param in params]  # type: ignore[union-attr]
     optimizer.step()
     assert_same([param.grad for param in params], grads)
 

@@ -9,22 +9,23 @@ from architectures import CONFIGURATIONS, WINDOW, make, token_ids
 from torch import Tensor
 
 from opt8bit import ptq
-from opt8bit.ptq import pipeline
-from opt8bit.ptq.ends import quality
+from opt8bit.ptq.tasks.causal_lm import CausalLM
 
 LEFT = {"bart", "falcon_mamba", "jamba", "llama4_text", "mamba", "phimoe", "gemma3n_text"}
 
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What :func:`quality` is given: the end, the batches, and the last hidden states of both models."""
+    """What :meth:`CausalLM.quality` is given: the end, the batches, and the last hidden states of both models."""
     seen: list[tuple[Any, ...]] = []
 
-    def watched(*args: Any) -> Any:
-        seen.append(args)
-        return quality(*args)
+    quality = CausalLM.quality
 
-    monkeypatch.setattr(pipeline, "quality", watched)
+    def watched(task: CausalLM, *args: Any) -> Any:
+        seen.append(args)
+        return quality(task, *args)
+
+    monkeypatch.setattr(CausalLM, "quality", watched)
     return seen
 
 

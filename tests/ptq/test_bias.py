@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from opt8bit.ptq.bias import mean_shift, median_shift, position_shift, shrunk
-from opt8bit.ptq.methods import GPTQ, QuantEase, objective
-from opt8bit.ptq.statistics import Inputs, Moments, Statistics
+from opt8bit.ptq.calibration.statistics import Inputs, InputStatistics, Moments, Statistics
+from opt8bit.ptq.correction.bias import mean_shift, median_shift, position_shift, shrunk
+from opt8bit.ptq.rounding import GPTQ, QuantEase, objective
 from opt8bit.quant import UniformGrid
 from opt8bit.quant.weight import WeightScheme
 
@@ -88,7 +88,7 @@ def test_the_joint_objective_is_the_error_after_the_best_bias() -> None:
     weight, _, _, x_hat, statistics = problem()
     centred = Moments(statistics, centred=True)
     for method in (GPTQ(), QuantEase()):
-        rounded = method.round(weight, centred.x_hat_x_hat, WeightScheme(UniformGrid(3))).dequantize()
+        rounded = method.round(weight, InputStatistics(centred.x_hat_x_hat), WeightScheme(UniformGrid(3))).dequantize()
         same = Statistics(INPUTS)
         same.update(x_hat, x_hat)
         shift, _ = mean_shift(weight, rounded, same)

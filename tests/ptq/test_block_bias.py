@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from toys import MODELS, WRITERS, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.bias import block_shift
-from opt8bit.ptq.blocks import evaluating, find_blocks
-from opt8bit.ptq.calls import anatomy
-from opt8bit.ptq.recording import block_calls
-from opt8bit.ptq.rehearsal import rehearse
-from opt8bit.ptq.source import InMemory
+from opt8bit.ptq.correction.bias import block_shift
+from opt8bit.ptq.model.anatomy import anatomy
+from opt8bit.ptq.model.blocks import evaluating, find_blocks
+from opt8bit.ptq.model.recording import block_calls
+from opt8bit.ptq.model.rehearsal import rehearse
+from opt8bit.ptq.model.source import InMemory
 
 WIDTH = 16
 unshrunk = pytest.mark.usefixtures("_unshrunk")
@@ -21,7 +21,7 @@ unshrunk = pytest.mark.usefixtures("_unshrunk")
 
 @pytest.fixture
 def _unshrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opt8bit.ptq.bias.shrunk", lambda shift, standard_error: shift)
+    monkeypatch.setattr("opt8bit.ptq.correction.bias.shrunk", lambda shift, standard_error: shift)
 
 
 def centre(error: Tensor, mask: Tensor, statistic: str) -> Tensor:
@@ -40,7 +40,7 @@ def test_a_local_bias_centres_the_error_of_a_whole_block(name: str, statistic: s
     mask = torch.ones_like(ids)
     mask[3:, 20:] = 0
     batches = [{"input_ids": ids[i : i + 5], "attention_mask": mask[i : i + 5]} for i in (0, 5)]
-    result = ptq.compress(model, batches, bits=2, group_size=16, correct="local", statistic=statistic)
+    result = ptq.compress(model, batches, bits=2, group_size=16, bias_correction="local", statistic=statistic)
     (prefix, blocks), (_, rounded) = find_blocks(model), find_blocks(result.compressed_model())
     whole, corrected = {"input_ids": ids, "attention_mask": mask}, 0
     with evaluating(model):
@@ -83,7 +83,7 @@ class Model(nn.Module):
 
 
 def compress(model: nn.Module, **options: object) -> ptq.Result:
-    options = {"bits": 2, "group_size": 8, "correct": "local", **options}
+    options = {"bits": 2, "group_size": 8, "bias_correction": "local", **options}
     return ptq.compress(model, token_ids(40), **options)  # type: ignore[arg-type]
 
 
@@ -146,7 +146,7 @@ def test_half_precision_models_have_their_errors_centred(dtype: torch.dtype) -> 
     errors = {}
     for correct in ("none", "local"):
         result = ptq.compress(
-            model, batches, method=ptq.RTN(), bits=2, group_size=16, correct=correct, error_propagation=0.0
+            model, batches, method=ptq.RTN(), bits=2, group_size=16, bias_correction=correct, error_propagation=0.0
         )
         (_, blocks), (_, rounded) = find_blocks(model), find_blocks(result.compressed_model())
         with evaluating(model):

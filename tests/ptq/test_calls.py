@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from toys import assert_same_changes, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.calls import apart
-from opt8bit.ptq.layer import Recipe, compress_stage
-from opt8bit.ptq.statistics import Inputs
-from opt8bit.ptq.target import asymmetric_target
+from opt8bit.ptq.calibration.statistics import Inputs
+from opt8bit.ptq.correction.target import asymmetric_target
+from opt8bit.ptq.model.anatomy import apart
+from opt8bit.ptq.plan import LayerPlan
+from opt8bit.ptq.stage import compress_stage
 from opt8bit.quant import UniformGrid
 
 WIDTH = 16
@@ -60,7 +61,7 @@ def test_two_layers_that_add_share_the_drift(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     model = Model(*(Inner(2) for _ in range(6)))
     both = error(model, compress(model, error_propagation=1.0))
-    monkeypatch.setattr("opt8bit.ptq.calls.stream_writers", lambda block, call: set())
+    monkeypatch.setattr("opt8bit.ptq.model.anatomy.stream_writers", lambda block, call: set())
     assert both < 0.7 * error(model, compress(model, error_propagation=1.0))
 
 
@@ -110,7 +111,7 @@ def test_where_the_streams_agree_the_target_is_the_weight(
         found.append((weight, asymmetric_target(weight, *args)))  # type: ignore[arg-type]
         return found[-1][1]
 
-    monkeypatch.setattr("opt8bit.ptq.layer.asymmetric_target", watched)
+    monkeypatch.setattr("opt8bit.ptq.stage.asymmetric_target", watched)
     model = Model(Inner())
     model.blocks[0].layers["layer0"].bias.data.fill_(8.0)  # type: ignore[index, union-attr]
     compress(model.to(dtype), error_propagation=strength)
@@ -123,16 +124,19 @@ def test_the_target_of_a_layer_that_adds_is_the_best_guess_of_what_it_should_put
     correct: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Tensor] = []
-    monkeypatch.setattr(
-        "opt8bit.ptq.layer.asymmetric_target", lambda *args: found.append(asymmetric_target(*args, 1e-12)) or found[0]
-    )
+
+    def watched(weight: Tensor, missing: Tensor, hessian: Tensor, strength: float) -> Tensor:
+        found.append(asymmetric_target(weight, missing, hessian, strength, 1e-12))
+        return found[0]
+
+    monkeypatch.setattr("opt8bit.ptq.stage.asymmetric_target", watched)
     generator = torch.Generator().manual_seed(0)
     x_hat = torch.randn(6, 20, WIDTH, generator=generator, dtype=torch.float64) + 1
     wanted = x_hat[..., :5].square() + x_hat[..., 5:10]
     layer = nn.Linear(WIDTH, 5).double()
-    recipe = Recipe(ptq.GPTQ(), ptq.WeightScheme(UniformGrid(2), 8), 1.0, correct)
+    plan = LayerPlan(ptq.GPTQ(), ptq.WeightScheme(UniformGrid(2), 8), 1.0, correct)
     corrected = {"layer"} if correct == "joint" else set[str]()
-    compress_stage({"layer": layer}, [Inputs(x_hat + 1, x_hat, None, wanted)], recipe, corrected)
+    compress_stage({"layer": layer}, [Inputs(x_hat + 1, x_hat, None, wanted)], plan, corrected)
     inputs, outputs = x_hat.flatten(0, 1), wanted.flatten(0, 1)
     if correct == "joint":
         inputs, outputs = inputs - inputs.mean(0), outputs - outputs.mean(0)
@@ -243,13 +247,16 @@ def test_torchs_default_dtype_has_no_say(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("method", "grid", "message"),
-    [("gptq", None, "method must be one of opt8bit.ptq"), (ptq.GPTQ(), "int4", "grid must be one of opt8bit.quant")],
+    [
+        (ptq.GPTQ, None, "method must be one of opt8bit.ptq"),
+        (ptq.GPTQ(), "int4", "grid must be one of opt8bit.quant"),
+    ],
 )
-def test_methods_and_grids_are_no_names(method: object, grid: object, message: str) -> None:
+def test_methods_and_grids_are_what_they_should_be(method: object, grid: object, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         ptq.compress(Model(Inner()), token_ids(), method=method, grid=grid)  # type: ignore[arg-type]
 
 
 def test_one_sequence_supports_no_correction() -> None:
     with pytest.raises(ValueError, match="one sequence says nothing about how far its mean error can be trusted"):
-        ptq.compress(Model(Inner()), token_ids(1), group_size=8, correct="sequential")
+        ptq.compress(Model(Inner()), token_ids(1), group_size=8, bias_correction="sequential")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from toys import GATED, VOCABULARY, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.blocks import find_blocks
+from opt8bit.ptq.model.blocks import find_blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

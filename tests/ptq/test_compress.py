@@ -2,9 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +14,18 @@ from toys import MODELS, PLACES, WRITERS, assert_same_changes, quantized, token_
 
 from opt8bit import ptq
 from opt8bit.ptq import block as blockwise
-from opt8bit.ptq.blocks import evaluating, find_blocks, linear_layers, matrix
-from opt8bit.ptq.calls import anatomy
-from opt8bit.ptq.layer import Compressed
-from opt8bit.ptq.placement import Place, value_bias_through
-from opt8bit.ptq.recording import block_calls
-from opt8bit.ptq.rehearsal import few_tokens, rehearse
+from opt8bit.ptq.calibration.statistics import InputStatistics
+from opt8bit.ptq.compressed import Compressed
+from opt8bit.ptq.correction.value_biases import value_bias_through
+from opt8bit.ptq.model.anatomy import anatomy
+from opt8bit.ptq.model.bias_places import Place
+from opt8bit.ptq.model.blocks import evaluating, find_blocks, linear_layers, matrix
+from opt8bit.ptq.model.recording import block_calls
+from opt8bit.ptq.model.rehearsal import rehearse
+from opt8bit.ptq.model.source import InMemory
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import install
-from opt8bit.ptq.source import InMemory
-from opt8bit.ptq.statistics import Inputs
+from opt8bit.ptq.tasks.causal_lm import CausalLM
 from opt8bit.quant import CodebookGrid, UniformGrid, normal_float
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -76,7 +78,7 @@ def test_fewer_bits_are_worse_and_eight_are_nearly_exact(name: str) -> None:
 
 @every_model
 def test_biases_go_where_the_architecture_holds_them(name: str) -> None:
-    recipe = {"bits": 3, "group_size": 16, "correct": "sequential", "error_propagation": 0.0}
+    recipe = {"bits": 3, "group_size": 16, "bias_correction": "sequential", "error_propagation": 0.0}
     result = ptq.compress(MODELS[name](), token_ids(), **recipe)
     for row in result.report:
         parent, _, last = row.name.rpartition(".")
@@ -112,7 +114,9 @@ def test_padding_does_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("correct", ["local", "sequential", "joint"])
 def test_correcting_lowers_the_error_of_every_layer(correct: str) -> None:
-    result = ptq.compress(MODELS["opt"](), token_ids(), bits=2, group_size=None, correct=correct, error_propagation=0.0)
+    result = ptq.compress(
+        MODELS["opt"](), token_ids(), bits=2, group_size=None, bias_correction=correct, error_propagation=0.0
+    )
     for row in result.report:
         if correct != "local":
             assert row.error_corrected <= row.error_rounded
@@ -125,7 +129,7 @@ def test_correcting_lowers_the_error_of_every_layer(correct: str) -> None:
 def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) -> None:
     """Value biases that went through the output projection do what a bias on the values would have done."""
     model, ids = MODELS["gpt_neo"](), token_ids()
-    result = ptq.compress(model, ids, bits=3, group_size=16, correct="sequential", statistic=statistic)
+    result = ptq.compress(model, ids, bits=3, group_size=16, bias_correction="sequential", statistic=statistic)
     hooked = copy.deepcopy(model)
     modules = dict(hooked.named_modules())
     folded = 0
@@ -133,7 +137,7 @@ def test_folding_biases_leaves_the_function_of_the_hooked_model(statistic: str) 
         install(hooked, result.changes)
         for name, place in result.places.items():
             if place and place.kind == "through":
-                output = modules[place.name]
+                output: Any = modules[place.name]
                 shift = torch.randn(32, generator=torch.Generator().manual_seed(3))
                 before = logits(hooked, ids)
                 handle = modules[name].register_forward_hook(lambda module, args, out, shift=shift: out + shift)
@@ -154,7 +158,7 @@ def test_a_value_bias_goes_through_heads_that_share_values() -> None:
     layers = {}
     for name in (values, output):
         weight = matrix(model.get_submodule(name))
-        rounded = ptq.RTN().round(weight, weight, ptq.WeightScheme(UniformGrid(3)))
+        rounded = ptq.RTN().round(weight, InputStatistics(), ptq.WeightScheme(UniformGrid(3)))
         layer = Compressed(rounded, torch.float32, None, None)
         layers[name] = layer.corrected(torch.randn(len(weight), generator=generator))
     results = []
@@ -170,7 +174,7 @@ def test_a_value_bias_goes_through_heads_that_share_values() -> None:
 
 def test_biases_by_position_do_not_go_through_attention() -> None:
     result = ptq.compress(
-        MODELS["gpt_neo"](), token_ids(), bits=3, group_size=16, correct="sequential", statistic="position"
+        MODELS["gpt_neo"](), token_ids(), bits=3, group_size=16, bias_correction="sequential", statistic="position"
     )
     values = [row for row in result.report if row.name.endswith("v_proj")]
     assert values and all(row.bias_place is None and row.note for row in values)
@@ -178,7 +182,7 @@ def test_biases_by_position_do_not_go_through_attention() -> None:
 
 
 def test_a_bias_that_another_layer_holds_takes_no_bytes() -> None:
-    result = ptq.compress(MODELS["gpt_neo"](), token_ids(), bits=3, group_size=16, correct="sequential")
+    result = ptq.compress(MODELS["gpt_neo"](), token_ids(), bits=3, group_size=16, bias_correction="sequential")
     rows = {row.name.rpartition(".")[2]: row for row in result.report}
     assert rows["v_proj"].bias_place == "through transformer.h.1.attn.attention.out_proj"
     assert {row.bias_bytes for row in result.report} == {0}
@@ -192,13 +196,13 @@ def test_models_that_a_configuration_alone_does_not_make_have_no_switches() -> N
             super().__init__(config)
 
     model = Extended(MODELS["llama"]().config, "more")
-    result = ptq.compress(model, token_ids(), group_size=16, correct="sequential")
+    result = ptq.compress(model, token_ids(), group_size=16, bias_correction="sequential")
     assert all(row.bias_place is None and row.note for row in result.report)
 
 
 def test_by_position_applies_a_bias_at_each_position_and_counts_its_bytes() -> None:
     model, ids = MODELS["llama"](), token_ids()
-    result = ptq.compress(model, ids, bits=2, group_size=16, correct="sequential", statistic="position")
+    result = ptq.compress(model, ids, bits=2, group_size=16, bias_correction="sequential", statistic="position")
     row = result.report[0]
     assert row.bias_bytes == 24 * row.shape[0] * 4
     bias = result.changes[f"{row.name}.bias"]
@@ -235,7 +239,7 @@ def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> No
     prefix, blocks = find_blocks(model)
     with evaluating(model):
         batch = {"input_ids": token_ids()}
-        calls = rehearse(InMemory(model), prefix, blocks, batch).calls(model, blocks, few_tokens(batch))
+        calls = rehearse(InMemory(model), prefix, blocks, batch).calls(model, blocks, CausalLM().smallest(batch))
         for block, call in zip(blocks, calls, strict=True):
             found, layers = anatomy(block, call), linear_layers(block)
             assert found.writers == {layer for layer in layers if layer.rpartition(".")[2] in WRITERS[name]}
@@ -247,14 +251,19 @@ def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"correct": correct}) for name in MODELS if WRITERS[name] for correct in ("none", "sequential")),
+        *(
+            (name, {"bias_correction": correct})
+            for name in MODELS
+            if WRITERS[name]
+            for correct in ("none", "sequential")
+        ),
         ("llama", {"overrides": {"*.o_proj": None}}),
         ("falcon", {"overrides": {"*.self_attention.*": None}}),
     ],
 )
 def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, options: dict, monkeypatch) -> None:
     """Behind the block the streams differ by what its last writer should put out and does not."""
-    last: list[tuple[Sequence[Inputs], Compressed]] = []
+    last: list[tuple[Any, ...]] = []
     blocks: list[int] = []
     compress_stage, run = blockwise.compress_stage, blockwise.BlockTask.run
 
@@ -268,7 +277,7 @@ def test_what_a_writer_should_put_out_makes_up_for_the_whole_drift(name: str, op
     def watched_run(task, calls):
         streams = run(task, calls)
         [(inputs, layer)] = last
-        for batch, exact, compressed in zip(inputs, *streams, strict=True):
+        for batch, exact, compressed in zip(inputs, *(ends[: len(inputs)] for ends in streams), strict=True):
             missing = batch.wanted - batch.x_hat @ layer.installed.T
             torch.testing.assert_close(
                 exact - compressed, missing if layer.shift is None else missing - layer.shift, rtol=0, atol=1e-10
@@ -291,7 +300,7 @@ def test_the_hidden_states_drift_less_where_their_drift_is_made_up_for(name: str
     errors = []
     for writers in (None, lambda block, call: set()):
         if writers is not None:
-            monkeypatch.setattr("opt8bit.ptq.calls.stream_writers", writers)
+            monkeypatch.setattr("opt8bit.ptq.model.anatomy.stream_writers", writers)
         result = ptq.compress(model, ids, bits=2, group_size=16, error_propagation=1.0)
         errors.append(float((logits(result.compressed_model(), ids) - logits(model, ids)).norm()))
     assert errors[0] < 0.97 * errors[1]
@@ -322,7 +331,7 @@ def test_reported_errors_are_those_of_the_outputs(architecture: str) -> None:
     mask = torch.ones_like(ids)
     mask[2, 10:] = 0
     batches = [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in torch.arange(10).split(4)]
-    result = ptq.compress(model, batches, bits=2, group_size=16, correct="sequential", error_propagation=0.0)
+    result = ptq.compress(model, batches, bits=2, group_size=16, bias_correction="sequential", error_propagation=0.0)
     outputs: list[dict[str, torch.Tensor]] = []
     for network in (model, result.compressed_model()):
         seen: dict[str, torch.Tensor] = {}
@@ -335,9 +344,9 @@ def test_reported_errors_are_those_of_the_outputs(architecture: str) -> None:
         outputs.append({name: output.view(*ids.shape, -1)[mask.bool()] for name, output in seen.items()})
     for row in result.report:
         y, y_hat = (seen[row.name] for seen in outputs)
-        bias = result.changes.get(f"{row.name}.bias")
+        bias: Any = result.changes.get(f"{row.name}.bias")
         assert (bias is None) == row.name.endswith("k_proj")
-        had = model.get_submodule(row.name).bias
+        had: Any = model.get_submodule(row.name).bias
         shift = torch.zeros(()) if bias is None else bias - (0 if had is None else had.detach())
         signal = y.square().sum()
         assert row.error_corrected == pytest.approx(float((y - y_hat).square().sum() / signal), rel=1e-3)
@@ -354,7 +363,9 @@ def test_the_report_is_given_as_layers_are_done() -> None:
 
 def test_values_stay_uncorrected_where_their_output_is_left_as_it_is() -> None:
     overrides = {"*.out_proj": None}
-    result = ptq.compress(MODELS["gpt_neo"](), token_ids(), group_size=16, correct="sequential", overrides=overrides)
+    result = ptq.compress(
+        MODELS["gpt_neo"](), token_ids(), group_size=16, bias_correction="sequential", overrides=overrides
+    )
     rows = {row.name.rpartition(".")[2]: row for row in result.report}
     assert "out_proj" not in rows and rows["v_proj"].note == "the checkpoint has no place for a bias here"
 
@@ -373,7 +384,7 @@ def test_overrides_are_checked_and_the_last_one_is_meant() -> None:
     assert grids["mlp.down_proj"] is grid and grids["self_attn.q_proj"].bits == 2
     for wrong, message in (
         ({"*.q_proj": 8}, r"overrides\['\*.q_proj'\] must be a mapping of options, or None, got 8"),
-        ({"*.q_proj": {"width": 8}}, r"may have method, bits, group_size, symmetric, range, grid, got 'width'"),
+        ({"*.q_proj": {"width": 8}}, r"may have method, bits, group_size, .*, act_order, grid, got 'width'"),
         ({"*.q_proj": {"bits": 3, "grid": grid}}, r"overrides\['\*.q_proj'\]: bits, symmetric and range are those of"),
         ({"*.q_proj": {"group_size": 48}}, "layers.0.self_attn.q_proj: group_size must be a positive divisor"),
         ({"*.z_proj": None}, "fits no layer"),
@@ -402,16 +413,19 @@ def test_training_mode_and_gradients_are_as_before() -> None:
 def test_models_of_16_bits_keep_their_dtype_and_are_corrected_as_they_will_be(dtype: torch.dtype) -> None:
     """The bias makes up for what the stored weight does, which has been rounded once more."""
     model = MODELS["opt"]().to(dtype)
-    result = ptq.compress(model, token_ids(40), bits=8, correct="sequential", group_size=16, error_propagation=0.0)
+    result = ptq.compress(
+        model, token_ids(40), bits=8, bias_correction="sequential", group_size=16, error_propagation=0.0
+    )
     assert {param.dtype for param in result.compressed_model().parameters()} == {dtype}
     name = result.report[0].name
     inputs: list[torch.Tensor] = []
-    module = dict(model.named_modules())[name]
+    module: Any = dict(model.named_modules())[name]
     module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].double()))
     logits(model, token_ids(40))
     installed = quantized(result, name).dequantize().to(dtype).double()
     mean = inputs[0].flatten(0, 1).mean(0) @ (matrix(module).double() - installed).T
-    assert (mean - (result.changes[f"{name}.bias"] - module.bias.detach())).norm() < 0.5 * mean.norm()
+    bias: Any = result.changes[f"{name}.bias"]
+    assert (mean - (bias - module.bias.detach())).norm() < 0.5 * mean.norm()
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
@@ -461,18 +475,24 @@ def test_activations_that_are_not_finite_name_their_layer() -> None:
         ({"group_size": 48}, r"^model.layers.0.self_attn.q_proj: group_size must be a positive divisor of the 32"),
         ({"bits": 9}, "bits must be 2 to 8, got 9"),
         ({"range": "full"}, "range must be one of minmax, mse, got 'full'"),
-        ({"correct": "global"}, "correct must be one of none, local, sequential, joint, got 'global'"),
-        ({"statistic": "mode", "correct": "local"}, "statistic must be one of mean, median, position, got 'mode'"),
-        ({"statistic": "median"}, "statistic='median' has no bias to serve: correct is 'none'"),
-        ({"statistic": "median", "correct": "joint"}, "correct='joint' is least squares"),
+        ({"bias_correction": "global"}, "bias_correction must be one of none, local, sequential, joint, got 'global'"),
+        (
+            {"statistic": "mode", "bias_correction": "local"},
+            "statistic must be one of mean, median, position, got 'mode'",
+        ),
+        ({"statistic": "median"}, "statistic='median' has no bias to serve: bias_correction is 'none'"),
+        ({"statistic": "median", "bias_correction": "joint"}, "bias_correction='joint' is least squares"),
         ({"error_propagation": 1.5}, "error_propagation must be from 0 to 1, got 1.5"),
         ({"error_propagation": 0.5, "method": ptq.RTN()}, "looks at no inputs: error_propagation must be 0"),
         ({"grid": CodebookGrid(normal_float(4)), "bits": 3}, "bits, symmetric and range are those of grid="),
-        ({"method": ptq.RTN(), "correct": "joint"}, "looks at no inputs: with correct='joint' it would round as ever"),
-        ({"correct": "local", "error_propagation": 0.5}, "would undo what the asymmetric target does"),
-        ({"symmetric": "no"}, "symmetric must be True or False, got 'no'"),
+        (
+            {"method": ptq.RTN(), "bias_correction": "joint"},
+            "looks at no inputs: with bias_correction='joint' it would round as ever",
+        ),
+        ({"bias_correction": "local", "error_propagation": 0.5}, "would undo what the asymmetric target does"),
+        ({"symmetric": "no"}, "symmetric must be true or false, got 'no'"),
         ({"range": ""}, "range must be one of minmax, mse, got ''"),
-        ({"error_propagation": "0.5"}, "error_propagation must be from 0 to 1, got '0.5'"),
+        ({"error_propagation": "0.5"}, "error_propagation must be a number, got '0.5'"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
     ],
 )
@@ -631,7 +651,7 @@ def test_a_plain_model_of_ones_own_is_compressed() -> None:
                 hidden = block(hidden)
             return self.head(hidden)
 
-    result = ptq.compress(Model(), token_ids() % 50, bits=4, group_size=16, correct="sequential")
+    result = ptq.compress(Model(), token_ids() % 50, bits=4, group_size=16, bias_correction="sequential")
     assert len(result.report) == 6
     assert {row.bias_place for row in result.report} == {"own", None}
     with pytest.raises(TypeError, match="only models of transformers can be exported, got Model"):
@@ -648,8 +668,14 @@ def test_a_model_spread_over_devices_is_refused() -> None:
 
 def test_torchs_default_device_has_no_say(tmp_path: Path) -> None:
     model, ids = MODELS["llama"](), token_ids()
-    options = {"bits": 4, "symmetric": True, "group_size": 16, "correct": "sequential", "held_out": ids}
-    outliers = {"overrides": {"*.down_proj": {"method": ptq.OutlierQuantEase(0.1)}}}
+    options: dict[str, Any] = {
+        "bits": 4,
+        "symmetric": True,
+        "group_size": 16,
+        "bias_correction": "sequential",
+        "held_out": ids,
+    }
+    outliers: dict[str, Any] = {"overrides": {"*.down_proj": {"method": ptq.OutlierQuantEase(0.1)}}}
     for device in (None, "meta"):
         torch.set_default_device(device)
         try:
@@ -663,3 +689,18 @@ def test_torchs_default_device_has_no_say(tmp_path: Path) -> None:
     for name in ("dense", "compressed-tensors", "gptq", "outliers"):
         files = [tmp_path / f"{name} {device}" / "model.safetensors" for device in (None, "meta")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_checkpoint_is_checked_by_a_sequence_in_a_batch_of_its_own() -> None:
+    """Products of other shapes round otherwise, here by a hundredth for each sequence more."""
+    model: Any = MODELS["llama"]()
+
+    def rounded(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + 0.01 * (len(output) - 1))
+
+    model.model.layers[0].mlp.register_forward_hook(rounded)
+    result = ptq.compress(model, token_ids(), group_size=16, held_out=token_ids(2))
+    assert result.probe is not None and len(result.probe.inputs["input_ids"]) == 1
+    with torch.no_grad():
+        expected = result.compressed_model()(**result.probe.inputs).logits[0, -len(result.probe.logits) :]
+    torch.testing.assert_close(result.probe.logits, expected, rtol=1e-5, atol=1e-6)

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import torch
 
-from opt8bit.ptq.ends import quality
+from opt8bit.ptq.tasks.causal_lm import CausalLM
 
 
 def test_a_divergence_is_never_below_zero() -> None:
@@ -12,5 +12,5 @@ def test_a_divergence_is_never_below_zero() -> None:
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(1, 8, 50, generator=generator)
         batch = {"input_ids": torch.randint(50, (1, 8), generator=generator)}
-        found = quality(end, [batch], [logits], [logits * (1 + 2e-7)])  # type: ignore[arg-type]
+        found = CausalLM().quality(end, [batch], [logits], [logits * (1 + 2e-7)])  # type: ignore[arg-type]
         assert found is not None and 0 <= found.kl_divergence < 1e-6

@@ -11,8 +11,9 @@ from toys import quantized, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq import block as blockwise
-from opt8bit.ptq.blocks import matrix
-from opt8bit.ptq.methods import RTN
+from opt8bit.ptq.calibration.statistics import InputStatistics
+from opt8bit.ptq.model.blocks import matrix
+from opt8bit.ptq.rounding import RTN
 from opt8bit.ptq.routed import LEAST, are_enough
 from opt8bit.quant import UniformGrid
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
@@ -72,7 +73,7 @@ def model() -> Model:
 def test_all_experts_are_compressed_and_the_model_runs_as_it_was_calibrated(correct: str, backwards: bool) -> None:
     torch.manual_seed(0)
     model = Model(Sparse(backwards=backwards), Sparse(backwards=backwards))
-    result = compress(model, correct=correct)
+    result = compress(model, bias_correction=correct)
     assert 2 * (2 + 4 * 3) == len(result.report) == len({row.name for row in result.report})
     assert {f"{row.name}.weight" for row in result.report} <= result.changes.keys()
     assert result.probe is not None
@@ -100,7 +101,7 @@ def test_experts_with_enough_tokens_are_rounded_on_what_they_see_in_the_compress
     rounded = result.compressed_model()
     for name, layer in rounded.named_modules():
         if isinstance(layer, nn.Linear):
-            layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
+            layer.register_forward_pre_hook(lambda _, args, *, name=name: inputs.setdefault(name, []).append(args[0]))
     with torch.no_grad():
         for batch in IDS.split(4):
             rounded(batch)
@@ -124,15 +125,15 @@ def test_experts_with_few_tokens_are_rounded_to_nearest_and_named(model: Model) 
     assert len(names) == 6 and "blocks.0.experts.3.gate (0)" in message
     for name in names:
         weight = matrix(model.get_submodule(name))
-        assert torch.equal(codes(quantized(result, name)), codes(RTN().round(weight, weight, nearest)))
-        assert quantized(result, name).parts[0].grid is result.recipe.scheme.grid
+        assert torch.equal(codes(quantized(result, name)), codes(RTN().round(weight, InputStatistics(), nearest)))
+        assert quantized(result, name).parts[0].grid is result.plan.of(name).scheme.grid  # type: ignore[union-attr]
     for row in result.report:
         assert 0 < row.error_rounded < 0.2
     others = [row.name for row in result.report if ".experts.0." in row.name]
     assert not any(name in message for name in others)
     for name in others:
         weight = matrix(model.get_submodule(name))
-        assert not torch.equal(codes(quantized(result, name)), codes(RTN().round(weight, weight, nearest)))
+        assert not torch.equal(codes(quantized(result, name)), codes(RTN().round(weight, InputStatistics(), nearest)))
 
 
 def test_few_tokens_are_fewer_than_features() -> None:
@@ -154,7 +155,7 @@ def test_statistics_of_experts_are_worth_having(model: Model, monkeypatch: pytes
 
 @pytest.mark.parametrize("statistic", ["mean", "median", "position"])
 def test_experts_are_corrected_by_what_they_see(model: Model, statistic: str) -> None:
-    result = compress(model, correct="sequential", statistic=statistic, bits=2)
+    result = compress(model, bias_correction="sequential", statistic=statistic, bits=2)
     rows = {row.name: row for row in result.report}
     expert, dense = rows["blocks.0.experts.0.down"], rows["blocks.0.after"]
     assert dense.bias_norm > 0 and not dense.note

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from toys import MODELS, quantized, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.compress import polished
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.export.shards import write_shards
+from opt8bit.ptq.plan import polished
 from opt8bit.quant import CodebookGrid, normal_float
 from opt8bit.quant.packing import pack
 
@@ -26,13 +26,14 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+    return loaded
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("correct", ["none", "sequential"])
 def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: Path) -> None:
-    result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, correct=correct)
+    result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, bias_correction=correct)
     path = ptq.export(result, tmp_path / "out", format="dense")
     loaded, info = load(path)
     assert not any(info.values())
@@ -53,7 +54,9 @@ def test_compressed_tensors_load_bit_for_bit(
     model: Any = MODELS["llama"]()
     rotary = model.model.rotary_emb.inv_freq
     model.to(dtype).model.rotary_emb.inv_freq = rotary  # as loaders have it
-    result = ptq.compress(model, token_ids(), bits=bits, group_size=group_size, symmetric=symmetric, correct="joint")
+    result = ptq.compress(
+        model, token_ids(), bits=bits, group_size=group_size, symmetric=symmetric, bias_correction="joint"
+    )
     loaded, info = load(ptq.export(result, tmp_path / "out"))
     assert not any(info.values()) and loaded.dtype == dtype
     with torch.no_grad():
@@ -66,7 +69,7 @@ def test_compressed_tensors_load_bit_for_bit(
 @pytest.mark.parametrize("correct", ["none", "sequential"])
 def test_compressed_tensors_of_every_type(name: str, correct: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    result = ptq.compress(MODELS[name](), token_ids(), bits=4, group_size=16, symmetric=True, correct=correct)
+    result = ptq.compress(MODELS[name](), token_ids(), bits=4, group_size=16, symmetric=True, bias_correction=correct)
     loaded, info = load(ptq.export(result, tmp_path / "out"))
     assert not any(info.values())
     with torch.no_grad():
@@ -184,7 +187,7 @@ def test_layers_left_as_they_are_and_mixed_widths_load(format: str, tmp_path: Pa
     pytest.importorskip("compressed_tensors")
     overrides = {"*.down_proj": {"bits": 8, "group_size": 32}, "*.o_proj": None, "*.1.mlp.*": {"method": ptq.RTN()}}
     result = ptq.compress(
-        MODELS["llama"](), token_ids(), group_size=16, symmetric=True, correct="joint", overrides=overrides
+        MODELS["llama"](), token_ids(), group_size=16, symmetric=True, bias_correction="joint", overrides=overrides
     )
     assert not any("o_proj" in row.name for row in result.report) and len(result.report) == 12
     loaded, info = load(ptq.export(result, tmp_path / "out", format=format))
@@ -216,7 +219,7 @@ def test_shards_and_their_index_hold_everything(limit: int, tmp_path: Path) -> N
 
 def test_switches_are_on_only_for_biases_that_are_there(tmp_path: Path) -> None:
     for correct, on in (("none", False), ("joint", True)):
-        result = ptq.compress(MODELS["llama"](), token_ids(), bits=3, group_size=16, correct=correct)
+        result = ptq.compress(MODELS["llama"](), token_ids(), bits=3, group_size=16, bias_correction=correct)
         path = ptq.export(result, tmp_path / correct, format="dense")
         config = json.loads((path / "config.json").read_text())
         assert config["attention_bias"] is config["mlp_bias"] is on
@@ -225,7 +228,7 @@ def test_switches_are_on_only_for_biases_that_are_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mistral-full", "qwen2"])
 def test_llamas_of_another_name_are_written_as_llamas_for_their_biases(name: str, tmp_path: Path) -> None:
     for correct, architecture in (("none", None), ("joint", "LlamaForCausalLM")):
-        result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, correct=correct)
+        result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, bias_correction=correct)
         config = json.loads((ptq.export(result, tmp_path / correct, format="dense") / "config.json").read_text())
         assert config["architectures"] == [architecture or type(result.model).__name__]
         assert (config["model_type"] == "llama") == (correct == "joint")
@@ -302,7 +305,7 @@ def test_formats_are_checked(tmp_path: Path) -> None:
     result = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16)
     with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq, dense, got 'gguf'"):
         ptq.export(result, tmp_path / "out", format="gguf")
-    position = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16, correct="local", statistic="position")
+    position = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16, bias_correction="local", statistic="position")
     with pytest.raises(ValueError, match="no checkpoint can hold a bias for each position"):
         ptq.export(position, tmp_path / "out", format="dense")
     assert not list(tmp_path.iterdir())

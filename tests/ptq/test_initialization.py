@@ -11,9 +11,9 @@ import torch
 from architectures import CONFIGURATIONS, SIZES, make, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.blocks import block_layers
 from opt8bit.ptq.export.compressed_tensors import CompressedTensors
 from opt8bit.ptq.export.initialization import asks_for_weights, needs_weights
+from opt8bit.ptq.model.blocks import block_layers
 
 MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nanochat": ("NanoChatForCausalLM", "NanoChatConfig", SIZES),

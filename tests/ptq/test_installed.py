@@ -8,7 +8,7 @@ from toys import MODELS, token_ids
 from opt8bit import ptq
 from opt8bit.ptq.export import installed
 from opt8bit.ptq.export.installed import not_loaded_here
-from opt8bit.quant.grid import UniformGrid
+from opt8bit.quant.uniform import UniformGrid
 
 ODD = "cannot load 3 bits, from compressed-tensors 0.18 on it can"
 ASYMMETRIC = "cannot load grids that are not symmetric, transformers 5 can"

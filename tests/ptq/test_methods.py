@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opt8bit.ptq.linear_algebra import inverse_factor
-from opt8bit.ptq.methods import GPTQ, METHODS, RTN, Method, OutlierQuantEase, QuantEase, objective
-from opt8bit.ptq.methods.scales import refit_scales
+from opt8bit.ptq.calibration.statistics import InputStatistics
+from opt8bit.ptq.rounding import GPTQ, METHODS, RTN, OutlierQuantEase, QuantEase, Rounder, objective
+from opt8bit.ptq.rounding.linear_algebra import inverse_factor
+from opt8bit.ptq.rounding.scales import refit_scales
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
-METHODS_UNDER_TEST: dict[str, Method] = {
+METHODS_UNDER_TEST: dict[str, Rounder] = {
     "rtn": RTN(),
     "gptq": GPTQ(act_order=False),
     "gptq-act_order": GPTQ(),
@@ -70,7 +71,7 @@ def test_the_table_is_under_test() -> None:
 def test_result_lies_on_its_grid(name: str, grid: str, group_size: int | None, dtype: torch.dtype) -> None:
     weight, hessian = layer(dtype=dtype)
     given = weight.clone(), hessian.clone()
-    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(GRIDS[grid], group_size))
+    rounded = METHODS_UNDER_TEST[name].round(weight, InputStatistics(hessian), WeightScheme(GRIDS[grid], group_size))
     assert torch.equal(weight, given[0]) and torch.equal(hessian, given[1])
     assert rounded.parts[0].codes.shape == weight.shape
     assert rounded.parts[0].params.scale.shape == (OUTPUTS, 1 if group_size is None else INPUTS // GROUP)
@@ -83,8 +84,10 @@ def test_result_lies_on_its_grid(name: str, grid: str, group_size: int | None, d
 def test_looking_at_inputs_pays(name: str, grid: str) -> None:
     weight, hessian = layer(outputs=32)
     scheme = WeightScheme(GRIDS[grid], GROUP)
-    found = objective(weight, METHODS_UNDER_TEST[name].round(weight, hessian, scheme).dequantize(), hessian)
-    assert found < 0.95 * objective(weight, RTN().round(weight, hessian, scheme).dequantize(), hessian)
+    found = objective(
+        weight, METHODS_UNDER_TEST[name].round(weight, InputStatistics(hessian), scheme).dequantize(), hessian
+    )
+    assert found < 0.95 * objective(weight, RTN().round(weight, InputStatistics(hessian), scheme).dequantize(), hessian)
 
 
 @every_method
@@ -92,7 +95,10 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     method = METHODS_UNDER_TEST[name]
     weight, hessian = layer(outputs=70, dtype=torch.float32)
     scheme = WeightScheme(UniformGrid(3, range="mse"), GROUP)
-    whole, alone = method.round(weight, hessian, scheme), method.round(weight[65:68], hessian, scheme)
+    whole, alone = (
+        method.round(weight, InputStatistics(hessian), scheme),
+        method.round(weight[65:68], InputStatistics(hessian), scheme),
+    )
     assert not method.rowwise or torch.equal(whole.parts[0].codes[65:68], alone.parts[0].codes)
     assert method.rowwise == ("outlier" not in name)
     part = whole.rows_from(65, 68)
@@ -110,7 +116,7 @@ def test_groups_are_independent_where_inputs_are(name: str) -> None:
         pytest.skip("which weights are the largest depends on all of them")
     changed = weight.clone()
     changed[:, :GROUP] *= -1.7
-    codes, after = (method.round(w, blocks, scheme).parts[0].codes for w in (weight, changed))
+    codes, after = (method.round(w, InputStatistics(blocks), scheme).parts[0].codes for w in (weight, changed))
     assert torch.equal(codes[:, GROUP:], after[:, GROUP:])
     assert not torch.equal(codes[:, :GROUP], after[:, :GROUP])
 
@@ -120,7 +126,7 @@ def test_dead_inputs_take_the_nearest_and_disturb_nobody(name: str) -> None:
     weight, hessian = layer(dtype=torch.float32)
     alive = torch.arange(INPUTS) != 5
     hessian[5] = hessian[:, 5] = 0
-    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(UniformGrid(8), None))
+    rounded = METHODS_UNDER_TEST[name].round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(8), None))
     assert torch.isfinite(rounded.dequantize()).all()
     error = (rounded.dequantize() - weight).abs()
     assert (error[:, 5] <= rounded.parts[0].params.scale[:, 0]).all()
@@ -131,7 +137,7 @@ def test_dead_inputs_take_the_nearest_and_disturb_nobody(name: str) -> None:
 def test_a_hessian_of_zeros_is_rounding_to_nearest(name: str) -> None:
     weight, _ = layer()
     rounded = METHODS_UNDER_TEST[name].round(
-        weight, torch.zeros(INPUTS, INPUTS).double(), WeightScheme(UniformGrid(8), None)
+        weight, InputStatistics(torch.zeros(INPUTS, INPUTS).double()), WeightScheme(UniformGrid(8), None)
     )
     assert (rounded.dequantize() - weight).abs().max() <= 0.51 * rounded.parts[0].params.scale.max()
 
@@ -142,7 +148,7 @@ def test_a_singular_hessian_is_recovered_from(name: str) -> None:
     x = torch.randn(3, INPUTS, generator=torch.Generator().manual_seed(2))
     hessian = (x.T @ x).double()
     hessian[0, 0] -= 1e-3 * hessian.diagonal().mean()  # what rounding in long sums can do
-    rounded = METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(UniformGrid(4), GROUP))
+    rounded = METHODS_UNDER_TEST[name].round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(4), GROUP))
     assert torch.isfinite(rounded.dequantize()).all()
     assert_on_grid(rounded)
 
@@ -152,7 +158,7 @@ def test_the_group_size_must_divide(name: str) -> None:
     weight, hessian = layer()
     for size in (5, 0, -16, 96, True, 16.0):
         with pytest.raises(ValueError, match=rf"group_size must be a positive divisor of the 48 inputs, got {size}"):
-            METHODS_UNDER_TEST[name].round(weight, hessian, WeightScheme(UniformGrid(4), size))  # type: ignore[arg-type]
+            METHODS_UNDER_TEST[name].round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(4), size))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -161,7 +167,7 @@ def test_gptq_error_identity(act_order: bool, group_size: int | None) -> None:
     """Σ e² = tr((W - Ŵ)(H + λI)(W - Ŵ)ᵀ), where the e are told from the result alone."""
     weight, hessian = layer()
     method = GPTQ(act_order=act_order)
-    rounded = method.round(weight, hessian, WeightScheme(UniformGrid(3), group_size)).dequantize()
+    rounded = method.round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), group_size)).dequantize()
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(INPUTS)
     damped, factor = inverse_factor(hessian[order][:, order], method.damping)
     free, errors = weight[:, order].clone(), []
@@ -175,7 +181,7 @@ def test_gptq_error_identity(act_order: bool, group_size: int | None) -> None:
 
 def test_gptq_fits_each_group_to_weights_that_are_up_to_date() -> None:
     weight, hessian = layer()
-    rounded = GPTQ(act_order=False).round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
+    rounded = GPTQ(act_order=False).round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), GROUP))
     _, factor = inverse_factor(hessian, GPTQ().damping)
     dense, free = rounded.dequantize(), weight.clone()
     for j in range(INPUTS):
@@ -188,18 +194,22 @@ def test_gptq_fits_each_group_to_weights_that_are_up_to_date() -> None:
 def test_act_order_fits_groups_of_neighbours_beforehand() -> None:
     weight, hessian = layer()
     scheme = WeightScheme(UniformGrid(3), GROUP)
-    static = GPTQ(act_order=True).round(weight, hessian, scheme).parts[0].params
-    assert torch.equal(static.scale, RTN().round(weight, hessian, scheme).parts[0].params.scale)
+    static = GPTQ(act_order=True).round(weight, InputStatistics(hessian), scheme).parts[0].params
+    assert torch.equal(static.scale, RTN().round(weight, InputStatistics(hessian), scheme).parts[0].params.scale)
 
 
 @pytest.mark.parametrize("grid", ["asymmetric3-mse", "normal4"])
 @pytest.mark.parametrize("start", [RTN(), GPTQ(), GPTQ(act_order=False)])
-def test_coordinate_descent_never_raises_the_objective(start: Method, grid: str) -> None:
+def test_coordinate_descent_never_raises_the_objective(start: Rounder, grid: str) -> None:
     weight, hessian = layer()
     scheme = WeightScheme(GRIDS[grid], GROUP)
-    found = [objective(weight, start.round(weight, hessian, scheme).dequantize(), hessian)]
+    found = [objective(weight, start.round(weight, InputStatistics(hessian), scheme).dequantize(), hessian)]
     for sweeps in (1, 2, 3, 25):
-        found.append(objective(weight, QuantEase(sweeps, start).round(weight, hessian, scheme).dequantize(), hessian))
+        found.append(
+            objective(
+                weight, QuantEase(sweeps, start).round(weight, InputStatistics(hessian), scheme).dequantize(), hessian
+            )
+        )
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(found))
     assert found[-1] < found[0]
 
@@ -207,7 +217,7 @@ def test_coordinate_descent_never_raises_the_objective(start: Method, grid: str)
 @pytest.mark.parametrize("grid", ["asymmetric2", "symmetric4", "normal4"])
 def test_coordinate_descent_ends_where_no_single_change_helps(grid: str) -> None:
     weight, hessian = layer(outputs=3)
-    rounded = QuantEase(200).round(weight, hessian, WeightScheme(GRIDS[grid], GROUP))
+    rounded = QuantEase(200).round(weight, InputStatistics(hessian), WeightScheme(GRIDS[grid], GROUP))
     dense = rounded.dequantize()
     least = objective(weight, dense, hessian)
     for i, j in itertools.product(range(3), range(INPUTS)):
@@ -223,7 +233,7 @@ def test_gptq_then_quantease_is_better_than_either_start() -> None:
     for seed in range(5):
         weight, hessian = layer(outputs=32, seed=seed)
         gptq, both = (
-            objective(weight, method.round(weight, hessian, scheme).dequantize(), hessian)
+            objective(weight, method.round(weight, InputStatistics(hessian), scheme).dequantize(), hessian)
             for method in (GPTQ(), QuantEase(start=GPTQ()))
         )
         assert both < 0.98 * gptq
@@ -232,7 +242,7 @@ def test_gptq_then_quantease_is_better_than_either_start() -> None:
 @pytest.mark.parametrize("grid", ["asymmetric2", "symmetric4", "normal4"])
 def test_refitted_scales_are_those_of_least_squares(grid: str) -> None:
     weight, hessian = layer()
-    rounded = GPTQ().round(weight, hessian, WeightScheme(GRIDS[grid], GROUP))
+    rounded = GPTQ().round(weight, InputStatistics(hessian), WeightScheme(GRIDS[grid], GROUP))
     refitted = refit_scales(weight @ hessian, rounded.parts[0], hessian)
     assert torch.equal(refitted.codes, rounded.parts[0].codes)
     root = torch.linalg.cholesky(hessian).T
@@ -245,11 +255,15 @@ def test_refitted_scales_are_those_of_least_squares(grid: str) -> None:
 
 @pytest.mark.parametrize("start", [RTN(), GPTQ(), OutlierQuantEase(0.02)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_refits_never_raise_the_objective(start: Method, dtype: torch.dtype) -> None:
+def test_refits_never_raise_the_objective(start: Rounder, dtype: torch.dtype) -> None:
     weight, hessian = layer(dtype=dtype)
     scheme = WeightScheme(UniformGrid(2, range="mse"), GROUP)
     found = [
-        objective(weight, QuantEase(50, start, refits).round(weight, hessian, scheme).dequantize(), hessian.double())
+        objective(
+            weight,
+            QuantEase(50, start, refits).round(weight, InputStatistics(hessian), scheme).dequantize(),
+            hessian.double(),
+        )
         for refits in (0, 1, 2, 8)
     ]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(found))
@@ -258,7 +272,7 @@ def test_refits_never_raise_the_objective(start: Method, dtype: torch.dtype) -> 
 
 def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
     weight, hessian = layer()
-    rounded = RTN().round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
+    rounded = RTN().round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), GROUP))
     assert torch.equal(
         refit_scales(-weight @ hessian, rounded.parts[0], hessian).params.scale, rounded.parts[0].params.scale
     )
@@ -271,7 +285,7 @@ def test_scales_stay_positive_and_those_of_groups_without_signal_stay() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_refitted_scales_are_storable_and_still_no_worse(dtype: torch.dtype) -> None:
     weight, hessian = layer()
-    rounded = RTN().round(weight, hessian, WeightScheme(UniformGrid(3, scale_dtype=dtype), GROUP))
+    rounded = RTN().round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3, scale_dtype=dtype), GROUP))
     refitted = refit_scales(weight @ hessian, rounded.parts[0], hessian)
     scale = refitted.params.scale
     assert torch.equal(scale.to(dtype).to(scale.dtype), scale) and not torch.equal(scale, rounded.parts[0].params.scale)
@@ -289,7 +303,7 @@ def test_tiny_layers_against_exhaustive_search(seed: int) -> None:
     weight, hessian = layer(outputs=1, inputs=5, seed=seed)
     scheme = WeightScheme(UniformGrid(2))
     for method in (RTN(), GPTQ(), QuantEase(), QuantEase(start=GPTQ())):
-        rounded = method.round(weight, hessian, scheme)
+        rounded = method.round(weight, InputStatistics(hessian), scheme)
         best = min(
             objective(weight, replace(rounded.parts[0], codes=codes).dequantize(), hessian) for codes in all_codes(5, 4)
         )
@@ -303,7 +317,9 @@ def test_tiny_layers_against_exhaustive_search(seed: int) -> None:
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.1, 1.0])
 def test_exactly_the_outliers_asked_for(structure: str, fraction: float) -> None:
     weight, hessian = layer()
-    rounded = OutlierQuantEase(fraction, structure).round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
+    rounded = OutlierQuantEase(fraction, structure).round(
+        weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), GROUP)
+    )
     outliers = rounded.outliers
     assert outliers is not None
     places = set(zip(outliers.rows.tolist(), outliers.columns.tolist(), strict=True))
@@ -325,7 +341,7 @@ def test_outliers_pay_and_more_of_them_pay_more(structure: str) -> None:
         objective(
             weight,
             OutlierQuantEase(fraction, structure)
-            .round(weight, hessian, WeightScheme(UniformGrid(3), GROUP))
+            .round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), GROUP))
             .dequantize(),
             hessian,
         )
@@ -336,21 +352,25 @@ def test_outliers_pay_and_more_of_them_pay_more(structure: str) -> None:
 
 def test_everything_kept_is_exact() -> None:
     weight, hessian = layer()
-    rounded = OutlierQuantEase(1.0, rounds=200).round(weight, hessian, WeightScheme(UniformGrid(2), GROUP))
+    rounded = OutlierQuantEase(1.0, rounds=200).round(
+        weight, InputStatistics(hessian), WeightScheme(UniformGrid(2), GROUP)
+    )
     assert objective(weight, rounded.dequantize(), hessian) < 1e-2 * objective(weight, rounded.on_grid(), hessian)
 
 
 def test_bits_per_weight_counts_everything() -> None:
     weight, hessian = layer()
-    assert RTN().round(weight, hessian, WeightScheme(UniformGrid(3), 16)).bits_per_weight == pytest.approx(
-        3 + (32 + 3) / 16
-    )
-    assert RTN().round(weight, hessian, WeightScheme(UniformGrid(4, symmetric=True))).bits_per_weight == pytest.approx(
-        4 + 32 / 48
-    )
-    rounded = OutlierQuantEase(1 / 48).round(weight, hessian, WeightScheme(UniformGrid(3), 16))
+    assert RTN().round(
+        weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), 16)
+    ).bits_per_weight == pytest.approx(3 + (32 + 3) / 16)
+    assert RTN().round(
+        weight, InputStatistics(hessian), WeightScheme(UniformGrid(4, symmetric=True))
+    ).bits_per_weight == pytest.approx(4 + 32 / 48)
+    rounded = OutlierQuantEase(1 / 48).round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), 16))
     assert rounded.bits_per_weight == pytest.approx(3 + 35 / 16 + 48 / 48)
-    rounded = OutlierQuantEase(1 / 48, "column").round(weight, hessian, WeightScheme(UniformGrid(3), 16))
+    rounded = OutlierQuantEase(1 / 48, "column").round(
+        weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), 16)
+    )
     assert rounded.bits_per_weight == pytest.approx(3 + 35 / 16 + 16 / 48 + 32 / (48 * OUTPUTS))
 
 
@@ -378,7 +398,7 @@ def test_arguments_are_checked(make: object, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [QuantEase, OutlierQuantEase])
-def test_the_method_to_start_with_is_one(kind: type[Method]) -> None:
+def test_the_method_to_start_with_is_one(kind: type[Rounder]) -> None:
     with pytest.raises(TypeError, match=r"start must be one of opt8bit.ptq, such as GPTQ\(\), got 'gptq'"):
         kind(start="gptq")  # type: ignore[call-arg]
 
@@ -387,4 +407,4 @@ def test_a_hessian_that_is_none_is_refused() -> None:
     weight, hessian = layer()
     hessian[3, 3] = float("nan")
     with pytest.raises(ValueError, match="second moments of the inputs are not finite"):
-        GPTQ().round(weight, hessian, WeightScheme(UniformGrid(4)))
+        GPTQ().round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(4)))

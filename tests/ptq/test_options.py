@@ -7,10 +7,12 @@ import torch
 from toys import MODELS, quantized, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.layer import Recipe, compress_stage
-from opt8bit.ptq.statistics import Inputs
+from opt8bit.ptq.calibration.statistics import Inputs
+from opt8bit.ptq.plan import LayerPlan
+from opt8bit.ptq.stage import compress_stage
 from opt8bit.quant.codebook import normal_float
-from opt8bit.quant.grid import CodebookGrid, UniformGrid
+from opt8bit.quant.codebook_grid import CodebookGrid
+from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import WeightScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:not every server runs")
@@ -34,7 +36,7 @@ def test_scales_are_of_each_layers_own_dtype(format: str, tmp_path: Any) -> None
         mixed(torch.bfloat16), token_ids(), group_size=16, symmetric=True, overrides=overrides, checkpoint_format=format
     )
     for row in result.report:
-        own = result.recipe.of(row.name)
+        own = result.plan.of(row.name)
         assert own is not None and isinstance(own.scheme.grid, UniformGrid)
         assert own.scheme.grid.scale_dtype == (torch.bfloat16 if row.name == ODD else torch.float32)
         assert own.scheme.grid.bits == (8 if row.name.endswith("q_proj") else 4)
@@ -69,8 +71,8 @@ def test_a_grid_that_is_given_is_taken_as_it_is() -> None:
 def test_layers_of_a_stage_keep_their_own_dtypes() -> None:
     layers = {"wide": torch.nn.Linear(16, 4).double(), "narrow": torch.nn.Linear(16, 4)}
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
-    recipe = Recipe(ptq.RTN(), WeightScheme(UniformGrid(4), 16), 0.0)
-    done = compress_stage(dict(layers), [Inputs(x, x)], recipe, set())
+    plan = LayerPlan(ptq.RTN(), WeightScheme(UniformGrid(4), 16))
+    done = compress_stage(dict(layers), [Inputs(x, x)], plan, set())
     assert {name: layer.installed.dtype for name, layer in done.items()} == {
         "wide": torch.float64,
         "narrow": torch.float32,

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from opt8bit.ptq import products
-from opt8bit.ptq.blocks import evaluating
-from opt8bit.ptq.products import Products
+from opt8bit.ptq.model import products
+from opt8bit.ptq.model.blocks import evaluating
+from opt8bit.ptq.model.products import Products
 
 ONEDNN = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
+from opt8bit.ptq.tasks.task import Quality
 
-torch.distributed.is_available() or pytest.skip("torch has no distributed", allow_module_level=True)
+if not torch.distributed.is_available():
+    pytest.skip("torch has no distributed", allow_module_level=True)
 
 CODE = """
 import sys, warnings, weakref
@@ -64,9 +66,15 @@ def run(folder: Path, **options: Any) -> None:
 
 @pytest.mark.parametrize("correct", ["none", "local", "joint"])
 def test_two_do_what_one_does(correct: str, tmp_path: Path) -> None:
-    run(tmp_path, bits=4, group_size=16, correct=correct)
+    run(tmp_path, bits=4, group_size=16, bias_correction=correct)
     expected = ptq.compress(
-        MODELS["llama"](), token_ids(), batch_size=2, held_out=token_ids(3), bits=4, group_size=16, correct=correct
+        MODELS["llama"](),
+        token_ids(),
+        batch_size=2,
+        held_out=token_ids(3),
+        bits=4,
+        group_size=16,
+        bias_correction=correct,
     )
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[key], value) for key, value in second.items())
@@ -77,7 +85,7 @@ def test_two_do_what_one_does(correct: str, tmp_path: Path) -> None:
     for name, bias in expected.changes.items():
         if isinstance(bias, torch.Tensor):
             assert float((first[name] - bias).norm()) < 0.1 * float(bias.norm())
-    quality, errors = eval((tmp_path / "0.txt").read_text(), {"Quality": ptq.ends.Quality})  # type: ignore[attr-defined]
+    quality, errors = eval((tmp_path / "0.txt").read_text(), {"Quality": Quality})
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
     assert expected.quality is not None and quality.tokens == expected.quality.tokens
     assert quality.perplexity == pytest.approx(expected.quality.perplexity, rel=1e-5)
@@ -98,7 +106,10 @@ def test_ended_runs_of_two_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"correct": "local", "statistic": "median"}, "several processes share means alone, got statistic='median'"),
+        (
+            {"bias_correction": "local", "statistic": "median"},
+            "several processes share means alone, got statistic='median'",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

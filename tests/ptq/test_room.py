@@ -7,29 +7,30 @@ import pytest
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq import memory
-from opt8bit.ptq.layer import Recipe
-from opt8bit.quant.grid import UniformGrid
-from opt8bit.quant.weight import WeightScheme
+from opt8bit.ptq import need
+from opt8bit.ptq.model import memory
+from opt8bit.ptq.plan import plan_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-RECIPE = Recipe(ptq.GPTQ(), WeightScheme(UniformGrid(4), 16), 0.0)
+RECIPE = ptq.Recipe(method=ptq.GPTQ(), group_size=16, error_propagation=0.0)
 
 
 def has(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    monkeypatch.setattr(memory, "machine_memory", lambda: size)
+    for module in (memory, need):
+        monkeypatch.setattr(module, "machine_memory", lambda: size)
 
 
 def test_the_estimate_is_the_sum_of_what_is_held() -> None:
     model, batch = MODELS["llama"](), {"input_ids": token_ids(4, 16)}
-    found = memory.need(model, [batch], RECIPE, in_memory=False)
+    plan = plan_for(model, RECIPE)
+    found = need.need(model, [batch], plan, in_memory=False)
     # Two heads of 96 × 32 and a norm are outside; a block has 9,216 weights in linear layers, and two norms.
     assert found.model == 4 * (2 * 96 * 32 + 32) and found.block == 2 * 4 * (9216 + 64)
-    assert memory.need(model, [batch] * 3, RECIPE, in_memory=False).hidden == 3 * found.hidden
+    assert need.need(model, [batch] * 3, plan, in_memory=False).hidden == 3 * found.hidden
     assert found.hidden == 4 * 16 * 4 * (2 * (4 * 32 + 64) + 16)
-    whole = memory.need(model, [batch], RECIPE, in_memory=True)
+    whole = need.need(model, [batch], plan, in_memory=True)
     assert whole.model == found.model + found.block and whole.block == found.block // 2
-    assert found.total == memory.LIBRARIES + sum(found)
+    assert found.total == need.LIBRARIES + sum(found)
 
 
 def test_a_run_that_does_not_fit_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from toys import GATED, SIZES, _make, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.saved import check_packed, check_saved
-from opt8bit.ptq.skeleton import OnlyWhole
-from opt8bit.ptq.source import Checkpoint
+from opt8bit.ptq.model.saved import check_packed, check_saved
+from opt8bit.ptq.model.skeleton import OnlyWhole
+from opt8bit.ptq.model.source import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -126,7 +126,7 @@ def test_tensors_that_are_one_in_checkpoints_are_refused(loading: Any, monkeypat
 def test_models_of_transformers_4_have_the_names_of_their_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from opt8bit.ptq.saved import as_saved
+    from opt8bit.ptq.model.saved import as_saved
 
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
     tensors = RENAMED().state_dict()
@@ -148,7 +148,7 @@ def test_packed_weights_that_transformers_would_not_find_are_refused_before_the_
 def test_models_with_a_vision_tower_have_the_names_that_transformers_4_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from opt8bit.ptq.saved import as_saved
+    from opt8bit.ptq.model.saved import as_saved
 
     model = torch.nn.Linear(1, 1)
     names = {"^language_model.model": "model.language_model", "^language_model.lm_head": "lm_head"}

@@ -10,9 +10,9 @@ import torch
 from scaled_checkpoints import FP8, KINDS, blocks
 from torch import Tensor
 
-from opt8bit.ptq import scaled as module
-from opt8bit.ptq.quantization_header import dtype_of, header_of, scheme_of, without_header
-from opt8bit.ptq.scaled import Scaled, refuse_narrow
+from opt8bit.ptq.model import scaled as module
+from opt8bit.ptq.model.quantization_header import dtype_of, header_of, scheme_of, without_header
+from opt8bit.ptq.model.scaled import Scaled, refuse_narrow
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NAME = "model.layers.0.self_attn.k_proj"

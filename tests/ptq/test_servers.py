@@ -11,7 +11,7 @@ from toys import MODELS, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.export.compressed_tensors import CompressedTensors, experts_of
-from opt8bit.ptq.servers import Layer, Packing, warnings_of, who_skips
+from opt8bit.ptq.model.servers import Layer, Packing, warnings_of, who_skips
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 GOOD = Packing(4, True, 64)
@@ -161,7 +161,7 @@ def test_biases_that_servers_skip_are_known(kind: str, layer: str, servers: str 
     ],
 )
 def test_the_report_names_biases_that_servers_skip(name: str, skipped: set[str]) -> None:
-    result = ptq.compress(MODELS[name](), token_ids(), group_size=16, correct="sequential", method=ptq.RTN())
+    result = ptq.compress(MODELS[name](), token_ids(), group_size=16, bias_correction="sequential", method=ptq.RTN())
     noted = {row.name.rpartition(".")[2] for row in result.report if "does not use it" in row.note}
     assert noted == skipped
     assert all(row.bias_place for row in result.report if "does not use it" in row.note)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from toys import MODELS, assert_same_changes, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.blocks import find_blocks
-from opt8bit.ptq.checkpoint_files import INDEX
-from opt8bit.ptq.skeleton import OnlyWhole
-from opt8bit.ptq.source import Checkpoint, InMemory, LoadedCheckpoint, digest
+from opt8bit.ptq.model.blocks import find_blocks
+from opt8bit.ptq.model.checkpoint_files import INDEX
+from opt8bit.ptq.model.skeleton import OnlyWhole
+from opt8bit.ptq.model.source import Checkpoint, InMemory, LoadedCheckpoint, digest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -56,7 +56,7 @@ def test_blocks_are_those_of_the_whole_model(name: str, dtype: torch.dtype, tmp_
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "falcon"])
 def test_compressing_block_by_block_gives_the_same(name: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path / "model")
-    options: dict[str, Any] = {"bits": 3, "group_size": 16, "correct": "sequential", "held_out": token_ids(3)}
+    options: dict[str, Any] = {"bits": 3, "group_size": 16, "bias_correction": "sequential", "held_out": token_ids(3)}
     expected = ptq.compress(whole(folder), token_ids(), **options)
     found = ptq.compress(Checkpoint(folder), token_ids(), **options, work=tmp_path / "work")
     assert_same_changes(found, expected)

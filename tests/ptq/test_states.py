@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from toys import assert_same_changes, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.passes import Call, ModelError
-from opt8bit.ptq.recording import no_cache
-from opt8bit.ptq.states import State, copied, hidden_in, is_cache, with_hidden
+from opt8bit.ptq.model.passes import Call, ModelError
+from opt8bit.ptq.model.recording import no_cache
+from opt8bit.ptq.model.states import State, copied, hidden_in, is_cache, with_hidden
 
 IDS = token_ids(6)
 
@@ -40,7 +40,7 @@ class Model(nn.Module):
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
         self.embedding = nn.Embedding(96, WIDTH)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Any = nn.ModuleList(blocks)
         self.head = nn.Linear(WIDTH, 96)
 
     def through(self, hidden: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Sharing(Model):
     """The first block leaves keys for the others in an object that all are called with; so do the others, there."""
 
     class Block(Block):
-        def forward(self, hidden: Tensor, keys: Any) -> Tensor:
+        def forward(self, hidden: Tensor, keys: Any) -> Tensor:  # type: ignore[override]
             if self.number == 0:
                 keys["first"] = self.norm(hidden)
                 keys["seen"] = []
@@ -93,7 +93,7 @@ class Sharing(Model):
 @pytest.mark.parametrize("correct", ["none", "local"])
 def test_what_blocks_share_is_each_streams_and_each_passs_own(kind: type, correct: str) -> None:
     model = Sharing(kind)
-    found = [check(model, bits=bits, correct=correct).quality for bits in (2, 8)]
+    found = [check(model, bits=bits, bias_correction=correct).quality for bits in (2, 8)]
     assert found[0] is not None and found[1] is not None and found[0].perplexity == found[1].perplexity
 
 
@@ -151,13 +151,13 @@ class Caching(Model):
 
 @pytest.mark.parametrize("shares", [False, True])
 def test_no_pass_sees_the_keys_of_another_one(shares: bool) -> None:
-    check(Caching(shares), correct="local")
+    check(Caching(shares), bias_correction="local")
 
 
 @torch.no_grad()
 def test_a_call_can_be_repeated_while_the_streams_own_pass_goes_on() -> None:
     class Counting(Inner):
-        def forward(self, hidden: Tensor, seen: list[Tensor]) -> Tensor:
+        def forward(self, hidden: Tensor, seen: list[Tensor]) -> Tensor:  # type: ignore[override]
             seen.append(hidden)
             return super().forward(hidden * len(seen))
 
@@ -229,7 +229,7 @@ class Handing(Model):
     class Block(Block):
         kind = "tuple"
 
-        def forward(self, *, mask: Tensor, stream: Tensor, bias: Tensor | None = None) -> Any:
+        def forward(self, *, mask: Tensor, stream: Tensor, bias: Any = None) -> Any:  # type: ignore[override]
             bias = self.norm(stream) if bias is None else bias + self.norm(stream)
             return MAKE[self.kind](super().forward(stream + mask * bias), bias)
 
@@ -276,13 +276,13 @@ class Overwriting(Model):
 
 
 def test_a_block_that_overwrites_its_hidden_states_overwrites_no_others() -> None:
-    check(Overwriting(), correct="local")
+    check(Overwriting(), bias_correction="local")
 
 
 class Remembering(Overwriting):
     """Blocks keep the last output in an attribute; ``across`` has them read it after a layer has run."""
 
-    class Block(Block):
+    class Block(Block):  # pyright: ignore[reportIncompatibleVariableOverride]
         across = False
         last: Tensor | None = None
 
@@ -323,8 +323,8 @@ def test_what_modules_keep_for_later_in_a_pass_is_refused() -> None:
 class Reading(Overwriting):
     """The model tells its blocks what it has made of the hidden states."""
 
-    class Block(Block):
-        def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:
+    class Block(Block):  # pyright: ignore[reportIncompatibleVariableOverride]
+        def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(hidden * scale)
 
     def through(self, hidden: Tensor) -> Tensor:

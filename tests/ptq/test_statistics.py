@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opt8bit.ptq.statistics import TRIANGLE, Moments, Statistics, gram
+from opt8bit.ptq.calibration.statistics import TRIANGLE, Moments, Statistics, gram
 
 
 def streams(sequences: int = 6, length: int = 5, features: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

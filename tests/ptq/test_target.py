@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opt8bit.ptq.target import asymmetric_target
+from opt8bit.ptq.correction.target import asymmetric_target
 
 
 def problem() -> tuple[torch.Tensor, ...]:

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from opt8bit.ptq.walk import halting, walks
+from opt8bit.ptq.model.walk import halting, walks
 
 
 def network() -> nn.Sequential:
@@ -12,7 +14,7 @@ def network() -> nn.Sequential:
 
 @torch.no_grad()
 def test_passes_stand_before_a_layer_together_and_see_what_it_has_become() -> None:
-    model = network()
+    model: Any = network()
     batches = [torch.randn(3, 4), torch.randn(2, 4)]
     with walks([lambda x=x: model(x) for x in batches]) as passes, halting([model[0], model[2]]):
         for walk, x in zip(passes, batches, strict=True):

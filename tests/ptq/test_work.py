@@ -8,7 +8,7 @@ import torch
 from toys import MODELS, assert_same_changes, token_ids
 
 from opt8bit import ptq
-from opt8bit.ptq.result import LayerReport
+from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.quant import CodebookGrid, normal_float
 
 
@@ -27,7 +27,7 @@ def ending_after(layers: int) -> Any:
     return see
 
 
-OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 16, "correct": "sequential", "held_out": token_ids(2)}
+OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 16, "bias_correction": "sequential", "held_out": token_ids(2)}
 
 
 @pytest.mark.parametrize("layers", [1, 7, 8, 13])

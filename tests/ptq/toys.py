@@ -39,7 +39,7 @@ def _make(architecture: str, **config: object) -> Callable[[], nn.Module]:
     return make
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "opt": _make("OPT", **SIZES, ffn_dim=64, num_hidden_layers=2, max_position_embeddings=64, word_embed_proj_dim=32),
     "bloom": _make("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "llama": _make("Llama", **GATED),
@@ -125,3 +125,15 @@ def assert_same_changes(found: Any, expected: Any) -> None:
         ours, theirs = other.tensors(), change.tensors()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], part) for key, part in theirs.items()), name
         assert other.stored_bits == change.stored_bits
+
+
+def shaken(model: Any) -> Any:
+    """A model whose norms and biases are not all alike."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 1:
+                param += 0.1 * torch.randn(param.shape, generator=generator)
+            else:
+                param.copy_(torch.randn(param.shape, generator=generator) * param.shape[-1] ** -0.5)
+    return model.eval()

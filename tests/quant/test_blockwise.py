@@ -222,7 +222,11 @@ GOOD = torch.zeros(4, 8)
     [
         (lambda: quantize_blockwise(GOOD.double(), dynamic_map(), 4), TypeError, "got torch.float64"),
         (lambda: quantize_blockwise(GOOD, dynamic_map(), 0), ValueError, "positive integer, got 0"),
-        (lambda: quantize_blockwise(GOOD, dynamic_map(), 2.0), ValueError, "positive integer, got 2.0"),
+        (
+            lambda: quantize_blockwise(GOOD, dynamic_map(), 2.0),  # type: ignore[arg-type]
+            ValueError,
+            "positive integer, got 2.0",
+        ),
         (lambda: quantize_blockwise(GOOD, dynamic_map().flip(0), 4), ValueError, "ascending"),
         (lambda: quantize_blockwise(GOOD, dynamic_map(), 4, backend="abacus"), ValueError, "got 'abacus'"),
         (

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
-from opt8bit.quant.grid import Grid, UniformParams
+from opt8bit.quant.grid import Grid
+from opt8bit.quant.uniform import UniformParams
 
 GRIDS = {
     **{f"uniform{bits}": UniformGrid(bits) for bits in range(2, 9)},
@@ -137,7 +138,7 @@ def test_scales_are_what_their_dtype_holds(dtype: torch.dtype, range: str) -> No
         UniformGrid(4, symmetric=True, range=range, scale_dtype=dtype),
         CodebookGrid(normal_float(4), range=range, scale_dtype=dtype),
     ):
-        scales = grid.fit(x)
+        scales: Any = grid.fit(x)
         assert torch.equal(scales.scale.to(dtype).to(x.dtype), scales.scale)
         assert (scales.scale > 0).all() and scales.scale.isfinite().all()
         assert (x - grid.nearest(x, scales)).abs().max() < 1.7 * scales.scale.max()

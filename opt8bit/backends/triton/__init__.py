@@ -14,7 +14,8 @@ from opt8bit.backends.interface import DTYPES, Batch, Rule, Step, View
 from opt8bit.backends.reference import step_group
 from opt8bit.backends.triton.blockwise import dequantize_kernel, encode_state_kernel, quantize_kernel
 from opt8bit.backends.triton.codebook import midpoints
-from opt8bit.backends.triton.launches import OPTIONS, TILE, Launches, Shape
+from opt8bit.backends.triton.launch_table import TILE, Shape
+from opt8bit.backends.triton.launches import OPTIONS, Launches
 from opt8bit.backends.triton.update_rules import RULES
 
 

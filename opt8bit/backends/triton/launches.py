@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
@@ -14,17 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opt8bit.backends.interface import ADDRESSES, GRAD, LOW_BITS, PARAM, STATES, Batch, GroupUpdate, is_interpreting
-from opt8bit.backends.triton import codebook
+from opt8bit.backends.triton import codebook, layout
 from opt8bit.backends.triton import optimizer_step as kernels
+from opt8bit.backends.triton.launch_table import TILE, Cut, Launch, Shape, Table, Words
 from opt8bit.backends.triton.update_rules import RULES
 
-Words = NDArray[numpy.int64]
 Run = Callable[..., None]  # (kernel, programs, warps, **arguments)
 
-TILE = 1024  # elements of a program, or one block where that is longer; a block of states that are not coded
-ELEMENTS_PER_WARP = 256  # 8 of a thread
-MAX_WARPS = 16
-SPARE_BUFFERS = 4  # for graphs
 ALIGNMENT = 16  # bytes of an address, and elements of a row and of a block, where loads are 16 bytes wide
 # The compiler would fuse now one product of a sum, now the other, and an element have other bits in other places.
 OPTIONS = {"enable_fp_fusion": False}
@@ -33,38 +29,6 @@ NEW_IN_CAPTURE = (
     "were, and lr, grad_scale and found_inf of the same dtypes; take such a step first"
 )
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Shape(NamedTuple):
-    """Of a tile: tensors that are cut alike go into one launch."""
-
-    block: int  # elements that a block has room for, a power of two
-    is_aligned: bool
-
-    @property
-    def blocks(self) -> int:
-        return max(TILE // self.block, 1)
-
-    @property
-    def warps(self) -> int:
-        return min(max(self.blocks * self.block // ELEMENTS_PER_WARP, 1), MAX_WARPS)
-
-
-class Launch(NamedTuple):
-    """A kernel on a part of the tiles."""
-
-    shape: Shape
-    first_tile: int
-    tiles: int
-
-
-class Cut(NamedTuple):
-    """How tensors are cut into tiles."""
-
-    launches: list[Launch]
-    places: NDArray[numpy.int64]  # (n, 2): of each tensor the first tile, and how many
-    tiles: Tensor  # (tiles,), int32: the tensor of each
-    squares: Tensor | None  # (tiles, 2), float64: for the norms, if the rule asks for some
 
 
 class Launches:
@@ -83,14 +47,14 @@ class Launches:
         self._batch = batch
         self._functions = RULES[batch.rule.name]
         self._rows = _rows(batch)
-        assert len(batch.rule.hyper) <= kernels.MAX_HYPER.value
-        assert self._functions.constant_count <= kernels.MAX_CONSTANTS.value
+        assert len(batch.rule.hyper) <= layout.MAX_HYPER.value
+        assert self._functions.constant_count <= layout.MAX_CONSTANTS.value
         self._cuts: dict[bytes, Cut] = {}
         self._compiled: set[tuple[Any, ...]] = set()
         count = len(self._rows)
-        self._constants = torch.zeros(count, kernels.MAX_CONSTANTS.value, dtype=torch.float32, device=device)
+        self._constants = torch.zeros(count, layout.MAX_CONSTANTS.value, dtype=torch.float32, device=device)
         self._keys = torch.zeros(count, dtype=torch.int64, device=device)
-        self._table = Table(kernels.HEAD.value + self._rows.size, device, batch.capturable)
+        self._table = Table(layout.HEAD.value + self._rows.size, device, batch.capturable)
         pairs = list(zip(batch.codebooks, batch.rule.states.values(), strict=True))
         tables = [codebook.tables(values, signed) for values, signed in pairs]
         between = [codebook.midpoints(values) for values, _ in pairs]
@@ -197,7 +161,7 @@ class Launches:
             raise RuntimeError(NEW_IN_CAPTURE)
 
     def _new_cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
-        blocks = self._rows[:, kernels.BLOCKS.value]
+        blocks = self._rows[:, layout.BLOCKS.value]
         shapes = [_shape(row, bool(is_aligned)) for row, is_aligned in zip(self._rows, aligned, strict=True)]
         places, launches, tensors, first = numpy.zeros((len(shapes), 2), numpy.int64), [], [], 0
         for shape in sorted(set(shapes)):
@@ -218,80 +182,32 @@ class Launches:
     def _words(self, group: GroupUpdate, cut: Cut) -> Words:
         """What the kernels know of this step's tensors."""
         batch = self._batch
-        head = numpy.zeros(kernels.HEAD.value, numpy.int64)
+        head = numpy.zeros(layout.HEAD.value, numpy.int64)
         hyper = [0.0 if isinstance(value, Tensor) else float(value) for value in group.hyper.values()]
         head[: len(hyper)] = numpy.array(hyper).view(numpy.int64)
-        head[kernels.SEED.value] = batch.seed
+        head[layout.SEED.value] = batch.seed
         rows = self._rows
-        rows[:, kernels.FIRST_TILE.value : kernels.TILES.value + 1] = cut.places
+        rows[:, layout.FIRST_TILE.value : layout.TILES.value + 1] = cut.places
         rows[:, :ADDRESSES] = group.addresses
         return numpy.concatenate([head, rows.reshape(-1)])
 
 
-class Table:
-    """The kernels' table on the device, and what it holds.
-
-    Args:
-        words: of 64 bits.
-        device: that reads it.
-        capturable: whether CUDA graphs may be captured.
-    """
-
-    def __init__(self, words: int, device: torch.device, capturable: bool) -> None:
-        self.on_device = torch.zeros(words, dtype=torch.int64, device=device)
-        self._held: Words | None = None
-        self._is_pinned = device.type != "cpu"
-        self._capturable = capturable and device.type == "cuda"
-        self._spare: list[Tensor] = []  # pinned memory cannot be had while a graph is captured
-        self._of_graphs: list[tuple[Tensor, Tensor]] = []
-        self._refill()
-
-    def holding(self, words: Words) -> Tensor:
-        """The table with these words, on the current stream; nothing is copied that it holds already.
-
-        Raises:
-            RuntimeError: more graphs were captured, without a step between them, than there are spare buffers.
-        """
-        if self._capturable and torch.cuda.is_current_stream_capturing():
-            return self._of_graph(words)
-        self._refill()
-        if self._held is None or not numpy.array_equal(words, self._held):
-            source = torch.from_numpy(words)
-            # Torch gives pinned memory to others only when the copy out of it is done.
-            self.on_device.copy_(source.pin_memory() if self._is_pinned else source, non_blocking=True)
-            self._held = words
-        return self.on_device
-
-    def _of_graph(self, words: Words) -> Tensor:
-        """A table of the graph's own. The copy is a part of it, and repeated whenever it is replayed."""
-        if not self._spare:
-            raise RuntimeError(f"{SPARE_BUFFERS} steps were captured in graphs without one between them: take one")
-        pinned, table = self._spare.pop(), torch.empty_like(self.on_device)
-        pinned.copy_(torch.from_numpy(words))
-        self._of_graphs.append((pinned, table))
-        return table.copy_(pinned, non_blocking=True)
-
-    def _refill(self) -> None:
-        while self._capturable and len(self._spare) < SPARE_BUFFERS:
-            self._spare.append(torch.empty(self.on_device.shape, dtype=torch.int64, device="cpu", pin_memory=True))
-
-
 def _rows(batch: Batch) -> Words:
-    """(n, kernels.ROW): what does not change about the tensors; states that are not coded are one row of any blocks."""
-    rows = numpy.zeros((len(batch.views), kernels.ROW.value), numpy.int64)
-    rows[:, kernels.NUMBER.value] = batch.numbers
-    rows[:, kernels.FIRST_ELEMENT.value] = batch.firsts
+    """(n, layout.ROW): what does not change about the tensors; states that are not coded are one row of any blocks."""
+    rows = numpy.zeros((len(batch.views), layout.ROW.value), numpy.int64)
+    rows[:, layout.NUMBER.value] = batch.numbers
+    rows[:, layout.FIRST_ELEMENT.value] = batch.firsts
     for row, view in zip(rows, batch.views, strict=True):
         length = view.row_length if batch.coded else view.rows * view.row_length
         block = view.block_size if batch.coded else TILE
         per_row = -(-length // block)
         fields = (length, block, per_row, per_row * (view.rows if batch.coded else 1))
-        row[kernels.ROW_LENGTH.value : kernels.BLOCKS.value + 1] = fields
+        row[layout.ROW_LENGTH.value : layout.BLOCKS.value + 1] = fields
     return rows
 
 
 def _shape(row: NDArray[numpy.int64], is_aligned: bool) -> Shape:
-    length, block = int(row[kernels.ROW_LENGTH.value]), int(row[kernels.BLOCK_SIZE.value])
+    length, block = int(row[layout.ROW_LENGTH.value]), int(row[layout.BLOCK_SIZE.value])
     is_aligned = is_aligned and length % ALIGNMENT == 0 and block % ALIGNMENT == 0
     return Shape(triton.next_power_of_2(block), is_aligned)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.texts.places import Text
 from opt8bit.cli.texts.prefix import ALL, FIRST, first_tokens, read_on, tokens
 from opt8bit.ptq.evaluate import windows

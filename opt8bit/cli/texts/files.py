@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 
 CHUNK = 1 << 16  # bytes read at once
 MODULES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # of Python, that open compressed files

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.texts.files import COMPRESSED, lines
 from opt8bit.cli.texts.json_values import JSONValues
 from opt8bit.cli.texts.records import COLUMNS, is_message

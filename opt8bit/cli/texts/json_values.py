@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.texts.files import characters
 
 LONGEST = 1 << 24  # characters of a value; one that does not end before is taken for broken

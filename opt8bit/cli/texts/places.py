@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 from opt8bit.cli.texts.files import characters, kind
 from opt8bit.cli.texts.formats import FORMATS
 from opt8bit.cli.texts.hub import DataSet

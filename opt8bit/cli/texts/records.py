@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opt8bit.cli.models import CommandError
+from opt8bit.cli.errors import CommandError
 
 COLUMNS = ("text", "messages", "conversations")
 ROLES = {  # in chats of ShareGPT's form, and what templates call them

@@ -11,23 +11,15 @@ from typing import Any
 from torch import nn
 
 from opt8bit.backends import warn
-from opt8bit.ptq.blocks import block_layers, find_blocks, matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, Planned
-from opt8bit.ptq.export.compressed_tensors import CompressedTensors
-from opt8bit.ptq.export.dense import Dense
 from opt8bit.ptq.export.folder import new_folder
-from opt8bit.ptq.export.gptq import GPTQFormat
-from opt8bit.ptq.layer import Recipe
+from opt8bit.ptq.model.blocks import block_layers, find_blocks, matrix, other_matrices
+from opt8bit.ptq.model.servers import Layer, Packing, warnings_of
+from opt8bit.ptq.model.source import Source
+from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.servers import Layer, Packing, warnings_of
-from opt8bit.ptq.source import Source
-from opt8bit.quant.grid import UniformGrid
-
-FORMATS: dict[str, CheckpointFormat] = {
-    "compressed-tensors": CompressedTensors(),
-    "gptq": GPTQFormat(),
-    "dense": Dense(),
-}
+from opt8bit.quant.uniform import UniformGrid
+from opt8bit.recipe.registry import FORMATS
 
 
 def export(result: Result, path: str | Path, *, format: str = "compressed-tensors", tokenizer: Any = None) -> Path:
@@ -56,38 +48,37 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
 
 def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> None:
     """Writes the checkpoint's files into a folder, arguments as in :func:`export`."""
-    check_format(format, result.source, result.recipe)
+    check_format(format, result.source, result.plan)
     FORMATS[format].write(result, folder, tokenizer)
 
 
-def check_format(format: str, source: Source, recipe: Recipe) -> None:
-    """Checks that a format can hold what a recipe makes of a model, before it is made.
+def check_format(format: str, source: Source, plan: Plan) -> None:
+    """Checks that a format can hold what a plan makes of a model, before it is made.
 
     Raises:
         TypeError, ValueError: as :func:`export`.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if recipe.statistic == "position":
+    FORMATS.check(format)
+    if plan.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
-    planned, left = _planned(source, recipe)
+    planned, left = _planned(source, plan)
     source.check_stored(planned, packed=FORMATS[format].is_packed)
     if source.files is None:
         _check_configurations(source.model)
     FORMATS[format].check(source.model, planned, left)
 
 
-def warn_of_servers(format: str, source: Source, recipe: Recipe) -> None:
+def warn_of_servers(format: str, source: Source, plan: Plan) -> None:
     """Warns of what servers will refuse, or get wrong, of what is to be written.
 
     Args:
-        format, source, recipe: that :func:`check_format` has let through.
+        format, source, plan: that :func:`check_format` has let through.
 
     Warns:
         UserWarning: there is something. It says what to do.
     """
     layers = block_layers(source.model)
-    planned, _ = _planned(source, recipe)
+    planned, _ = _planned(source, plan)
     stored = {name: Layer(_shape(layer), _packing(planned.get(name))) for name, layer in layers.items()}
     has_experts = any(".experts." in name for name in layers)
     has_experts = has_experts or any(param.dim() > 2 for param in other_matrices(source.model).values())
@@ -110,11 +101,11 @@ def _packing(planned: Planned | None) -> Packing | None:
     return Packing(grid.bits, grid.symmetric, planned.scheme.group_size)
 
 
-def _planned(source: Source, recipe: Recipe) -> tuple[dict[str, Planned], list[str]]:
+def _planned(source: Source, plan: Plan) -> tuple[dict[str, Planned], list[str]]:
     """The layers that will be rounded, and the names of those that stay as they are."""
     layers = block_layers(source.model)
-    recipes = {name: recipe.of(name) for name in layers}
-    planned = {name: Planned(layers[name], own.scheme, own.method) for name, own in recipes.items() if own is not None}
+    plans = {name: plan.of(name) for name in layers}
+    planned = {name: Planned(layers[name], own.scheme, own.method) for name, own in plans.items() if own is not None}
     return planned, [name for name in layers if name not in planned]
 
 

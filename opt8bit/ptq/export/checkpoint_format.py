@@ -12,9 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.methods import Method
+from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.tensor_files import Header
+from opt8bit.ptq.rounding import Rounder
 from opt8bit.quant.weight import WeightScheme
 
 
@@ -23,7 +23,7 @@ class Planned(NamedTuple):
 
     module: nn.Module
     scheme: WeightScheme
-    method: Method
+    method: Rounder
 
 
 @dataclass

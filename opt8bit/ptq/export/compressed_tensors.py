@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import find_blocks, matrix, other_matrices
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.initialization import asks_for_weights, check_initialization, needs_weights
 from opt8bit.ptq.export.installed import not_loaded_here
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
+from opt8bit.ptq.model.blocks import find_blocks, matrix, other_matrices
+from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.tensor_files import Header
-from opt8bit.quant.grid import UniformGrid
 from opt8bit.quant.packing import WORD, pack
+from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 
@@ -186,3 +186,6 @@ def _scheme(scheme: WeightScheme) -> dict[str, Any]:
         "actorder": None,
         **(by_group if scheme.group_size else {"strategy": "channel", "group_size": None}),
     }
+
+
+FORMAT = CompressedTensors()

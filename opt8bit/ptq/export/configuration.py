@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from opt8bit.ptq.checkpoint_files import CONFIG
-from opt8bit.ptq.placement import LLAMA, Place, config_with_places
+from opt8bit.ptq.model.bias_places import LLAMA, Place, config_with_places
+from opt8bit.ptq.model.checkpoint_files import CONFIG
 from opt8bit.ptq.result import Result
 
 DTYPE_WORDS = ("dtype", "torch_dtype")

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import as_stored, matrix
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
-from opt8bit.ptq.tensor_files import Header
+from opt8bit.ptq.model.blocks import as_stored, matrix
+from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.quant.weight import QuantizedWeight
 
 
@@ -36,3 +36,6 @@ class Dense(HuggingFaceFormat):
 
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return {}
+
+
+FORMAT = Dense()

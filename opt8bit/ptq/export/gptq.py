@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import matrix
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
+from opt8bit.ptq.model.blocks import matrix
+from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.tensor_files import Header
 from opt8bit.quant.packing import WORD, pack
 from opt8bit.quant.weight import QuantizedWeight
 
@@ -89,3 +89,6 @@ class GPTQFormat(HuggingFaceFormat):
 
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
+
+
+FORMAT = GPTQFormat()

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import block_layers, matrix
-from opt8bit.ptq.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat
 from opt8bit.ptq.export.configuration import configuration, write_configuration
 from opt8bit.ptq.export.shards import write_shards
+from opt8bit.ptq.export.source_record import SourceRecord
+from opt8bit.ptq.model.blocks import block_layers, matrix
+from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import Change, Result
-from opt8bit.ptq.source_record import SourceRecord
 from opt8bit.quant.weight import QuantizedWeight
 
 
@@ -57,6 +57,7 @@ class HuggingFaceFormat(CheckpointFormat):
         """
         layers = block_layers(result.model)
         names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+        names += [name for name in result.changes if name.rpartition(".")[0] not in layers]
         by_stored_name = {stored_parameter(result, name): name for name in names}
         for there, tensor in result.source.tensors():
             record.add(there, tensor)
@@ -68,9 +69,9 @@ class HuggingFaceFormat(CheckpointFormat):
                 yield there, tensor
             else:
                 record.changed.append(there)
-                for suffix, part in self._changed(change, layers[owner], kind).items():
+                for suffix, part in self._changed(change, result.model.get_submodule(owner), kind).items():
                     yield there if suffix == kind else f"{prefix}{suffix}", part
-            bias = _new_bias(result, owner, layers[owner]) if kind == "weight" else None
+            bias = _new_bias(result, owner, layers[owner]) if kind == "weight" and owner in layers else None
             if bias is not None:
                 record.added.append(f"{prefix}bias")
                 yield f"{prefix}bias", bias

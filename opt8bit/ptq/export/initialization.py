@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.blocks import matrix
+from opt8bit.ptq.model.blocks import matrix
 
 MARK = "_is_hf_initialized"  # by which transformers knows tensors and modules that it has loaded
 FEW = 8  # tokens of a trial

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-from opt8bit.quant.grid import UniformGrid
 from opt8bit.quant.packing import WORD
+from opt8bit.quant.uniform import UniformGrid
 
 STREAM = (0, 18)  # of compressed-tensors: from then on codes stand bit to bit, before whole ones in words of 32 bits
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opt8bit.ptq.checkpoint_files import INDEX, SINGLE
-from opt8bit.ptq.tensor_files import Writer
+from opt8bit.ptq.model.checkpoint_files import INDEX, SINGLE
+from opt8bit.ptq.model.tensor_files import Writer
 
 SHARD_BYTES = 4 * 2**30
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.result import Result
-from opt8bit.quant.grid import SCALE_DTYPES, UniformGrid
+from opt8bit.quant.grid import SCALE_DTYPES
+from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
@@ -37,9 +38,9 @@ def check_uniform(format: str, name: str, planned: Planned) -> UniformGrid:
 
 def scheme_of(result: Result, name: str) -> WeightScheme:
     """Returns the scheme of a compressed layer without reading the layer."""
-    recipe = result.recipe.of(name)
-    assert recipe is not None
-    return recipe.scheme
+    plan = result.plan.of(name)
+    assert plan is not None
+    return plan.scheme
 
 
 def uniform_grid(scheme: WeightScheme) -> UniformGrid:

@@ -1,5 +1,6 @@
 """State dicts of bitsandbytes are loaded; they are made here in its form, and by itself where it is installed."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ QMAPS = {signed: dynamic_map(signed) * (1 - 2**-20) for signed in (False, True)}
 
 
 class Case(NamedTuple):
-    ours: type[Optimizer8bit]
+    ours: Callable[..., Optimizer8bit]
     slots: tuple[tuple[str, ...], ...]  # what state1 and state2 are
     signed: tuple[bool, ...]  # the map of state1 and of state2
     group: dict[str, Any]  # as saved

@@ -1,6 +1,7 @@
 """State dicts of torch.optim are loaded: exactly into 32 bits, to the nearest code into 8."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ SHAPES = ((16, 300), (32, 32))
 
 
 class Case(NamedTuple):
-    ours: type[Optimizer8bit]
+    ours: Callable[..., Optimizer8bit]
     theirs: str
     hyper: dict[str, Any]
 
@@ -176,7 +177,9 @@ def test_adam_and_adamw_take_each_others_state_dicts_as_in_torch() -> None:
         (opt8bit.LAMB8bit, "Adamax", "it is not one of LAMB8bit: it has no bias_correction, adapt"),
     ],
 )
-def test_a_state_dict_of_another_optimizer_is_refused(ours: type[Optimizer8bit], theirs: str, message: str) -> None:
+def test_a_state_dict_of_another_optimizer_is_refused(
+    ours: Callable[..., Optimizer8bit], theirs: str, message: str
+) -> None:
     params = parameters()
     reference = getattr(torch.optim, theirs)(params)
     train(reference, params, 1)

@@ -1,0 +1,91 @@
+// Adam and AdamW, each with AMSGrad or without.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "rules/rule.h"
+
+namespace opt8bit {
+namespace {
+
+// Adam (Kingma & Ba, 2015), with weight decay added to the gradient.
+struct Adam : WithoutNorms {
+  static constexpr int kStates = 2;  // exp_avg, exp_avg_sq
+  static constexpr bool kSigned[] = {true, false};
+
+  Floats weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps,
+      negative_step_size;
+  bool has_weight_decay;
+
+  Adam(const double* hyper, double step, const double*) {
+    const double lr = hyper[0], b1 = hyper[1], b2 = hyper[2];
+    const double sign = hyper[5] != 0 ? -1 : 1;  // of the gradient, multiplied into whatever it meets
+    weight_decay = constant(sign * hyper[4]);
+    has_weight_decay = hyper[4] != 0;
+    beta1 = constant(b1);
+    one_minus_beta1 = constant(sign * (1 - b1));
+    beta2 = constant(b2);
+    one_minus_beta2 = constant(1 - b2);
+    inverse_root_correction2 = constant(1 / std::sqrt(1 - std::pow(b2, step)));
+    eps = constant(hyper[3]);
+    negative_step_size = constant(-lr / (1 - std::pow(b1, step)));
+  }
+
+  Floats decayed(Floats grad, Floats param) const {
+    return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
+  }
+  Floats first_moment(Floats grad, Scaled exp_avg) const { return average_with(exp_avg, beta1, one_minus_beta1, grad); }
+  Floats second_moment(Floats grad, Scaled exp_avg_sq) const {
+    return Simd::fma(beta2 * exp_avg_sq.scale, exp_avg_sq.value, one_minus_beta2 * grad * grad);
+  }
+  Floats descend(Floats param, Floats exp_avg, Floats exp_avg_sq) const {
+    const Floats denominator = Simd::fma(Simd::sqrt(exp_avg_sq), inverse_root_correction2, eps);
+    return Simd::fma(negative_step_size, exp_avg / denominator, param);
+  }
+
+  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Floats& next_exp_avg,
+              Floats& next_exp_avg_sq) const {
+    grad = decayed(grad, param);
+    next_exp_avg = first_moment(grad, exp_avg);
+    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    param = descend(param, next_exp_avg, next_exp_avg_sq);
+  }
+};
+
+struct AdamAmsgrad : Adam {
+  static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr bool kSigned[] = {true, false, false};
+  using Adam::Adam;
+
+  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Scaled max_exp_avg_sq,
+              Floats& next_exp_avg, Floats& next_exp_avg_sq, Floats& next_max_exp_avg_sq) const {
+    grad = decayed(grad, param);
+    next_exp_avg = first_moment(grad, exp_avg);
+    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    next_max_exp_avg_sq = Simd::maximum(next_exp_avg_sq, max_exp_avg_sq);
+    param = descend(param, next_exp_avg, next_max_exp_avg_sq);
+  }
+};
+
+// AdamW (Loshchilov & Hutter, 2019): weight decay beside the gradient.
+template <class Base>
+struct Decoupled : Base {
+  Floats decay;
+
+  Decoupled(const double* hyper, double step, const double* norms)
+      : Base(hyper, step, norms), decay(constant(1 - hyper[0] * hyper[4])) {
+    this->has_weight_decay = false;
+  }
+
+  template <class... Moments>
+  void update(Floats& param, Floats grad, Moments&&... moments) const {
+    param = param * decay;
+    Base::update(param, grad, std::forward<Moments>(moments)...);
+  }
+};
+using AdamW = Decoupled<Adam>;
+using AdamWAmsgrad = Decoupled<AdamAmsgrad>;
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,33 @@
+// Lion (Chen et al., 2023).
+#pragma once
+
+#include "rules/rule.h"
+
+namespace opt8bit {
+namespace {
+
+struct Lion : WithoutNorms {
+  static constexpr int kStates = 1;  // exp_avg
+  static constexpr bool kSigned[] = {true};
+
+  Floats negative_lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay;
+
+  Lion(const double* hyper, double, const double*) {
+    const double sign_of_grad = hyper[4] != 0 ? -1 : 1;
+    negative_lr = constant(-hyper[0]);
+    beta1 = constant(hyper[1]);
+    one_minus_beta1 = constant(sign_of_grad * (1 - hyper[1]));
+    beta2 = constant(hyper[2]);
+    one_minus_beta2 = constant(sign_of_grad * (1 - hyper[2]));
+    decay = constant(1 - hyper[0] * hyper[3]);
+  }
+
+  void update(Floats& param, Floats grad, Scaled exp_avg, Floats& next_exp_avg) const {
+    const Floats direction = sign_of(average_with(exp_avg, beta1, one_minus_beta1, grad));
+    next_exp_avg = average_with(exp_avg, beta2, one_minus_beta2, grad);
+    param = Simd::fma(negative_lr, direction, param * decay);
+  }
+};
+
+}  // namespace
+}  // namespace opt8bit

@@ -1,0 +1,56 @@
+// Stochastic gradient descent.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace opt8bit {
+namespace {
+
+struct Sgd : WithoutNorms {
+  static constexpr int kStates = 0;
+  static constexpr bool kSigned[] = {false};
+
+  double sign;  // of the gradient, multiplied into whatever it meets
+  Floats weight_decay, negative_lr;
+  bool has_weight_decay;
+
+  Sgd(const double* hyper, double, const double*)
+      : sign(hyper[5] != 0 ? -1 : 1),
+        weight_decay(constant(sign * hyper[3])),
+        negative_lr(constant(-hyper[0])),
+        has_weight_decay(hyper[3] != 0) {}
+
+  Floats decayed(Floats grad, Floats param) const {
+    return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
+  }
+  void update(Floats& param, Floats grad) const {
+    param = Simd::fma(constant(sign) * negative_lr, decayed(grad, param), param);
+  }
+};
+
+// With momentum, as torch.optim has it: the first step takes the gradient undampened.
+struct SgdMomentum : Sgd {
+  static constexpr int kStates = 1;  // momentum_buffer
+  static constexpr bool kSigned[] = {true};
+
+  Floats momentum, one_minus_dampening;
+  bool nesterov;
+
+  SgdMomentum(const double* hyper, double step, const double* norms)
+      : Sgd(hyper, step, norms),
+        momentum(constant(hyper[1])),
+        one_minus_dampening(constant(sign * (step == 1 ? 1 : 1 - hyper[2]))),
+        nesterov(hyper[4] != 0) {}
+
+  void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
+    grad = decayed(grad, param);
+    next_momentum_buffer =
+        Simd::fma(momentum * momentum_buffer.scale, momentum_buffer.value, one_minus_dampening * grad);
+    const Floats direction =
+        nesterov ? Simd::fma(momentum, next_momentum_buffer, constant(sign) * grad) : next_momentum_buffer;
+    param = Simd::fma(negative_lr, direction, param);
+  }
+};
+
+}  // namespace
+}  // namespace opt8bit

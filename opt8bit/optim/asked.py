@@ -1,0 +1,150 @@
+"""What a step is asked to do with the parameters of a group, and which backend serves each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import Backend, Rule, backend_for, can_capture, get
+from opt8bit.optim import shards
+from opt8bit.optim.facts import Facts
+from opt8bit.optim.offload import Host, Hosts
+
+PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
+
+
+class Asked(NamedTuple):
+    """What a step is asked to do with one parameter group, or with some parameters of it."""
+
+    rule: Rule
+    group: dict[str, Any]
+    options: tuple[Any, ...]  # of the group, what plans depend on
+    wanted_backend: str | None
+    params: Sequence[Tensor]  # that have a gradient: what is stepped, a shard of one or its copy on the CPU
+    grads: Sequence[Tensor]
+    owners: Sequence[Tensor]  # the parameters themselves
+    types: Set[type]  # of the gradients as they came
+    placements: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
+    first: int  # number of the group's first parameter in the optimizer
+    numbers: Sequence[int]  # of these parameters in the optimizer
+    hyper: Mapping[str, Any]
+
+    def part(self, indices: Sequence[int]) -> Asked:
+        """What is asked of some of the parameters."""
+        columns = (self.params, self.grads, self.owners, self.placements or [None] * len(self.owners), self.numbers)
+        params, grads, owners, placements, numbers = ([column[i] for i in indices] for column in columns)
+        placements = tuple(placements) if any(placements) else None
+        return self._replace(params=params, grads=grads, owners=owners, placements=placements, numbers=numbers)
+
+    def key(self) -> tuple[Any, ...]:
+        """What a plan depends on, besides tensors."""
+        return (self.options, self.rule, self.numbers, self.types, self.placements, self.wanted_backend)
+
+    def where(self, i: int) -> str:
+        """One of the parameters, in words: by its name, if it has one."""
+        number = self.numbers[i]
+        names = self.group.get("param_names")
+        return f"parameter {names[number - self.first]!r}" if names else f"parameter {number}"
+
+
+def asked_of(
+    group: dict[str, Any],
+    facts: Facts,
+    hosts: Hosts,
+    first: int,
+    wanted: str | None,
+    *,
+    alone: int | None = None,
+    done: Set[Tensor] = frozenset(),
+) -> Asked:
+    """Returns what a step is asked to do with a group.
+
+    Args:
+        group: of parameters.
+        facts: of it.
+        hosts: of parameters that are stepped on the CPU.
+        first: number of the group's first parameter in the optimizer.
+        wanted: the backend that the environment names.
+        alone: of the one parameter in it that is stepped now, if it is not all; its host has what it takes.
+        done: parameters that have been stepped already.
+    """
+    params = group["params"]
+    numbers: Sequence[int] = range(first, first + len(params))
+    if alone is not None:
+        params, numbers = params[alone : alone + 1], numbers[alone : alone + 1]
+    grads = list(map(attrgetter("grad"), params))
+    types = frozenset(map(type, grads))
+    if done or type(None) in types:
+        present = [i for i, grad in enumerate(grads) if grad is not None and params[i] not in done]
+        params, grads = [params[i] for i in present], [grads[i] for i in present]
+        numbers, types = [numbers[i] for i in present], frozenset(map(type, grads))
+    owners, placements = params, None
+    if types - PLAIN:
+        placements = tuple(map(shards.placement_of, owners))
+    if group["offload"]:
+        held = fetched(hosts, owners) if alone is None else [hosts.of(param) for param in owners]
+        params, grads = [host.param for host in held], [host.grad for host in held]
+    elif placements:
+        params, grads = list(map(shards.local, owners)), list(map(shards.local_grad, grads, owners))
+    return Asked(
+        rule=facts.rule,
+        group=group,
+        options=facts.planned,
+        wanted_backend=wanted,
+        params=params,
+        grads=grads,
+        owners=owners,
+        types=types,
+        placements=placements,
+        first=first,
+        numbers=numbers,
+        hyper=facts.hyper,
+    )
+
+
+def fetched(hosts: Hosts, params: Sequence[Tensor]) -> list[Host]:
+    """Returns parameters and gradients on the CPU."""
+    found = [hosts.fetched(param) for param in params]
+    for host in found:
+        host.wait()
+    return found
+
+
+def divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
+    """What can be stepped as it lies; and one by one the parameters that no process has the whole of, which their rule
+    looks at."""
+    together, one_by_one = [], []
+    for each in asked:
+        looks_at_wholes = each.rule.whole and each.placements
+        apart = [i for i, param in enumerate(each.owners) if shards.is_divided(param)] if looks_at_wholes else []
+        together.append(each.part(sorted({*range(len(each.owners))} - {*apart})) if apart else each)
+        one_by_one += [each.part([i]) for i in apart]
+    return together, one_by_one
+
+
+def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: bool = False) -> Backend:
+    """Returns the backend that serves a parameter.
+
+    Raises:
+        ValueError: the group asks for kernels that do not serve it.
+    """
+    backend = backend_for(param.device)
+    fused = asked.group["fused"]
+    if fused is False or is_overlapping or grad.dtype != param.dtype or not backend.can_step(param):
+        backend = get("reference")
+    if fused and backend.name == "reference":
+        raise ValueError(
+            f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
+            f"{param.device} with a gradient of {grad.dtype}"
+            f"{', in memory that another may share' if is_overlapping else ''}; leave fused out"
+        )
+    if asked.group["capturable"] and not (backend.name == "triton" and can_capture(param, asked.rule)):
+        raise ValueError(
+            f"capturable=True takes kernels in Triton, and none serve {asked.rule.name} for a parameter of "
+            f"{param.dtype} on {param.device} with a gradient of {grad.dtype}; leave capturable out"
+        )
+    return backend

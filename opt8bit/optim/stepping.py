@@ -1,0 +1,280 @@
+"""Stepping: the one step of every optimizer, from gradients to the backends' calls."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import chain, islice
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from opt8bit.backends import can_capture, wanted_backend
+from opt8bit.optim import shards
+from opt8bit.optim.asked import Asked, asked_of, backend_of, divided
+from opt8bit.optim.backward import Backward
+from opt8bit.optim.facts import FactsOfGroups
+from opt8bit.optim.offload import Hosts
+from opt8bit.optim.plan import Plan, Work
+from opt8bit.optim.ruled import Ruled
+from opt8bit.optim.states import CODED_DTYPES, check, initialized, others, will_be_coded
+
+SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
+Place = tuple[int, "int | None"] | None  # a group's number, and that of one parameter in it; None for all groups
+Scaling = tuple["Tensor | None", "Tensor | None"]  # what GradScaler hands over: grad_scale and found_inf
+
+
+class Stepping(Ruled):
+    """An optimizer that steps all of its parameters in one call for each device."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient, in one call per device.
+
+        ``torch.amp.GradScaler`` hands its scale and its finding of infinities over (``grad_scale``, ``found_inf``):
+        the gradients are unscaled in the same pass, and left as they are; a step with infinities is skipped.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or is not of its parameter's shape; or a CUDA graph is captured without
+                ``capturable``. Nothing has been updated then.
+            ValueError: ``fused=True`` and no compiled kernels can serve a parameter; or a state is not of its
+                parameter's shape and dtype, or was made with another block size. Nothing has been updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        """Takes a step with the gradients that are there."""
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            self._check_capture()
+        scaling = _tensor(getattr(self, "grad_scale", None)), _tensor(getattr(self, "found_inf", None))
+        self._backward.watch()
+        done = self._backward.finish(is_scaled=any(value is not None for value in scaling))
+        # Everything is checked before the first state is made, and the first backend writes.
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        together, one_by_one = divided(self._all_asked(done))
+        for each in one_by_one:
+            self._check_divided(each)
+        work = self._work(None, together, fresh, scaling)
+        if self._plans[None].is_shared:
+            self._take([], fresh, is_captured)
+            for index, each in enumerate(together):  # after what the one before has written
+                self._take(self._work((index, None), [each], fresh, scaling), {}, is_captured)
+        else:
+            self._take(work, fresh, is_captured)
+        for each in one_by_one:
+            self._step_gathered(each, scaling)
+        _note_writes([param for each in together for param in each.owners])
+        offloaded = [group for group in self.param_groups if group["offload"]]
+        if offloaded:
+            for param in [param for each in together if each.group["offload"] for param in each.owners]:
+                self._hosts.give_back(param)
+            self._hosts.keep({param for group in self.param_groups for param in group["params"]})
+
+    def _check_divided(self, asked: Asked) -> None:
+        """Raises for one parameter what the plan of many raises: before anything is gathered."""
+        (param,), (shard,), (grad,), (state,) = asked.owners, asked.params, asked.grads, self._states([asked])
+        self._check_asked(asked, 0)
+        backend_of(asked, shard, grad)
+        if state:
+            coded = will_be_coded(state, asked.rule, param, asked.group)
+            check(asked.where(0), shard, asked.rule, asked.group, self._initialized(asked, 0, shard, state, coded))
+
+    def _step_gathered(self, asked: Asked, scaling: Scaling) -> None:
+        """Steps a divided parameter by a rule that looks at whole ones: all processes gather it, and step it alike."""
+        (param,), group = asked.owners, asked.group
+        state = self.state.get(param, {})
+        had = {name: shards.everywhere(value) for name, value in state.items()}
+        whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
+        states = self._initialized(asked, 0, whole, had, will_be_coded(had, asked.rule, param, group))
+        asked = asked._replace(params=[whole], grads=[grad], owners=[whole], placements=None)
+        work = Plan([asked], [states]).work([asked], [states], *scaling)
+        assert work is not None
+        self._take(work, {}, False)
+        shards.local(param).copy_(shards.part(whole, param))
+        stored = shards.sharded(shards.cut(states, param), param, group["block_size"])
+        self._keep(param, {**others(state, asked.rule, states), **stored})
+
+    def _take(self, work: list[Work], fresh: Mapping[Tensor, Mapping[str, Any]], is_captured: bool) -> None:
+        """Does the work, after the states that are missing have been added."""
+        for param, state in fresh.items():
+            self._keep(param, state)
+        if is_captured:  # the graph reads what was prepared whenever it is replayed, whatever becomes of the plans
+            self.__dict__.setdefault("_of_graphs", []).extend(item.step.prepared for item in work)
+        for backend, step, _ in work:
+            backend.step(step)
+        for param, contiguous in [copy for item in work for copy in item.copies]:
+            param.copy_(contiguous)
+
+    def _keep(self, param: Tensor, state: Mapping[str, Any]) -> None:
+        self.state[param].clear()
+        self.state[param].update(state)
+
+    def _work(
+        self, place: Place, asked: Sequence[Asked], fresh: dict[Tensor, dict[str, Any]], scaling: Scaling
+    ) -> list[Work]:
+        """Returns the work that is asked for. States that it needs and that are not there yet are added to ``fresh``.
+
+        Args:
+            place: whose plan it is.
+        """
+        plans = self._plans
+        for gone in [each for each in plans if each and each[0] >= len(self.param_groups)]:
+            del plans[gone]
+        states = self._states(asked)
+        work = plans[place].work(asked, states, *scaling) if place in plans else None
+        if work is not None:
+            return work
+        made: list[dict[str, Tensor]] = []
+        for each in asked:
+            for i, (shard, param) in enumerate(zip(each.params, each.owners, strict=True)):
+                self._check_asked(each, i, is_alone=place is not None and place[1] is not None)
+                state = states[len(made)]
+                coded = will_be_coded(state, each.rule, param, each.group)
+                made.append(self._initialized(each, i, shard, state, coded))
+        owners = [(each, param) for each in asked for param in each.owners]
+        # As they will lie in the optimizer, with what others keep there.
+        kept = [
+            {**others(state, each.rule, mine), **mine}
+            for (each, _), state, mine in zip(owners, states, made, strict=True)
+        ]
+        plan = plans[place] = Plan(asked, kept)
+        work = plan.work(asked, kept, *scaling)
+        assert work is not None
+        for (each, param), mine in zip(owners, made, strict=True):
+            stored = shards.sharded(mine, param, each.group["block_size"])
+            fresh[param] = {**others(self.state.get(param, {}), each.rule, mine), **stored}
+        return work
+
+    def _initialized(
+        self, asked: Asked, i: int, shard: Tensor, state: Mapping[str, Any], coded: bool
+    ) -> dict[str, Tensor]:
+        return initialized(asked.where(i), state, asked.rule, shard, asked.group, coded, self.initial(asked.group))
+
+    def _check_asked(self, asked: Asked, i: int, *, is_alone: bool = False) -> None:
+        """Raises for a parameter that cannot be stepped, or not with its gradient; by its name."""
+        try:
+            self._check_param(asked.owners[i], asked.group)
+            if not is_alone:  # whose gradient has been fetched, and may be gone
+                shards.check_grad(asked.owners[i])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{asked.where(i)}: {error}") from None
+
+    def _all_asked(self, done: Set[Tensor]) -> list[Asked]:
+        """Returns what a step is asked to do with each group, but with the parameters that are done already."""
+        wanted, first, result = wanted_backend(), 0, []
+        for index, group in enumerate(self.param_groups):
+            result.append(asked_of(group, self._facts.of(index, group), self._hosts, first, wanted, done=done))
+            first += len(group["params"])
+        return result
+
+    @property
+    def _plans(self) -> dict[Place, Plan]:
+        return self.__dict__.setdefault("_plans_by_place", {})  # as after unpickling
+
+    @property
+    def _facts(self) -> FactsOfGroups:
+        if "_facts_of_groups" not in self.__dict__:
+            me = weakref.proxy(self)
+            self._facts_of_groups = FactsOfGroups(
+                self.defaults, lambda group: me.rule(group), lambda group: me.check_group(group)
+            )
+        return self._facts_of_groups
+
+    @property
+    def _hosts(self) -> Hosts:
+        if "_hosts_of_parameters" not in self.__dict__:  # as after unpickling
+            self._hosts_of_parameters = Hosts()
+        return self._hosts_of_parameters
+
+    @property
+    def _backward(self) -> Backward:
+        if "_backward_steps" not in self.__dict__:
+            me = weakref.proxy(self)
+            self._backward_steps = Backward(lambda: me.param_groups, self._hosts, lambda *place: me._prepared(*place))
+        return self._backward_steps
+
+    def _prepared(self, index: int, alone: int) -> Callable[[], None]:
+        """The step of one parameter, which its host has or is about to have, for a thread to take."""
+        first = sum(len(group["params"]) for group in self.param_groups[:index])
+        group = self.param_groups[index]
+        asked = asked_of(group, self._facts.of(index, group), self._hosts, first, wanted_backend(), alone=alone)
+        asked = asked._replace(group=dict(group))  # the thread shall not see what is written into it later
+
+        def step() -> None:
+            fresh: dict[Tensor, dict[str, Any]] = {}
+            self._take(self._work((index, alone), [asked], fresh, (None, None)), fresh, False)
+
+        return step
+
+    def _states(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+        """Returns those that are there, of the parameters or of their shards."""
+        owners = list(chain.from_iterable(each.owners for each in asked))
+        # Where they lie in the order of the parameters, as is usual, none has to be looked up.
+        if len(owners) == len(self.state) and all(map(is_, owners, self.state)):
+            states = list(self.state.values())
+        else:
+            states = [self.state.get(param, {}) for param in owners]
+        if all(each.placements is None for each in asked):
+            return states
+        remaining, result = iter(states), []
+        for each in asked:
+            mine = islice(remaining, len(each.owners))
+            result += mine if each.placements is None else map(shards.local_states, mine)
+        return result
+
+    def _check_capture(self) -> None:
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"a step of {type(self).__name__} is captured in a CUDA graph: that takes capturable=True"
+            )
+
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        whole = self.rule(group).whole
+        by_chance = group["stochastic_rounding"] and param.dtype == torch.bfloat16 and not whole
+        shards.check(param, by_chance=by_chance)
+        if group["offload"] and whole and shards.is_divided(param):
+            raise TypeError(f"{type(self).__name__} looks at whole parameters: of shards it takes no offload")
+        if param.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"parameters must be one of {', '.join(map(str, SUPPORTED_DTYPES))}, got {param.dtype}")
+        for name in ("stochastic_rounding", "compensation"):
+            if group[name] and param.dtype == torch.float16:
+                raise ValueError(f"{name}=True is for bfloat16 parameters, got one of torch.float16")
+        if group["capturable"] and not can_capture(param, self.rule(group)):
+            raise ValueError(
+                f"capturable must be left out for {type(self).__name__} on {param.device}, where no kernels in Triton "
+                "serve it, got True"
+            )
+        if group["capturable"] and group["offload"]:
+            raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
+        self.check_param(param)
+
+
+def _note_writes(params: list[Tensor]) -> None:
+    """Tells autograd, which does not see what kernels write."""
+    try:
+        increment_version(params)
+    except TypeError:  # of older torch, which takes one at a time
+        for param in params:
+            increment_version(param)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """What GradScaler hands over, if it does: a tensor, or a number where there was no gradient to look at."""
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else shards.everywhere(value)
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")

@@ -1,0 +1,1 @@
+"""Quantizers of what layers see: one file each."""

@@ -1,0 +1,1 @@
+"""Which layers get how many bits: sensitivities, and an exact allocator under a budget."""

@@ -1,0 +1,203 @@
+"""What calibration keeps of a layer's inputs: sums over tokens, of the float stream and of the quantized one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from opt8bit.ptq import ranks
+
+TRIANGLE = 192  # columns of one piece of a symmetric product: small enough to leave most of the upper half out
+
+
+class Inputs(NamedTuple):
+    """What a layer sees of one batch, in the float model and in the one that is quantized so far."""
+
+    x: Tensor  # (sequences, length, d)
+    x_hat: Tensor  # (sequences, length, d)
+    mask: Tensor | None = None  # (sequences, length), true where a token counts
+    wanted: Tensor | None = None  # (sequences, length, h), of a layer whose output is added to the hidden states:
+    # W x + δ, what it puts out in the float model, without its bias, and by how much the hidden states have drifted
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        wanted = None if self.wanted is None else self.wanted.to(dtype)
+        return Inputs(self.x.to(dtype), self.x_hat.to(dtype), self.mask, wanted)
+
+
+class NotFinite(ValueError):
+    """An input of a layer is not finite."""
+
+
+class Statistics:
+    """Sums over the tokens that one layer has seen: x in the float model, x̂ in the model quantized so far.
+
+    Both streams see the same tokens in the same order. A batch is multiplied, and the tokens of a sequence are added,
+    in the streams' own dtype, all else in ``dtype``, so that batches of any size come to the same sums up to rounding.
+    Means are kept per sequence: how much they differ says how far the mean of all tokens can be trusted. Sums that are
+    not asked for stay empty.
+
+    Args:
+        features: length d of an input.
+        hessian: whether ``Σ x̂ x̂ᵀ`` is kept. (Where both streams are one, that is ``Σ x xᵀ``.)
+        cross: whether ``Σ x x̂ᵀ`` is kept, or with ``wanted`` in its place ``Σ y x̂ᵀ``, y what the layer should put out.
+        wanted: length h of y; 0 for none.
+        dtype: of the sums: float64 or float32.
+        device: of the sums.
+
+    Raises:
+        ValueError: ``dtype`` is another one.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        hessian: bool = True,
+        cross: bool = True,
+        wanted: int = 0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+
+        def zeros(*shape: int, kept: bool = True) -> Tensor:
+            return torch.zeros(shape if kept else (0, 0), dtype=dtype, device=device)
+
+        self.tokens = zeros(0)  # (sequences,)
+        self.sum_x = zeros(0, features)  # (sequences, d)
+        self.sum_x_hat = zeros(0, features)  # (sequences, d)
+        self.sum_wanted = zeros(0, wanted)  # (sequences, h)
+        self.sum_x_hat_x_hat = zeros(features, features, kept=hessian)  # Σ x̂ x̂ᵀ
+        self.sum_cross = zeros(wanted or features, features, kept=cross)  # Σ x x̂ᵀ, or Σ y x̂ᵀ
+
+    @property
+    def count(self) -> Tensor:
+        """Tokens seen, ()."""
+        return self.tokens.sum()
+
+    def update(
+        self,
+        x: Tensor,  # (sequences, length, d)
+        x_hat: Tensor,  # (sequences, length, d)
+        mask: Tensor | None = None,  # (sequences, length), true where a token counts
+        wanted: Tensor | None = None,  # (sequences, length, h)
+    ) -> None:
+        """Adds a batch of :class:`Inputs`.
+
+        Raises:
+            ValueError: the shapes do not agree, or an input that counts is not finite.
+        """
+        self._check(x, x_hat, mask, wanted)
+        tokens = torch.full(x.shape[:1], x.shape[1], device=x.device)
+        streams = [x, x_hat, x[..., :0] if wanted is None else wanted]
+        if mask is not None:
+            counts = mask.bool().unsqueeze(-1)
+            tokens = counts.sum((1, 2))
+            # Not a product: what does not count may be infinite.
+            streams = [torch.where(counts, stream, 0) for stream in streams]
+        sums = [stream.sum(1).to(self.sum_x.dtype) for stream in streams]
+        if not all(bool(part.isfinite().all()) for part in sums):
+            raise NotFinite("an input is not finite")
+        self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
+        self.sum_x = torch.cat([self.sum_x, sums[0]])
+        self.sum_x_hat = torch.cat([self.sum_x_hat, sums[1]])
+        self.sum_wanted = torch.cat([self.sum_wanted, sums[2]])
+        if self.sum_x_hat_x_hat.numel() or self.sum_cross.numel():
+            rows, rows_hat, rows_wanted = (stream.flatten(0, 1) for stream in streams)
+            by_feature = rows_hat.T.contiguous()
+            if self.sum_x_hat_x_hat.numel():
+                self.sum_x_hat_x_hat += gram(by_feature)
+            if self.sum_cross.numel():
+                self.sum_cross += linear((rows if wanted is None else rows_wanted).T, by_feature)  # rowsᵀ rows_hat
+
+    def _check(self, x: Tensor, x_hat: Tensor, mask: Tensor | None, wanted: Tensor | None) -> None:
+        features, outputs = self.sum_x.shape[1], self.sum_wanted.shape[1]
+        if x.dim() != 3 or x.shape != x_hat.shape or x.shape[-1] != features:
+            expected = f"(sequences, length, {features})"
+            raise ValueError(f"x and x_hat must both be {expected}, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        found = None if wanted is None else tuple(wanted.shape)
+        expected = (*x.shape[:2], outputs) if outputs else None
+        if found != expected:
+            raise ValueError(f"wanted must be {expected}, got {found}")
+
+    def merge(self, other: Statistics) -> None:
+        """Adds what another one, of the same sums, has seen of other tokens."""
+        self.tokens = torch.cat([self.tokens, other.tokens])
+        self.sum_x = torch.cat([self.sum_x, other.sum_x])
+        self.sum_x_hat = torch.cat([self.sum_x_hat, other.sum_x_hat])
+        self.sum_wanted = torch.cat([self.sum_wanted, other.sum_wanted])
+        self.sum_x_hat_x_hat += other.sum_x_hat_x_hat
+        self.sum_cross += other.sum_cross
+
+    def of_all_ranks(self) -> None:
+        """Adds what all other processes have seen, if there are several."""
+        ranks.add(self.sum_x_hat_x_hat, self.sum_cross)
+        self.tokens, self.sum_x, self.sum_x_hat, self.sum_wanted = ranks.concatenated(
+            self.tokens, self.sum_x, self.sum_x_hat, self.sum_wanted
+        )
+
+    @property
+    def mean_x(self) -> Tensor:
+        """E[x], (d,)."""
+        return self.sum_x.sum(0) / self.count
+
+    @property
+    def mean_x_hat(self) -> Tensor:
+        """E[x̂], (d,)."""
+        return self.sum_x_hat.sum(0) / self.count
+
+    @property
+    def mean_wanted(self) -> Tensor:
+        """E[y], (h,)."""
+        return self.sum_wanted.sum(0) / self.count
+
+
+class InputStatistics(NamedTuple):
+    """What a rounding method may ask of a layer's inputs in the compressed model; None where it is not known."""
+
+    second_moments: Tensor | None = (
+        None  # E[x̂ x̂ᵀ], (in, in), symmetric, positive semi-definite; of what is centred: Cov
+    )
+
+    def required(self, name: str) -> Tensor:
+        """
+        Raises:
+            ValueError: it is not known.
+        """
+        found: Tensor | None = getattr(self, name)
+        if found is None:
+            raise ValueError(f"{name} of the layer's inputs must be given, got None")
+        return found
+
+
+class Moments:
+    """Second moments per token, (d, d) or (h, d), about zero or about the means; empty where their sums are."""
+
+    def __init__(self, statistics: Statistics, *, centred: bool) -> None:
+        mean_hat = statistics.mean_x_hat
+
+        def moment(total: Tensor, mean: Tensor) -> Tensor:
+            per_token = total / statistics.count
+            return per_token - torch.outer(mean, mean_hat) if centred and total.numel() else per_token
+
+        self.x_hat_x_hat = moment(statistics.sum_x_hat_x_hat, mean_hat)  # E[x̂ x̂ᵀ]
+        self.are_wanted = statistics.sum_wanted.shape[1] > 0
+        mean = statistics.mean_wanted if self.are_wanted else statistics.mean_x
+        self.cross = moment(statistics.sum_cross, mean)  # E[x x̂ᵀ], or E[y x̂ᵀ]
+
+
+def gram(by_feature: Tensor) -> Tensor:
+    """``A Aᵀ`` of a matrix (d, n), with only the pieces on and below the diagonal computed."""
+    features = len(by_feature)
+    product = by_feature.new_empty(features, features)
+    for top in range(0, features, TRIANGLE):
+        piece = linear(by_feature[top : top + TRIANGLE], by_feature[: top + TRIANGLE])
+        product[top : top + TRIANGLE, : top + TRIANGLE] = piece
+        product[:top, top : top + TRIANGLE] = piece[:, :top].T
+    return product

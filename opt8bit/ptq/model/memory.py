@@ -1,0 +1,58 @@
+"""The machine's memory, and what a model takes of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from torch import nn
+
+from opt8bit.ptq.model.blocks import find_blocks
+
+CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def machine_memory() -> float:
+    """Returns the memory in bytes that this process may have; infinite where the system does not say."""
+    try:
+        found = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        found = math.inf
+    for limit in CGROUP:
+        try:
+            found = min(found, float(limit.read_text()))
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+    return found
+
+
+def outside(model: nn.Module) -> int:
+    """Returns the bytes of what is in no block, which stays in memory: embeddings, head, norms."""
+    _, blocks = find_blocks(model)
+    return bytes_of(model) - sum(map(bytes_of, blocks))
+
+
+def check_room(model: nn.Module) -> None:
+    """Checks that there is room for a model of which one block at a time is in memory.
+
+    Raises:
+        ValueError: not even for one block and what is outside of all.
+    """
+    _, blocks = find_blocks(model)
+    around, block, memory = outside(model), max(map(bytes_of, blocks)), machine_memory()
+    if around + block > memory:
+        raise ValueError(
+            f"the machine's memory of {gigabytes(memory)} does not hold the embeddings and the head, "
+            f"{gigabytes(around)}, and one block, {gigabytes(block)}: compress the model on a larger machine"
+        )
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Returns the bytes of a module's parameters."""
+    return sum(param.numel() * param.element_size() for param in module.parameters())
+
+
+def gigabytes(size: float) -> str:
+    """Returns a size in bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,217 @@
+"""What a recipe comes to for the layers of a model: which method rounds each of them, and to which scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from opt8bit.ptq.group_sizes import default_group_size
+from opt8bit.ptq.model.blocks import block_layers, matrix
+from opt8bit.ptq.reconstruction.engine import Reconstruction
+from opt8bit.ptq.rounding import RTN, OutlierQuantEase, QuantEase, Rounder
+from opt8bit.ptq.rounding.rounder import check_rounder
+from opt8bit.ptq.transforms.transform import Transform
+from opt8bit.quant.grid import SCALE_DTYPES, Grid
+from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.weight import WeightScheme
+from opt8bit.recipe.recipe import AUTO, ERROR_PROPAGATION, POLISH, SERVED_SYMMETRIC, Recipe
+from opt8bit.recipe.registry import FORMATS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a layer is rounded and corrected; see :class:`Recipe`.
+
+    Attributes:
+        method: rounds its weight.
+        scheme: of the rounded weight.
+        error_propagation, bias_correction, statistic: as a recipe has them.
+    """
+
+    method: Rounder
+    scheme: WeightScheme
+    error_propagation: float = 0.0
+    bias_correction: str = "none"
+    statistic: str = "mean"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a model.
+
+    Attributes:
+        recipe: that was asked for, with what depends on the model filled in.
+        layers: by name; None for those that stay as they are.
+        error_propagation: of layers that look at their inputs.
+        transforms: of each block, before its layers are rounded.
+        reconstruction: of each block afterwards; None for none.
+    """
+
+    recipe: Recipe
+    layers: Mapping[str, LayerPlan | None]
+    error_propagation: float
+    transforms: tuple[Transform, ...] = ()
+    reconstruction: Reconstruction | None = None
+
+    @property
+    def bias_correction(self) -> str:
+        return self.recipe.bias_correction
+
+    @property
+    def statistic(self) -> str:
+        return self.recipe.statistic
+
+    @property
+    def looks_at_inputs(self) -> bool:
+        """Whether any layer's method does."""
+        return any(plan is not None and plan.method.looks_at_inputs for plan in self.layers.values())
+
+    def of(self, name: str) -> LayerPlan | None:
+        """The plan for one layer; None where it stays as it is."""
+        return self.layers[name]
+
+
+def plan_for(model: nn.Module, recipe: Recipe, checkpoint_format: str | None = None) -> Plan:
+    """Returns what a recipe comes to for a model.
+
+    Scales are stored in the dtype of a layer's weight, as packed checkpoints have them.
+
+    Args:
+        model: to be compressed.
+        recipe: for it.
+        checkpoint_format: that the result is meant for, a name of :data:`FORMATS`; None for none.
+
+    Raises:
+        TypeError, ValueError: the recipe contradicts itself, or does not fit the model. The message names the layer.
+    """
+    layers = block_layers(model)
+    recipe = _settled(recipe, model, checkpoint_format)
+    for override in recipe.override_list:
+        if not any(fnmatchcase(name, override.pattern) for name in layers):
+            raise ValueError(f"overrides[{override.pattern!r}] fits no layer; there is {min(layers)}, for example")
+    whole = rounder_of(recipe)
+    strength = recipe.error_propagation
+    if strength is None:
+        strength = ERROR_PROPAGATION if whole.looks_at_inputs and recipe.bias_correction != "local" else 0.0
+    _check_inputs(recipe, whole, strength)
+    plans: dict[tuple[Recipe, torch.dtype], LayerPlan] = {}  # one object for those that are alike
+    found: dict[str, LayerPlan | None] = {}
+    for name, layer in layers.items():
+        own = recipe.of(name)
+        if own is None:
+            found[name] = None
+            continue
+        key = own, _scale_dtype(layer)
+        if key not in plans:
+            plans[key] = _layer_plan(*key, strength)
+        found[name] = plans[key]
+    if not any(found.values()):
+        raise ValueError("overrides leave every layer as it is")
+    transforms = tuple(map(_transform, recipe.transforms))
+    return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction))
+
+
+def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None) -> Recipe:
+    """The recipe with what depends on the model and the checkpoint's format filled in."""
+    if recipe.symmetric is None and recipe.grid is None:
+        packed = checkpoint_format is not None and FORMATS[checkpoint_format].is_packed
+        recipe = replace(recipe, symmetric=packed and recipe.bits in SERVED_SYMMETRIC)
+    if recipe.group_size == AUTO:
+        recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list))
+    return recipe
+
+
+def rounder_of(recipe: Recipe) -> Rounder:
+    """Returns the rounding method that a recipe describes.
+
+    Raises:
+        TypeError: its method is neither a name nor one.
+    """
+    if not isinstance(recipe.method, str):
+        check_rounder("method", recipe.method)
+        return recipe.method
+    # QuantEase is what polish does, here to weights that are rounded to nearest.
+    start: Rounder = RTN() if recipe.method == "quantease" else ROUNDERS[recipe.method](**_given(recipe, "act_order"))
+    if recipe.outliers:
+        start = OutlierQuantEase(recipe.outliers, recipe.outlier_structure or "unstructured", start=start)
+    polish = recipe.method != "rtn" if recipe.polish is None else recipe.polish
+    return polished(start) if polish else start
+
+
+def polished(start: Rounder) -> QuantEase:
+    """A method with the polish that the default recipe has."""
+    return QuantEase(start=start, **POLISH)
+
+
+def _given(recipe: Recipe, *names: str) -> dict[str, Any]:
+    """Those options that were given; the method has defaults for the others."""
+    values = {name: getattr(recipe, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_inputs(recipe: Recipe, rounder: Rounder, strength: float) -> None:
+    """
+    Raises:
+        ValueError: more is asked of a method that looks at no inputs than it can do.
+    """
+    if rounder.looks_at_inputs:
+        return
+    if recipe.bias_correction == "joint":
+        raise ValueError(f"{rounder!r} looks at no inputs: with bias_correction='joint' it would round as ever")
+    if strength:
+        raise ValueError(f"{rounder!r} looks at no inputs: error_propagation must be 0")
+
+
+def _transform(given: Any) -> Transform:
+    """
+    Raises:
+        TypeError: it is neither the name of a transform nor one.
+    """
+    found = TRANSFORMS[given]() if isinstance(given, str) else given
+    if not isinstance(found, Transform):
+        raise TypeError(f"transforms must be names, or transforms, got {given!r}")
+    return found
+
+
+def _reconstruction(given: Any) -> Reconstruction | None:
+    """
+    Raises:
+        TypeError: it is neither the name of a parametrization nor a reconstruction.
+    """
+    found = Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
+    if not isinstance(found, Reconstruction | None):
+        raise TypeError(f"reconstruction must be a name, or a Reconstruction, got {given!r}")
+    return found
+
+
+def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> LayerPlan:
+    rounder = rounder_of(recipe)
+    bias_correction = (
+        "sequential" if recipe.bias_correction == "joint" and not rounder.looks_at_inputs else recipe.bias_correction
+    )
+    return LayerPlan(
+        rounder,
+        WeightScheme(_grid(recipe, rounder, scale_dtype), recipe.group_size),  # type: ignore[arg-type]
+        strength if rounder.looks_at_inputs else 0.0,
+        bias_correction,
+        recipe.statistic,
+    )
+
+
+def _grid(recipe: Recipe, rounder: Rounder, scale_dtype: torch.dtype) -> Grid:
+    if recipe.grid is not None:
+        if not isinstance(recipe.grid, Grid):
+            raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {recipe.grid!r}")
+        return recipe.grid
+    range = recipe.range or ("mse" if rounder.looks_at_inputs else "minmax")
+    return UniformGrid(recipe.bits, symmetric=bool(recipe.symmetric), range=range, scale_dtype=scale_dtype)
+
+
+def _scale_dtype(layer: nn.Module) -> torch.dtype:
+    dtype = matrix(layer).dtype
+    return dtype if dtype in SCALE_DTYPES else torch.float32

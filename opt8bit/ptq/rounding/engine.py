@@ -1,0 +1,46 @@
+"""What runs the loops over the columns of a weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic
+
+from torch import Tensor
+
+from opt8bit.quant.grid import P
+
+
+class Engine(ABC, Generic[P]):
+    """The loops for weights on one grid."""
+
+    @abstractmethod
+    def fit(
+        self,
+        weight: Tensor,  # (out, in)
+        group_size: int,
+        importance: Tensor | None = None,  # (in,)
+    ) -> P:
+        """The grid's params (out, groups); errors of column j weigh by ``importance[j]`` (default 1)."""
+
+    @abstractmethod
+    def error_feedback(
+        self,
+        weight: Tensor,  # (out, in), columns in the order in which they are rounded
+        factor: Tensor,  # (in, in), U
+        importance: Tensor,  # (in,)
+        group_of: Tensor,  # (in,)
+        params: P | None,  # (out, groups); fitted on the way where None: columns then go group by group
+    ) -> tuple[Tensor, P]:
+        """GPTQ's loop: the rounded weight, (out, in), and its params, (out, groups)."""
+
+    @abstractmethod
+    def coordinate_descent(
+        self,
+        weight: Tensor,  # (out, in), the target W
+        on_grid: Tensor,  # (out, in), where to start
+        hessian: Tensor,  # (in, in)
+        group_of: Tensor,  # (in,)
+        params: P,  # (out, groups)
+        sweeps: int,
+    ) -> Tensor:
+        """QuantEase's loop: the weight (out, in) after up to ``sweeps`` sweeps, every value on the grid."""

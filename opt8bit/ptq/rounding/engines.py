@@ -1,0 +1,51 @@
+"""The one choice of who runs the loops over columns: compiled kernels where they have the grid, or plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.backends import rounding_kernels
+from opt8bit.ptq.rounding.compiled import CompiledEngine
+from opt8bit.ptq.rounding.coordinate_descent import descend
+from opt8bit.ptq.rounding.engine import Engine
+from opt8bit.ptq.rounding.error_feedback import round_columns
+from opt8bit.quant.grid import Grid, P, at
+from opt8bit.quant.uniform import UniformGrid
+
+
+def engine_for(weight: Tensor, grid: Grid) -> Engine[Any]:
+    """Returns what runs the loops for a weight on a grid.
+
+    The kernels know :class:`UniformGrid` itself: a class made from it may fit or round otherwise.
+    """
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and type(grid) is UniformGrid:
+        kernels = rounding_kernels(weight.device)
+        if kernels is not None:
+            return CompiledEngine(kernels, grid)
+    return PlainEngine(grid)
+
+
+class PlainEngine(Engine[P]):
+    """The loops in torch, for every grid, dtype and device: what the compiled ones are checked against."""
+
+    def __init__(self, grid: Grid[P]) -> None:
+        self._grid = grid
+
+    def fit(self, weight: Tensor, group_size: int, importance: Tensor | None = None) -> P:
+        groups = weight.unflatten(1, (-1, group_size))
+        if importance is not None:
+            importance = importance.to(weight.dtype).unflatten(0, groups.shape[1:])
+        return at(self._grid.fit(groups, importance), (..., 0))
+
+    def error_feedback(
+        self, weight: Tensor, factor: Tensor, importance: Tensor, group_of: Tensor, params: P | None
+    ) -> tuple[Tensor, P]:
+        return round_columns(weight, factor, importance, group_of, params, self._grid)
+
+    def coordinate_descent(
+        self, weight: Tensor, on_grid: Tensor, hessian: Tensor, group_of: Tensor, params: P, sweeps: int
+    ) -> Tensor:
+        return descend(weight, on_grid, hessian, group_of, params, self._grid, sweeps)

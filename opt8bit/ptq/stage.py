@@ -1,0 +1,139 @@
+"""One stage of a block: layers that read the same input are rounded on its statistics, and their outputs corrected."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq import ranks
+from opt8bit.ptq.calibration.outputs import OutputErrors
+from opt8bit.ptq.calibration.statistics import Inputs, InputStatistics, Moments, Statistics
+from opt8bit.ptq.compressed import Compressed
+from opt8bit.ptq.correction import bias as compensation
+from opt8bit.ptq.correction.target import asymmetric_target
+from opt8bit.ptq.model.blocks import matrix
+from opt8bit.ptq.plan import LayerPlan
+from opt8bit.quant.weight import QuantizedWeight
+
+
+class Stage(NamedTuple):
+    """Layers that are compressed, while the passes go through them."""
+
+    layers: dict[str, Compressed]
+    errors: OutputErrors
+    seconds: float
+    is_routed: bool = False  # whether the layers see only some of the tokens: their errors are complete
+
+
+def by_plan(plans: dict[str, LayerPlan | None]) -> list[tuple[LayerPlan, list[str]]]:
+    """Layers of a stage that go together."""
+    groups: list[tuple[LayerPlan, list[str]]] = []
+    for name, plan in plans.items():
+        group = next((names for other, names in groups if other == plan), None)
+        if group is not None:
+            group.append(name)
+        elif plan is not None:
+            groups.append((plan, [name]))
+    return groups
+
+
+def compress_stage(
+    layers: dict[str, nn.Module],
+    inputs: Sequence[Inputs],
+    plan: LayerPlan,
+    corrected: set[str],
+) -> dict[str, Compressed]:
+    """Rounds the layers of a stage and corrects those that are named.
+
+    Args:
+        inputs: of the layers; if they say what is ``wanted``, of a single one.
+        corrected: names of the layers that get a bias from their own error.
+
+    Raises:
+        ValueError: an input is not finite.
+    """
+    first = matrix(next(iter(layers.values())))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
+    statistics = _statistics(inputs, plan, dtype)
+    rounded = {}
+    for centred in (True, False):
+        part = {
+            n: weight
+            for n, weight in weights.items()
+            if (plan.bias_correction == "joint" and n in corrected) == centred
+        }
+        if part:
+            # Where a bias will take the mean error, only the rest is the weights' to keep small.
+            rounded |= _round(part, Moments(statistics, centred=centred), plan)
+    result = {}
+    for name, weight in weights.items():
+        had: Tensor | None = layers[name].bias  # type: ignore[assignment]
+        own = matrix(layers[name]).dtype
+        layer = Compressed(rounded[name], own, None if had is None else had.detach().to(dtype), None)
+        if name in corrected:
+            layer = layer.corrected(_shift(weight, layer.installed.to(dtype), statistics, inputs, plan))
+        result[name] = layer
+    return result
+
+
+def _statistics(inputs: Sequence[Inputs], plan: LayerPlan, dtype: torch.dtype) -> Statistics:
+    x, _, _, wanted = inputs[0]
+    statistics = Statistics(
+        x.shape[-1],
+        hessian="second_moments" in plan.method.needs,
+        cross=plan.error_propagation > 0,
+        wanted=0 if wanted is None else wanted.shape[-1],
+        device=x.device,
+    )
+    for batch in inputs:
+        statistics.update(*batch.to(dtype))
+    statistics.of_all_ranks()
+    return statistics
+
+
+def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dict[str, QuantizedWeight]:
+    """Rounds the weights of a stage, all rows together where the method goes row by row."""
+    target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
+    method, statistics = plan.method, InputStatistics(moments.x_hat_x_hat)
+    if plan.error_propagation:
+        missing = _missing(target, moments)
+        target = asymmetric_target(target, missing, moments.x_hat_x_hat, plan.error_propagation)
+    if not method.rowwise:
+        parts = zip(weights, target.split(sizes), strict=True)
+        return {name: method.round(part, statistics, plan.scheme) for name, part in parts}
+    own = method.round(ranks.rows_of_this(target), statistics, plan.scheme)
+    whole = own.by_row(lambda part: ranks.rows_of_all(part, len(target)))
+    ends = list(itertools.accumulate(sizes))
+    return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
+
+
+def _missing(weight: Tensor, moments: Moments) -> Tensor:
+    """``E[(y - W x̂) x̂ᵀ]``, (out, in)."""
+    weight = weight.to(moments.cross.dtype)
+    if moments.are_wanted:
+        return moments.cross - weight @ moments.x_hat_x_hat
+    return weight @ (moments.cross - moments.x_hat_x_hat)
+
+
+def _shift(
+    weight: Tensor,
+    rounded: Tensor,
+    statistics: Statistics,
+    inputs: Sequence[Inputs],
+    plan: LayerPlan,
+) -> Tensor:
+    """What Bias Compensation adds to a layer's bias."""
+    local = plan.bias_correction == "local"
+    drift_share = 0.0 if inputs[0].wanted is None else plan.error_propagation
+    if plan.statistic == "position":
+        return compensation.position_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
+    if plan.statistic == "median":
+        shift, noise = compensation.median_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
+    else:
+        shift, noise = compensation.mean_shift(weight, rounded, statistics, local=local, drift_share=drift_share)
+    return compensation.shrunk(shift, noise)

@@ -1,0 +1,69 @@
+"""What a transform gives: a scale for the channels of links. Applying it, and the proof of it, are everyone's."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from opt8bit.ptq.model.folding import SINGLE, Link, doubled, fold, relative_error
+from opt8bit.ptq.model.links import find_links
+from opt8bit.ptq.model.passes import Call
+
+
+class Transform(ABC):
+    """Chooses how a block is rewritten: a frozen dataclass."""
+
+    @abstractmethod
+    def scale(self, block: nn.Module, link: Link) -> Tensor | None:
+        """Returns by what the channels of a link's producer are multiplied, and its consumers' columns divided.
+
+        Args:
+            block: of the link; it stays as it is.
+            link: found in it.
+
+        Returns:
+            (channels of the producer,), not zero, and positive where the link takes no other; 1 where no input of the
+            consumers follows a channel. None to leave the link as it is.
+        """
+
+
+class NotTheSame(ValueError):
+    """A block that was rewritten computes something else."""
+
+
+def transformed(name: str, block: nn.Module, call: Call, transforms: Sequence[Transform]) -> dict[str, Tensor]:
+    """Rewrites a block, and proves that it computes what it did.
+
+    Each transform is applied to a copy in float64 as well, which is compared with the block as it was. What the block's
+    own dtype cannot hold of the new weights is rounded.
+
+    Args:
+        name: of the block, for messages.
+        block: is rewritten in place.
+        call: of it, with few tokens.
+        transforms: one after another.
+
+    Returns:
+        The changed parameters by their names in the block, as they are now.
+
+    Raises:
+        NotTheSame: it does not compute the same.
+    """
+    had = {param: tensor.detach().clone() for param, tensor in block.named_parameters()}
+    links = find_links(block, call)
+    exact, reference = copy.deepcopy(block).double(), copy.deepcopy(block).double()
+    for transform in transforms:
+        for link in links:
+            scale = transform.scale(block, link)
+            if scale is not None:
+                fold(block, link, scale)
+                fold(exact, link, scale)
+    with torch.no_grad():
+        error = relative_error(doubled(call), exact, reference)
+    if not error <= SINGLE:  # NaN is no good either
+        raise NotTheSame(f"{name}: {transforms} change what the block computes, by {error:.1e} of its output")
+    return {param: tensor.detach() for param, tensor in block.named_parameters() if not torch.equal(tensor, had[param])}

@@ -1,0 +1,90 @@
+"""Options of single layers, by the pattern of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opt8bit.recipe.options import Option
+
+PATTERN, SKIP = "layers", "skip"  # of an override in a file
+
+
+@dataclass(frozen=True)
+class Override:
+    """What becomes of the layers of a name otherwise.
+
+    Args:
+        pattern: of names, with ``*``, ``?`` and ``[...]`` as a shell has them.
+        options: of a :class:`Recipe`, those of layers, by name; None leaves the layers as they are.
+    """
+
+    pattern: str
+    options: tuple[tuple[str, Any], ...] | None
+
+    @classmethod
+    def of(cls, pattern: str, options: Mapping[str, Any] | None) -> Override:
+        """Returns an override in the form in which it is kept: whole rows are a group size of None."""
+        if options is None:
+            return cls(pattern, None)
+        rows = {"group_size": None} if options.get("group_size", 1) in (0, -1) else {}
+        return cls(pattern, tuple({**options, **rows}.items()))
+
+
+def listed_overrides(listed: Any, allowed: Mapping[str, Option]) -> tuple[Override, ...]:
+    """Returns the overrides that a file lists: objects with a pattern as "layers", and options, or "skip".
+
+    Args:
+        listed: as a file has it.
+        allowed: options of layers, by name.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    if not isinstance(listed, list):
+        raise ValueError(f"overrides must be a list, got {listed!r}")
+    found = []
+    names = ", ".join([*allowed, SKIP])
+    for each in listed:
+        if not isinstance(each, Mapping) or not isinstance(each.get(PATTERN), str):
+            raise ValueError(f"an override is an object with a pattern of names as {PATTERN!r}, got {each!r}")
+        given = {name: value for name, value in each.items() if name != PATTERN}
+        if not given:
+            raise ValueError(f"an override has some of {names}, got {each!r}")
+        skip = given.pop(SKIP, False)
+        if not isinstance(skip, bool):
+            raise ValueError(f"{SKIP} of an override must be true or false, got {skip!r}")
+        if skip and given:
+            raise ValueError(f"an override that skips its layers has no other options, got {each!r}")
+        for name, value in given.items():
+            if name not in allowed:
+                raise ValueError(f"an override may have {names}, got {name!r}")
+            allowed[name].check(f"{name} of an override", value)
+        found.append(Override.of(each[PATTERN], None if skip else given))
+    return tuple(found)
+
+
+def kept_overrides(given: Any, allowed: Collection[str]) -> tuple[Override, ...]:
+    """Returns overrides as a recipe keeps them.
+
+    Args:
+        given: a mapping from patterns to options by name, or None; or what was kept before.
+        allowed: names of options of layers.
+
+    Raises:
+        TypeError, ValueError: they are neither a mapping from patterns to options nor overrides.
+    """
+    if isinstance(given, tuple) and all(isinstance(each, Override) for each in given):
+        return given
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"overrides must be a mapping from patterns of names to options, got {given!r}")
+    found = []
+    for pattern, options in (given or {}).items():
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"overrides[{pattern!r}] must be a mapping of options, or None, got {options!r}")
+        for name in options or ():
+            if name not in allowed:
+                raise ValueError(f"overrides[{pattern!r}] may have {', '.join(allowed)}, got {name!r}")
+        found.append(Override.of(pattern, options))
+    return tuple(found)
