@@ -28,7 +28,7 @@ from opt8bit.backends.interface import (
     stored_as,
 )
 from opt8bit.backends.reference import Reference, as_real
-from opt8bit.backends.warning import first_of, warn
+from opt8bit.warning import first_of, warn
 
 __all__ = [
     "ADDRESSES",

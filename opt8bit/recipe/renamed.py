@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
+
+from opt8bit.warning import warn
 
 RENAMED = {"correct": "bias_correction"}  # what options were called before, and are now
 
@@ -18,6 +19,6 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in values.items():
         if name in RENAMED:
-            warnings.warn(f"{name} is called {RENAMED[name]} now", DeprecationWarning, stacklevel=4)
+            warn(f"{name} is called {RENAMED[name]} now", DeprecationWarning)
         found[RENAMED.get(name, name)] = value
     return found

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt8bit.backends.warning import warn
 from opt8bit.ptq.model.quantization_header import Block, Header, dtype_of, header_of, scheme_of
+from opt8bit.warning import warn
 
 SCALES = ("_scale_inv", "_scale")  # after a weight's name; both are what its codes are multiplied by
 ZERO_POINT = "_zero_point"
