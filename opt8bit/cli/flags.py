@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Container, Mapping
-from dataclasses import MISSING, fields
 from typing import Any
 
-from opt8bit.recipe.options import Option
+from opt8bit.recipe.options import Option, options_of
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -20,9 +19,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_flags(parser: argparse.ArgumentParser, owner: type[Any]) -> None:
     """Adds a flag for each option of a dataclass. Those that are not given leave no attribute behind."""
-    for each in fields(owner):
-        if "option" in each.metadata:
-            _add_flag(parser, each.name, each.metadata["option"], None if each.default is MISSING else each.default)
+    for name, option in options_of(owner).items():
+        _add_flag(parser, name, option, getattr(owner, name))
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, option: Option, default: Any) -> None:

@@ -36,7 +36,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         for name in values:
             if name not in allowed:
                 raise ValueError(f"{name!r} is none of {', '.join(allowed)}, {OVERRIDES}")
-        check_values("", allowed, values)
+        check_values(allowed, values)
         return {**values, OVERRIDES: listed_overrides(overrides, layer_options())}
     except ValueError as error:
         raise CommandError(f"{path}: {error}") from error

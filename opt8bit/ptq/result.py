@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,12 +57,12 @@ class Result:
     @property
     def weights(self) -> int:
         """How many were compressed."""
-        return sum(math.prod(layer.shape) for layer in self.report)
+        return sum(layer.weights for layer in self.report)
 
     @property
     def bits_per_weight(self) -> float:
         """Of all compressed layers together, everything stored counted, but the biases."""
-        stored = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in self.report)
+        stored = sum(layer.bits_per_weight * layer.weights for layer in self.report)
         return stored / self.weights
 
     @property

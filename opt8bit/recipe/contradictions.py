@@ -6,6 +6,8 @@ from typing import Any
 
 from opt8bit.recipe.arguments import check_fraction
 
+# What a method has itself, if it is no name, or another than the recipe's.
+METHOD_OPTIONS = {"act_order": None, "polish": None, "outliers": 0.0, "outlier_structure": None}
 GRID_OPTIONS = {"bits": 4, "symmetric": None, "range": None}  # that a grid has itself
 
 
@@ -25,9 +27,9 @@ def _check_method(recipe: Any) -> None:
     Raises:
         ValueError: options contradict the method.
     """
-    method, given = recipe.method, {"act_order": None, "polish": None, "outliers": 0.0, "outlier_structure": None}
+    method = recipe.method
     if not isinstance(method, str):
-        own = [name for name, default in given.items() if getattr(recipe, name) != default]
+        own = [name for name, default in METHOD_OPTIONS.items() if getattr(recipe, name) != default]
         if own:
             raise ValueError(f"{own[0]} is that of method={method!r}: leave it out")
         return

@@ -82,7 +82,7 @@ def values_of(owner: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_values(where: str, allowed: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+def check_values(allowed: Mapping[str, Option], values: Mapping[str, Any]) -> None:
     """Checks values by name.
 
     Raises:
@@ -90,5 +90,5 @@ def check_values(where: str, allowed: Mapping[str, Option], values: Mapping[str,
     """
     for name, value in values.items():
         if name not in allowed:
-            raise ValueError(f"{where}{name!r} is none of {', '.join(allowed)}")
-        allowed[name].check(f"{where}{name}", value)
+            raise ValueError(f"{name!r} is none of {', '.join(allowed)}")
+        allowed[name].check(name, value)

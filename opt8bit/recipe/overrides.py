@@ -9,6 +9,7 @@ from typing import Any
 from opt8bit.recipe.options import Option
 
 PATTERN, SKIP = "layers", "skip"  # of an override in a file
+WHOLE_ROWS = (0, -1)  # in files, where None cannot stand; GPTQ's checkpoints have the other
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,16 @@ class Override:
 
     @classmethod
     def of(cls, pattern: str, options: Mapping[str, Any] | None) -> Override:
-        """Returns an override in the form in which it is kept: whole rows are a group size of None."""
+        """Returns an override in the form in which it is kept."""
         if options is None:
             return cls(pattern, None)
-        rows = {"group_size": None} if options.get("group_size", 1) in (0, -1) else {}
-        return cls(pattern, tuple({**options, **rows}.items()))
+        kept = {"group_size": kept_group_size(options["group_size"])} if "group_size" in options else {}
+        return cls(pattern, tuple({**options, **kept}.items()))
+
+
+def kept_group_size(size: Any) -> Any:
+    """Returns a group size as it is kept: None for whole rows, whatever they are called."""
+    return None if type(size) is int and size in WHOLE_ROWS else size
 
 
 def listed_overrides(listed: Any, allowed: Mapping[str, Option]) -> tuple[Override, ...]:

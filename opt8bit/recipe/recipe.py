@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from opt8bit.recipe.contradictions import GRID_OPTIONS, check_contradictions
+from opt8bit.recipe.contradictions import GRID_OPTIONS, METHOD_OPTIONS, check_contradictions
 from opt8bit.recipe.options import Option, check_values, option, options_of, values_of
-from opt8bit.recipe.overrides import PATTERN, SKIP, Override, kept_overrides, listed_overrides
+from opt8bit.recipe.overrides import PATTERN, SKIP, Override, kept_group_size, kept_overrides, listed_overrides
 from opt8bit.recipe.registry import RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
 from opt8bit.recipe.renamed import renamed
 
 AUTO = "auto"
-WHOLE_ROWS = (0, -1)  # in files, where None cannot stand; GPTQ's checkpoints have the other
 # What stands for an option that is left out where it depends on others.
 GROUP_SIZES = (64, 32, 16)  # the first that divides all layers
 SERVED_SYMMETRIC = (4, 8)  # bits that servers run on symmetric grids alone
@@ -114,11 +113,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _set(self, overrides=kept_overrides(self.overrides, [*layer_options(), "grid"]))
+        _set(self, group_size=kept_group_size(self.group_size))
         if isinstance(self.transforms, list):
             _set(self, transforms=tuple(self.transforms))
-        if type(self.group_size) is int and self.group_size in WHOLE_ROWS:
-            _set(self, group_size=None)
-        check_values("", options_of(Recipe), _named(self))
+        check_values(options_of(Recipe), _named(self))
         check_contradictions(self)
         for override in self.override_list:
             self._overridden(override)
@@ -141,7 +139,7 @@ class Recipe:
             return None
         given = dict(override.options)
         if "method" in given:
-            given = {"polish": None, "outliers": 0.0, "outlier_structure": None, "act_order": None, **given}
+            given = {**METHOD_OPTIONS, **given}
         if given.get("grid") is not None:
             given = {**GRID_OPTIONS, **given}
         elif given.keys() & GRID_OPTIONS.keys():
@@ -173,7 +171,7 @@ class Recipe:
         """
         values = renamed(values)
         listed = values.pop("overrides", [])
-        check_values("", options_of(cls), values)
+        check_values(options_of(cls), values)
         return cls(**values, overrides=listed_overrides(listed, layer_options()))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.model.blocks import block_layers, evaluating
+from opt8bit.ptq.model.usage import watched
 
 
 class InputQuantizer(nn.Module, ABC):
@@ -45,21 +46,13 @@ def calibrated(
     """
     found: dict[str, InputQuantizer] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                found.setdefault(name, make().to(args[0].device)).observe(args[0])
+    def see(name: str, x: Any, output: Any) -> None:
+        if isinstance(x, Tensor):
+            found.setdefault(name, make().to(x.device)).observe(x)
 
-        return before
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in block_layers(model).items()]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), watched(block_layers(model), see):
+        for batch in batches:
+            model(**batch)
     return found
 
 

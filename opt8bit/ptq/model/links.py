@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.model.blocks import is_linear, linear_layers
 from opt8bit.ptq.model.folding import SINGLE, Link, doubled, fold, relative_error, scale_norm
 from opt8bit.ptq.model.passes import Call, ModelError
+from opt8bit.ptq.model.usage import watched
 from opt8bit.ptq.model.value_rows import value_rows
 
 TRIALS = 6  # of random hidden states: a channel behind a ReLU is zero for all tokens of one now and then
@@ -72,7 +73,8 @@ class _Trial:
 
     def _note(self, name: str, output: Any) -> None:
         module = self.block.get_submodule(name)
-        is_norm = getattr(module, "weight", None) is not None and module.weight.dim() == 1  # type: ignore[union-attr]
+        weight: Any = getattr(module, "weight", None)
+        is_norm = isinstance(weight, Tensor) and weight.dim() == 1
         if isinstance(output, Tensor) and (is_norm or is_linear(module)):
             self.sizes.setdefault(name, output.shape[-1])
 
@@ -80,23 +82,15 @@ class _Trial:
         """What each linear layer sees in a pass, (tokens, in)."""
         seen: dict[str, Tensor] = {}
 
-        def hook(name: str) -> Callable[..., None]:
-            def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if name in self.layers and args and isinstance(args[0], Tensor):
-                    seen[name] = args[0].detach().flatten(0, -2)
-                if note is not None:
-                    note(name, output)
-
-            return after
+        def see(name: str, x: Any, output: Any) -> None:
+            if name in self.layers and isinstance(x, Tensor):
+                seen[name] = x.detach().flatten(0, -2)
+            if note is not None:
+                note(name, output)
 
         modules = {name: module for name, module in self.block.named_modules() if name}
-        handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-        try:
-            with torch.no_grad():
-                call.of(self.block)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), watched(modules, see):
+            call.of(self.block)
         return seen
 
     def link(self, producer: str) -> Link | None:
@@ -152,16 +146,16 @@ class _Trial:
             if offset is None:
                 return None
             link = link._replace(offset=offset)
-        signs = torch.where(torch.arange(len(factors)) % 2 == 1, -factors, factors)
         # As far as channels are followed at all: the others of the producer are queries and keys.
-        signs = torch.where(torch.isin(torch.arange(len(factors)), link.channels), signs, factors)
+        is_odd = torch.arange(len(factors)) % 2 == 1
+        signs = torch.where(is_odd & _is_followed(link, len(factors)), -factors, factors)
         link = link._replace(negative=set(link.consumers) <= self._followers(link.producer, signs).keys())
         link = link._replace(shifts=self._shifts(link))
         error = self._error(link, factors)
         return None if error is None else link._replace(error=error)
 
     def _shifts(self, link: Link) -> bool:
-        followed = torch.isin(torch.arange(self.sizes[link.producer]), link.channels)
+        followed = _is_followed(link, self.sizes[link.producer])
         constants = torch.arange(1, len(followed) + 1, dtype=torch.float64) / len(followed) * followed
         with changed_output(self.block, link.producer, lambda y: y + constants):
             after = self._seen(self.calls[0])
@@ -173,7 +167,7 @@ class _Trial:
 
     def _error(self, link: Link, factors: Tensor) -> float | None:
         """How far the block is from what it was when the link is used; None if that is more than rounding."""
-        scale = torch.where(torch.isin(torch.arange(len(factors)), link.channels), factors, 1)
+        scale = torch.where(_is_followed(link, len(factors)), factors, 1)
         rewritten = copy.deepcopy(self.block)
         fold(rewritten, link, scale)
         try:
@@ -182,6 +176,11 @@ class _Trial:
         except ModelError:
             return None
         return error if error <= SINGLE else None
+
+
+def _is_followed(link: Link, channels: int) -> Tensor:
+    """Of each of the producer's channels whether an input of the consumers follows it."""
+    return torch.isin(torch.arange(channels), link.channels)
 
 
 def _distinct(count: int) -> Tensor:

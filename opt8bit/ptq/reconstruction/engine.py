@@ -78,7 +78,7 @@ class Reconstruction:
         generator = torch.Generator().manual_seed(0)
         params = [param for weight in weights.values() for param in weight.parameters()]
         optimizer = Adam8bit(params, lr=self.parametrization.lr)
-        first = best = self._held_out_loss(block, weights, held_out, 1.0)
+        first = best = _held_out_loss(block, weights, held_out)
         kept = [param.detach().clone() for param in params]
         for step in range(self.steps):
             progress = step / self.steps
@@ -92,7 +92,7 @@ class Reconstruction:
             for weight in weights.values():
                 weight.confine()
             if (step + 1) % math.ceil(self.steps / self.looks) == 0 or step + 1 == self.steps:
-                loss = self._held_out_loss(block, weights, held_out, 1.0)
+                loss = _held_out_loss(block, weights, held_out)
                 if loss < best:
                     best, kept = loss, [param.detach().clone() for param in params]
         with torch.no_grad():
@@ -100,12 +100,11 @@ class Reconstruction:
                 param.copy_(value)
         return first, best
 
-    @torch.no_grad()
-    def _held_out_loss(
-        self, block: nn.Module, weights: Mapping[str, TrainedWeight], examples: Sequence[Example], progress: float
-    ) -> float:
-        losses = [float(_loss(block, weights, example, progress)) for example in examples]
-        return sum(losses) / len(losses)
+
+@torch.no_grad()
+def _held_out_loss(block: nn.Module, weights: Mapping[str, TrainedWeight], examples: Sequence[Example]) -> float:
+    losses = [float(_loss(block, weights, example, 1.0)) for example in examples]
+    return sum(losses) / len(losses)
 
 
 def _divided(examples: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
