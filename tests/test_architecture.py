@@ -30,7 +30,7 @@ ORDER = (
     {"calibration"},
     {"rounding"},
     {"model"},
-    {"compressed", "evaluate", "group_sizes"},
+    {"compressed", "evaluate", "group_sizes", "stage_inputs"},
     {"transforms", "reconstruction", "activations"},
     {"correction", "plan", "tasks"},
     {"layer_report", "need", "stage"},

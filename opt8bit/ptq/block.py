@@ -10,23 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from opt8bit.ptq import ranks
 from opt8bit.ptq.calibration.outputs import OutputErrors
-from opt8bit.ptq.calibration.statistics import Inputs, NotFinite
+from opt8bit.ptq.calibration.statistics import NotFinite
 from opt8bit.ptq.compressed import Compressed
 from opt8bit.ptq.correction.bias import block_shift
 from opt8bit.ptq.layer_report import LayerReport, layer_report
 from opt8bit.ptq.model.anatomy import Anatomy, apart
 from opt8bit.ptq.model.bias_places import skipped_by_servers, why_uncorrected
 from opt8bit.ptq.model.blocks import linear_layers, matrix
+from opt8bit.ptq.model.memory import return_freed
 from opt8bit.ptq.model.passes import OVERFLOW, Call
 from opt8bit.ptq.model.walk import Walk, halting, walks
 from opt8bit.ptq.plan import LayerPlan
 from opt8bit.ptq.result import Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
 from opt8bit.ptq.stage import Stage, by_plan, compress_stage
+from opt8bit.ptq.stage_inputs import StageInputs
 
 
 class Streams(NamedTuple):
@@ -114,18 +115,12 @@ class BlockTask:
                 self._round(names, pairs, repeated)
                 if self.pending is not None:
                     stack.callback(self.pending.errors.close)
-            ends = []
-            for i, pair in enumerate(pairs):
-                self._advance(i, pair)
-                ends.append(tuple(walk.x for walk in pair))
-            self._report()
-        return [end for end, _ in ends], [end_hat for _, end_hat in ends]
+            self._all_advance(pairs)
+            return [walk.x for walk in passes], [walk.x for walk in passes_hat]
 
     def _round(self, names: list[str], pairs: list[tuple[Walk, Walk]], repeated: Sequence[Call]) -> None:
         """Rounds the layers of a stage as soon as all passes that call it stand before it."""
-        for i, pair in enumerate(pairs):
-            self._advance(i, pair)
-        self._report()
+        self._all_advance(pairs)
         layers = [block.get_submodule(names[0]) for block in (self.block, self.compressed)]
         stand = [tuple(walk.layer is layer for walk, layer in zip(pair, layers, strict=True)) for pair in pairs]
         all_tokens = all(
@@ -135,13 +130,22 @@ class BlockTask:
         if ranks.size() > 1:
             all_tokens = all(ranks.gathered(all_tokens))
         if all_tokens:
-            inputs = [self._inputs(i, names[0], *pair) for i, pair in enumerate(pairs)]
+            writer = layers[0] if names[0] in self.writers else None
+            inputs = StageInputs(pairs, self.shapes, self.masks, writer, self.drifts)
             self.pending = self._compress(names, inputs, repeated)
-            inputs.clear()  # before the passes go on
+            del inputs  # before the passes go on
         else:
             seen = [walk_hat.x for (_, here), (_, walk_hat) in zip(stand, pairs, strict=True) if here]
             self.pending = self._compress_routed(names, seen)
         self.passed.update(layers)
+
+    def _all_advance(self, pairs: list[tuple[Walk, Walk]]) -> None:
+        """Lets all passes go on to the next layer that is not rounded, or to their ends, and reports on the last."""
+        for i, pair in enumerate(pairs):
+            self._advance(i, pair)
+        return_freed()
+        self._report()
+        return_freed()
 
     def _advance(self, i: int, pair: tuple[Walk, Walk]) -> None:
         """Lets both passes of batch i go on to the next layer that is not rounded, or to their ends."""
@@ -152,31 +156,6 @@ class BlockTask:
                 moved = True
         if moved:
             self._compare(i)
-
-    def _inputs(self, i: int, layer: str, walk: Walk, walk_hat: Walk) -> Inputs:
-        """What a layer sees of batch i, of which both passes stand before it.
-
-        A writer's output in the float model is handed to its pass.
-        """
-        x, x_hat = walk.x, walk_hat.x
-        shape = (*self.shapes[i], x.shape[-1])  # some models put all tokens of a batch into one dimension
-        wanted = None
-        if layer in self.writers:
-            writer = self.block.get_submodule(layer)
-            y: Tensor = writer(x)
-            walk.answer(y)
-            wanted = self._wanted(i, writer, x, y)
-        return Inputs(x.reshape(shape), x_hat.reshape(shape), self.masks[i], wanted)
-
-    def _wanted(self, i: int, writer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """What a writer should put out of batch i, but for its bias, where the float model's makes y of x."""
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        bias: Tensor | None = writer.bias  # type: ignore[assignment]
-        if y.dtype != dtype:  # what y lost when it was rounded, with its bias, is not for the weights to imitate
-            y = linear(x.to(dtype), matrix(writer).to(dtype))
-        elif bias is not None:
-            y = y - bias
-        return y.reshape(self.drifts[i].shape) + self.drifts[i]
 
     def _compare(self, i: int) -> None:
         """Takes what the pending stage put out for batch i."""
@@ -213,13 +192,13 @@ class BlockTask:
             return skipped_by_servers(self.result.model, f"{self.name}.{layer}", self.result.places)
         return why
 
-    def _compress(self, names: list[str], inputs: Sequence[Inputs], calls: Sequence[Call]) -> Stage:
+    def _compress(self, names: list[str], inputs: StageInputs, calls: Sequence[Call]) -> Stage:
         started = time.perf_counter()
         layers, layers_hat = ({n: linear_layers(block)[n] for n in names} for block in (self.block, self.compressed))
         done: dict[str, Compressed] = {}
         for plan, group in by_plan({n: self._plan(n) for n in names}):
             corrected = {n for n in group if self._corrects(n) and n != self.of_block}
-            with _named(f"{self.name}.{group[0]}", inputs[0].x_hat.dtype):
+            with _named(f"{self.name}.{group[0]}", inputs.dtype):
                 done |= compress_stage({n: layers[n] for n in group}, inputs, plan, corrected)
         for name, layer in done.items():
             install(layers_hat[name], layer.changes)

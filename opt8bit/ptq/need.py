@@ -1,6 +1,6 @@
 """What a run takes of the machine's memory, estimated before it begins.
 
-The factors are fitted to what runs on LLaMAs of 512 and 1024 features took: they are an estimate, not a bound.
+The factors are fitted to what runs on LLaMAs of 512, 1024 and 2048 features took: they are an estimate, not a bound.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from opt8bit.ptq.model.memory import bytes_of, gigabytes, machine_memory, outsid
 from opt8bit.ptq.plan import Plan
 
 LIBRARIES = 400_000_000  # bytes of a process that has imported torch and transformers
-SQUARES = 12  # matrices (in, in) of a layer in float64: sums, moments, and what rounding makes of them
+SQUARES = 4  # matrices (in, in) of a layer in float64: sums, moments, and what rounding makes of them
 WEIGHTS = 6  # copies of a layer's weight in float32, while it is rounded
-WORKING = 10  # copies of a batch's widest inputs in float32, while they are summed and compared
+WORKING = 8  # copies of a batch's widest inputs in float32, while they are summed and compared
 LOGITS = 5  # of one sequence, in float32: of both models, their logarithms, and one on the way
 
 
@@ -63,7 +63,7 @@ def need(model: nn.Module, batches: Sequence[dict[str, Tensor]], plan: Plan, *, 
     # Before its widest layer a pass holds what went into the block, the sum so far and the norm's output, and the
     # layer's inputs. The model's mask is there once for both.
     held = 2 * (4 * features + widest) + longest
-    drifts = 2 * 4 * features if plan.error_propagation else 0
+    drifts = 4 * features if plan.error_propagation else 0
     logits = LOGITS * 4 * longest * getattr(getattr(model, "config", None), "vocab_size", 0)
     squares = SQUARES * 8 * widest**2 if plan.looks_at_inputs else 0
     working = WORKING * 4 * widest * max(tokens)

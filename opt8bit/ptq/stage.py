@@ -16,6 +16,7 @@ from opt8bit.ptq.compressed import Compressed
 from opt8bit.ptq.correction import bias as compensation
 from opt8bit.ptq.correction.target import asymmetric_target
 from opt8bit.ptq.model.blocks import matrix
+from opt8bit.ptq.model.memory import return_freed
 from opt8bit.ptq.plan import LayerPlan
 from opt8bit.quant.weight import QuantizedWeight
 
@@ -60,16 +61,18 @@ def compress_stage(
     dtype = torch.promote_types(first.dtype, torch.float32)
     weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
     statistics = _statistics(inputs, plan, dtype)
-    rounded = {}
-    for centred in (True, False):
+    moments, rounded = Moments(statistics), {}
+    for centred in (False, True):
         part = {
             n: weight
             for n, weight in weights.items()
             if (plan.bias_correction == "joint" and n in corrected) == centred
         }
+        if part and centred:  # where a bias will take the mean error, only the rest is the weights' to keep small
+            moments.centre()
         if part:
-            # Where a bias will take the mean error, only the rest is the weights' to keep small.
-            rounded |= _round(part, Moments(statistics, centred=centred), plan)
+            rounded |= _round(part, moments, plan)
+    del moments
     result = {}
     for name, weight in weights.items():
         had: Tensor | None = layers[name].bias  # type: ignore[assignment]
@@ -82,16 +85,18 @@ def compress_stage(
 
 
 def _statistics(inputs: Sequence[Inputs], plan: LayerPlan, dtype: torch.dtype) -> Statistics:
-    x, _, _, wanted = inputs[0]
-    statistics = Statistics(
-        x.shape[-1],
-        hessian="second_moments" in plan.method.needs,
-        cross=plan.error_propagation > 0,
-        wanted=0 if wanted is None else wanted.shape[-1],
-        device=x.device,
-    )
+    statistics: Statistics | None = None
     for batch in inputs:
+        statistics = statistics or Statistics(
+            batch.x.shape[-1],
+            hessian="second_moments" in plan.method.needs,
+            cross=plan.error_propagation > 0,
+            wanted=0 if batch.wanted is None else batch.wanted.shape[-1],
+            device=batch.x.device,
+        )
         statistics.update(*batch.to(dtype))
+    assert statistics is not None, "there is no batch"
+    return_freed()
     statistics.of_all_ranks()
     return statistics
 
@@ -101,8 +106,8 @@ def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dic
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
     method, statistics = plan.method, InputStatistics(moments.x_hat_x_hat)
     if plan.error_propagation:
-        missing = _missing(target, moments)
-        target = asymmetric_target(target, missing, moments.x_hat_x_hat, plan.error_propagation)
+        args = moments.x_hat_x_hat, plan.error_propagation
+        target = asymmetric_target(target, _missing(target, moments), *args)  # what is missing is not kept
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
         return {name: method.round(part, statistics, plan.scheme) for name, part in parts}
@@ -129,7 +134,7 @@ def _shift(
 ) -> Tensor:
     """What Bias Compensation adds to a layer's bias."""
     local = plan.bias_correction == "local"
-    drift_share = 0.0 if inputs[0].wanted is None else plan.error_propagation
+    drift_share = plan.error_propagation if statistics.sum_wanted.shape[1] else 0.0
     if plan.statistic == "position":
         return compensation.position_shift(weight, rounded, inputs, local=local, drift_share=drift_share)
     if plan.statistic == "median":

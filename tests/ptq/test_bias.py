@@ -86,7 +86,8 @@ def test_by_position_removes_the_mean_error_of_each_position() -> None:
 
 def test_the_joint_objective_is_the_error_after_the_best_bias() -> None:
     weight, _, _, x_hat, statistics = problem()
-    centred = Moments(statistics, centred=True)
+    centred = Moments(statistics)
+    centred.centre()
     for method in (GPTQ(), QuantEase()):
         rounded = method.round(weight, InputStatistics(centred.x_hat_x_hat), WeightScheme(UniformGrid(3))).dequantize()
         same = Statistics(INPUTS)

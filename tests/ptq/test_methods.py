@@ -169,7 +169,8 @@ def test_gptq_error_identity(act_order: bool, group_size: int | None) -> None:
     method = GPTQ(act_order=act_order)
     rounded = method.round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), group_size)).dequantize()
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(INPUTS)
-    damped, factor = inverse_factor(hessian[order][:, order], method.damping)
+    factor = inverse_factor(hessian, method.damping, order)
+    damped = hessian[order][:, order] + method.damping * hessian.diagonal().mean() * torch.eye(INPUTS)
     free, errors = weight[:, order].clone(), []
     for j in range(INPUTS):
         errors.append((free[:, j] - rounded[:, order[j]]) / factor[j, j])
@@ -182,7 +183,7 @@ def test_gptq_error_identity(act_order: bool, group_size: int | None) -> None:
 def test_gptq_fits_each_group_to_weights_that_are_up_to_date() -> None:
     weight, hessian = layer()
     rounded = GPTQ(act_order=False).round(weight, InputStatistics(hessian), WeightScheme(UniformGrid(3), GROUP))
-    _, factor = inverse_factor(hessian, GPTQ().damping)
+    factor = inverse_factor(hessian, GPTQ().damping)
     dense, free = rounded.dequantize(), weight.clone()
     for j in range(INPUTS):
         if j % GROUP == 0:

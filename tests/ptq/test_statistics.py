@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opt8bit.ptq.calibration.statistics import TRIANGLE, Moments, Statistics, gram
+from opt8bit.ptq.calibration.statistics import TRIANGLE, Moments, Statistics, add_gram
 
 
 def streams(sequences: int = 6, length: int = 5, features: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,13 +29,16 @@ def test_moments_are_those_of_the_tokens() -> None:
     assert int(statistics.count) == len(rows)
     torch.testing.assert_close(statistics.mean_x, rows.mean(0))
     torch.testing.assert_close(statistics.mean_x_hat, rows_hat.mean(0))
-    moments = Moments(statistics, centred=False)
+    memory = [square.data_ptr() for square in (statistics.sum_x_hat_x_hat, statistics.sum_cross)]
+    moments = Moments(statistics)
     torch.testing.assert_close(moments.cross, rows.T @ rows_hat / len(rows))
     torch.testing.assert_close(moments.x_hat_x_hat, rows_hat.T @ rows_hat / len(rows))
-    centred = Moments(statistics, centred=True)
-    torch.testing.assert_close(centred.x_hat_x_hat, rows_hat.T.cov(correction=0))
+    moments.centre()
+    torch.testing.assert_close(moments.x_hat_x_hat, rows_hat.T.cov(correction=0))
     both = torch.cat([rows, rows_hat], 1).T.cov(correction=0)
-    torch.testing.assert_close(centred.cross, both[:4, 4:])
+    torch.testing.assert_close(moments.cross, both[:4, 4:])
+    assert [square.data_ptr() for square in (moments.x_hat_x_hat, moments.cross)] == memory
+    assert not statistics.sum_x_hat_x_hat.numel() and not statistics.sum_cross.numel()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -87,10 +90,11 @@ def test_what_is_wanted_takes_the_place_of_x_in_the_cross_moment() -> None:
     rows_hat, rows = x_hat[counts], wanted[counts]
     torch.testing.assert_close(statistics.mean_x, x[counts].mean(0))
     torch.testing.assert_close(statistics.mean_wanted, rows.mean(0))
-    moments, centred = (Moments(statistics, centred=c) for c in (False, True))
+    moments = Moments(statistics)
     torch.testing.assert_close(moments.cross, rows.T @ rows_hat / len(rows))
     both = torch.cat([rows, rows_hat], 1).T.cov(correction=0)
-    torch.testing.assert_close(centred.cross, both[:3, 3:])
+    moments.centre()
+    torch.testing.assert_close(moments.cross, both[:3, 3:])
     for bad in (None, wanted[..., :2]):
         with pytest.raises(ValueError, match=r"wanted must be \(6, 5, 3\), got"):
             statistics.update(x, x_hat, mask, bad)
@@ -104,13 +108,16 @@ def test_sums_that_are_not_asked_for_stay_empty() -> None:
     statistics.update(x, x_hat)
     assert not statistics.sum_x_hat_x_hat.numel() and not statistics.sum_cross.numel()
     torch.testing.assert_close(statistics.mean_x_hat, expected.mean_x_hat)
-    for centred in (True, False):
-        assert not Moments(statistics, centred=centred).x_hat_x_hat.numel()
+    moments = Moments(statistics)
+    moments.centre()
+    assert not moments.x_hat_x_hat.numel() and not moments.cross.numel()
 
 
 def test_gram_of_more_columns_than_one_piece() -> None:
     rows = torch.randn(3, 2 * TRIANGLE + 7, dtype=torch.float64)
-    torch.testing.assert_close(gram(rows.T), rows.T @ rows)
+    total = torch.ones(len(rows.T), len(rows.T), dtype=torch.float64)
+    add_gram(total, rows.T)
+    torch.testing.assert_close(total, 1 + rows.T @ rows)
 
 
 def test_what_is_not_finite_is_refused_and_changes_nothing() -> None:

@@ -22,6 +22,7 @@ def test_at_full_strength_it_is_the_best_linear_guess(drifted: bool) -> None:
     target = asymmetric_target(weight, missing, hessian, 1.0, damping=1e-12)
     best = torch.linalg.lstsq(x_hat, y).solution.T
     torch.testing.assert_close(target, best, rtol=1e-8, atol=1e-8)
+    assert torch.equal(hessian, x_hat.T @ x_hat / 200)  # it is what the target is rounded on
 
 
 def test_strength_goes_from_the_weight_to_the_guess() -> None:

@@ -110,7 +110,7 @@ class Statistics:
             rows, rows_hat, rows_wanted = (stream.flatten(0, 1) for stream in streams)
             by_feature = rows_hat.T.contiguous()
             if self.sum_x_hat_x_hat.numel():
-                self.sum_x_hat_x_hat += gram(by_feature)
+                add_gram(self.sum_x_hat_x_hat, by_feature)
             if self.sum_cross.numel():
                 self.sum_cross += linear((rows if wanted is None else rows_wanted).T, by_feature)  # rowsᵀ rows_hat
 
@@ -134,6 +134,12 @@ class Statistics:
         self.sum_wanted = torch.cat([self.sum_wanted, other.sum_wanted])
         self.sum_x_hat_x_hat += other.sum_x_hat_x_hat
         self.sum_cross += other.sum_cross
+
+    def take_squares(self) -> tuple[Tensor, Tensor]:
+        """``Σ x̂ x̂ᵀ`` and the cross sum, for whoever asks to change: none are kept from now on."""
+        taken = self.sum_x_hat_x_hat, self.sum_cross
+        self.sum_x_hat_x_hat, self.sum_cross = (square.new_zeros(0, 0) for square in taken)
+        return taken
 
     def of_all_ranks(self) -> None:
         """Adds what all other processes have seen, if there are several."""
@@ -177,27 +183,31 @@ class InputStatistics(NamedTuple):
 
 
 class Moments:
-    """Second moments per token, (d, d) or (h, d), about zero or about the means; empty where their sums are."""
+    """Second moments per token, (d, d) or (h, d), about zero until they are centred; empty where their sums are.
 
-    def __init__(self, statistics: Statistics, *, centred: bool) -> None:
-        mean_hat = statistics.mean_x_hat
+    They are made in the memory of the sums, which of a wide layer is the most that there is: the statistics have none
+    from then on.
+    """
 
-        def moment(total: Tensor, mean: Tensor) -> Tensor:
-            per_token = total / statistics.count
-            return per_token - torch.outer(mean, mean_hat) if centred and total.numel() else per_token
-
-        self.x_hat_x_hat = moment(statistics.sum_x_hat_x_hat, mean_hat)  # E[x̂ x̂ᵀ]
+    def __init__(self, statistics: Statistics) -> None:
+        self._mean_x_hat = statistics.mean_x_hat
         self.are_wanted = statistics.sum_wanted.shape[1] > 0
-        mean = statistics.mean_wanted if self.are_wanted else statistics.mean_x
-        self.cross = moment(statistics.sum_cross, mean)  # E[x x̂ᵀ], or E[y x̂ᵀ]
+        self._mean = statistics.mean_wanted if self.are_wanted else statistics.mean_x
+        second, cross = statistics.take_squares()
+        self.x_hat_x_hat = second.div_(statistics.count)  # E[x̂ x̂ᵀ]
+        self.cross = cross.div_(statistics.count)  # E[x x̂ᵀ], or E[y x̂ᵀ]
+
+    def centre(self) -> None:
+        """Makes these the moments about the means, in place."""
+        if self.x_hat_x_hat.numel():
+            self.x_hat_x_hat -= torch.outer(self._mean_x_hat, self._mean_x_hat)
+        if self.cross.numel():
+            self.cross -= torch.outer(self._mean, self._mean_x_hat)
 
 
-def gram(by_feature: Tensor) -> Tensor:
-    """``A Aᵀ`` of a matrix (d, n), with only the pieces on and below the diagonal computed."""
-    features = len(by_feature)
-    product = by_feature.new_empty(features, features)
-    for top in range(0, features, TRIANGLE):
+def add_gram(total: Tensor, by_feature: Tensor) -> None:
+    """Adds ``A Aᵀ`` of a matrix (d, n), with only the pieces on and below the diagonal computed."""
+    for top in range(0, len(by_feature), TRIANGLE):
         piece = linear(by_feature[top : top + TRIANGLE], by_feature[: top + TRIANGLE])
-        product[top : top + TRIANGLE, : top + TRIANGLE] = piece
-        product[:top, top : top + TRIANGLE] = piece[:, :top].T
-    return product
+        total[top : top + TRIANGLE, : top + TRIANGLE] += piece
+        total[:top, top : top + TRIANGLE] += piece[:, :top].T

@@ -34,5 +34,7 @@ def asymmetric_target(
 
     Source: the family of QEP, GPTAQ and Qronos, with the drift of the hidden states beside that of the input.
     """
-    _, factor = cholesky(hessian, damping)
-    return weight + strength * torch.cholesky_solve(missing.T, factor).T.to(weight.dtype)
+    factor = cholesky(hessian, damping)
+    halfway = torch.linalg.solve_triangular(factor, missing.T, upper=False)
+    change = torch.linalg.solve_triangular(factor.T, halfway, upper=True)
+    return weight + strength * change.T.to(weight.dtype)

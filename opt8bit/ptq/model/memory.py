@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -46,6 +48,17 @@ def check_room(model: nn.Module) -> None:
             f"the machine's memory of {gigabytes(memory)} does not hold the embeddings and the head, "
             f"{gigabytes(around)}, and one block, {gigabytes(block)}: compress the model on a larger machine"
         )
+
+
+def return_freed() -> None:
+    """Has the C library return freed memory to the system, where it can be told to: glibc keeps much of it for later.
+
+    Tensors of some megabytes come and go by the hundred while passes go through a block, and leave holes that larger
+    ones do not fit into.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def bytes_of(module: nn.Module) -> int:

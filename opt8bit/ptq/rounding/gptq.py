@@ -54,8 +54,7 @@ class GPTQ(Rounder):
         if self.act_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         back = torch.argsort(order)
-        _, factor = inverse_factor(hessian[order][:, order], self.damping)
-        factor = factor.to(weight.dtype)
+        factor = inverse_factor(hessian, self.damping, order).to(weight.dtype)
         importance = factor.diagonal().square().reciprocal()
         engine = engine_for(weight, scheme.grid)
         params = engine.fit(weight, group_size, importance[back]) if self.act_order else None
