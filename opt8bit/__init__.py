@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         memory_report,
         state_error,
     )
+    from opt8bit.ptq import BiasCompensation
 
 __version__ = version("opt8bit")
 
@@ -31,6 +32,7 @@ __all__ = [
     "Adagrad8bit",
     "Adam8bit",
     "AdamW8bit",
+    "BiasCompensation",
     "LAMB8bit",
     "LARS8bit",
     "Lion8bit",
@@ -44,7 +46,7 @@ __all__ = [
     "state_error",
 ]
 
-_OF_NN = ("StableEmbedding", "replace_embeddings")
+_FOLDERS = {"StableEmbedding": "nn", "replace_embeddings": "nn", "BiasCompensation": "ptq"}  # of what is not in optim
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +55,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "ptq":
         return importlib.import_module("opt8bit.ptq")
-    found = getattr(importlib.import_module("opt8bit.nn" if name in _OF_NN else "opt8bit.optim"), name)
+    found = getattr(importlib.import_module(f"opt8bit.{_FOLDERS.get(name, 'optim')}"), name)
     globals()[name] = found
     return found
 

@@ -49,7 +49,18 @@ def _mean(sums: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if sequences < 2:
         return mean, torch.full_like(mean, torch.inf)
     residuals = sums - tokens[:, None] * mean
-    return mean, (residuals.square().sum(0) * sequences / (sequences - 1)).sqrt() / tokens.sum()
+    return mean, ratio_error(residuals.square().sum(0), sequences, tokens.sum())
+
+
+def ratio_error(squares: Tensor, sequences: int | Tensor, tokens: Tensor) -> Tensor:
+    """The standard error of a mean over tokens, from the squares of what each sequence's sum differs from its share.
+
+    Args:
+        squares: ``Σ (sum - tokens · mean)²`` over sequences.
+        sequences: that have tokens which count; at least 2.
+        tokens: of all sequences.
+    """
+    return (squares * sequences / (sequences - 1)).sqrt() / tokens
 
 
 def median_shift(

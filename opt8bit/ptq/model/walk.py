@@ -29,13 +29,19 @@ class Walk:
         self._greenlet = greenlets().greenlet(forward)
         self._greenlet.is_walk = True
         self._greenlet.layer = None
-        self._answer: Tensor | None = None
+        self._greenlet.arguments = ()
+        self._answer: Any = None
         self._last: Tensor | None = None
 
     @property
     def layer(self) -> nn.Module | None:
         """The layer that the pass stands before; None at its start and at its end."""
         return None if self._greenlet.dead else self._greenlet.layer
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer that the pass stands at is called with; known where it stands behind one."""
+        return self._greenlet.arguments
 
     @property
     def ended(self) -> bool:
@@ -48,8 +54,8 @@ class Walk:
         assert self._last is not None
         return self._last
 
-    def answer(self, output: Tensor) -> None:
-        """Takes the output of the layer that the pass stands before: it need not be computed again."""
+    def answer(self, output: Any) -> None:
+        """Takes the output of the layer that the pass stands before, which need not compute it, or behind."""
         self._answer = output
 
     def advance(self) -> Tensor:
@@ -120,6 +126,30 @@ def _halting(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., 
         current.layer = layer
         answer = current.parent.switch(args[0] if args else next(iter(kwargs.values())))
         return answer if isinstance(answer, Tensor) else forward(*args, **kwargs)
+
+    return halted
+
+
+@contextmanager
+def halting_behind(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, every :class:`Walk` halts behind each of the layers, with its output; other passes go through.
+
+    What the walk is answered takes the place of the output.
+    """
+    with replaced({layer: _halting_behind(layer, layer.forward) for layer in layers}):
+        yield
+
+
+def _halting_behind(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def halted(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        current = greenlets().getcurrent()
+        if not getattr(current, "is_walk", False):
+            return output
+        current.layer, current.arguments = layer, (args, kwargs)
+        answer = current.parent.switch(output)
+        current.arguments = ()
+        return output if isinstance(answer, tuple) and not answer else answer  # a switch without a value gives ()
 
     return halted
 

@@ -1,0 +1,1 @@
+"""A quantized model beside the float model that it was made of, whoever made it."""

@@ -1,0 +1,246 @@
+"""The error of one module's output, collected over batches, and the bias that makes up for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opt8bit.ptq.correction.compensation import BiasCompensation
+from opt8bit.ptq.correction.folding import image_dims
+from opt8bit.ptq.correction.output_errors import check_finite, check_output
+from opt8bit.ptq.correction.placing import Behind, InBias, Placed, takes_bias
+from opt8bit.ptq.model.blocks import is_linear
+from opt8bit.ptq.pairs.batches import Target, mask_for, moved
+from opt8bit.ptq.pairs.matching import Pair
+from opt8bit.ptq.pairs.outputs import Element, element_of, with_element
+
+CLOSE = 0.02  # of the error of a mean, within which a layer tells it from its mean input
+
+TRIED = 4  # images or rows, on which it is found out whether it does
+
+
+class Mismatch(ValueError):
+    """Two modules of one name do not do the same."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a correction does with every module.
+
+    Attributes:
+        statistic, shrink, max_bytes: as of :class:`BiasCompensation`.
+        element: of outputs that are no tensors.
+        target: what activations of the float model become in the quantized one; None for what they are.
+        unit: samples of a convolution, or rows, that go into one mean input.
+    """
+
+    statistic: str
+    shrink: bool
+    max_bytes: int
+    element: Element
+    target: Target | None
+    unit: int
+
+
+class Means(NamedTuple):
+    """Inputs and outputs, summed up over units: the tokens of a sample, several rows, or several images."""
+
+    x: Tensor  # (units, ...): the mean input of a unit
+    y: Tensor  # (units, channels): the sum of its outputs
+    tokens: Tensor  # (units,)
+
+
+class LayerError:
+    """Collects what a module of a quantized model puts out wrong.
+
+    Args:
+        pair: the module and its counterpart in the float model.
+        options: of the correction.
+    """
+
+    def __init__(self, pair: Pair, options: Options) -> None:
+        self.pair, self.options = pair, options
+        self.compensation: BiasCompensation | None = None
+        self.read = partial(element_of, element=options.element, name=pair.title)
+        self.write = partial(with_element, element=options.element)
+        self.is_matched = True
+        self._in_bias = False
+        self._dtype = torch.float32  # of the outputs
+        self._is_affine: bool | None = None
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, mask: Tensor | None) -> None:
+        """Takes a call of the float module into account: the quantized one is called with the same.
+
+        Where the module's output is affine in its input, the mean input says the mean error. Then the quantized module
+        sees nothing but means, which are far fewer.
+        """
+        y = check_output(f"the output of {self.pair.title}", self.read(output))
+        if not y.numel():  # an expert without a token
+            return
+        target = self.options.target
+        arguments = (args, kwargs) if target is None else (moved(args, target), moved(kwargs, target))
+        mask = mask_for(mask, y, self.pair.channel_axis)
+        if self.compensation is None:
+            self.begin(y, arguments)
+        x = arguments[0][0] if len(arguments[0]) == 1 and not arguments[1] else None
+        if self._is_affine is not False and isinstance(x, Tensor):
+            means = self._means(x, y, mask)
+            if self._is_affine is None:
+                self._is_affine = means is not None and self._tells(x, y)
+            if means is not None and self._is_affine:
+                self._add(means, x.dtype, y.dim())
+                return
+        self.compare(y, self.pair.quantized(*arguments[0], **arguments[1]), mask)
+
+    def begin(self, y: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        """Finds out the channels, and what place there is for a bias.
+
+        Args:
+            y: an output of the float module.
+            arguments: of the quantized one.
+        """
+        axis = self.pair.channel_axis
+        if not -y.dim() <= axis < 0:
+            raise ValueError(f"channel_axis must be from {-y.dim()} to -1 for outputs {tuple(y.shape)}, got {axis}")
+        self._in_bias = takes_bias(self.pair.quantized, arguments, self.read, axis)
+        self._dtype = y.dtype if self.options.target is None else self.options.target.dtype or y.dtype
+        self.compensation = BiasCompensation(
+            y.shape[axis],
+            axis,
+            statistic=self.options.statistic,
+            shrink=self.options.shrink,
+            max_bytes=self.options.max_bytes,
+            device=y.device if self.options.target is None else self.options.target.device,
+            dtype=torch.promote_types(self._dtype, torch.float32),
+        )
+
+    def compare(self, output: Any, output_hat: Any, mask: Tensor | None) -> None:
+        """Takes outputs of both modules into account.
+
+        Args:
+            output, output_hat: of the float module and the quantized one.
+            mask: in the form of the output.
+
+        Raises:
+            Mismatch: the outputs differ in shape.
+        """
+        y, y_hat = self.read(output), self.read(output_hat)
+        if y.shape != y_hat.shape:
+            raise self._mismatch(f"its output has shape {tuple(y_hat.shape)}, the reference's {tuple(y.shape)}")
+        assert self.compensation is not None
+        self.compensation.observe(y, y_hat, mask)
+
+    def corrected(self, output_hat: Any) -> Any:
+        """An output of the quantized module with the correction so far."""
+        if self.compensation is None or not self.is_matched:
+            return output_hat
+        return self.write(output_hat, self.compensation(self.read(output_hat)))
+
+    def settle(self) -> None:
+        """Sets the bias to what the batches so far say."""
+        if self.compensation is not None:
+            self.compensation.settle()
+
+    def placed(self) -> Placed | None:
+        """The correction in its place, not put there yet; None where there is nothing to correct."""
+        if self.compensation is None or not self.is_matched or not bool(self.compensation.bias.any()):
+            return None
+        if self._in_bias:
+            return InBias(self.pair.quantized, self.compensation.bias.detach(), self._dtype)
+        final = BiasCompensation(
+            self.compensation.channel_size,
+            self.compensation.channel_axis,
+            statistic=self.options.statistic,
+            shrink=self.options.shrink,
+            device=self.compensation.bias.device,
+            dtype=self._dtype,
+        )
+        final.bias.copy_(self.compensation.bias)
+        return Behind(self.pair.quantized, final, self.read, self.write)
+
+    def _mismatch(self, why: str) -> Mismatch:
+        self.is_matched = False
+        return Mismatch(why)
+
+    def _means(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Means | None:
+        """The means of a call; None where they do not say the mean error, or are as many as what they are of."""
+        if self.options.statistic != "mean":
+            return None
+        images = image_dims(self.pair.reference)
+        if images is not None and x.dim() == images + 2:
+            return _means_of_images(x, y, self.options.unit) if self.options.unit > 1 else None
+        if not is_linear(self.pair.reference) or x.dim() < 2 or x.shape[:-1] != y.shape[:-1]:
+            return None
+        if x.dim() == 2:
+            return _means_of_rows(x, y, mask, self.options.unit) if self.options.unit > 1 else None
+        return _means_of_samples(x, y, mask)
+
+    def _tells(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the quantized module makes of the mean of a few inputs what it makes of them, on the average.
+
+        A module that rounds its inputs does not: the error of a mean input is not the mean of their errors.
+        """
+        is_of_samples = x.dim() > 2 and image_dims(self.pair.reference) is None
+        unit = slice(1 if is_of_samples else min(self.options.unit, TRIED))
+        means = self._means(x[unit], y[unit], None)
+        assert means is not None
+        axis = self.pair.channel_axis
+        rows = _channels_last(self.read(self.pair.quantized(x[unit])), axis)
+        of_mean = _channels_last(self.read(self.pair.quantized(means.x.to(x.dtype))), axis).mean(0)
+        if len(of_mean) != means.y.shape[1]:
+            raise self._mismatch(f"it has {len(of_mean)} channels, the reference's {means.y.shape[1]}")
+        error = (means.y[0] / means.tokens[0]).to(rows) - rows.mean(0)
+        rounding = torch.finfo(rows.dtype).eps * rows.square().mean(0).sum().sqrt()
+        return bool((rows.mean(0) - of_mean).norm() <= CLOSE * error.norm() + 2 * rounding)
+
+    def _add(self, means: Means, dtype: torch.dtype, dims: int) -> None:
+        assert self.compensation is not None
+        y_hat = self.read(self.pair.quantized(means.x.to(dtype)))
+        axis = self.pair.channel_axis
+        rows = _channels_last(y_hat, axis).unflatten(0, (len(means.x), -1)).mean(1)  # (units, channels)
+        check_finite("the float output", means.y)
+        check_finite("the quantized output", rows)
+        sums = means.y.to(rows.device, torch.float64) - means.tokens.to(rows.device)[:, None] * rows.to(torch.float64)
+        self.compensation.observe_sums(sums, means.tokens, dims)
+
+
+def _means_of_samples(x: Tensor, y: Tensor, mask: Tensor | None) -> Means:
+    """Of the tokens of each sample: a linear layer acts on the last dimension alone."""
+    x, y = x.flatten(1, -2), y.flatten(1, -2)  # (samples, tokens, features)
+    tokens = torch.full((len(x),), x.shape[1], device=x.device)
+    if mask is not None:
+        counts = mask.flatten(1)
+        tokens = counts.sum(1)
+        x, y = (torch.where(counts.to(each.device)[..., None], each, 0) for each in (x, y))
+    return Means(_sum(x, 1) / tokens.clamp(min=1)[:, None], _sum(y, 1), tokens)
+
+
+def _means_of_rows(x: Tensor, y: Tensor, mask: Tensor | None, unit: int) -> Means:
+    """Of several rows each."""
+    counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
+    if mask is not None:
+        x, y = (torch.where(counts.to(each.device)[:, None], each, 0) for each in (x, y))
+    tokens = torch.stack([part.sum() for part in counts.split(unit)])
+    sums, sums_y = (torch.stack([_sum(part, 0) for part in each.split(unit)]) for each in (x, y))
+    return Means(sums / tokens.clamp(min=1)[:, None], sums_y, tokens)
+
+
+def _means_of_images(x: Tensor, y: Tensor, unit: int) -> Means:
+    """Of several images each. Their positions stay apart: at the edge, padding makes a layer do something else."""
+    images = torch.stack([_sum(part, 0) / len(part) for part in x.split(unit)])
+    sums = torch.stack([_sum(part.flatten(2), (0, 2)) for part in y.split(unit)])
+    sizes = torch.tensor([len(part) for part in x.split(unit)], device=x.device)
+    return Means(images, sums, sizes * y.shape[2:].numel())
+
+
+def _sum(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _channels_last(y: Tensor, channel_axis: int) -> Tensor:
+    """An output as (tokens, channels)."""
+    return y.movedim(channel_axis, -1).flatten(0, -2)
