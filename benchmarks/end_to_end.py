@@ -121,7 +121,8 @@ def main() -> None:
             rows.append(run(*words))
             print(f"{words[0]:<9} {rows[-1]['seconds']:8.1f} s {rows[-1]['peak_anonymous_bytes'] / 1e9:6.2f} GB")
             print("\n".join(f"    {line}" for line in rows[-1]["last_lines"]), flush=True)
-    write_rows(options.rows, rows, weights=weights, samples=samples, sequence_length=length)
+    figures = [{name: value for name, value in row.items() if name != "last_lines"} for row in rows]
+    write_rows(options.rows, figures, weights=weights, samples=samples, sequence_length=length)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from opt8bit.cli.texts import choose_windows, find_text
 from opt8bit.ptq import ranks
 from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
+from opt8bit.ptq.model.memory import return_large_at_once
 from opt8bit.ptq.report import write_report
 from opt8bit.recipe import Recipe
 
@@ -58,6 +59,7 @@ def run(settings: Settings) -> None:
         CommandError: something the user can mend; nothing has been written, or what is finished is kept to go on from.
     """
     started = time.perf_counter()
+    return_large_at_once()
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
         with _processes(), _folder(settings) as folder, _progress() as see:

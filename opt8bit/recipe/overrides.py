@@ -38,12 +38,13 @@ def kept_group_size(size: Any) -> Any:
     return None if type(size) is int and size in WHOLE_ROWS else size
 
 
-def listed_overrides(listed: Any, allowed: Mapping[str, Option]) -> tuple[Override, ...]:
+def listed_overrides(listed: Any, allowed: Mapping[str, Option], defaults: Mapping[str, Any]) -> tuple[Override, ...]:
     """Returns the overrides that a file lists: objects with a pattern as "layers", and options, or "skip".
 
     Args:
         listed: as a file has it.
         allowed: options of layers, by name.
+        defaults: of theirs, to which an override may go back.
 
     Raises:
         ValueError: it is no such list.
@@ -51,24 +52,29 @@ def listed_overrides(listed: Any, allowed: Mapping[str, Option]) -> tuple[Overri
     if not isinstance(listed, list):
         raise ValueError(f"overrides must be a list, got {listed!r}")
     found = []
-    names = ", ".join([*allowed, SKIP])
     for each in listed:
         if not isinstance(each, Mapping) or not isinstance(each.get(PATTERN), str):
             raise ValueError(f"an override is an object with a pattern of names as {PATTERN!r}, got {each!r}")
         given = {name: value for name, value in each.items() if name != PATTERN}
         if not given:
-            raise ValueError(f"an override has some of {names}, got {each!r}")
+            raise ValueError(f"an override has some of {', '.join([*allowed, SKIP])}, got {each!r}")
         skip = given.pop(SKIP, False)
         if not isinstance(skip, bool):
             raise ValueError(f"{SKIP} of an override must be true or false, got {skip!r}")
         if skip and given:
             raise ValueError(f"an override that skips its layers has no other options, got {each!r}")
         for name, value in given.items():
-            if name not in allowed:
-                raise ValueError(f"an override may have {names}, got {name!r}")
-            allowed[name].check(f"{name} of an override", value)
+            if (name, value) != ("grid", None):  # grids have no names, so that None is all that a file can say
+                _check_option(name, value, allowed, defaults)
         found.append(Override.of(each[PATTERN], None if skip else given))
     return tuple(found)
+
+
+def _check_option(name: str, value: Any, allowed: Mapping[str, Option], defaults: Mapping[str, Any]) -> None:
+    if name not in allowed:
+        raise ValueError(f"an override may have {', '.join([*allowed, SKIP])}, got {name!r}")
+    if type(value) is not type(defaults[name]) or value != defaults[name]:
+        allowed[name].check(f"{name} of an override", value)
 
 
 def kept_overrides(given: Any, allowed: Collection[str]) -> tuple[Override, ...]:

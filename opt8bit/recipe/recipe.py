@@ -159,8 +159,9 @@ class Recipe:
             {PATTERN: each.pattern, **({SKIP: True} if each.options is None else _in_file(each.options))}
             for each in self.override_list
         ]
-        own = {**values_of(self), "group_size": self.group_size, "grid": self.grid}
-        return {**_in_file(own.items()), "overrides": overrides}
+        own = _in_file({**values_of(self), "group_size": self.group_size, "grid": self.grid}.items())
+        # What an override says is said, even where it is the default: the recipe may have something else.
+        return {**{n: value for n, value in own.items() if value not in (None, AUTO, [])}, "overrides": overrides}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -172,7 +173,8 @@ class Recipe:
         values = renamed(values)
         listed = values.pop("overrides", [])
         check_values(options_of(cls), values)
-        return cls(**values, overrides=listed_overrides(listed, layer_options()))
+        defaults = {each.name: each.default for each in fields(cls)}
+        return cls(**values, overrides=listed_overrides(listed, layer_options(), defaults))
 
 
 def changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -202,12 +204,13 @@ def _in_file(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         ValueError: one is an object that no file can hold.
     """
     found = {name: 0 if name == "group_size" and value is None else value for name, value in values}
-    found["transforms"] = list(found.get("transforms", ()))
+    if "transforms" in found:
+        found["transforms"] = list(found["transforms"])
     for name in ("method", "grid", "transforms", "reconstruction"):
         value = found.get(name)
         if not all(isinstance(each, str | None) for each in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{name}={value!r} cannot be written into a file")
-    return {name: value for name, value in found.items() if value not in (None, AUTO, [])}
+    return found
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:

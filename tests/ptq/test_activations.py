@@ -42,6 +42,13 @@ def test_nothing_observed_nothing_rounded() -> None:
         StaticPerTensor()(torch.zeros(3))
     with pytest.raises(ValueError, match="bits must be 2 to 8, got 9"):
         StaticPerTensor(9)
+    quantizer = StaticPerTensor()
+    quantizer.observe(torch.zeros(0, 3))
+    for spoiled in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="an input is not finite"):
+            quantizer.observe(torch.tensor([1.0, spoiled]))
+    with pytest.raises(ValueError, match="must observe inputs before it rounds any"):
+        quantizer(torch.zeros(3))
 
 
 def test_states_are_saved_and_loaded() -> None:

@@ -84,3 +84,6 @@ def test_reports_that_do_not_go_together_are_refused() -> None:
         allocate_bits({2: report}, 1.0)
     with pytest.raises(ValueError, match="together names q, on which there is no report"):
         allocate_bits({2: report}, 5.0, together=[["q"]])
+    name = report[0].name
+    with pytest.raises(ValueError, match=rf"together names {name} twice"):
+        allocate_bits({2: report}, 5.0, together=[[name], [report[1].name, name]])

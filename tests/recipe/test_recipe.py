@@ -43,7 +43,14 @@ def test_every_option_has_another_value_here() -> None:
 
 def test_a_recipe_comes_back_from_its_file() -> None:
     overrides = {"*.0.*": None, "*_proj": {"bits": 8, "group_size": None}, "*": {"method": "gptq", "act_order": False}}
-    for recipe in (Recipe(), Recipe(**OTHERS), Recipe(group_size=None), Recipe(bits=2, overrides=overrides)):
+    back = {"*.1.*": {"symmetric": None, "group_size": "auto"}, "*": {"polish": None, "grid": None}}
+    for recipe in (
+        Recipe(),
+        Recipe(**OTHERS),
+        Recipe(group_size=None),
+        Recipe(bits=2, overrides=overrides),
+        Recipe(symmetric=True, group_size=16, polish=False, overrides=back),
+    ):
         written = json.loads(json.dumps(recipe.to_dict()))
         assert Recipe.from_dict(written) == recipe
     assert Recipe().to_dict() == {
@@ -59,6 +66,8 @@ def test_a_recipe_comes_back_from_its_file() -> None:
         {"layers": "*_proj", "bits": 8, "group_size": 0},
         {"layers": "*", "method": "gptq", "act_order": False},
     ]
+    with pytest.raises(ValueError, match="bits of an override must be a whole number, got None"):
+        Recipe.from_dict({"overrides": [{"layers": "*", "bits": None}]})
 
 
 def test_files_of_an_older_version_are_read_and_unknown_keys_named() -> None:

@@ -30,6 +30,14 @@ class StaticPerTensor(InputQuantizer):
         self.register_buffer("high", torch.tensor(-torch.inf))
 
     def observe(self, x: Tensor) -> None:
+        """
+        Raises:
+            ValueError: an input is not finite.
+        """
+        if not bool(x.isfinite().all()):
+            raise ValueError("an input is not finite")
+        if not x.numel():
+            return
         self.low = torch.minimum(self.low, x.amin().float())
         self.high = torch.maximum(self.high, x.amax().float())
 

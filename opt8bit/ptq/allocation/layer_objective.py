@@ -29,7 +29,8 @@ def allocate_bits(
         Overrides for :func:`compress`, one for each layer.
 
     Raises:
-        ValueError: the reports are not on the same layers, or the budget is below what the smallest width takes.
+        ValueError: the reports are not on the same layers, ``together`` names one that has no report or is named twice,
+            or the budget is below what the smallest width takes.
     """
     widths = sorted(reports)
     rows = {bits: {row.name: row for row in reports[bits]} for bits in widths}
@@ -46,6 +47,10 @@ def allocate_bits(
 
 
 def _groups(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[list[str]]:
+    listed = [name for group in together for name in group]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise ValueError(f"together names {twice[0]} twice")
     of = {name: list(group) for group in together for name in group}
     unknown = sorted(of.keys() - set(names))
     if unknown:

@@ -7,11 +7,14 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from opt8bit.ptq.model.blocks import find_blocks
 
+LARGE = 4 << 20  # bytes; glibc's own bound rises to 32 MB by and by
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -56,9 +59,25 @@ def return_freed() -> None:
     Tensors of some megabytes come and go by the hundred while passes go through a block, and leave holes that larger
     ones do not fit into.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def return_large_at_once() -> None:
+    """Has the C library return large tensors to the system as soon as they are freed, where it can be told to.
+
+    For a process that does nothing else: it holds until the process ends.
+    """
+    set_option = _of_c_library("mallopt")
+    for option in M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
+        if set_option is not None:
+            set_option(option, LARGE)
+
+
+def _of_c_library(name: str) -> Any:
+    """A function of glibc's; None where there is no such library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def bytes_of(module: nn.Module) -> int:
