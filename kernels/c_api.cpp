@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "dispatch.h"
@@ -11,24 +12,6 @@ using namespace opt8bit;
 
 namespace opt8bit {
 namespace {
-
-constexpr const char* kRuleNames[] = {"adam",
-                                      "adam_amsgrad",
-                                      "adamw",
-                                      "adamw_amsgrad",
-                                      "sgd",
-                                      "sgd_momentum",
-                                      "rmsprop",
-                                      "rmsprop_momentum",
-                                      "rmsprop_centered",
-                                      "rmsprop_centered_momentum",
-                                      "adagrad",
-                                      "lion",
-                                      "ademamix",
-                                      "lamb",
-                                      "lars",
-                                      "lars_momentum"};
-static_assert(sizeof kRuleNames / sizeof *kRuleNames == static_cast<size_t>(RuleId::count), "a name for each rule");
 
 // Threads take whole units: runs of blocks of one tensor with about this many elements.
 constexpr int64_t kUnitElements = 1 << 14;
@@ -86,10 +69,22 @@ int64_t opt8bit_addresses(const void* const* functions, const void* const* tenso
   return addresses(torch_functions(functions), tensors, count, max_dim, rows, result, static_cast<int>(threads));
 }
 
-int64_t opt8bit_rule(const char* name) {
-  for (const char* const& known : kRuleNames)
-    if (std::strcmp(known, name) == 0) return &known - kRuleNames;
-  return -1;
+void opt8bit_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(Tensor);
+  sizes[1] = sizeof(Group);
+}
+
+const char* opt8bit_rules(const Kernels* kernels) {
+  static const std::string lines = [&] {
+    std::string joined;
+    for (const RuleFacts* rule = kernels->rules; rule < kernels->rules + kernels->rule_count; ++rule) {
+      joined += std::string(rule->name) + "; " + rule->hyper + ";";
+      for (int64_t s = 0; s < rule->states; ++s) joined += rule->is_signed[s] ? " signed" : " unsigned";
+      joined += rule->has_norms ? "; whole\n" : ";\n";
+    }
+    return joined;
+  }();
+  return lines.c_str();
 }
 
 void opt8bit_dynamic_map(int64_t is_signed, float* values) {
@@ -147,14 +142,15 @@ void opt8bit_step(const Kernels* kernels, const Tensor* tensors, int64_t count, 
     return std::min((unit - first_unit[index]) * blocks_per_unit(views[index]), views[index].blocks());
   };
   const auto group_of = [&](int64_t index) -> const Group& { return groups[tensors[index].group]; };
+  const auto has_norms = [&](int64_t index) { return kernels->rules[group_of(index).rule].has_norms; };
 
   // Norms first, where a rule asks for them: unit by unit, as the sum must not depend on the number of threads.
   std::vector<double> norms;
-  if (std::any_of(tensors, tensors + count, [&](const Tensor& t) { return needs_norms(groups[t.group].rule); })) {
+  if (std::any_of(tensors, tensors + count, [&](const Tensor& t) { return has_norms(&t - tensors); })) {
     std::vector<double> squares(first_unit.back() * kNorms);
     parallel(first_unit.back(), threads, [&](int64_t begin, int64_t end) {
       for_tensors(begin, end, [&](int64_t index, int64_t unit, int64_t last_unit) {
-        for (; needs_norms(group_of(index).rule) && unit < last_unit; ++unit)
+        for (; has_norms(index) && unit < last_unit; ++unit)
           kernels->measure(tensors[index], group_of(index), &squares[unit * kNorms], first_block(index, unit),
                            first_block(index, unit + 1));
       });

@@ -24,7 +24,10 @@ OPT8BIT_EXPORT void opt8bit_describe(const void* const* functions, const void* c
 OPT8BIT_EXPORT int64_t opt8bit_addresses(const void* const* functions, const void* const* tensors, int64_t count,
                                          int64_t max_dim, const int64_t* rows, int64_t* addresses, int64_t threads);
 
-OPT8BIT_EXPORT int64_t opt8bit_rule(const char* name);  // its number, or -1
+OPT8BIT_EXPORT void opt8bit_sizes(int64_t* sizes);  // of a Tensor and of a Group, in bytes
+// Of each rule, in the order of their numbers, a line: its name; its hyper-parameters, "lr, beta1"; for each state
+// "signed" or "unsigned"; and "whole", if it asks for norms over whole parameters.
+OPT8BIT_EXPORT const char* opt8bit_rules(const opt8bit::Kernels* kernels);
 OPT8BIT_EXPORT void opt8bit_dynamic_map(int64_t is_signed, float* values);
 
 // `threads` is how many to use where torch's pool is not at hand; that pool knows its own number.

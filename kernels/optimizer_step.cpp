@@ -12,8 +12,6 @@ BlockView block_view(const Tensor& tensor, const Group& group) {
   return BlockView(1, tensor.rows * tensor.row_length, kFlatBlock);
 }
 
-bool needs_norms(RuleId rule) { return rule == RuleId::lamb || rule == RuleId::lars || rule == RuleId::lars_momentum; }
-
 float* thread_buffer() {
   struct alignas(64) Buffer {
     float floats[kMaxStates * kBufferStride];

@@ -10,27 +10,8 @@
 namespace opt8bit {
 
 enum class Rounding : int64_t { nearest, stochastic, compensated };  // of a bfloat16 parameter
-enum class RuleId : int64_t {
-  adam,
-  adam_amsgrad,
-  adamw,
-  adamw_amsgrad,
-  sgd,
-  sgd_momentum,
-  rmsprop,
-  rmsprop_momentum,
-  rmsprop_centered,
-  rmsprop_centered_momentum,
-  adagrad,
-  lion,
-  ademamix,
-  lamb,
-  lars,
-  lars_momentum,
-  count
-};
 
-constexpr int kMaxStates = 3;
+constexpr int kMaxStates = 4;
 constexpr int kMaxHyper = 12;
 constexpr int kNorms = 2;  // those that a rule may ask for, over a whole tensor, before its step
 constexpr int64_t kMaxBlockSize = 16384;
@@ -58,10 +39,10 @@ struct Tensor {
 
 // Hyper-parameters that many tensors share.
 struct Group {
-  RuleId rule;
+  int64_t rule;  // its number
   int64_t block_size;
-  double hyper[kMaxHyper];
-  double grad_scale;  // gradients are this many times too large
+  double hyper[kMaxHyper];  // in the order that the rule declares
+  double grad_scale;        // gradients are this many times too large
   Rounding rounding;
   int64_t seed;
 };
@@ -94,7 +75,6 @@ struct BlockView {
 };
 
 BlockView block_view(const Tensor& tensor, const Group& group);
-bool needs_norms(RuleId rule);
 
 // Room for the states of one block, kMaxStates times kBufferStride floats, of the calling thread. The stride keeps
 // equal offsets into two states apart modulo 4096, where a load would wait for a store.
@@ -106,8 +86,19 @@ void* row_buffer(int64_t bytes);  // of the calling thread, for rows of a parame
 // the processor's own prefetching stops at the end of a page.
 constexpr int64_t kAhead = 2048;
 
+// What a rule says of itself.
+struct RuleFacts {
+  const char* name;
+  const char* hyper;  // names of its hyper-parameters
+  int64_t states;
+  const bool* is_signed;  // of each state, whether it can be negative
+  bool has_norms;         // it asks for norms
+};
+
 struct Kernels {
   const char* name;
+  const RuleFacts* rules;  // by their numbers; the same for every set
+  int64_t rule_count;
   // `norms`, kNorms numbers, is null for a rule that asks for none.
   void (*step)(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block);
   // Writes what the blocks contribute to the squares of the norms that a rule asks for, the same for every set.

@@ -3,6 +3,7 @@
 
 #include OPT8BIT_SIMD
 
+#include <cstring>
 #include <utility>
 
 #include "access.h"
@@ -98,13 +99,21 @@ void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& vi
   }
 }
 
+template <class Rule>
+typename Rule::Hyper hyper_of(const Group& group) {
+  typename Rule::Hyper hyper;
+  static_assert(sizeof hyper <= sizeof group.hyper, "kMaxHyper is too small");
+  std::memcpy(&hyper, group.hyper, sizeof hyper);
+  return hyper;
+}
+
 // The skeleton of every step: a rule, a type of parameter, and how each state of the rule is stored.
 template <class Rule, class T, Rounding rounding, bool kCoded, size_t... s>
 void step_blocks(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block, int64_t last_block,
                  std::index_sequence<s...> indices) {
   float* const memory = thread_buffer();
-  update_blocks(Rule(group.hyper, *tensor.step + 1.0, norms), Param<T, rounding>(tensor, group), Grad<T>(tensor, group),
-                block_view(tensor, group), first_block, last_block, indices,
+  update_blocks(Rule(hyper_of<Rule>(group), *tensor.step + 1.0, norms), Param<T, rounding>(tensor, group),
+                Grad<T>(tensor, group), block_view(tensor, group), first_block, last_block, indices,
                 typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, memory + s * kBufferStride)...);
 }
 
@@ -120,7 +129,7 @@ struct Step {
 template <class Rule, class T, Rounding rounding, bool kCoded, size_t... s>
 void measure_blocks(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block,
                     std::index_sequence<s...>) {
-  measure_blocks(Rule(group.hyper, *tensor.step + 1.0, nullptr), Param<T, rounding>(tensor, group),
+  measure_blocks(Rule(hyper_of<Rule>(group), *tensor.step + 1.0, nullptr), Param<T, rounding>(tensor, group),
                  Grad<T>(tensor, group), block_view(tensor, group), squares, first_block, last_block,
                  typename StateType<kCoded, Rule::kSigned[s]>::type(tensor, s, nullptr)...);
 }
@@ -158,31 +167,18 @@ void with_rule(const Work& work, const Tensor& tensor, const Group& group, int64
   }
 }
 
-// In the order of RuleId.
-template <class Work>
-constexpr void (*kWithRule[])(const Work&, const Tensor&, const Group&, int64_t, int64_t) = {
-    with_rule<Adam, Work>,
-    with_rule<AdamAmsgrad, Work>,
-    with_rule<AdamW, Work>,
-    with_rule<AdamWAmsgrad, Work>,
-    with_rule<Sgd, Work>,
-    with_rule<SgdMomentum, Work>,
-    with_rule<RmsProp<false, false>, Work>,
-    with_rule<RmsProp<false, true>, Work>,
-    with_rule<RmsProp<true, false>, Work>,
-    with_rule<RmsProp<true, true>, Work>,
-    with_rule<Adagrad, Work>,
-    with_rule<Lion, Work>,
-    with_rule<AdEMAMix, Work>,
-    with_rule<Lamb, Work>,
-    with_rule<Lars, Work>,
-    with_rule<LarsMomentum, Work>,
-};
-static_assert(sizeof kWithRule<Step> / sizeof *kWithRule<Step> == static_cast<size_t>(RuleId::count));
+// Calls the function of the group's rule.
+template <class Work, class... Rules>
+void with_rule_of(List<Rules...>, const Work& work, const Tensor& tensor, const Group& group, int64_t first,
+                  int64_t last) {
+  constexpr void (*kWithRule[])(const Work&, const Tensor&, const Group&, int64_t,
+                                int64_t) = {with_rule<Rules, Work>...};
+  kWithRule[group.rule](work, tensor, group, first, last);
+}
 
 void step_in_order(const Tensor& tensor, const Group& group, const double* norms, int64_t first_block,
                    int64_t last_block) {
-  kWithRule<Step>[static_cast<size_t>(group.rule)](Step{norms}, tensor, group, first_block, last_block);
+  with_rule_of(UpdateRules(), Step{norms}, tensor, group, first_block, last_block);
 }
 
 // Of a tensor, the rows that begin at `row`, whose blocks follow the first `block`; the parameter and its gradient,
@@ -242,8 +238,21 @@ void step(const Tensor& tensor, const Group& group, const double* norms, int64_t
 }
 
 void measure(const Tensor& tensor, const Group& group, double* squares, int64_t first_block, int64_t last_block) {
-  kWithRule<Measure>[static_cast<size_t>(group.rule)](Measure{squares}, tensor, group, first_block, last_block);
+  with_rule_of(UpdateRules(), Measure{squares}, tensor, group, first_block, last_block);
 }
+
+template <class Rule>
+constexpr RuleFacts facts_of() {
+  return {Rule::kName, Rule::kHyper, Rule::kStates, Rule::kSigned, Rule::kHasNorms};
+}
+
+template <class Rules>
+struct Facts;
+template <class... Rules>
+struct Facts<List<Rules...>> {
+  static constexpr RuleFacts kRules[] = {facts_of<Rules>()...};
+};
+constexpr const auto& kRuleFacts = Facts<UpdateRules>::kRules;
 
 }  // namespace
 }  // namespace opt8bit

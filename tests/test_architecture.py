@@ -33,12 +33,12 @@ ORDER = (
     {"compressed", "evaluate", "group_sizes", "stage_inputs"},
     {"transforms", "reconstruction", "activations"},
     {"correction", "plan", "tasks"},
-    {"layer_report", "need", "stage"},
+    {"layer_report", "need", "pairs", "stage"},
     {"result", "routed", "allocation"},
     {"report", "resume"},
     {"block", "export"},
     {"inspect", "pipeline"},
-    {"compress", "verify"},
+    {"compress", "correct", "verify"},
     {"__init__"},
 )
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50  # lines; of a function those beneath its docstring
@@ -150,8 +150,12 @@ def test_recipes_and_the_commands_help_need_no_torch(module: str) -> None:
     assert run(f"import sys, {module}; print('torch' in sys.modules)") == "False\n"
 
 
-def test_optimizers_load_nothing_of_the_compress_half() -> None:
-    assert run("import sys, opt8bit; opt8bit.AdamW8bit; print('opt8bit.ptq' in sys.modules)") == "False\n"
+def test_optimizers_load_nothing_that_they_do_not_need() -> None:
+    code = (
+        "import sys, torch; torchs = set(sys.modules); import opt8bit; opt8bit.AdamW8bit; "
+        "print({'opt8bit.ptq', 'torch.distributed.nn', 'torch.distributed.tensor'} & (set(sys.modules) - torchs))"
+    )
+    assert run(code) == "set()\n"
 
 
 def test_what_the_package_offers_is_there() -> None:

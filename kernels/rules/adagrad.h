@@ -7,18 +7,20 @@ namespace opt8bit {
 namespace {
 
 struct Adagrad : WithoutNorms {
+  static constexpr const char* kName = "adagrad";
+  OPT8BIT_HYPER(lr, lr_decay, eps, weight_decay, maximize);
   static constexpr int kStates = 1;  // sum
   static constexpr bool kSigned[] = {false};
 
   Floats negative_lr, eps, weight_decay, sign;
   bool has_weight_decay;
 
-  Adagrad(const double* hyper, double step, const double*)
-      : negative_lr(constant(-hyper[0] / (1 + (step - 1) * hyper[1]))),
-        eps(constant(hyper[2])),
-        weight_decay(constant(hyper[3])),
-        sign(constant(hyper[4] != 0 ? -1 : 1)),
-        has_weight_decay(hyper[3] != 0) {}
+  Adagrad(const Hyper& hyper, double step, const double*)
+      : negative_lr(constant(-hyper.lr / (1 + (step - 1) * hyper.lr_decay))),
+        eps(constant(hyper.eps)),
+        weight_decay(constant(hyper.weight_decay)),
+        sign(constant(hyper.maximize != 0 ? -1 : 1)),
+        has_weight_decay(hyper.weight_decay != 0) {}
 
   void update(Floats& param, Floats grad, Scaled sum, Floats& next_sum) const {
     grad = grad * sign;

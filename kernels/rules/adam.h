@@ -11,6 +11,8 @@ namespace {
 
 // Adam (Kingma & Ba, 2015), with weight decay added to the gradient.
 struct Adam : WithoutNorms {
+  static constexpr const char* kName = "adam";
+  OPT8BIT_HYPER(lr, beta1, beta2, eps, weight_decay, maximize);
   static constexpr int kStates = 2;  // exp_avg, exp_avg_sq
   static constexpr bool kSigned[] = {true, false};
 
@@ -18,17 +20,17 @@ struct Adam : WithoutNorms {
       negative_step_size;
   bool has_weight_decay;
 
-  Adam(const double* hyper, double step, const double*) {
-    const double lr = hyper[0], b1 = hyper[1], b2 = hyper[2];
-    const double sign = hyper[5] != 0 ? -1 : 1;  // of the gradient, multiplied into whatever it meets
-    weight_decay = constant(sign * hyper[4]);
-    has_weight_decay = hyper[4] != 0;
+  Adam(const Hyper& hyper, double step, const double*) {
+    const double lr = hyper.lr, b1 = hyper.beta1, b2 = hyper.beta2;
+    const double sign = hyper.maximize != 0 ? -1 : 1;  // of the gradient, multiplied into whatever it meets
+    weight_decay = constant(sign * hyper.weight_decay);
+    has_weight_decay = hyper.weight_decay != 0;
     beta1 = constant(b1);
     one_minus_beta1 = constant(sign * (1 - b1));
     beta2 = constant(b2);
     one_minus_beta2 = constant(1 - b2);
     inverse_root_correction2 = constant(1 / std::sqrt(1 - std::pow(b2, step)));
-    eps = constant(hyper[3]);
+    eps = constant(hyper.eps);
     negative_step_size = constant(-lr / (1 - std::pow(b1, step)));
   }
 
@@ -54,6 +56,7 @@ struct Adam : WithoutNorms {
 };
 
 struct AdamAmsgrad : Adam {
+  static constexpr const char* kName = "adam_amsgrad";
   static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
   static constexpr bool kSigned[] = {true, false, false};
   using Adam::Adam;
@@ -73,8 +76,8 @@ template <class Base>
 struct Decoupled : Base {
   Floats decay;
 
-  Decoupled(const double* hyper, double step, const double* norms)
-      : Base(hyper, step, norms), decay(constant(1 - hyper[0] * hyper[4])) {
+  Decoupled(const typename Base::Hyper& hyper, double step, const double* norms)
+      : Base(hyper, step, norms), decay(constant(1 - hyper.lr * hyper.weight_decay)) {
     this->has_weight_decay = false;
   }
 
@@ -84,8 +87,16 @@ struct Decoupled : Base {
     Base::update(param, grad, std::forward<Moments>(moments)...);
   }
 };
-using AdamW = Decoupled<Adam>;
-using AdamWAmsgrad = Decoupled<AdamAmsgrad>;
+
+struct AdamW : Decoupled<Adam> {
+  static constexpr const char* kName = "adamw";
+  using Decoupled::Decoupled;
+};
+
+struct AdamWAmsgrad : Decoupled<AdamAmsgrad> {
+  static constexpr const char* kName = "adamw_amsgrad";
+  using Decoupled::Decoupled;
+};
 
 }  // namespace
 }  // namespace opt8bit

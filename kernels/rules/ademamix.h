@@ -9,16 +9,18 @@ namespace opt8bit {
 namespace {
 
 struct AdEMAMix : WithoutNorms {
+  static constexpr const char* kName = "ademamix";
+  OPT8BIT_HYPER(lr, beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay, maximize);
   static constexpr int kStates = 3;  // exp_avg, exp_avg_slow, exp_avg_sq
   static constexpr bool kSigned[] = {true, true, false};
 
   Floats negative_lr, beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3, alpha,
       inverse_correction1, inverse_root_correction2, eps, decay;
 
-  AdEMAMix(const double* hyper, double step, const double*) {
-    const double lr = hyper[0], b1 = hyper[1], b2 = hyper[2];
-    const double sign_of_grad = hyper[9] != 0 ? -1 : 1;
-    const double b3 = scheduled_beta3(b1, hyper[3], hyper[6], step);
+  AdEMAMix(const Hyper& hyper, double step, const double*) {
+    const double lr = hyper.lr, b1 = hyper.beta1, b2 = hyper.beta2;
+    const double sign_of_grad = hyper.maximize != 0 ? -1 : 1;
+    const double b3 = scheduled_beta3(b1, hyper.beta3, hyper.t_beta3, step);
     negative_lr = constant(-lr);
     beta1 = constant(b1);
     one_minus_beta1 = constant(sign_of_grad * (1 - b1));
@@ -26,11 +28,11 @@ struct AdEMAMix : WithoutNorms {
     one_minus_beta2 = constant(1 - b2);
     beta3 = constant(b3);
     one_minus_beta3 = constant(sign_of_grad * (1 - b3));
-    alpha = constant(hyper[5] > 0 ? std::fmin(step / hyper[5], 1) * hyper[4] : hyper[4]);
+    alpha = constant(hyper.t_alpha > 0 ? std::fmin(step / hyper.t_alpha, 1) * hyper.alpha : hyper.alpha);
     inverse_correction1 = constant(1 / (1 - std::pow(b1, step)));
     inverse_root_correction2 = constant(1 / std::sqrt(1 - std::pow(b2, step)));
-    eps = constant(hyper[7]);
-    decay = constant(1 - lr * hyper[8]);
+    eps = constant(hyper.eps);
+    decay = constant(1 - lr * hyper.weight_decay);
   }
 
   // Rises from beta1 so that the half-life of the average grows linearly over t_beta3 steps.

@@ -7,17 +7,20 @@ namespace opt8bit {
 namespace {
 
 struct Lars {
+  static constexpr const char* kName = "lars";
+  OPT8BIT_HYPER(lr, momentum, weight_decay, trust_coefficient, eps, nesterov, adapt, maximize);
   static constexpr bool kHasNorms = true;  // of the parameter, of its gradient
   static constexpr int kStates = 0;
   static constexpr bool kSigned[] = {false};
 
   Floats sign, weight_decay, local_lr;
 
-  Lars(const double* hyper, double, const double* norms)
-      : sign(constant(hyper[7] != 0 ? -1 : 1)), weight_decay(constant(hyper[2])) {
-    const bool is_adapted = norms && hyper[6] != 0 && norms[0] != 0 && norms[1] != 0;
-    local_lr =
-        constant(hyper[0] * (is_adapted ? hyper[3] * norms[0] / (norms[1] + hyper[2] * norms[0] + hyper[4]) : 1));
+  Lars(const Hyper& hyper, double, const double* norms)
+      : sign(constant(hyper.maximize != 0 ? -1 : 1)), weight_decay(constant(hyper.weight_decay)) {
+    const bool is_adapted = norms && hyper.adapt != 0 && norms[0] != 0 && norms[1] != 0;
+    local_lr = constant(
+        hyper.lr *
+        (is_adapted ? hyper.trust_coefficient * norms[0] / (norms[1] + hyper.weight_decay * norms[0] + hyper.eps) : 1));
   }
 
   Floats scaled(Floats grad, Floats param) const { return local_lr * Simd::fma(weight_decay, param, grad * sign); }
@@ -29,14 +32,15 @@ struct Lars {
 };
 
 struct LarsMomentum : Lars {
+  static constexpr const char* kName = "lars_momentum";
   static constexpr int kStates = 1;  // momentum_buffer
   static constexpr bool kSigned[] = {true};
 
   Floats momentum;
   bool nesterov;
 
-  LarsMomentum(const double* hyper, double step, const double* norms)
-      : Lars(hyper, step, norms), momentum(constant(hyper[1])), nesterov(hyper[5] != 0) {}
+  LarsMomentum(const Hyper& hyper, double step, const double* norms)
+      : Lars(hyper, step, norms), momentum(constant(hyper.momentum)), nesterov(hyper.nesterov != 0) {}
 
   void measure(Floats param, Floats grad, Scaled, Floats (&measured)[2]) const { Lars::measure(param, grad, measured); }
   void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {

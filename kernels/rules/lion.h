@@ -7,19 +7,21 @@ namespace opt8bit {
 namespace {
 
 struct Lion : WithoutNorms {
+  static constexpr const char* kName = "lion";
+  OPT8BIT_HYPER(lr, beta1, beta2, weight_decay, maximize);
   static constexpr int kStates = 1;  // exp_avg
   static constexpr bool kSigned[] = {true};
 
   Floats negative_lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay;
 
-  Lion(const double* hyper, double, const double*) {
-    const double sign_of_grad = hyper[4] != 0 ? -1 : 1;
-    negative_lr = constant(-hyper[0]);
-    beta1 = constant(hyper[1]);
-    one_minus_beta1 = constant(sign_of_grad * (1 - hyper[1]));
-    beta2 = constant(hyper[2]);
-    one_minus_beta2 = constant(sign_of_grad * (1 - hyper[2]));
-    decay = constant(1 - hyper[0] * hyper[3]);
+  Lion(const Hyper& hyper, double, const double*) {
+    const double sign_of_grad = hyper.maximize != 0 ? -1 : 1;
+    negative_lr = constant(-hyper.lr);
+    beta1 = constant(hyper.beta1);
+    one_minus_beta1 = constant(sign_of_grad * (1 - hyper.beta1));
+    beta2 = constant(hyper.beta2);
+    one_minus_beta2 = constant(sign_of_grad * (1 - hyper.beta2));
+    decay = constant(1 - hyper.lr * hyper.weight_decay);
   }
 
   void update(Floats& param, Floats grad, Scaled exp_avg, Floats& next_exp_avg) const {

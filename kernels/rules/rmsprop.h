@@ -9,22 +9,25 @@ namespace {
 
 template <bool kCentered, bool kMomentum>
 struct RmsProp : WithoutNorms {
+  static constexpr const char* kName = kCentered ? (kMomentum ? "rmsprop_centered_momentum" : "rmsprop_centered")
+                                                 : (kMomentum ? "rmsprop_momentum" : "rmsprop");
+  OPT8BIT_HYPER(lr, alpha, eps, weight_decay, momentum, maximize);
   static constexpr int kStates = 1 + kCentered + kMomentum;  // square_avg or variance, grad_avg, momentum_buffer
   static constexpr bool kSigned[] = {false, true, true};
 
   Floats negative_lr, alpha, one_minus_alpha, alpha_times_one_minus, eps, weight_decay, momentum, sign;
   bool has_weight_decay;
 
-  RmsProp(const double* hyper, double, const double*) {
-    const double sign_of_grad = hyper[5] != 0 ? -1 : 1;
-    negative_lr = constant(-hyper[0]);
-    alpha = constant(hyper[1]);
-    one_minus_alpha = constant(1 - hyper[1]);
-    alpha_times_one_minus = constant(hyper[1] * (1 - hyper[1]));
-    eps = constant(hyper[2]);
-    weight_decay = constant(hyper[3]);
-    has_weight_decay = hyper[3] != 0;
-    momentum = constant(hyper[4]);
+  RmsProp(const Hyper& hyper, double, const double*) {
+    const double sign_of_grad = hyper.maximize != 0 ? -1 : 1;
+    negative_lr = constant(-hyper.lr);
+    alpha = constant(hyper.alpha);
+    one_minus_alpha = constant(1 - hyper.alpha);
+    alpha_times_one_minus = constant(hyper.alpha * (1 - hyper.alpha));
+    eps = constant(hyper.eps);
+    weight_decay = constant(hyper.weight_decay);
+    has_weight_decay = hyper.weight_decay != 0;
+    momentum = constant(hyper.momentum);
     sign = constant(sign_of_grad);
   }
 

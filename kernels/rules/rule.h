@@ -26,6 +26,13 @@ inline Floats average_with(Scaled average, Floats beta, Floats one_minus_beta, F
   return Simd::fma(beta * average.scale, average.value, one_minus_beta * x);
 }
 
+// Declares a rule's hyper-parameters, in the order in which they are handed over, and tells their names.
+#define OPT8BIT_HYPER(...) \
+  struct Hyper {           \
+    double __VA_ARGS__;    \
+  };                       \
+  static constexpr const char* kHyper = #__VA_ARGS__
+
 struct WithoutNorms {
   static constexpr bool kHasNorms = false;
 };

@@ -7,6 +7,8 @@ namespace opt8bit {
 namespace {
 
 struct Sgd : WithoutNorms {
+  static constexpr const char* kName = "sgd";
+  OPT8BIT_HYPER(lr, momentum, dampening, weight_decay, nesterov, maximize);
   static constexpr int kStates = 0;
   static constexpr bool kSigned[] = {false};
 
@@ -14,11 +16,11 @@ struct Sgd : WithoutNorms {
   Floats weight_decay, negative_lr;
   bool has_weight_decay;
 
-  Sgd(const double* hyper, double, const double*)
-      : sign(hyper[5] != 0 ? -1 : 1),
-        weight_decay(constant(sign * hyper[3])),
-        negative_lr(constant(-hyper[0])),
-        has_weight_decay(hyper[3] != 0) {}
+  Sgd(const Hyper& hyper, double, const double*)
+      : sign(hyper.maximize != 0 ? -1 : 1),
+        weight_decay(constant(sign * hyper.weight_decay)),
+        negative_lr(constant(-hyper.lr)),
+        has_weight_decay(hyper.weight_decay != 0) {}
 
   Floats decayed(Floats grad, Floats param) const {
     return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
@@ -30,17 +32,18 @@ struct Sgd : WithoutNorms {
 
 // With momentum, as torch.optim has it: the first step takes the gradient undampened.
 struct SgdMomentum : Sgd {
+  static constexpr const char* kName = "sgd_momentum";
   static constexpr int kStates = 1;  // momentum_buffer
   static constexpr bool kSigned[] = {true};
 
   Floats momentum, one_minus_dampening;
   bool nesterov;
 
-  SgdMomentum(const double* hyper, double step, const double* norms)
+  SgdMomentum(const Hyper& hyper, double step, const double* norms)
       : Sgd(hyper, step, norms),
-        momentum(constant(hyper[1])),
-        one_minus_dampening(constant(sign * (step == 1 ? 1 : 1 - hyper[2]))),
-        nesterov(hyper[4] != 0) {}
+        momentum(constant(hyper.momentum)),
+        one_minus_dampening(constant(sign * (step == 1 ? 1 : 1 - hyper.dampening))),
+        nesterov(hyper.nesterov != 0) {}
 
   void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
     grad = decayed(grad, param);

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import native
-from opt8bit.backends.description import addresses, data_ptrs, describe
+from opt8bit.backends.description import Description, data_ptrs
 from opt8bit.backends.interface import (
     ADDRESSES,
     COMPENSATION,
     DTYPES,
     Backend,
     Batch,
-    Rule,
     Step,
     is_interpreting,
     stored_as,
 )
 from opt8bit.backends.reference import Reference, as_real
+from opt8bit.backends.rule import Rule
 from opt8bit.warning import first_of, warn
 
 __all__ = [
@@ -35,16 +35,16 @@ __all__ = [
     "COMPENSATION",
     "Backend",
     "Batch",
+    "Description",
     "Rule",
     "Step",
-    "addresses",
     "as_real",
     "available",
     "backend_for",
     "can_capture",
+    "check_kernels",
     "counts_on_device",
     "data_ptrs",
-    "describe",
     "first_of",
     "get",
     "rounding_kernels",
@@ -98,11 +98,20 @@ def _triton() -> Any:
     return importlib.import_module("opt8bit.backends.triton")
 
 
+def check_kernels(rule: Rule) -> None:
+    """Checks a rule against its compiled kernel, if it has one; against one in Triton it is checked when that is used.
+
+    Raises:
+        TypeError: they differ.
+    """
+    native.check_rule(rule)
+
+
 def counts_on_device(param: Tensor, rule: Rule) -> bool:
     """Whether the backend that serves a parameter keeps its count of steps on its device, never to wait for it."""
     names = available(param.device)
     is_triton = (wanted_backend() or names[0]) == TRITON and TRITON in names
-    return is_triton and rule.name in _triton().RULES and param.dtype in DTYPES
+    return is_triton and _triton().functions_of(rule) is not None and param.dtype in DTYPES
 
 
 def can_capture(param: Tensor, rule: Rule) -> bool:

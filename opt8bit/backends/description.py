@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import numpy
 import torch
@@ -33,35 +34,53 @@ TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
 )
 
 
-def describe(tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """(n, 4 + 2 * max_dim): dtype, device type and index, dim, sizes and strides, each as a number.
+class Description:
+    """How tensors lie: dtype, device type and index, dim, sizes and strides, each as a number.
 
-    Two descriptions are equal only if the tensors are alike in all of that. A row is -1 throughout where the
-    tensor is not strided or has more than ``max_dim`` dimensions.
+    Args:
+        tensors: that are described.
+
+    Attributes:
+        rows: (n, 4 + 2 * largest dim). Two are equal only if the tensors are alike in all of that. -1 throughout where
+            a tensor is not strided.
     """
-    functions = _torch_functions()
-    if functions is None:
-        return describe_in_python(tensors, max_dim)
-    return _describe(functions, tensors, max_dim)
 
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # A tensor that gets more dimensions than there are now is noticed as a change.
+        max_dim = max((tensor.dim() for tensor in tensors), default=0)
+        self._functions = _torch_functions()
+        self._found = numpy.zeros(len(tensors) + 1, numpy.int64)
+        if self._functions is None:
+            self.rows = describe_in_python(tensors, max_dim)
+        else:
+            self.rows = _describe(self._functions, tensors, max_dim)
+            # Room and its addresses, which take longer to ask for than a small parameter does to step.
+            self._handles = numpy.zeros(len(tensors), numpy.int64)
+            self._pointers = [array.ctypes.data for array in (self._functions, self._handles, self.rows, self._found)]
 
-def addresses(tensors: Sequence[Tensor], described: Rows) -> Rows | None:
-    """(n,): where the data of each tensor lie; None if they are not as :func:`describe` found them once."""
-    functions = _torch_functions()
-    if len(tensors) != len(described):
-        return None
-    if functions is None:
-        return addresses_in_python(tensors, described)
-    lib = native.library()
-    assert lib is not None
-    handles, result = _handles(tensors), numpy.empty(len(tensors), numpy.int64)
-    inputs = functions.ctypes.data, handles.ctypes.data, len(handles), _max_dim(described), described.ctypes.data
-    is_alike = lib.opt8bit_addresses(*inputs, result.ctypes.data, torch.get_num_threads())
-    return result if is_alike else None
+    def addresses(self, tensors: Sequence[Tensor]) -> Rows | None:
+        """(n + 1,): where the data of as many tensors lie, then a zero; None if they are not as those described.
+
+        The array is the same every time.
+        """
+        if len(tensors) != len(self.rows):
+            return None
+        if self._functions is None:
+            found = addresses_in_python(tensors, self.rows)
+            if found is None:
+                return None
+            self._found[:-1] = found
+            return self._found
+        self._handles[:] = _handles(tensors)
+        functions, handles, rows, found_at = self._pointers
+        is_alike = _library().opt8bit_addresses(
+            functions, handles, len(tensors), _max_dim(self.rows), rows, found_at, torch.get_num_threads()
+        )
+        return self._found if is_alike else None
 
 
 def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """What :func:`describe` returns where torch or the kernels cannot be asked."""
+    """(n, 4 + 2 * max_dim). A row is -1 throughout where the tensor is not strided or has more dimensions."""
     rows = numpy.zeros((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
     for row, tensor in zip(rows, tensors, strict=True):
         if tensor.layout != torch.strided or tensor.dim() > max_dim:
@@ -76,7 +95,7 @@ def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
 
 
 def addresses_in_python(tensors: Sequence[Tensor], described: Rows) -> Rows | None:
-    """What :func:`addresses` returns where torch or the kernels cannot be asked."""
+    """(n,): where the data of each tensor lie; None if they are not as described."""
     rows = describe_in_python(tensors, _max_dim(described))
     if (rows[:, 0] == -1).any() or not numpy.array_equal(rows, described):
         return None
@@ -98,12 +117,17 @@ def _handles(tensors: Sequence[Tensor]) -> Rows:
 
 
 def _describe(functions: Rows, tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    lib = native.library()
-    assert lib is not None
+    """What :func:`describe_in_python` returns, but for the numbers of dtypes and kinds of device."""
     handles = _handles(tensors)
     rows = numpy.empty((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
-    lib.opt8bit_describe(functions.ctypes.data, handles.ctypes.data, len(tensors), max_dim, rows.ctypes.data)
+    _library().opt8bit_describe(functions.ctypes.data, handles.ctypes.data, len(tensors), max_dim, rows.ctypes.data)
     return rows
+
+
+def _library() -> Any:
+    lib = native.library()
+    assert lib is not None
+    return lib
 
 
 @functools.cache

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from opt8bit.backends.rule import MAX_STATES, Rule
 
 
 class View(Protocol):
@@ -25,24 +27,20 @@ class View(Protocol):
     def blocks_per_row(self) -> int: ...
 
 
-class Rule(NamedTuple):
-    """An update rule: a name that it shares with its kernels, if it has some, and the pure function that defines it."""
-
-    name: str
-    states: Mapping[str, bool]  # name in torch.optim: whether it can be negative
-    hyper: tuple[str, ...]  # keywords of `update` besides `step`, in the order that the kernels take them
-    update: Callable[..., tuple[Tensor, ...]]  # (param, grad, *states, step=, **hyper) -> (param, *states)
-    whole: bool = False  # it looks at a whole parameter, not at one element after another
-
-
 ROUNDINGS = ("nearest", "stochastic", "compensated")  # of a bfloat16 parameter, in the kernels' order
 COMPENSATION = "compensation"  # the state that holds what a bfloat16 parameter rounds away of its float32 bits
 
-MAX_STATES = 3  # of a rule
-# Of a step's addresses, and of the kernels' tables of tensors.
-PARAM, GRAD, STEP, STATES, SCALES = 0, 1, 2, 3, 3 + MAX_STATES
-LOW_BITS = 3 + 2 * MAX_STATES  # the compensation
-ADDRESSES = LOW_BITS + 1
+# Where the tensors of a parameter lie: the kernels' tables of tensors begin with it. 0 where there is none.
+ADDRESSES = numpy.dtype(
+    [
+        ("param", numpy.int64),
+        ("grad", numpy.int64),
+        ("step", numpy.int64),
+        ("states", numpy.int64, MAX_STATES),  # or their codes
+        ("scales", numpy.int64, MAX_STATES),
+        ("compensation", numpy.int64),
+    ]
+)
 
 
 def stored_as(name: str) -> tuple[str, str]:
@@ -85,7 +83,7 @@ class GroupUpdate(NamedTuple):
     # their codes of that shape and scales of (rows, blocks per row); "compensation", the two bytes of an int16 for
     # each element.
     states: Sequence[Mapping[str, Tensor]]
-    addresses: NDArray[numpy.int64]  # (n, ADDRESSES): where each of these lies; 0 where there is none
+    addresses: NDArray[numpy.void]  # (n,), ADDRESSES: where each of these lies
 
     def hyper_on_host(self) -> dict[str, Any]:
         """Returns numbers only; waits for the device where lr lies on one."""
@@ -103,7 +101,8 @@ class Step(NamedTuple):
     params: Sequence[Tensor]  # of the first batch, of the second, ...; grads, states and addresses alike
     grads: Sequence[Tensor]
     states: Sequence[Mapping[str, Tensor]]
-    addresses: NDArray[numpy.int64]
+    addresses: NDArray[numpy.void]
+    copies: Sequence[tuple[Tensor, Tensor]] = ()  # (parameter, the contiguous copy that is stepped in its place)
 
     def updates(self) -> Iterator[GroupUpdate]:
         """Yields the step of each batch."""

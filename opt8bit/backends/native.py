@@ -7,18 +7,18 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import numpy.typing
 import torch
 from torch import Tensor
 
-from opt8bit.backends.interface import ADDRESSES, DTYPES, ROUNDINGS, Batch, Rule, Step, View
+from opt8bit.backends.interface import DTYPES, Batch, Step, View
 from opt8bit.backends.reference import step_group
+from opt8bit.backends.rule import Rule, check_alike
+from opt8bit.backends.step_tables import GROUP, TENSOR, Tables
 
-Words = numpy.typing.NDArray[numpy.int64]
-
-MAX_HYPER = 12  # kMaxHyper of kernels/optimizer_step.h
 FOLDER = Path(__file__).parents[1] / "lib"
 LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}.get(
     sys.platform, "libopt8bit_kernels.so"
@@ -27,7 +27,11 @@ LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The shared library, or None where the package was installed without it."""
+    """The shared library, or None where the package was installed without it.
+
+    Raises:
+        ImportError: it is of another version of the package.
+    """
     path = FOLDER / LIBRARY
     if not path.exists():
         return None
@@ -39,7 +43,8 @@ def library() -> ctypes.CDLL | None:
         "opt8bit_use_torch_threads": (None, [pointer]),
         "opt8bit_describe": (None, [pointer, pointer, integer, integer, pointer]),
         "opt8bit_addresses": (integer, [pointer, pointer, integer, integer, pointer, pointer, integer]),
-        "opt8bit_rule": (integer, [text]),
+        "opt8bit_sizes": (None, [pointer]),
+        "opt8bit_rules": (text, [pointer]),
         "opt8bit_dynamic_map": (None, [integer, pointer]),
         "opt8bit_quantize_blockwise": (
             None,
@@ -58,6 +63,10 @@ def library() -> ctypes.CDLL | None:
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
+    sizes = numpy.zeros(2, numpy.int64)
+    lib.opt8bit_sizes(sizes.ctypes.data)
+    if sizes.tolist() != [TENSOR.itemsize, GROUP.itemsize]:
+        raise ImportError(f"{path} is of another version of opt8bit: install it again")
     lib.opt8bit_use_torch_threads(torch_parallel_for())
     return lib
 
@@ -83,6 +92,42 @@ def instruction_sets() -> list[str]:
     """Those with kernels that this processor can run, fastest first; none without the library."""
     lib = library()
     return lib.opt8bit_instruction_sets().decode().split() if lib else []
+
+
+class RuleFacts(NamedTuple):
+    """What a functor says of itself."""
+
+    number: int
+    hyper: tuple[str, ...]
+    signs: tuple[bool, ...]  # of each state, whether it can be negative
+    whole: bool
+
+
+@functools.cache
+def rules() -> dict[str, RuleFacts]:
+    """Those that have functors, by name; none without the library."""
+    lib = library()
+    if lib is None:
+        return {}
+    lines = lib.opt8bit_rules(lib.opt8bit_kernels(b"scalar")).decode().splitlines()
+    result = {}
+    for number, line in enumerate(lines):
+        name, hyper, signs, whole = (part.strip() for part in line.split(";"))
+        names = tuple(part.strip() for part in hyper.split(","))
+        result[name] = RuleFacts(number, names, tuple(sign == "signed" for sign in signs.split()), whole == "whole")
+    return result
+
+
+@functools.cache
+def check_rule(rule: Rule) -> None:
+    """Checks a rule against its functor, if it has one.
+
+    Raises:
+        TypeError: they differ.
+    """
+    found = rules().get(rule.name)
+    for what in ("hyper", "signs", "whole") if found else ():
+        check_alike(rule, what, getattr(found, what), "the functor")
 
 
 class WeightRounding(ctypes.Structure):
@@ -164,11 +209,11 @@ class Native:
         return param.dtype in DTYPES
 
     def takes_channels_last(self, rule: Rule) -> bool:
-        return self._number(rule) >= 0 and not rule.whole
+        return rule.name in rules() and not rule.whole
 
     def prepare(self, batches: Sequence[Batch]) -> Tables | None:
-        numbers = [self._number(batch.rule) for batch in batches]
-        return Tables(batches, numbers) if min(numbers) >= 0 else None
+        found = [rules().get(batch.rule.name) for batch in batches]
+        return Tables(batches, [facts.number for facts in found if facts]) if all(found) else None
 
     def step(self, step: Step) -> None:
         if step.is_skipped():
@@ -178,13 +223,8 @@ class Native:
             for update in step.updates():
                 step_group(update, self, grad_scale)
             return
-        tensors, groups = step.prepared.filled(step, grad_scale)
-        threads = torch.get_num_threads()
-        self._lib.opt8bit_step(self._kernels, tensors.ctypes.data, len(tensors), groups.ctypes.data, threads)
-
-    def _number(self, rule: Rule) -> int:
-        """Returns a rule's number among the kernels, -1 if there is none for it."""
-        return self._lib.opt8bit_rule(rule.name.encode())
+        tensors, count, groups = step.prepared.filled(step, grad_scale)
+        self._lib.opt8bit_step(self._kernels, tensors, count, groups, torch.get_num_threads())
 
     def fit_grids(self, layer: WeightRounding) -> None:
         self._lib.opt8bit_fit_grids(self._kernels, ctypes.byref(layer), torch.get_num_threads())
@@ -194,53 +234,3 @@ class Native:
 
     def coordinate_descent(self, layer: WeightRounding, sweeps: int) -> None:
         self._lib.opt8bit_coordinate_descent(self._kernels, ctypes.byref(layer), sweeps, torch.get_num_threads())
-
-
-class Tables:
-    """The tensors and groups of a step as the kernels read them: ``Tensor`` and ``Group`` of kernels/optimizer_step.h.
-
-    Args:
-        batches: a group of the kernels each.
-        numbers: of their rules.
-    """
-
-    def __init__(self, batches: Sequence[Batch], numbers: Sequence[int]) -> None:
-        self._tensors = numpy.concatenate([_tensor_rows(batch, group) for group, batch in enumerate(batches)])
-        self._groups = numpy.stack([_group_row(*pair) for pair in zip(batches, numbers, strict=True)])
-        self._hyper: list[object] = [None] * len(batches)  # what the groups hold now
-
-    def filled(self, step: Step, grad_scale: float) -> tuple[Words, Words]:
-        """Returns both with what is new in a step: (n, words of Tensor) and (batches, words of Group)."""
-        self._tensors[:, :ADDRESSES] = step.addresses
-        for group, hyper in enumerate(step.hyper):
-            if hyper is not self._hyper[group]:
-                values = [value.item() if isinstance(value, Tensor) else value for value in hyper.values()]
-                self._groups[group, HYPER : HYPER + len(values)] = numpy.array(values, numpy.float64).view(numpy.int64)
-                self._hyper[group] = hyper
-        self._groups[:, GRAD_SCALE] = numpy.float64(grad_scale).view(numpy.int64)
-        return self._tensors, self._groups
-
-
-HYPER = 2  # the word of Group where they begin
-GRAD_SCALE = HYPER + MAX_HYPER
-
-
-def _group_row(batch: Batch, number: int) -> Words:
-    rounding = ROUNDINGS.index(batch.rounding)
-    return numpy.array([number, batch.block_size, *[0] * (MAX_HYPER + 1), rounding, batch.seed], numpy.int64)
-
-
-def _tensor_rows(batch: Batch, group: int) -> Words:
-    count = len(batch.views)
-    columns = (
-        numpy.zeros((ADDRESSES, count), numpy.int64),
-        batch.extents.T,
-        numpy.full(count, DTYPES[batch.dtype]),
-        numpy.full(count, 8 if batch.coded else 32),
-        numpy.full(count, group),
-        batch.numbers,
-        batch.firsts,
-        batch.positions,
-        numpy.zeros((2, count), numpy.int64),  # param and grad are no copies
-    )
-    return numpy.ascontiguousarray(numpy.vstack(columns).T, numpy.int64)

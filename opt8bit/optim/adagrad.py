@@ -38,7 +38,7 @@ def adagrad(
 
 
 HYPER = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
-RULE = Rule("adagrad", {"sum": False}, HYPER, adagrad)
+RULE = Rule("adagrad", {"sum": False}, HYPER, adagrad, bitsandbytes=(("sum",),))
 
 
 class Adagrad8bit(Optimizer8bit):
@@ -70,6 +70,9 @@ class Adagrad8bit(Optimizer8bit):
     Stochastic Optimization.
     """
 
+    rules = (RULE,)
+    counterpart = "Adagrad"
+
     def __init__(
         self,
         params: Any,
@@ -92,9 +95,6 @@ class Adagrad8bit(Optimizer8bit):
     def check_group(self, group: dict[str, Any]) -> None:
         names = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
         check_not_negative(**{name: group[name] for name in names})
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        return RULE
 
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
         return {"sum": group["initial_accumulator_value"]}

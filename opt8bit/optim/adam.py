@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -62,15 +63,27 @@ def adamw(param: Tensor, *tensors: Tensor, lr: float, weight_decay: float, **hyp
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 MOMENTS_AMSGRAD = {**MOMENTS, "max_exp_avg_sq": False}
+ADAM = Rule(
+    "adam",
+    MOMENTS,
+    HYPER,
+    adam,
+    family="adam",
+    bitsandbytes=(("exp_avg",), ("exp_avg_sq",)),
+    bitsandbytes_hyper={"decoupled_weight_decay": lambda group: True},
+)
+ADAMW = replace(ADAM, name="adamw", update=adamw)
 RULES = {  # by whether weight decay is decoupled, and amsgrad
-    (False, False): Rule("adam", MOMENTS, HYPER, adam),
-    (False, True): Rule("adam_amsgrad", MOMENTS_AMSGRAD, HYPER, adam),
-    (True, False): Rule("adamw", MOMENTS, HYPER, adamw),
-    (True, True): Rule("adamw_amsgrad", MOMENTS_AMSGRAD, HYPER, adamw),
+    (False, False): ADAM,
+    (False, True): replace(ADAM, name="adam_amsgrad", states=MOMENTS_AMSGRAD, bitsandbytes=()),
+    (True, False): ADAMW,
+    (True, True): replace(ADAMW, name="adamw_amsgrad", states=MOMENTS_AMSGRAD, bitsandbytes=()),
 }
 
 
 class _AdamBase(Optimizer8bit):
+    rules = tuple(RULES.values())
+
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
         check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
@@ -104,6 +117,8 @@ class Adam8bit(_AdamBase):
 
     Source: 8-bit Optimizers via Block-wise Quantization; Adam: A Method for Stochastic Optimization.
     """
+
+    counterpart = "Adam"
 
     def __init__(
         self,
@@ -152,6 +167,8 @@ class AdamW8bit(_AdamBase):
 
     Source: 8-bit Optimizers via Block-wise Quantization; Decoupled Weight Decay Regularization.
     """
+
+    counterpart = "AdamW"
 
     def __init__(
         self,

@@ -63,7 +63,14 @@ def ademamix(
 
 
 HYPER = ("lr", "beta1", "beta2", "beta3", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay", "maximize")
-RULE = Rule("ademamix", {"exp_avg": True, "exp_avg_slow": True, "exp_avg_sq": False}, HYPER, ademamix)
+RULE = Rule(
+    "ademamix",
+    {"exp_avg": True, "exp_avg_slow": True, "exp_avg_sq": False},
+    HYPER,
+    ademamix,
+    bitsandbytes=(("exp_avg", "exp_avg_slow"), ("exp_avg_sq",)),
+    bitsandbytes_hyper={name: lambda group, name=name: group.get(name) or 0 for name in ("t_alpha", "t_beta3")},
+)
 
 
 class AdEMAMix8bit(Optimizer8bit):
@@ -94,6 +101,8 @@ class AdEMAMix8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization; The AdEMAMix Optimizer: Better, Faster, Older.
     """
 
+    rules = (RULE,)
+
     def __init__(
         self,
         params: Any,
@@ -121,6 +130,3 @@ class AdEMAMix8bit(Optimizer8bit):
         names = ("lr", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")
         check_not_negative(**{name: group[name] for name in names})
         check_betas(group["betas"], count=3)
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        return RULE

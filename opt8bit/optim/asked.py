@@ -117,6 +117,8 @@ def fetched(hosts: Hosts, params: Sequence[Tensor]) -> list[Host]:
 def divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
     """What can be stepped as it lies; and one by one the parameters that no process has the whole of, which their rule
     looks at."""
+    if all(each.placements is None for each in asked):
+        return list(asked), []
     together, one_by_one = [], []
     for each in asked:
         looks_at_wholes = each.rule.whole and each.placements

@@ -45,12 +45,10 @@ class Optimizer8bit(Stepping):
         if unknown:
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
         super().__init__(params, {**defaults, **DEFAULTS, **options})
-        _leave_to_python()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         renew(self)
-        _leave_to_python()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -92,7 +90,7 @@ class Optimizer8bit(Stepping):
             refuse_shared([*others, *tensors])
         param_group["params"] = params
         super().add_param_group(param_group)
-        self._backward.watch()
+        self._running.backward.watch()
         _warn_of_full_states([param for param in tensors if param.requires_grad], group)
 
     @torch.no_grad()
@@ -112,7 +110,7 @@ class Optimizer8bit(Stepping):
         groups = [group for group in self.param_groups if any(param is each for each in group["params"])]
         if not groups:
             raise KeyError("the optimizer does not have this parameter")
-        self._backward.wait()
+        self._running.backward.wait()
         (group,), state = groups, shards.local_states(self.state.get(param, {}))
         result = {}
         for name, signed in self.rule(group).states.items():
@@ -132,11 +130,11 @@ class Optimizer8bit(Stepping):
         SGD and Muon begin their momentum anew without a word. For them there is
         :func:`opt8bit.optim.to_torch_state_dict`.
         """
-        self._backward.wait()
+        self._running.backward.wait()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._backward.wait()
+        self._running.backward.wait()
         return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,11 +165,11 @@ class Optimizer8bit(Stepping):
             check_options(group)
             self.check_group(group)
 
-        self._backward.wait()
+        self._running.backward.wait()
         with reading(self, Policy(KEPT, check_loaded)):
             super().load_state_dict(state_dict)
-        self._backward.drop()
-        self._plans.clear()  # which hold on to the states there were
+        self._running.backward.drop()
+        self._running.plans.clear()  # which hold on to the states there were
 
 
 def _warn_of_full_states(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
@@ -183,12 +181,3 @@ def _warn_of_full_states(params: Sequence[Tensor], group: Mapping[str, Any]) -> 
     flattened = [param for param in params if is_flattened(param, group)]
     if flattened:
         warn(FLATTENED.format(count=len(flattened)))
-
-
-def _leave_to_python() -> None:
-    """Keeps torch.compile from tracing a step into its tables of addresses: its graph breaks there, once.
-
-    Done when the first optimizer is made, as it imports half of torch; torch.optim has done so by then.
-    """
-    if not hasattr(Optimizer8bit._update, "_torchdynamo_disable"):
-        Optimizer8bit._update = torch.compiler.disable(Optimizer8bit._update)  # type: ignore

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from opt8bit.backends import COMPENSATION, Rule, stored_as
 from opt8bit.optim import shards
-from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, divided, family
-from opt8bit.optim.groups import Policy, merged_group, states_of
+from opt8bit.optim.dialects import Dialect, Group, Place, State, dialect_of, divided
+from opt8bit.optim.groups import Policy, merged_group
 from opt8bit.optim.offload import on_cpu
 from opt8bit.optim.reading import Coded, Read, described
 from opt8bit.optim.states import Spec, check_values, is_8bit, is_compensated, specs
@@ -87,11 +87,11 @@ def _read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
         mine = {key: saved_states[key] for key in saved["params"] if key in saved_states}
         dialect = dialect_of(saved, list(mine.values()))
         try:
-            hyper = dialect.hyper(family(optimizer.rule(group)), saved)
+            hyper = dialect.hyper(optimizer.rule(group), saved)
             merged = merged_group(optimizer, group, hyper, dialect.unused, dialect.missing, policy)
         except ValueError as error:
             raise ValueError(f"parameter group {number}: {error}") from None
-        rule, others = optimizer.rule(merged), states_of(optimizer, merged)
+        rule, others = optimizer.rule(merged), optimizer.every_state()
         for key, state in mine.items():
             where, param = params[key]
             try:

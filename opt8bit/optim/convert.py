@@ -10,27 +10,11 @@ from torch import Tensor
 
 from opt8bit.backends import Rule, as_real, stored_as
 from opt8bit.optim import shards
-from opt8bit.optim.adagrad import Adagrad8bit
-from opt8bit.optim.adam import Adam8bit, AdamW8bit
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.dialects import family
-from opt8bit.optim.dialects.torch_optim import STEPLESS
-from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.offload import target
 from opt8bit.optim.options import KEPT
-from opt8bit.optim.rmsprop import RMSprop8bit
-from opt8bit.optim.sgd import SGD8bit
 from opt8bit.optim.states import check, initialized, will_be_coded
 from opt8bit.quant import decode_state
-
-COUNTERPARTS = {  # in torch.optim, by name: not every version of torch has each of them
-    AdamW8bit: "AdamW",
-    Adam8bit: "Adam",
-    SGD8bit: "SGD",
-    RMSprop8bit: "RMSprop",
-    Adagrad8bit: "Adagrad",
-    Muon8bit: "Muon",
-}
 
 
 @torch.no_grad()
@@ -42,7 +26,7 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
     keeps of a parameter beyond its bfloat16 bits is left out.
 
     Args:
-        optimizer: one of :data:`COUNTERPARTS`, stepped or not.
+        optimizer: one with a ``counterpart``, stepped or not.
 
     Returns:
         New tensors where the states are, numbered as by :meth:`torch.optim.Optimizer.state_dict`.
@@ -76,10 +60,9 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
 
 
 def _counterpart(kind: type[Optimizer8bit]) -> str:
-    names = [COUNTERPARTS[base] for base in kind.__mro__ if base in COUNTERPARTS]
-    if not names or not hasattr(torch.optim, names[0]):
+    if kind.counterpart is None or not hasattr(torch.optim, kind.counterpart):
         raise TypeError(f"torch.optim has no counterpart of {kind.__name__}")
-    return names[0]
+    return kind.counterpart
 
 
 def _group(
@@ -117,7 +100,7 @@ def _state(param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[s
         square = as_real(values["grad_avg"]).square() + as_real(values["variance"])
         square = torch.view_as_complex(square) if param.is_complex() else square
         values = {"square_avg": square, **{name: value for name, value in values.items() if name != "variance"}}
-    if family(rule) in STEPLESS:
+    if not rule.torch_counts_steps:
         return values if state["step"] > 0 else {}  # before the first step, torch's SGD has no buffer
     return {"step": state["step"].clone(), **values}
 

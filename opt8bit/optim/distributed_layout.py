@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from opt8bit.backends import stored_as
-from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.groups import states_of
 from opt8bit.optim.old_layout import old_absmax
+from opt8bit.optim.ruled import RULES
 
 CODES, SCALE = stored_as("")  # what the names of codes and scales end with
 ABSMAX = old_absmax("")
@@ -34,23 +31,12 @@ class Form(NamedTuple):
         return (self.codes,) if self.scale is None else (self.codes, self.scale)
 
 
-@functools.cache
 def signs() -> dict[str, bool]:
-    """Returns the states that the package's optimizers have, and whether each of them can be negative."""
+    """Returns the states that optimizers have, the package's first, and whether each of them can be negative."""
     found: dict[str, bool] = {}
-    for kind in _kinds(Optimizer8bit):
-        optimizer = kind([torch.zeros(1, 1, device="cpu")])
-        found |= states_of(optimizer, optimizer.param_groups[0])
+    for rule in RULES.values():
+        found = {**rule.states, **found}
     return found
-
-
-def _kinds(base: Any) -> Iterator[Any]:
-    """Yields the package's own optimizers; subclasses of the user's may take other arguments."""
-    for kind in base.__subclasses__():
-        if kind.__module__.startswith("opt8bit."):
-            if not kind.__name__.startswith("_"):  # a base that several share
-                yield kind
-            yield from _kinds(kind)
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from itertools import product
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,17 +95,3 @@ def _copied(name: str, value: Any, had: Any) -> Any:
         return copy.deepcopy(value)
     except Exception as error:
         raise ValueError(f"{name} cannot be copied: {error}") from None
-
-
-SETTINGS = {"amsgrad": (False, True), "centered": (False, True), "momentum": (0, 0.9)}  # that rules depend on
-
-
-def states_of(optimizer: Ruled, group: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns the states that an optimizer has with some setting or other, and whether each can be negative.
-
-    Those that it has no use for now are left where they were when it was switched, and are not loaded.
-    """
-    settings = {name: values for name, values in SETTINGS.items() if name in group}
-    variants = (dict(zip(settings, values, strict=True)) for values in product(*settings.values()))
-    rules = [optimizer.rule({**group, **variant}) for variant in variants]
-    return {name: signed for rule in rules for name, signed in rule.states.items()}

@@ -54,7 +54,14 @@ def norm_ratio(param: Tensor, direction: Tensor) -> float:
 
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "bias_correction", "adapt", "maximize")
-RULE = Rule("lamb", {"exp_avg": True, "exp_avg_sq": False}, HYPER, lamb, whole=True)
+RULE = Rule(
+    "lamb",
+    {"exp_avg": True, "exp_avg_sq": False},
+    HYPER,
+    lamb,
+    whole=True,
+    bitsandbytes=(("exp_avg",), ("exp_avg_sq",)),
+)
 
 
 class LAMB8bit(Optimizer8bit):
@@ -85,6 +92,8 @@ class LAMB8bit(Optimizer8bit):
     in 76 minutes.
     """
 
+    rules = (RULE,)
+
     def __init__(
         self,
         params: Any,
@@ -110,6 +119,3 @@ class LAMB8bit(Optimizer8bit):
         check_flags(group, "bias_correction", "adapt")
         check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        return RULE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,9 +49,12 @@ def lars(
 
 
 HYPER = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt", "maximize")
+# Of bitsandbytes' LARS nothing can be loaded: its buffer holds gradients, and here (as in the paper) steps, whose
+# learning rates its state dict does not tell.
+LARS = Rule("lars", {}, HYPER, lars, family="lars", whole=True)
 RULES = {  # by whether there is momentum
-    False: Rule("lars", {}, HYPER, lars, whole=True),
-    True: Rule("lars_momentum", {"momentum_buffer": True}, HYPER, lars, whole=True),
+    False: LARS,
+    True: replace(LARS, name="lars_momentum", states={"momentum_buffer": True}),
 }
 
 
@@ -82,6 +86,8 @@ class LARS8bit(Optimizer8bit):
 
     Source: 8-bit Optimizers via Block-wise Quantization; Large Batch Training of Convolutional Networks.
     """
+
+    rules = tuple(RULES.values())
 
     def __init__(
         self,

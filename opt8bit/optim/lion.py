@@ -37,7 +37,7 @@ def lion(
 
 
 HYPER = ("lr", "beta1", "beta2", "weight_decay", "maximize")
-RULE = Rule("lion", {"exp_avg": True}, HYPER, lion)
+RULE = Rule("lion", {"exp_avg": True}, HYPER, lion, torch_counts_steps=False, bitsandbytes=(("exp_avg",),))
 
 
 class Lion8bit(Optimizer8bit):
@@ -64,6 +64,8 @@ class Lion8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization; Symbolic Discovery of Optimization Algorithms.
     """
 
+    rules = (RULE,)
+
     def __init__(
         self,
         params: Any,
@@ -77,6 +79,3 @@ class Lion8bit(Optimizer8bit):
     def check_group(self, group: dict[str, Any]) -> None:
         check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        return RULE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,44 +11,38 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from opt8bit.backends import Rule
-from opt8bit.optim import shards
-from opt8bit.optim.adagrad import Adagrad8bit
-from opt8bit.optim.adam import Adam8bit, AdamW8bit
-from opt8bit.optim.ademamix import AdEMAMix8bit
+from opt8bit.optim import every, shards
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.lamb import LAMB8bit
-from opt8bit.optim.lars import LARS8bit
-from opt8bit.optim.lion import Lion8bit
-from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.options import Options
-from opt8bit.optim.rmsprop import RMSprop8bit
-from opt8bit.optim.sgd import SGD8bit
 from opt8bit.optim.states import specs, will_be_coded
 from opt8bit.optim.table import aligned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+Maker = Callable[..., "Optimizer8bit | None"]
 
-def _muon(params: Sequence[Tensor], **options: Unpack[Options]) -> Muon8bit | None:
-    matrices = [param for param in params if param.dim() == 2 and not param.is_complex()]
-    return Muon8bit(matrices, **options) if matrices else None
+
+def _maker(kind: type[Optimizer8bit]) -> tuple[str, Maker]:
+    """How an optimizer is made for a report, and what the report calls it."""
+    make: Any = kind
+    dims = {rule.dim for rule in kind.rules}
+
+    def made_for_some(params: Sequence[Tensor], **options: Unpack[Options]) -> Optimizer8bit | None:
+        taken = [param for param in params if param.dim() in dims and not param.is_complex()]
+        return make(taken, **options) if taken else None
+
+    if None not in dims:
+        return f"{kind.__name__}, matrices only", made_for_some
+    momentum = inspect.signature(kind).parameters.get("momentum")
+    if momentum is not None and momentum.default == 0 and any(not rule.states for rule in kind.rules):
+        return f"{kind.__name__}, momentum", partial(make, momentum=0.9)
+    return kind.__name__, make
 
 
 # What a model's report compares, each called with the model's parameters and the options. Which states there are
 # is asked of the optimizer that comes back.
-OPTIMIZERS: dict[str, Callable[..., Optimizer8bit | None]] = {
-    "AdamW8bit": AdamW8bit,
-    "Adam8bit": Adam8bit,
-    "SGD8bit, momentum": partial(SGD8bit, momentum=0.9),
-    "RMSprop8bit": RMSprop8bit,
-    "Adagrad8bit": Adagrad8bit,
-    "Lion8bit": Lion8bit,
-    "LAMB8bit": LAMB8bit,
-    "LARS8bit": LARS8bit,
-    "AdEMAMix8bit": AdEMAMix8bit,
-    "Muon8bit, matrices only": _muon,
-}
+OPTIMIZERS: dict[str, Maker] = dict(map(_maker, every.OPTIMIZERS))
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 

@@ -117,7 +117,7 @@ HYPER = (
     "adjust_lr_fn",
     "maximize",
 )
-RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True)
+RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True, dim=2, torch_counts_steps=False)
 
 
 class Muon8bit(Optimizer8bit):
@@ -152,6 +152,9 @@ class Muon8bit(Optimizer8bit):
 
     Source: 8-bit Optimizers via Block-wise Quantization; Muon: An optimizer for hidden layers in neural networks.
     """
+
+    rules = (RULE,)
+    counterpart = "Muon"
 
     def __init__(
         self,
@@ -196,10 +199,6 @@ class Muon8bit(Optimizer8bit):
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
 
     def check_param(self, param: Tensor) -> None:
-        if param.dim() != 2:
-            raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}")
+        super().check_param(param)
         if param.is_complex():
             raise RuntimeError("Muon does not support complex parameters")
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        return RULE

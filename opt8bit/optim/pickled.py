@@ -9,7 +9,6 @@ from torch import Tensor
 
 from opt8bit.backends import stored_as
 from opt8bit.optim import shards
-from opt8bit.optim.groups import states_of
 from opt8bit.optim.old_layout import is_old, old_absmax, renewed_codes
 from opt8bit.optim.options import DEFAULTS
 
@@ -22,7 +21,7 @@ def renew(optimizer: Ruled) -> None:
     for group in optimizer.param_groups:
         for name, value in DEFAULTS.items():
             group.setdefault(name, value)
-        signs = states_of(optimizer, group)
+        signs = optimizer.every_state()
         for param in group["params"]:
             state = optimizer.state.get(param, {})
             for name in [name for name in signs if is_old(state, name)]:

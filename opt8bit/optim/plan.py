@@ -22,13 +22,11 @@ from opt8bit.backends import (
     COMPENSATION,
     Backend,
     Batch,
+    Description,
     Rule,
     Step,
-    addresses,
-    describe,
     stored_as,
 )
-from opt8bit.backends.interface import GRAD, LOW_BITS, PARAM, SCALES, STATES, STEP
 from opt8bit.optim.asked import Asked, backend_of
 from opt8bit.optim.overlap import overlapping
 from opt8bit.optim.shards import first_element
@@ -37,14 +35,6 @@ from opt8bit.quant import block_view, state_map
 
 States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
 CODEBOOKS = {signed: state_map(signed) for signed in (False, True)}
-
-
-class Work(NamedTuple):
-    """What one backend does in one step, and the parameters that are written back from contiguous copies."""
-
-    backend: Backend
-    step: Step
-    copies: Sequence[tuple[Tensor, Tensor]]  # (parameter, contiguous copy)
 
 
 class _Each(NamedTuple):
@@ -75,7 +65,7 @@ class _Share(NamedTuple):
     indices: list[int] | None  # n: of its parameters among all; None if it has all of them, in their order
     groups: list[int]  # of each batch, among those asked for
     staged: list[int]  # of those among the n that it takes contiguous copies of
-    places: NDArray[numpy.int64]  # (n, ADDRESSES): of each address, the tensor among all; -1 where there is none
+    places: NDArray[numpy.int64]  # (n, words of ADDRESSES): the tensor among all that has each address; -1 for none
     batches: list[Batch]
     prepared: Any  # what the backend made of them
 
@@ -109,27 +99,25 @@ class Plan:
         self._shares = _shares(asked, every, self._names)
         tensors = self._tensors(asked, states)
         assert tensors is not None
-        # A tensor that gets more dimensions than there are now is noticed as a change.
-        self._described = describe(tensors, max((tensor.dim() for tensor in tensors), default=0))
+        self._description = Description(tensors)
 
-    def work(
+    def steps(
         self, asked: Sequence[Asked], states: States, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> list[Work] | None:
-        """Returns the work of one step; None where a plan made for it would be another one."""
+    ) -> list[tuple[Backend, Step]] | None:
+        """Returns the share of each backend in one step; None where a plan made for it would be another one."""
         if [each.key() for each in asked] != self._key:
             return None
         tensors = self._tensors(asked, states)
         try:
-            found = None if tensors is None else addresses(tensors, self._described)
+            found = None if tensors is None else self._description.addresses(tensors)
         except AttributeError:  # what lies among the states is no tensor
             return None
         if found is None:
             return None
-        found = numpy.append(found, 0)  # for the place -1
         params, grads = _column(asked, "params"), _column(asked, "grads")
         hyper = [each.hyper for each in asked]
         return [
-            _work(share, params, grads, states, hyper, found[share.places], grad_scale, found_inf)
+            (share.backend, _step(share, params, grads, states, hyper, found, grad_scale, found_inf))
             for share in self._shares
         ]
 
@@ -191,8 +179,7 @@ def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequ
     for backend, members in kinds.items():
         indices = list(chain.from_iterable(members.values()))
         batches = [_batch(kind, asked[kind.group], mine, every, positions) for kind, mine in members.items()]
-        places = numpy.array([_places(i, first, names, asked[every[i].group].rule) for i in indices], numpy.int64)
-        places[:, GRAD] += len(every)
+        places = _places(indices, first, names, [asked[every[i].group].rule for i in indices])
         copied = [place for place, index in enumerate(indices) if index in staged]
         groups = [kind.group for kind in members]
         has_all = indices == list(range(len(every)))
@@ -201,17 +188,21 @@ def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequ
     return shares
 
 
-def _places(index: int, first: NDArray[numpy.int64], names: Sequence[Sequence[str]], rule: Rule) -> list[int]:
-    """Returns the places of a parameter's tensors among all, in the order of a step's addresses."""
-    result = [-1] * ADDRESSES
-    result[PARAM] = result[GRAD] = index
-    mine = {name: int(first[index]) + i for i, name in enumerate(names[index])}
-    result[STEP], result[LOW_BITS] = mine["step"], mine.get(COMPENSATION, -1)
-    for number, name in enumerate(rule.states):
-        codes, scale = stored_as(name)
-        result[STATES + number] = mine[codes] if codes in mine else mine[name]
-        result[SCALES + number] = mine.get(scale, -1)
-    return result
+def _places(
+    indices: Sequence[int], first: NDArray[numpy.int64], names: Sequence[Sequence[str]], rules: Sequence[Rule]
+) -> NDArray[numpy.int64]:
+    """Returns the places of some parameters' tensors among all: parameters, their gradients, then states."""
+    words = numpy.full((len(indices), ADDRESSES.itemsize // 8), -1, numpy.int64)
+    places = words.view(ADDRESSES)[:, 0]
+    for place, index, rule in zip(places, indices, rules, strict=True):
+        mine = {name: int(first[index]) + i for i, name in enumerate(names[index])}
+        place["param"], place["grad"], place["step"] = index, len(names) + index, mine["step"]
+        place["compensation"] = mine.get(COMPENSATION, -1)
+        for number, name in enumerate(rule.states):
+            codes, scale = stored_as(name)
+            place["states"][number] = mine[codes] if codes in mine else mine[name]
+            place["scales"][number] = mine.get(scale, -1)
+    return words
 
 
 def _batch(
@@ -257,26 +248,26 @@ def positions_of_channels(param: Tensor, grad: Tensor) -> int:
     return math.prod(param.shape[2:])
 
 
-def _work(
+def _step(
     share: _Share,
     params: list[Tensor],
     grads: list[Tensor],
     states: States,
     hyper: Sequence[Mapping[str, Any]],
-    found: NDArray[numpy.int64],
+    found: NDArray[numpy.int64],  # of all tensors, and 0 for the place -1
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> Work:
+) -> Step:
     if share.indices is not None:
         params, grads = ([column[i] for i in share.indices] for column in (params, grads))
         states = [states[i] for i in share.indices]
+    addresses = found[share.places].view(ADDRESSES)[:, 0]
     copies = []
     for i in share.staged:
         param, grads[i] = params[i].resolve_neg().contiguous(), grads[i].resolve_neg().contiguous()
         if param is not params[i]:
             copies.append((params[i], param))
         params[i] = param
-        found[i, PARAM], found[i, GRAD] = param.data_ptr(), grads[i].data_ptr()
+        addresses["param"][i], addresses["grad"][i] = param.data_ptr(), grads[i].data_ptr()
     hyper = [hyper[group] for group in share.groups]
-    step = Step(share.batches, hyper, grad_scale, found_inf, share.prepared, params, grads, states, found)
-    return Work(share.backend, step, copies)
+    return Step(share.batches, hyper, grad_scale, found_inf, share.prepared, params, grads, states, addresses, copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -82,11 +83,20 @@ HYPER = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
 SQUARE_AVG = {"square_avg": False}
 CENTERED = {"variance": False, "grad_avg": True}
 MOMENTUM = {"momentum_buffer": True}
+RMSPROP = Rule(
+    "rmsprop",
+    SQUARE_AVG,
+    HYPER,
+    rmsprop,
+    family="rmsprop",
+    bitsandbytes_hyper={"alpha": lambda group: group["betas"][0]},
+)
+RMSPROP_CENTERED = replace(RMSPROP, name="rmsprop_centered", states=CENTERED, update=rmsprop_centered)
 RULES = {  # by whether it is centered, and whether there is momentum
-    (False, False): Rule("rmsprop", SQUARE_AVG, HYPER, rmsprop),
-    (False, True): Rule("rmsprop_momentum", {**SQUARE_AVG, **MOMENTUM}, HYPER, rmsprop),
-    (True, False): Rule("rmsprop_centered", CENTERED, HYPER, rmsprop_centered),
-    (True, True): Rule("rmsprop_centered_momentum", {**CENTERED, **MOMENTUM}, HYPER, rmsprop_centered),
+    (False, False): replace(RMSPROP, bitsandbytes=(("square_avg",),)),
+    (False, True): replace(RMSPROP, name="rmsprop_momentum", states={**SQUARE_AVG, **MOMENTUM}),
+    (True, False): RMSPROP_CENTERED,
+    (True, True): replace(RMSPROP_CENTERED, name="rmsprop_centered_momentum", states={**CENTERED, **MOMENTUM}),
 }
 
 
@@ -117,6 +127,9 @@ class RMSprop8bit(Optimizer8bit):
 
     Source: 8-bit Optimizers via Block-wise Quantization; Neural Networks for Machine Learning, lecture 6e.
     """
+
+    rules = tuple(RULES.values())
+    counterpart = "RMSprop"
 
     def __init__(
         self,

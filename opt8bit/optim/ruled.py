@@ -1,23 +1,56 @@
-"""What an optimizer has to say of its rule: the step loop and checkpoints ask no more of it."""
+"""What an optimizer has to say of its rules: the step loop and checkpoints ask no more of it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from opt8bit.backends import Rule
+from opt8bit.backends import Rule, check_kernels
 from opt8bit.optim.facts import hyper_of
+
+RULES: dict[str, Rule] = {}  # of every optimizer, by name
 
 
 class Ruled(torch.optim.Optimizer):
-    """An optimizer with a rule for each parameter group."""
+    """An optimizer with a rule for each parameter group.
 
-    @abstractmethod
+    Attributes:
+        rules: those that it has with some setting or other.
+        counterpart: its name in torch.optim; not every version of torch has each of them.
+    """
+
+    rules: ClassVar[Sequence[Rule]] = ()
+    counterpart: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        RULES.update((rule.name, rule) for rule in vars(cls).get("rules", ()) if rule.name not in RULES)
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        """
+        Raises:
+            TypeError: a rule is not as its compiled kernel has it.
+        """
+        for rule in self.rules:
+            check_kernels(rule)
+        super().__init__(params, defaults)
+
     def rule(self, group: dict[str, Any]) -> Rule:
-        """The update rule of a parameter group."""
+        """The update rule of a parameter group: the only one, unless a subclass says which."""
+        (rule,) = self.rules
+        return rule
+
+    @classmethod
+    def every_state(cls) -> dict[str, bool]:
+        """The states that it has with some setting or other, and whether each can be negative.
+
+        Those that it has no use for now are left where they were when it was switched, and are not loaded.
+        """
+        return {name: signed for rule in cls.rules for name, signed in rule.states.items()}
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the rule's hyper-parameters, ``rule.hyper``, from a parameter group."""
@@ -28,7 +61,14 @@ class Ruled(torch.optim.Optimizer):
         return {}
 
     def check_param(self, param: Tensor) -> None:
-        """Raises where the rule cannot take a parameter."""
+        """Raises where the rules cannot take a parameter."""
+        dims = {rule.dim for rule in self.rules}
+        if dims and None not in dims and param.dim() not in dims:
+            name = type(self).__name__.removesuffix("8bit")
+            raise ValueError(
+                f"{name} only supports {min(d for d in dims if d)}D parameters whereas we found a parameter with "
+                f"size: {param.size()}"
+            )
 
     @abstractmethod
     def check_group(self, group: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -44,9 +45,18 @@ def sgd(
 
 
 HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+SGD = Rule(
+    "sgd",
+    {},
+    HYPER,
+    sgd,
+    family="sgd",
+    torch_counts_steps=False,
+    bitsandbytes_hyper={"momentum": lambda group: group["betas"][0]},
+)
 RULES = {  # by whether there is momentum
-    False: Rule("sgd", {}, HYPER, sgd),
-    True: Rule("sgd_momentum", {"momentum_buffer": True}, HYPER, sgd),
+    False: SGD,
+    True: replace(SGD, name="sgd_momentum", states={"momentum_buffer": True}, bitsandbytes=(("momentum_buffer",),)),
 }
 
 
@@ -76,6 +86,9 @@ class SGD8bit(Optimizer8bit):
 
     Source: 8-bit Optimizers via Block-wise Quantization.
     """
+
+    rules = tuple(RULES.values())
+    counterpart = "SGD"
 
     def __init__(
         self,

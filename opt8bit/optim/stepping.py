@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cached_property
 from itertools import chain, islice
 from operator import is_
 from typing import Any
@@ -12,23 +12,31 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from opt8bit.backends import can_capture, wanted_backend
+from opt8bit.backends import Backend, Step, can_capture, wanted_backend
 from opt8bit.optim import shards
 from opt8bit.optim.asked import Asked, asked_of, backend_of, divided
-from opt8bit.optim.backward import Backward
-from opt8bit.optim.facts import FactsOfGroups
-from opt8bit.optim.offload import Hosts
-from opt8bit.optim.plan import Plan, Work
+from opt8bit.optim.plan import Plan
 from opt8bit.optim.ruled import Ruled
+from opt8bit.optim.running import Place, Running
 from opt8bit.optim.states import CODED_DTYPES, check, initialized, others, will_be_coded
 
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
-Place = tuple[int, "int | None"] | None  # a group's number, and that of one parameter in it; None for all groups
 Scaling = tuple["Tensor | None", "Tensor | None"]  # what GradScaler hands over: grad_scale and found_inf
+Shares = list[tuple[Backend, Step]]  # of the backends in a step
 
 
 class Stepping(Ruled):
     """An optimizer that steps all of its parameters in one call for each device."""
+
+    _update_untraced: Callable[..., None]  # where torch.compile's graph breaks, once: it shall not trace addresses
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        _leave_to_python()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _leave_to_python()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -53,7 +61,8 @@ class Stepping(Ruled):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        update = self._update_untraced if torch.compiler.is_compiling() else self._update
+        update()
         return loss
 
     def _update(self) -> None:
@@ -62,28 +71,32 @@ class Stepping(Ruled):
         if is_captured:
             self._check_capture()
         scaling = _tensor(getattr(self, "grad_scale", None)), _tensor(getattr(self, "found_inf", None))
-        self._backward.watch()
-        done = self._backward.finish(is_scaled=any(value is not None for value in scaling))
+        backward = self._running.backward
+        backward.watch()
+        done = backward.finish(is_scaled=any(value is not None for value in scaling))
         # Everything is checked before the first state is made, and the first backend writes.
         fresh: dict[Tensor, dict[str, Any]] = {}
         together, one_by_one = divided(self._all_asked(done))
         for each in one_by_one:
             self._check_divided(each)
-        work = self._work(None, together, fresh, scaling)
-        if self._plans[None].is_shared:
+        shares = self._shares(None, together, fresh, scaling)
+        if self._running.plans[None].is_shared:
             self._take([], fresh, is_captured)
             for index, each in enumerate(together):  # after what the one before has written
-                self._take(self._work((index, None), [each], fresh, scaling), {}, is_captured)
+                self._take(self._shares((index, None), [each], fresh, scaling), {}, is_captured)
         else:
-            self._take(work, fresh, is_captured)
+            self._take(shares, fresh, is_captured)
         for each in one_by_one:
             self._step_gathered(each, scaling)
-        _note_writes([param for each in together for param in each.owners])
-        offloaded = [group for group in self.param_groups if group["offload"]]
-        if offloaded:
-            for param in [param for each in together if each.group["offload"] for param in each.owners]:
-                self._hosts.give_back(param)
-            self._hosts.keep({param for group in self.param_groups for param in group["params"]})
+        _note_writes(list(chain.from_iterable(each.owners for each in together)))
+        self._give_back(together)
+
+    def _give_back(self, stepped: Sequence[Asked]) -> None:
+        """Brings parameters back that were stepped on the CPU."""
+        if any(group["offload"] for group in self.param_groups):
+            for param in [param for each in stepped if each.group["offload"] for param in each.owners]:
+                self._running.hosts.give_back(param)
+            self._running.hosts.keep({param for group in self.param_groups for param in group["params"]})
 
     def _check_divided(self, asked: Asked) -> None:
         """Raises for one parameter what the plan of many raises: before anything is gathered."""
@@ -102,43 +115,44 @@ class Stepping(Ruled):
         whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
         states = self._initialized(asked, 0, whole, had, will_be_coded(had, asked.rule, param, group))
         asked = asked._replace(params=[whole], grads=[grad], owners=[whole], placements=None)
-        work = Plan([asked], [states]).work([asked], [states], *scaling)
-        assert work is not None
-        self._take(work, {}, False)
+        shares = Plan([asked], [states]).steps([asked], [states], *scaling)
+        assert shares is not None
+        self._take(shares, {}, False)
         shards.local(param).copy_(shards.part(whole, param))
         stored = shards.sharded(shards.cut(states, param), param, group["block_size"])
         self._keep(param, {**others(state, asked.rule, states), **stored})
 
-    def _take(self, work: list[Work], fresh: Mapping[Tensor, Mapping[str, Any]], is_captured: bool) -> None:
-        """Does the work, after the states that are missing have been added."""
+    def _take(self, shares: Shares, fresh: Mapping[Tensor, Mapping[str, Any]], is_captured: bool) -> None:
+        """Has every backend take its share, after the states that are missing have been added."""
         for param, state in fresh.items():
             self._keep(param, state)
         if is_captured:  # the graph reads what was prepared whenever it is replayed, whatever becomes of the plans
-            self.__dict__.setdefault("_of_graphs", []).extend(item.step.prepared for item in work)
-        for backend, step, _ in work:
+            self._running.of_graphs.extend(step.prepared for _, step in shares)
+        for backend, step in shares:
             backend.step(step)
-        for param, contiguous in [copy for item in work for copy in item.copies]:
-            param.copy_(contiguous)
+        for _, step in shares:
+            for param, contiguous in step.copies:
+                param.copy_(contiguous)
 
     def _keep(self, param: Tensor, state: Mapping[str, Any]) -> None:
         self.state[param].clear()
         self.state[param].update(state)
 
-    def _work(
+    def _shares(
         self, place: Place, asked: Sequence[Asked], fresh: dict[Tensor, dict[str, Any]], scaling: Scaling
-    ) -> list[Work]:
-        """Returns the work that is asked for. States that it needs and that are not there yet are added to ``fresh``.
+    ) -> Shares:
+        """Returns the share of each backend. States that they need and that are not there yet are added to ``fresh``.
 
         Args:
             place: whose plan it is.
         """
-        plans = self._plans
+        plans = self._running.plans
         for gone in [each for each in plans if each and each[0] >= len(self.param_groups)]:
             del plans[gone]
         states = self._states(asked)
-        work = plans[place].work(asked, states, *scaling) if place in plans else None
-        if work is not None:
-            return work
+        shares = plans[place].steps(asked, states, *scaling) if place in plans else None
+        if shares is not None:
+            return shares
         made: list[dict[str, Tensor]] = []
         for each in asked:
             for i, (shard, param) in enumerate(zip(each.params, each.owners, strict=True)):
@@ -153,12 +167,12 @@ class Stepping(Ruled):
             for (each, _), state, mine in zip(owners, states, made, strict=True)
         ]
         plan = plans[place] = Plan(asked, kept)
-        work = plan.work(asked, kept, *scaling)
-        assert work is not None
+        shares = plan.steps(asked, kept, *scaling)
+        assert shares is not None
         for (each, param), mine in zip(owners, made, strict=True):
             stored = shards.sharded(mine, param, each.group["block_size"])
             fresh[param] = {**others(self.state.get(param, {}), each.rule, mine), **stored}
-        return work
+        return shares
 
     def _initialized(
         self, asked: Asked, i: int, shard: Tensor, state: Mapping[str, Any], coded: bool
@@ -176,48 +190,26 @@ class Stepping(Ruled):
 
     def _all_asked(self, done: Set[Tensor]) -> list[Asked]:
         """Returns what a step is asked to do with each group, but with the parameters that are done already."""
-        wanted, first, result = wanted_backend(), 0, []
+        running, wanted, first, result = self._running, wanted_backend(), 0, []
         for index, group in enumerate(self.param_groups):
-            result.append(asked_of(group, self._facts.of(index, group), self._hosts, first, wanted, done=done))
+            result.append(asked_of(group, running.facts.of(index, group), running.hosts, first, wanted, done=done))
             first += len(group["params"])
         return result
 
-    @property
-    def _plans(self) -> dict[Place, Plan]:
-        return self.__dict__.setdefault("_plans_by_place", {})  # as after unpickling
-
-    @property
-    def _facts(self) -> FactsOfGroups:
-        if "_facts_of_groups" not in self.__dict__:
-            me = weakref.proxy(self)
-            self._facts_of_groups = FactsOfGroups(
-                self.defaults, lambda group: me.rule(group), lambda group: me.check_group(group)
-            )
-        return self._facts_of_groups
-
-    @property
-    def _hosts(self) -> Hosts:
-        if "_hosts_of_parameters" not in self.__dict__:  # as after unpickling
-            self._hosts_of_parameters = Hosts()
-        return self._hosts_of_parameters
-
-    @property
-    def _backward(self) -> Backward:
-        if "_backward_steps" not in self.__dict__:
-            me = weakref.proxy(self)
-            self._backward_steps = Backward(lambda: me.param_groups, self._hosts, lambda *place: me._prepared(*place))
-        return self._backward_steps
+    @cached_property
+    def _running(self) -> Running:
+        return Running(self, Stepping._prepared)
 
     def _prepared(self, index: int, alone: int) -> Callable[[], None]:
         """The step of one parameter, which its host has or is about to have, for a thread to take."""
         first = sum(len(group["params"]) for group in self.param_groups[:index])
-        group = self.param_groups[index]
-        asked = asked_of(group, self._facts.of(index, group), self._hosts, first, wanted_backend(), alone=alone)
+        group, running = self.param_groups[index], self._running
+        asked = asked_of(group, running.facts.of(index, group), running.hosts, first, wanted_backend(), alone=alone)
         asked = asked._replace(group=dict(group))  # the thread shall not see what is written into it later
 
         def step() -> None:
             fresh: dict[Tensor, dict[str, Any]] = {}
-            self._take(self._work((index, alone), [asked], fresh, (None, None)), fresh, False)
+            self._take(self._shares((index, alone), [asked], fresh, (None, None)), fresh, False)
 
         return step
 
@@ -262,6 +254,12 @@ class Stepping(Ruled):
         if group["capturable"] and group["offload"]:
             raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
         self.check_param(param)
+
+
+def _leave_to_python() -> None:
+    """Done when the first optimizer is made, as it imports half of torch; torch.optim has done so by then."""
+    if not hasattr(Stepping, "_update_untraced"):
+        Stepping._update_untraced = torch.compiler.disable(Stepping._update)  # type: ignore[method-assign]
 
 
 def _note_writes(params: list[Tensor]) -> None:

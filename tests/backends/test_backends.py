@@ -1,15 +1,18 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import opt8bit
 from opt8bit import backends
 from opt8bit.backends import native
-from opt8bit.backends.interface import MAX_STATES
-from opt8bit.optim import adam, sgd
+from opt8bit.optim import lion
+from opt8bit.optim.ruled import RULES
 from opt8bit.quant import dynamic_map, quantize_blockwise
 
 
@@ -41,12 +44,27 @@ def test_kernels_and_python_define_the_same_map(kernels: str) -> None:
 
 
 def test_every_rule_has_its_kernel(kernels: str) -> None:
-    lib = native.library()
-    assert lib is not None
-    for rule in (*adam.RULES.values(), *sgd.RULES.values()):
-        assert lib.opt8bit_rule(rule.name.encode()) >= 0, rule.name
-        assert len(rule.hyper) <= native.MAX_HYPER and len(rule.states) <= MAX_STATES
-    assert lib.opt8bit_rule(b"abacus") == -1
+    assert {name for name in RULES if name != "muon"} == set(native.rules())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"hyper": ("lr", "beta2", "beta1", "weight_decay", "maximize")}, r"hyper \('lr', 'beta2',.* 'beta1', "),
+        ({"states": {"exp_avg": False}}, r"signs \(False,\), but the functor of that name has \(True,\)"),
+        ({"states": {"exp_avg": True, "exp_avg_sq": False}}, r"signs \(True, False\), but .* has \(True,\)"),
+        ({"whole": True}, "whole True, but the functor of that name has False"),
+    ],
+)
+def test_a_record_that_contradicts_its_kernel_is_refused(change: dict[str, Any], expected: str, kernels: str) -> None:
+    other = type("Other", (opt8bit.Lion8bit,), {"rules": (replace(lion.RULE, **change),)})
+    with pytest.raises(TypeError, match=f"rule 'lion' has {expected}"):
+        other([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_a_rule_has_no_more_states_than_there_is_room_for() -> None:
+    with pytest.raises(ValueError, match="rule 'lion' must have at most 4 states, got 5"):
+        replace(lion.RULE, states=dict.fromkeys("abcde", True))
 
 
 def test_threads_of_its_own_give_the_same_bits(kernels: str) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from opt8bit import AdamW8bit
-from opt8bit.backends import addresses, describe, description
+from opt8bit.backends import Description, description
 
 TENSORS = [
     torch.zeros(()),
@@ -23,7 +23,7 @@ def test_torch_is_asked_where_it_can_be(kernels: str) -> None:
 
 
 def test_a_description_says_what_python_says() -> None:
-    rows = describe(TENSORS, 4)
+    rows = Description(TENSORS).rows
     for row, tensor in zip(rows, TENSORS, strict=True):
         dim = tensor.dim()
         assert (row[3], tuple(row[4 : 4 + dim]), tuple(row[8 : 8 + dim])) == (dim, tensor.shape, tensor.stride())
@@ -33,17 +33,19 @@ def test_a_description_says_what_python_says() -> None:
 def test_tensors_that_differ_are_described_differently(monkeypatch: pytest.MonkeyPatch, in_python: bool) -> None:
     if in_python:
         monkeypatch.setattr(description, "_torch_functions", lambda: None)
-    rows = describe(TENSORS, 4)
+    rows = Description(TENSORS).rows
     assert len({tuple(row) for row in rows}) == len(TENSORS)
-    assert numpy.array_equal(rows, describe(TENSORS, 4))
+    assert numpy.array_equal(rows, Description(TENSORS).rows)
 
 
 @pytest.mark.parametrize("in_python", [False, True])
 def test_what_is_not_strided_or_too_deep_is_not_described(monkeypatch: pytest.MonkeyPatch, in_python: bool) -> None:
     if in_python:
         monkeypatch.setattr(description, "_torch_functions", lambda: None)
-    rows = describe([torch.eye(3).to_sparse(), torch.zeros(1, 1, 1), torch.eye(3)], 2)
-    assert (rows[:2] == -1).all() and (rows[2] != -1).any()
+    description_of_two = Description([torch.eye(3), torch.eye(3).to_sparse()])
+    assert (description_of_two.rows[1] == -1).all() and (description_of_two.rows[0] != -1).any()
+    for other in (torch.eye(3).to_sparse(), torch.zeros(1, 1, 1)):
+        assert Description([torch.eye(3)]).addresses([other]) is None
 
 
 @pytest.mark.parametrize("in_python", [False, True])
@@ -51,12 +53,12 @@ def test_addresses_of_many_tensors(monkeypatch: pytest.MonkeyPatch, in_python: b
     if in_python:
         monkeypatch.setattr(description, "_torch_functions", lambda: None)
     tensors = list(torch.zeros(5000, 3).unbind())
-    described = describe(tensors, 1)
-    found = addresses(tensors, described)
-    assert found is not None and found.tolist() == [tensor.data_ptr() for tensor in tensors]
-    assert addresses(tensors[1:], described) is None
+    described = Description(tensors)
+    found = described.addresses(tensors)
+    assert found is not None and found.tolist() == [*(tensor.data_ptr() for tensor in tensors), 0]
+    assert described.addresses(tensors[1:]) is None
     for other in (torch.zeros(4), torch.zeros(3).bfloat16(), torch.zeros(6)[::2], torch.zeros(1, 3)):
-        assert addresses([*tensors[:-1], other], described) is None
+        assert described.addresses([*tensors[:-1], other]) is None
 
 
 def test_a_step_without_torchs_functions_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import opt8bit
 from opt8bit import backends
 from opt8bit.backends import available, backend_for
 from opt8bit.optim.options import Options
+from opt8bit.optim.ruled import RULES
 from opt8bit.quant import (
     dequantize_blockwise,
     dynamic_map,
@@ -43,24 +44,7 @@ pytestmark = [
 ]
 
 SHAPES = ((32, 300), (5,), (4, 64, 20), (17, 256), (300, 16), (0, 3), ())
-ONE_OF_EACH_RULE = {
-    "adamw": "AdamW8bit weight decay",
-    "adamw_amsgrad": "AdamW8bit amsgrad",
-    "adam": "Adam8bit maximize",
-    "adam_amsgrad": "Adam8bit amsgrad, maximize",
-    "sgd": "SGD8bit no momentum, weight decay",
-    "sgd_momentum": "SGD8bit nesterov",
-    "rmsprop": "RMSprop8bit maximize",
-    "rmsprop_momentum": "RMSprop8bit momentum",
-    "rmsprop_centered": "RMSprop8bit centered",
-    "rmsprop_centered_momentum": "RMSprop8bit centered, momentum",
-    "adagrad": "Adagrad8bit decay",
-    "lion": "Lion8bit weight decay",
-    "ademamix": "AdEMAMix8bit schedules",
-    "lamb": "LAMB8bit no bias correction",
-    "lars": "LARS8bit no momentum",
-    "lars_momentum": "LARS8bit nesterov",
-}
+ONE_OF_EACH_RULE = cases.one_of_each_rule()
 
 
 @pytest.fixture
@@ -111,7 +95,8 @@ def test_a_step_is_the_references(case: str, bits: int, use: Any) -> None:
 
 
 def test_every_rule_is_tested() -> None:
-    assert ONE_OF_EACH_RULE.keys() == ours.RULES.keys()
+    for rule in RULES.values():
+        assert (ours.functions_of(rule) is None) == (rule.name == "muon")
 
 
 WAYS: dict[str, Options] = {
@@ -321,9 +306,9 @@ def test_lr_may_be_on_the_device(use: Any) -> None:
         optimizer = opt8bit.AdamW8bit([param], lr=lr)
         param.grad = torch.ones_like(param)
         asked = optimizer._all_asked(set())
-        work = optimizer._work(None, asked, fresh := {}, (None, None))
+        shares = optimizer._shares(None, asked, fresh := {}, (None, None))
         optimizer._take([], fresh, False)
-        for backend, step, _ in work:  # as on a GPU, where lr is left on it
+        for backend, step in shares:  # as on a GPU, where lr is left on it
             backend.step(step._replace(hyper=[{**asked[0].hyper, "lr": lr}]))
         assert optimizer.state[param]["step"] == 1
         results.append(param.detach().cpu())

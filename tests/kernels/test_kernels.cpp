@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
 #include <sstream>
 #include <string>
@@ -151,38 +152,31 @@ void test_encode_state(const Kernels* kernels, int64_t rows, int64_t length, int
   check_encoded(kernels, x, rows, length, block_size, is_signed);
 }
 
-struct RuleCase {
-  const char* name;
-  std::vector<double> hyper;
+// Of whatever rule has it.
+const std::map<std::string, double> kHyper = {
+    {"lr", 0.1},      {"beta1", 0.9},    {"beta2", 0.999}, {"beta3", 0.9999},          {"alpha", 0.99},
+    {"t_alpha", 10},  {"t_beta3", 10},   {"eps", 1e-8},    {"weight_decay", 0.01},     {"momentum", 0.9},
+    {"dampening", 0}, {"lr_decay", 0.1}, {"nesterov", 1},  {"trust_coefficient", 0.1}, {"bias_correction", 1},
+    {"adapt", 1},     {"maximize", 0},
 };
-const RuleCase kRules[] = {
-    {"adam", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
-    {"adam_amsgrad", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
-    {"adamw", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
-    {"adamw_amsgrad", {1e-3, 0.9, 0.999, 1e-8, 0.01, 0}},
-    {"sgd", {0.1, 0.9, 0, 0.01, 1, 0}},
-    {"sgd_momentum", {0.1, 0.9, 0, 0.01, 1, 0}},
-    {"rmsprop", {1e-2, 0.99, 1e-8, 0.01, 0, 0}},
-    {"rmsprop_momentum", {1e-2, 0.99, 1e-8, 0.01, 0.9, 0}},
-    {"rmsprop_centered", {1e-2, 0.99, 1e-8, 0.01, 0, 0}},
-    {"rmsprop_centered_momentum", {1e-2, 0.99, 1e-8, 0.01, 0.9, 0}},
-    {"adagrad", {1e-2, 0.1, 1e-10, 0.01, 0}},
-    {"lion", {1e-3, 0.9, 0.99, 0.1, 0}},
-    {"ademamix", {1e-3, 0.9, 0.999, 0.9999, 5, 10, 10, 1e-8, 0.01, 0}},
-    {"lamb", {1e-3, 0.9, 0.999, 1e-6, 0.01, 1, 1, 0}},
-    {"lars", {0.1, 0, 0.01, 1e-2, 1e-8, 0, 1, 0}},
-    {"lars_momentum", {0.1, 0.9, 0.01, 1e-2, 1e-8, 1, 1, 0}},
-};
+
+Group group_of(const Kernels* kernels, int64_t rule, int64_t block_size, Rounding rounding) {
+  Group group = {rule, block_size, {}, 2.0, rounding, 5};
+  std::istringstream names(kernels->rules[rule].hyper);
+  int64_t count = 0;
+  for (std::string name; std::getline(names >> std::ws, name, ',');) group.hyper[count++] = kHyper.at(name);
+  return group;
+}
 
 // Three steps of one rule; returns the parameter.
 template <class T>
-Exact<T> run_step(const Kernels* kernels, const RuleCase& rule, DType dtype, Rounding rounding, int64_t bits,
-                  int64_t rows, int64_t length, int64_t block_size, const Exact<T>& start, const Exact<T>& grad) {
+Exact<T> run_step(const Kernels* kernels, int64_t rule, DType dtype, Rounding rounding, int64_t bits, int64_t rows,
+                  int64_t length, int64_t block_size, const Exact<T>& start, const Exact<T>& grad) {
   Exact<T> param = start;
   const BlockView view(rows, length, block_size);
-  Exact<uint8_t> codes[] = {Exact<uint8_t>(start.size), Exact<uint8_t>(start.size), Exact<uint8_t>(start.size)};
-  Exact<float> values[] = {Exact<float>(start.size), Exact<float>(start.size), Exact<float>(start.size)};
-  Exact<float> scales[] = {Exact<float>(view.blocks()), Exact<float>(view.blocks()), Exact<float>(view.blocks())};
+  const std::vector<Exact<uint8_t>> codes(kMaxStates, Exact<uint8_t>(start.size));
+  const std::vector<Exact<float>> values(kMaxStates, Exact<float>(start.size));
+  const std::vector<Exact<float>> scales(kMaxStates, Exact<float>(view.blocks()));
   Exact<int16_t> compensation(start.size);
   float step = 0;
   Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, dtype, bits, 0, 7, 5};
@@ -191,8 +185,7 @@ Exact<T> run_step(const Kernels* kernels, const RuleCase& rule, DType dtype, Rou
     tensor.states[s] = bits == 8 ? static_cast<void*>(codes[s].data) : values[s].data;
     tensor.scales[s] = scales[s].data;
   }
-  Group group = {static_cast<RuleId>(opt8bit_rule(rule.name)), block_size, {}, 2.0, rounding, 5};
-  std::copy(rule.hyper.begin(), rule.hyper.end(), group.hyper);
+  const Group group = group_of(kernels, rule, block_size, rounding);
   for (int i = 0; i < 3; ++i) opt8bit_step(kernels, &tensor, 1, &group, 2);
   check(step == 3, "step count");
   return param;
@@ -201,15 +194,16 @@ Exact<T> run_step(const Kernels* kernels, const RuleCase& rule, DType dtype, Rou
 template <class T>
 void test_steps(const Kernels* kernels, DType dtype, Rounding rounding) {
   const Kernels* scalar = opt8bit_kernels("scalar");
-  for (const RuleCase& rule : kRules) {
-    check(opt8bit_rule(rule.name) >= 0, rule.name);
+  check(kernels->rule_count == scalar->rule_count, "the same rules");
+  for (int64_t rule = 0; rule < kernels->rule_count; ++rule) {
+    const std::string name = kernels->rules[rule].name;
     for (int64_t length : {16, 17, 63, 64, 100, 256, 300, 515}) {
       for (int64_t bits : {8, 32}) {
         const Exact<T> start = random_values<T>(3 * length), grad = random_values<T>(3 * length);
         const Exact<T> mine = run_step(kernels, rule, dtype, rounding, bits, 3, length, 256, start, grad);
         const Exact<T> theirs = run_step(scalar, rule, dtype, rounding, bits, 3, length, 256, start, grad);
-        check(mine == theirs, std::string(rule.name) + ": the same bits as scalar");
-        check(!(mine == start), std::string(rule.name) + ": the parameter moved");
+        check(mine == theirs, name + ": the same bits as scalar");
+        check(!(mine == start), name + ": the parameter moved");
       }
     }
   }

@@ -149,6 +149,15 @@ STATEFUL: dict[str, Case] = {
 ANY_SHAPE = {name: case for name, case in STATEFUL.items() if case.ours is not opt8bit.Muon8bit}
 
 
+def one_of_each_rule() -> dict[str, str]:
+    """By rule that has kernels, the name of the case with most hyper-parameters."""
+    found: dict[str, str] = {}
+    for name, case in sorted(CASES.items(), key=lambda item: len(item[1].hyper)):
+        optimizer = case.ours([parameter()], **case.hyper)
+        found[optimizer.rule(optimizer.param_groups[0]).name] = name
+    return found
+
+
 def parameter(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 

@@ -8,7 +8,6 @@ from torch import nn
 
 import opt8bit
 from opt8bit.optim import to_torch_state_dict
-from opt8bit.optim.convert import COUNTERPARTS
 from opt8bit.optim.options import DEFAULTS
 
 
@@ -40,8 +39,8 @@ STEPS = (0, 1, 3)
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     case = CASES[request.param]
-    if not hasattr(torch.optim, COUNTERPARTS[case.ours]):
-        pytest.skip(f"this version of torch has no {COUNTERPARTS[case.ours]}")
+    if not hasattr(torch.optim, case.ours.counterpart):
+        pytest.skip(f"this version of torch has no {case.ours.counterpart}")
     return case
 
 
@@ -66,7 +65,7 @@ def test_torch_loads_it_and_continues(case: Case, bits: int, steps: int) -> None
     train(optimizer, params, steps)
     state_dict = to_torch_state_dict(optimizer)
     others = [nn.Parameter(param.detach().clone()) for param in params]
-    theirs = getattr(torch.optim, COUNTERPARTS[case.ours])(others)
+    theirs = getattr(torch.optim, case.ours.counterpart)(others)
     names = set(theirs.param_groups[0])
     theirs.load_state_dict(state_dict)
     assert set(theirs.param_groups[0]) == names

@@ -207,7 +207,7 @@ def test_beside_the_backward_pass_a_parameter_may_be_unfrozen() -> None:
     optimizer.step()
     optimizer.zero_grad()
     backward(model, 1)
-    assert first in optimizer._backward._begun
+    assert first in optimizer._running.backward._begun
     optimizer.step()
     assert optimizer.state[first]["step"] == 1
 
@@ -220,7 +220,7 @@ def test_hooks_are_there_whenever_they_are_asked_for() -> None:
     for of, each in ((model, optimizer), (copied_model, copied)):
         each.step()  # from here on
         backward(of, 0)
-        assert len(each._backward.finish(is_scaled=False)) == 4
+        assert len(each._running.backward.finish(is_scaled=False)) == 4
 
 
 def test_parameters_that_are_gone_are_let_go() -> None:
@@ -231,7 +231,7 @@ def test_parameters_that_are_gone_are_let_go() -> None:
     backward(model, 0)  # whose parameters are nobody's now
     backward(other, 0)
     optimizer.step()
-    assert set(optimizer._hosts._hosts) == set(list(other.parameters())[:2])
+    assert set(optimizer._running.hosts._hosts) == set(list(other.parameters())[:2])
 
 
 def test_gradients_keep_their_dtype() -> None:

@@ -16,7 +16,7 @@ from opt8bit.backends.triton.blockwise import dequantize_kernel, encode_state_ke
 from opt8bit.backends.triton.codebook import midpoints
 from opt8bit.backends.triton.launch_table import TILE, Shape
 from opt8bit.backends.triton.launches import OPTIONS, Launches
-from opt8bit.backends.triton.update_rules import RULES
+from opt8bit.backends.triton.update_rules import functions_of
 
 
 class Triton:
@@ -56,7 +56,7 @@ class Triton:
 
 
 def _launches(batch: Batch) -> Launches | None:
-    if batch.rule.name not in RULES:
+    if functions_of(batch.rule) is None:
         return None
     with on(batch.device):
         return Launches(batch)

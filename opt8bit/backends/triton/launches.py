@@ -13,11 +13,11 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends.interface import ADDRESSES, GRAD, LOW_BITS, PARAM, STATES, Batch, GroupUpdate, is_interpreting
+from opt8bit.backends.interface import Batch, GroupUpdate, is_interpreting
 from opt8bit.backends.triton import codebook, layout
 from opt8bit.backends.triton import optimizer_step as kernels
 from opt8bit.backends.triton.launch_table import TILE, Cut, Launch, Shape, Table, Words
-from opt8bit.backends.triton.update_rules import RULES
+from opt8bit.backends.triton.update_rules import functions_of
 
 Run = Callable[..., None]  # (kernel, programs, warps, **arguments)
 
@@ -45,16 +45,20 @@ class Launches:
     def __init__(self, batch: Batch) -> None:
         self.device = device = batch.device
         self._batch = batch
-        self._functions = RULES[batch.rule.name]
+        functions = functions_of(batch.rule)
+        assert functions is not None
+        self._functions = functions
         self._rows = _rows(batch)
-        assert len(batch.rule.hyper) <= layout.MAX_HYPER.value
-        assert self._functions.constant_count <= layout.MAX_CONSTANTS.value
+        self._head = numpy.zeros((), layout.HEAD_FIELDS)
+        self._head["seed"] = batch.seed
+        assert len(batch.rule.hyper) <= self._head["hyper"].size
+        assert len(functions.kind._fields) <= layout.MAX_CONSTANTS.value
         self._cuts: dict[bytes, Cut] = {}
         self._compiled: set[tuple[Any, ...]] = set()
         count = len(self._rows)
         self._constants = torch.zeros(count, layout.MAX_CONSTANTS.value, dtype=torch.float32, device=device)
         self._keys = torch.zeros(count, dtype=torch.int64, device=device)
-        self._table = Table(layout.HEAD.value + self._rows.size, device, batch.capturable)
+        self._table = Table(layout.HEAD.value + count * layout.ROW.value, device, batch.capturable)
         pairs = list(zip(batch.codebooks, batch.rule.states.values(), strict=True))
         tables = [codebook.tables(values, signed) for values, signed in pairs]
         between = [codebook.midpoints(values) for values, _ in pairs]
@@ -65,8 +69,7 @@ class Launches:
 
     def step(self, group: GroupUpdate) -> None:
         """Takes the step of the batch, on the current stream."""
-        aligned = (group.addresses[:, _wide_columns(self._batch)] % ALIGNMENT == 0).all(1)
-        cut = self._cut(aligned)
+        cut = self._cut(_is_aligned(group))
         lr, grad_scale, found_inf = (
             value.to(self.device) if isinstance(value, Tensor) else None
             for value in (group.hyper["lr"], group.grad_scale, group.found_inf)
@@ -118,7 +121,7 @@ class Launches:
             "constants": self._constants,
             "maps": self._maps,
             "grad_scale": grad_scale,
-            "COUNT": self._functions.constant_count,
+            "COUNT": len(self._functions.kind._fields),
             "SIGNED": tuple(batch.rule.states.values()),
             "CODED": batch.coded,
             "ROUNDING": batch.rounding if batch.dtype == torch.bfloat16 else "nearest",
@@ -161,7 +164,7 @@ class Launches:
             raise RuntimeError(NEW_IN_CAPTURE)
 
     def _new_cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
-        blocks = self._rows[:, layout.BLOCKS.value]
+        blocks = self._rows["blocks"]
         shapes = [_shape(row, bool(is_aligned)) for row, is_aligned in zip(self._rows, aligned, strict=True)]
         places, launches, tensors, first = numpy.zeros((len(shapes), 2), numpy.int64), [], [], 0
         for shape in sorted(set(shapes)):
@@ -181,41 +184,40 @@ class Launches:
 
     def _words(self, group: GroupUpdate, cut: Cut) -> Words:
         """What the kernels know of this step's tensors."""
-        batch = self._batch
-        head = numpy.zeros(layout.HEAD.value, numpy.int64)
+        head, rows = self._head, self._rows
         hyper = [0.0 if isinstance(value, Tensor) else float(value) for value in group.hyper.values()]
-        head[: len(hyper)] = numpy.array(hyper).view(numpy.int64)
-        head[layout.SEED.value] = batch.seed
-        rows = self._rows
-        rows[:, layout.FIRST_TILE.value : layout.TILES.value + 1] = cut.places
-        rows[:, :ADDRESSES] = group.addresses
-        return numpy.concatenate([head, rows.reshape(-1)])
+        head["hyper"][: len(hyper)] = hyper
+        rows["first_tile"], rows["tiles"] = cut.places.T
+        rows["at"] = group.addresses
+        return numpy.concatenate([head.reshape(1).view(numpy.int64), rows.view(numpy.int64)])
 
 
-def _rows(batch: Batch) -> Words:
-    """(n, layout.ROW): what does not change about the tensors; states that are not coded are one row of any blocks."""
-    rows = numpy.zeros((len(batch.views), layout.ROW.value), numpy.int64)
-    rows[:, layout.NUMBER.value] = batch.numbers
-    rows[:, layout.FIRST_ELEMENT.value] = batch.firsts
+def _rows(batch: Batch) -> NDArray[numpy.void]:
+    """(n,): what does not change about the tensors; states that are not coded are one row of any blocks."""
+    rows = numpy.zeros(len(batch.views), layout.ROW_FIELDS)
+    rows["number"], rows["first_element"] = batch.numbers, batch.firsts
     for row, view in zip(rows, batch.views, strict=True):
         length = view.row_length if batch.coded else view.rows * view.row_length
         block = view.block_size if batch.coded else TILE
         per_row = -(-length // block)
-        fields = (length, block, per_row, per_row * (view.rows if batch.coded else 1))
-        row[layout.ROW_LENGTH.value : layout.BLOCKS.value + 1] = fields
+        row["row_length"], row["block_size"], row["blocks_per_row"] = length, block, per_row
+        row["blocks"] = per_row * (view.rows if batch.coded else 1)
     return rows
 
 
-def _shape(row: NDArray[numpy.int64], is_aligned: bool) -> Shape:
-    length, block = int(row[layout.ROW_LENGTH.value]), int(row[layout.BLOCK_SIZE.value])
+def _shape(row: numpy.void, is_aligned: bool) -> Shape:
+    length, block = int(row["row_length"]), int(row["block_size"])
     is_aligned = is_aligned and length % ALIGNMENT == 0 and block % ALIGNMENT == 0
     return Shape(triton.next_power_of_2(block), is_aligned)
 
 
-def _wide_columns(batch: Batch) -> list[int]:
-    """Of a step's addresses, those of elements that are loaded 16 bytes at a time."""
-    states = range(STATES, STATES + len(batch.codebooks))
-    return [PARAM, GRAD, *states, *([LOW_BITS] if batch.rounding == "compensated" else [])]
+def _is_aligned(group: GroupUpdate) -> NDArray[numpy.bool_]:
+    """(n,): whether all elements that are loaded 16 bytes at a time lie at multiples of that."""
+    at, batch = group.addresses, group.batch
+    bits = at["param"] | at["grad"] | numpy.bitwise_or.reduce(at["states"][:, : len(batch.codebooks)], axis=1)
+    if batch.rounding == "compensated":
+        bits = bits | at["compensation"]
+    return bits % ALIGNMENT == 0
 
 
 def _launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:

@@ -3,20 +3,42 @@
 It is a table, in words of 64 bits: first the head, then the tensors' rows.
 """
 
+import numpy
 import triton.language as tl
 
-MAX_HYPER = tl.constexpr(12)  # hyper-parameters, float64
-SEED = tl.constexpr(12)
-HEAD = tl.constexpr(16)
-# Of a row:
-PARAM, GRAD, STEP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # addresses
-STATES, SCALES = tl.constexpr(3), tl.constexpr(6)  # likewise, of at most three
-COMPENSATION = tl.constexpr(9)  # likewise
-NUMBER = tl.constexpr(10)  # of the parameter in its optimizer
-ROW_LENGTH, BLOCK_SIZE = tl.constexpr(11), tl.constexpr(12)
-BLOCKS_PER_ROW, BLOCKS = tl.constexpr(13), tl.constexpr(14)
-FIRST_TILE, TILES = tl.constexpr(15), tl.constexpr(16)
-FIRST_ELEMENT = tl.constexpr(17)  # its index in the whole parameter, where the tensor is a shard of one
-ROW = tl.constexpr(18)
+from opt8bit.backends.interface import ADDRESSES
+
+HEAD_FIELDS = numpy.dtype([("hyper", numpy.float64, 12), ("seed", numpy.int64), ("unused", numpy.int64, 3)])
+ROW_FIELDS = numpy.dtype(
+    [
+        ("at", ADDRESSES),
+        ("number", numpy.int64),  # of the parameter in its optimizer
+        ("row_length", numpy.int64),
+        ("block_size", numpy.int64),
+        ("blocks_per_row", numpy.int64),
+        ("blocks", numpy.int64),
+        ("first_tile", numpy.int64),
+        ("tiles", numpy.int64),
+        ("first_element", numpy.int64),  # its index in the whole parameter, where the tensor is a shard of one
+    ]
+)
+
+
+def _word(name: str, fields: numpy.dtype = ROW_FIELDS) -> tl.constexpr:
+    """At which word of a row, or of the head, a field begins."""
+    assert fields.fields is not None
+    return tl.constexpr(fields.fields[name][1] // 8)
+
+
+HEAD, ROW = tl.constexpr(HEAD_FIELDS.itemsize // 8), tl.constexpr(ROW_FIELDS.itemsize // 8)
+SEED = _word("seed", HEAD_FIELDS)
+PARAM, GRAD, STEP = (_word(name, ADDRESSES) for name in ("param", "grad", "step"))
+STATES, SCALES = _word("states", ADDRESSES), _word("scales", ADDRESSES)
+COMPENSATION = _word("compensation", ADDRESSES)
+NUMBER = _word("number")
+ROW_LENGTH, BLOCK_SIZE = _word("row_length"), _word("block_size")
+BLOCKS_PER_ROW, BLOCKS = _word("blocks_per_row"), _word("blocks")
+FIRST_TILE, TILES = _word("first_tile"), _word("tiles")
+FIRST_ELEMENT = _word("first_element")
 
 MAX_CONSTANTS = tl.constexpr(16)  # of a tensor's step

@@ -58,7 +58,7 @@ def constants_kernel(
         tl.store(steps, step, mask=is_taken)
         key = rounding.stream_key(tl.load(table + SEED), step.to(tl.int64), tl.load(row + NUMBER))
         tl.store(keys + tensor, key.to(tl.int64, bitcast=True))
-    values = CONSTANTS(hyper, step.to(tl.float64), norms)
+    values = CONSTANTS(*hyper, step.to(tl.float64), norms)
     for i in tl.static_range(len(values)):
         tl.store(constants + tensor * MAX_CONSTANTS + i, values[i].to(tl.float32))
 

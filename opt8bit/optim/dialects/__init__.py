@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from opt8bit.optim.dialects.bitsandbytes import BITSANDBYTES
-from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, divided, family
+from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, divided
 from opt8bit.optim.dialects.own import OWN
 from opt8bit.optim.dialects.torch_optim import TORCH
 
@@ -15,4 +15,4 @@ def dialect_of(group: Group, states: Sequence[State]) -> Dialect:
     return next(dialect for dialect in DIALECTS if dialect.is_of(group, states))
 
 
-__all__ = ["DIALECTS", "Dialect", "Group", "Place", "State", "dialect_of", "divided", "family"]
+__all__ = ["DIALECTS", "Dialect", "Group", "Place", "State", "dialect_of", "divided"]

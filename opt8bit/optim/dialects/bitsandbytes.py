@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from opt8bit.backends import Rule
 from opt8bit.optim.dialects.dialect import Dialect, Group, Place, State, refuse_unknown, value_of
 from opt8bit.optim.reading import (
     REAL_DTYPES,
@@ -18,32 +18,13 @@ from opt8bit.optim.reading import (
     described,
     read_step,
 )
+from opt8bit.optim.ruled import RULES
 from opt8bit.quant import dequantize_blockwise
 
 NESTED = "__bnb_optimizer_quant_state__"  # where all tensors are; older versions have them beside the step
 NORMS = ("unorm_vec", "gnorm_vec")  # of the last step: nothing that the next one needs
 BLOCK_SIZES = (256, 2048)  # now, and in older versions
 CODING_ERROR = 2**-15  # in units of absmax: a cell of the table of 65,536 that it codes by
-
-# By rule: what state1 and state2 hold, stacked where it is several. LARS is not here: its buffer there holds
-# gradients, and in our rule (as in the paper) steps, whose learning rates the state dict does not tell.
-SLOTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "adam": (("exp_avg",), ("exp_avg_sq",)),
-    "adamw": (("exp_avg",), ("exp_avg_sq",)),
-    "lamb": (("exp_avg",), ("exp_avg_sq",)),
-    "ademamix": (("exp_avg", "exp_avg_slow"), ("exp_avg_sq",)),
-    "lion": (("exp_avg",),),
-    "sgd_momentum": (("momentum_buffer",),),
-    "rmsprop": (("square_avg",),),
-    "adagrad": (("sum",),),
-}
-
-HYPER: dict[str, dict[str, Callable[[Group], Any]]] = {  # by family: what is there by another name, or unsaid
-    "adam": {"decoupled_weight_decay": lambda group: True},
-    "sgd": {"momentum": lambda group: group["betas"][0]},
-    "rmsprop": {"alpha": lambda group: group["betas"][0]},
-    "ademamix": {name: lambda group, name=name: group.get(name) or 0 for name in ("t_alpha", "t_beta3")},
-}
 
 
 def _is_bitsandbytes(group: Group, states: Sequence[State]) -> bool:
@@ -52,22 +33,23 @@ def _is_bitsandbytes(group: Group, states: Sequence[State]) -> bool:
     return {"betas", "eps"} <= set(group) and not {"amsgrad", "foreach"} & set(group)
 
 
-def _hyper(family: str, group: Group) -> Group:
+def _hyper(rule: Rule, group: Group) -> Group:
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or not betas:
         raise ValueError(f"betas must be numbers, got {described(betas)}")
-    return {**group, **{name: read(group) for name, read in HYPER.get(family, {}).items()}}
+    return {**group, **{name: read(group) for name, read in rule.bitsandbytes_hyper.items()}}
 
 
 def _states(place: Place, group: Group, state: State) -> Read:
     where, rule = place.where, place.rule
-    if rule.name not in SLOTS:
-        raise ValueError(f"{where}: states of bitsandbytes can be loaded for {', '.join(SLOTS)}, not for {rule.name}")
+    slots = rule.bitsandbytes
+    if not slots:
+        known = ", ".join(name for name, each in RULES.items() if each.bitsandbytes)
+        raise ValueError(f"{where}: states of bitsandbytes can be loaded for {known}, not for {rule.name}")
     nested = state.get(NESTED, {})
     if not isinstance(nested, dict):
         raise ValueError(f"{where}: state {NESTED!r} must be a dict, got {type(nested).__name__}")
     state = {**{name: value for name, value in state.items() if name != NESTED}, **nested}
-    slots = SLOTS[rule.name]
     keys = [f"{key}{number}" for number in range(1, len(slots) + 1) for key in ("state", "qmap", "absmax")]
     refuse_unknown(place, state, {"step", *keys, *NORMS})
     read: Read = {"step": read_step(where, value_of(place, state, "step"))}

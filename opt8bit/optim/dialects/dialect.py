@@ -52,16 +52,11 @@ class Dialect(NamedTuple):
     """A form of state dict. Both readers raise ValueError for what cannot be one."""
 
     is_of: Callable[[Group, Sequence[State]], bool]  # whether a group and its states have it
-    hyper: Callable[[str, Group], Group]  # (family of the rule, group) -> the group, in our names
+    hyper: Callable[[Rule, Group], Group]  # (a rule of the optimizer, group) -> the group, in our names
     states: Callable[[Place, Group, State], Read]  # of an optimizer's own; empty where it begins anew
     unused: Collection[str]  # hyper-parameters that are dropped where the optimizer has none of that name
     missing: Collection[str]  # hyper-parameters that it may lack: the optimizer keeps its own
     keeps_others: bool = True  # what others have put among the states is loaded, too
-
-
-def family(rule: Rule) -> str:
-    """What the variants of a rule have in common, as ``adam`` of ``adam_amsgrad``."""
-    return rule.name.partition("_")[0]
 
 
 def value_of(place: Place, state: State, name: str) -> Any:

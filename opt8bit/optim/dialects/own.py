@@ -6,20 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from opt8bit.backends import COMPENSATION, stored_as
-from opt8bit.optim.dialects.dialect import ADDED_LATER, Dialect, Group, Place, State, family, refuse_unknown, value_of
+from opt8bit.backends import COMPENSATION, Rule, stored_as
+from opt8bit.optim.dialects.dialect import ADDED_LATER, Dialect, Group, Place, State, refuse_unknown, value_of
 from opt8bit.optim.old_layout import is_old, old_absmax
 from opt8bit.optim.reading import Coded, Read, check_tensor, described, read_coded, read_full, read_step
+from opt8bit.optim.ruled import RULES
 from opt8bit.optim.states import compensation_spec
-
-STATELESS = ("sgd", "lars")  # families that have no states without momentum, and begin anew when they get some
 
 
 def _is_own(group: Group, states: Sequence[State]) -> bool:
     return "block_size" in group
 
 
-def _hyper(family: str, group: Group) -> Group:
+def _hyper(rule: Rule, group: Group) -> Group:
     size = group["block_size"]
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"block_size must be a positive integer, got {described(size)}")
@@ -31,7 +30,8 @@ def _states(place: Place, group: Group, state: State) -> Read:
     stored = {each for name in names for each in (name, *stored_as(name), old_absmax(name))}
     refuse_unknown(place, state, {"step", COMPENSATION, *stored})
     of_rule = {each for name in place.rule.states for each in (name, *stored_as(name))}
-    if place.rule.states and family(place.rule) in STATELESS and not set(state) & of_rule:
+    can_be_without = any(not rule.states for rule in RULES.values() if rule.family == place.rule.family)
+    if place.rule.states and can_be_without and not set(state) & of_rule:  # momentum that begins now
         return {}
     read: Read = {"step": read_step(place.where, value_of(place, state, "step"))}
     for name, signed in place.rule.states.items():

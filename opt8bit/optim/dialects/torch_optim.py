@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends import as_real
-from opt8bit.optim.dialects.dialect import ADDED_LATER, Dialect, Group, Place, State, family, refuse_unknown, value_of
+from opt8bit.optim.dialects.dialect import ADDED_LATER, Dialect, Group, Place, State, refuse_unknown, value_of
 from opt8bit.optim.reading import Read, read_full, read_step
 
-STEPLESS = ("sgd", "muon", "lion")  # families whose states count no steps there
 VARIANCE_OF = {"square_avg": False, "grad_avg": True}  # what centered RMSprop keeps there: whether it can be negative
 
 
@@ -22,7 +21,7 @@ def _is_torchs(group: Group, states: Sequence[State]) -> bool:
 def _states(place: Place, group: Group, state: State) -> Read:
     state = {name: value for name, value in state.items() if value is not None}  # a buffer that SGD has not begun
     refuse_unknown(place, state, {"step", *place.rule.states, *place.others, *VARIANCE_OF})
-    is_stepless = family(place.rule) in STEPLESS
+    is_stepless = not place.rule.torch_counts_steps
     if is_stepless and not set(state) & set(place.rule.states):
         return {}
     # SGD does not dampen the first gradient, and here tells it by the step: where there is a buffer, it has passed.
@@ -45,7 +44,7 @@ def _variance(place: Place, state: State) -> Tensor:
 
 TORCH = Dialect(
     _is_torchs,
-    lambda family, group: group,
+    lambda rule, group: group,
     _states,
     unused=("decoupled_weight_decay",),
     missing=ADDED_LATER,

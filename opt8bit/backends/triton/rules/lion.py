@@ -1,22 +1,45 @@
 """Lion (Chen et al., 2023)."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from opt8bit.backends.triton.rules.rule import sign_of_grad
+from opt8bit.backends.triton.rules.rule import Functions, sign_of_grad
+
+
+class LionConstants(NamedTuple):
+    lr: Any
+    beta1: Any
+    rest1: Any
+    beta2: Any
+    rest2: Any
+    decay: Any
+    sign: Any
 
 
 @triton.jit
-def lion_constants(hyper, step, norms):
-    lr, beta1, beta2, weight_decay, maximize = hyper
-    return lr, beta1, 1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, sign_of_grad(maximize)
+def lion_constants(lr, beta1, beta2, weight_decay, maximize, step, norms):
+    return LionConstants(
+        lr=lr,
+        beta1=beta1,
+        rest1=1 - beta1,
+        beta2=beta2,
+        rest2=1 - beta2,
+        decay=1 - lr * weight_decay,
+        sign=sign_of_grad(maximize),
+    )
 
 
 @triton.jit
 def lion(param, grad, states, constants):
-    lr, beta1, rest1, beta2, rest2, decay, sign = constants
-    grad = sign * grad
-    mixed = beta1 * states[0] + rest1 * grad
+    constants = LionConstants(*constants)
+    grad = constants.sign * grad
+    mixed = constants.beta1 * states[0] + constants.rest1 * grad
     # torch.sign has 0 for a NaN, too.
     direction = (mixed > 0).to(tl.float32) - (mixed < 0).to(tl.float32)
-    return param * decay - lr * direction, (beta2 * states[0] + rest2 * grad,)
+    exp_avg = constants.beta2 * states[0] + constants.rest2 * grad
+    return param * constants.decay - constants.lr * direction, (exp_avg,)
+
+
+RULES = {"lion": Functions(lion_constants, LionConstants, lion)}

@@ -1,7 +1,27 @@
-"""What the rules share."""
+"""What a rule has on a GPU, and what the rules share."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Functions(NamedTuple):
+    """A rule for a GPU.
+
+    Attributes:
+        constants: of one tensor's step: (*hyper, step, norms) -> Constants. Numbers in float64, hyper-parameters by
+            the names and in the order of ``Rule.hyper``; the norms are zero until they are known.
+        kind: the NamedTuple Constants.
+        update: of elements in float32: (param, grad, states, constants) -> (param, states), with the constants, in
+            float32, as a tuple without names, which kernels cannot hand on.
+        measure: what the norms are of: (param, grad, states, constants) -> two tensors; None if it asks for none.
+    """
+
+    constants: Any
+    kind: Any
+    update: Any
+    measure: Any = None
 
 
 @triton.jit

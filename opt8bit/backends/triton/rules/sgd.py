@@ -1,27 +1,51 @@
 """Stochastic gradient descent; with momentum, as torch.optim has it: the first step takes the gradient undampened."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from opt8bit.backends.triton.rules.rule import decayed, sign_of_grad
+from opt8bit.backends.triton.rules.rule import Functions, decayed, sign_of_grad
+
+
+class SgdConstants(NamedTuple):
+    lr: Any
+    momentum: Any
+    undampened: Any
+    weight_decay: Any
+    nesterov: Any
+    sign: Any
 
 
 @triton.jit
-def sgd_constants(hyper, step, norms):
-    lr, momentum, dampening, weight_decay, nesterov, maximize = hyper
-    return lr, momentum, tl.where(step == 1, 1.0, 1 - dampening), weight_decay, nesterov, sign_of_grad(maximize)
+def sgd_constants(lr, momentum, dampening, weight_decay, nesterov, maximize, step, norms):
+    return SgdConstants(
+        lr=lr,
+        momentum=momentum,
+        undampened=tl.where(step == 1, 1.0, 1 - dampening),
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        sign=sign_of_grad(maximize),
+    )
 
 
 @triton.jit
 def sgd(param, grad, states, constants):
-    lr, _, _, weight_decay, _, sign = constants
-    return param - lr * decayed(sign * grad, param, weight_decay), states
+    constants = SgdConstants(*constants)
+    return param - constants.lr * decayed(constants.sign * grad, param, constants.weight_decay), states
 
 
 @triton.jit
 def sgd_momentum(param, grad, states, constants):
-    lr, momentum, undampened, weight_decay, nesterov, sign = constants
-    grad = decayed(sign * grad, param, weight_decay)
-    momentum_buffer = momentum * states[0] + undampened * grad
-    direction = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
-    return param - lr * direction, (momentum_buffer,)
+    constants = SgdConstants(*constants)
+    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    momentum_buffer = constants.momentum * states[0] + constants.undampened * grad
+    ahead = grad + constants.momentum * momentum_buffer
+    direction = tl.where(constants.nesterov != 0, ahead, momentum_buffer)
+    return param - constants.lr * direction, (momentum_buffer,)
+
+
+RULES = {
+    "sgd": Functions(sgd_constants, SgdConstants, sgd),
+    "sgd_momentum": Functions(sgd_constants, SgdConstants, sgd_momentum),
+}

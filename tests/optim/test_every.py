@@ -1,0 +1,33 @@
+"""Who adds an optimizer is told here what else wants its name."""
+
+from pathlib import Path
+
+import pytest
+from cases import CASES, MUON
+
+import opt8bit
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.every import OPTIMIZERS
+from opt8bit.optim.ruled import RULES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_every_optimizer_is_exported_described_tested_and_measured(kind: type[Optimizer8bit]) -> None:
+    name = kind.__name__
+    assert getattr(opt8bit, name) is getattr(opt8bit.optim, name) is kind
+    assert name in opt8bit.__all__ and name in opt8bit.optim.__all__
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
+    assert f"opt8bit.{name}" in (ROOT / "benchmarks" / "cpu_optimizers.py").read_text()
+    assert f'"{name}"' in (ROOT / "benchmarks" / "same_steps.py").read_text()
+    assert kind in {case.ours for case in (*CASES.values(), *MUON.values())}
+
+
+def test_every_rule_has_a_case() -> None:
+    chosen = set()
+    for case in (*CASES.values(), *MUON.values()):
+        optimizer = case.ours([{"params": []}], **case.hyper)
+        chosen.add(optimizer.rule(optimizer.param_groups[0]).name)
+    assert chosen == {rule.name for kind in OPTIMIZERS for rule in kind.rules}
+    assert chosen <= RULES.keys()
