@@ -10,8 +10,7 @@ from opt8bit.cli.errors import CommandError
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.recipe import Recipe
 from opt8bit.recipe.options import check_values, options_of, values_of
-from opt8bit.recipe.overrides import listed_overrides
-from opt8bit.recipe.recipe import layer_options
+from opt8bit.recipe.recipe import overrides_in_file
 from opt8bit.recipe.renamed import renamed
 
 OVERRIDES = "overrides"
@@ -37,7 +36,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             if name not in allowed:
                 raise ValueError(f"{name!r} is none of {', '.join(allowed)}, {OVERRIDES}")
         check_values(allowed, values)
-        return {**values, OVERRIDES: listed_overrides(overrides, layer_options())}
+        return {**values, OVERRIDES: overrides_in_file(overrides)}
     except ValueError as error:
         raise CommandError(f"{path}: {error}") from error
 

@@ -173,8 +173,7 @@ class Recipe:
         values = renamed(values)
         listed = values.pop("overrides", [])
         check_values(options_of(cls), values)
-        defaults = {each.name: each.default for each in fields(cls)}
-        return cls(**values, overrides=listed_overrides(listed, layer_options(), defaults))
+        return cls(**values, overrides=overrides_in_file(listed))
 
 
 def changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -191,6 +190,11 @@ def changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         if name not in allowed:
             raise TypeError(f"{name!r} is none of a recipe's {', '.join(allowed)}")
     return replace(recipe, **options)
+
+
+def overrides_in_file(listed: Any) -> tuple[Override, ...]:
+    """Returns the overrides that a file lists: see :func:`listed_overrides`."""
+    return listed_overrides(listed, layer_options(), {each.name: each.default for each in fields(Recipe)})
 
 
 def layer_options() -> dict[str, Option]:
