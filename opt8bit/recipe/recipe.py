@@ -207,7 +207,7 @@ def _in_file(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: one is an object that no file can hold.
     """
-    found = {name: 0 if name == "group_size" and value is None else value for name, value in values}
+    found: dict[str, Any] = {name: 0 if name == "group_size" and value is None else value for name, value in values}
     if "transforms" in found:
         found["transforms"] = list(found["transforms"])
     for name in ("method", "grid", "transforms", "reconstruction"):
