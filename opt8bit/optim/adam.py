@@ -72,7 +72,7 @@ ADAM = Rule(
     bitsandbytes=(("exp_avg",), ("exp_avg_sq",)),
     bitsandbytes_hyper={"decoupled_weight_decay": lambda group: True},
 )
-ADAMW = replace(ADAM, name="adamw", update=adamw)
+ADAMW = replace(ADAM, name="adamw", update=adamw, bitsandbytes_hyper={})
 RULES = {  # by whether weight decay is decoupled, and amsgrad
     (False, False): ADAM,
     (False, True): replace(ADAM, name="adam_amsgrad", states=MOMENTS_AMSGRAD, bitsandbytes=()),

@@ -44,7 +44,9 @@ def _states(place: Place, group: Group, state: State) -> Read:
     where, rule = place.where, place.rule
     slots = rule.bitsandbytes
     if not slots:
-        known = ", ".join(name for name, each in RULES.items() if each.bitsandbytes)
+        loadable = [each for each in RULES.values() if each.bitsandbytes]
+        nearest_first = sorted(loadable, key=lambda each: (each.family != rule.family, each.name))
+        known = ", ".join(each.name for each in nearest_first)
         raise ValueError(f"{where}: states of bitsandbytes can be loaded for {known}, not for {rule.name}")
     nested = state.get(NESTED, {})
     if not isinstance(nested, dict):
