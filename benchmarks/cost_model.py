@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from opt8bit import ptq
-from opt8bit.ptq import block, stage
+from opt8bit.ptq import block, stage, stage_inputs
 from opt8bit.ptq.calibration.outputs import OutputErrors
 from opt8bit.ptq.calibration.statistics import Statistics
 from opt8bit.ptq.model.walk import Walk
@@ -153,7 +153,7 @@ PARTS = {  # passes go through two models
     "attention": Part("MAC", _attention, (ATTENTION,), in_dtype=True),
     "rest of the passes": Part("output", lambda s, t: 2 * t.tokens * s.outputs, PASSES, in_dtype=True),
     "errors of outputs": Part("output", lambda s, t: t.learned * s.outputs, ((OutputErrors, "compare"),), True),
-    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"), (block, "linear"))),
+    "sums over tokens": Part("MAC", _sums, ((Statistics, "update"), (stage_inputs, "linear"))),
     "targets, float64": Part("MAC", _targets, STAGES),
     "inverses, float64": Part("MAC", lambda s, t: s.each(lambda s: s.inputs**3 * 2 / 3), ((gptq, "inverse_factor"),)),
     "grids": Part("weight", lambda s, t: s.weights, ((CompiledEngine, "fit"),)),

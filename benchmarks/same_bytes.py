@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from builds import started_as
 
 MODELS = ("llama", "opt", "gpt2")
 WINDOWS = ("--samples", "16", "--sequence-length", "64", "--held-out", "2")
@@ -106,10 +107,7 @@ class Build:
 
     def __init__(self, place: Path, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.python = f"{place.absolute()}"
-        if place.is_dir():
-            self.python, self.environment["PYTHONPATH"] = sys.executable, f"{place.absolute()}"
+        self.python, self.environment = started_as(place, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

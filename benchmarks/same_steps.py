@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from builds import started_as
+
 STEPS, STEPS_INTERPRETED = 20, 3
 SHAPES = ((32, 300), (5,), (4, 64, 20), (17, 256), (300, 16), (0, 3), ())
 DECAY: dict[str, Any] = {"weight_decay": 0.1}
@@ -100,12 +102,8 @@ def work() -> None:
 
 def results(place: Path, backend: str) -> dict[tuple[str, ...], str]:
     """What a build's steps come to with a backend, by case."""
-    environment = {**os.environ, "OPT8BIT_BACKEND": backend}
-    python = f"{place.absolute()}"
-    if place.is_dir():
-        python, environment["PYTHONPATH"] = sys.executable, f"{place.absolute()}"
-    if backend == "triton":
-        environment["TRITON_INTERPRET"] = "1"
+    interpreted = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
+    python, environment = started_as(place, OPT8BIT_BACKEND=backend, **interpreted)
     output = subprocess.run([python, __file__, "--work"], env=environment, text=True, stdout=subprocess.PIPE).stdout
     return {tuple(row[:3]): row[3] for row in map(json.loads, output.splitlines())}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opt8bit.backends import stored_as
 from opt8bit.optim.old_layout import old_absmax
-from opt8bit.optim.ruled import RULES
+from opt8bit.optim.ruled import SIGNS
 
 CODES, SCALE = stored_as("")  # what the names of codes and scales end with
 ABSMAX = old_absmax("")
@@ -32,11 +32,8 @@ class Form(NamedTuple):
 
 
 def signs() -> dict[str, bool]:
-    """Returns the states that optimizers have, the package's first, and whether each of them can be negative."""
-    found: dict[str, bool] = {}
-    for rule in RULES.values():
-        found = {**rule.states, **found}
-    return found
+    """Returns the states that optimizers have, and whether each of them can be negative."""
+    return SIGNS
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

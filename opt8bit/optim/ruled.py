@@ -13,6 +13,7 @@ from opt8bit.backends import Rule, check_kernels
 from opt8bit.optim.facts import hyper_of
 
 RULES: dict[str, Rule] = {}  # of every optimizer, by name
+SIGNS: dict[str, bool] = {}  # of every state, whether it can be negative: as the first rule says that has it
 
 
 class Ruled(torch.optim.Optimizer):
@@ -28,7 +29,10 @@ class Ruled(torch.optim.Optimizer):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        RULES.update((rule.name, rule) for rule in vars(cls).get("rules", ()) if rule.name not in RULES)
+        for rule in vars(cls).get("rules", ()):
+            RULES.setdefault(rule.name, rule)
+            for name, signed in rule.states.items():
+                SIGNS.setdefault(name, signed)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         """
@@ -62,13 +66,10 @@ class Ruled(torch.optim.Optimizer):
 
     def check_param(self, param: Tensor) -> None:
         """Raises where the rules cannot take a parameter."""
-        dims = {rule.dim for rule in self.rules}
-        if dims and None not in dims and param.dim() not in dims:
-            name = type(self).__name__.removesuffix("8bit")
-            raise ValueError(
-                f"{name} only supports {min(d for d in dims if d)}D parameters whereas we found a parameter with "
-                f"size: {param.size()}"
-            )
+        for rule in self.rules:
+            if rule.dim not in (None, param.dim()):
+                taken = f"{type(self).__name__.removesuffix('8bit')} only supports {rule.dim}D parameters"
+                raise ValueError(f"{taken} whereas we found a parameter with size: {param.size()}")
 
     @abstractmethod
     def check_group(self, group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from opt8bit.ptq.correction.compensation import MAX_BYTES, STATISTICS
 from opt8bit.ptq.correction.placing import Placed
 from opt8bit.ptq.model.bias_places import KEYS
 from opt8bit.ptq.model.blocks import evaluating
-from opt8bit.ptq.pairs.batches import Target, as_batches, samples_of, target_of
+from opt8bit.ptq.pairs.batches import as_batches, samples_of, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
 from opt8bit.ptq.pairs.layer_error import LayerError, Options
 from opt8bit.ptq.pairs.local import local_errors
@@ -174,8 +174,7 @@ class _Run:
     def _correct(self, pairs: list[Pair], is_sequential: bool) -> None:
         errors = [LayerError(pair, self.options) for pair in pairs]
         if is_sequential:
-            target: Target | None = self.options.target
-            found = sequential_errors(self.quantized, self.reference, errors, self.batches, target)
+            found = sequential_errors(self.quantized, self.reference, errors, self.batches, self.options.target)
         else:
             found = local_errors(self.reference, errors, self.batches)
         if found and not self.skips:

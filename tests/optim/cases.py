@@ -153,9 +153,14 @@ def one_of_each_rule() -> dict[str, str]:
     """By rule that has kernels, the name of the case with most hyper-parameters."""
     found: dict[str, str] = {}
     for name, case in sorted(CASES.items(), key=lambda item: len(item[1].hyper)):
-        optimizer = case.ours([parameter()], **case.hyper)
-        found[optimizer.rule(optimizer.param_groups[0]).name] = name
+        found[rule_of(case)] = name
     return found
+
+
+def rule_of(case: Case) -> str:
+    """The name of the rule that a case steps by."""
+    optimizer = case.ours([{"params": []}], **case.hyper)
+    return optimizer.rule(optimizer.param_groups[0]).name
 
 
 def parameter(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import MODELS, token_ids
+from toys import MODELS, Mlp, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.pairs.choice import GROUPS, PASSES, groups_of
@@ -26,16 +26,6 @@ def fake_quantized(model: nn.Module, bits: int = 2, dtype: torch.dtype | None = 
             grid = UniformGrid(bits)
             param.data = grid.nearest(rows, grid.fit(rows)).view_as(param)
     return result if dtype is None else result.to(dtype)
-
-
-class Mlp(nn.Module):
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(6, 12, bias=bias), nn.Linear(12, 4, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
 
 
 class Cnn(nn.Module):

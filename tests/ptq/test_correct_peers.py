@@ -11,21 +11,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import MODELS, token_ids
+from toys import MODELS, Mlp, token_ids
 
 from opt8bit import ptq
 
+WIDE = (64, 128, 32)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages' own
-
-
-class Mlp(nn.Module):
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(64, 128, bias=bias), nn.Linear(128, 32, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
 
 
 class Cnn(nn.Module):
@@ -129,8 +120,8 @@ def test_linear_layers(name: str, bias: bool, order: str) -> None:
     pytest.importorskip(PEERS[name].package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantized = PEERS[name].quantize(Mlp(bias))
-    check(Mlp(bias), quantized, batches(16, 10, 64), order, -1)
+        quantized = PEERS[name].quantize(Mlp(bias, WIDE))
+    check(Mlp(bias, WIDE), quantized, batches(16, 10, 64), order, -1)
 
 
 @pytest.mark.parametrize("order", ["local", "sequential"])

@@ -137,3 +137,16 @@ def shaken(model: Any) -> Any:
             else:
                 param.copy_(torch.randn(param.shape, generator=generator) * param.shape[-1] ** -0.5)
     return model.eval()
+
+
+class Mlp(nn.Module):
+    """Two linear layers, of so many features."""
+
+    def __init__(self, bias: bool = True, features: tuple[int, int, int] = (6, 12, 4)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inputs, hidden, outputs = features
+        self.first, self.second = nn.Linear(inputs, hidden, bias=bias), nn.Linear(hidden, outputs, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())

@@ -69,4 +69,9 @@ def fold(
     if had is None:
         layer.bias = nn.Parameter(bias.to(weight.device, weight.dtype, copy=True), requires_grad=weight.requires_grad)
     else:
-        had.copy_((had.to(torch.float64) + bias.to(had.device, torch.float64)).to(had.dtype))
+        had.copy_(raised(had, bias))
+
+
+def raised(bias: Tensor, shift: Tensor) -> Tensor:
+    """A bias plus what corrects it, added in float64, in the bias's own dtype."""
+    return (bias.to(torch.float64) + shift.to(bias.device, torch.float64)).to(bias.dtype)

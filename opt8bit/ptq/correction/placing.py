@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.correction.compensation import BiasCompensation
+from opt8bit.ptq.correction.folding import raised
 
 COMPENSATION = "bias_compensation"  # the name of the module behind another one, in that one
 NEAR = 0.05  # of a trial's bias, by which outputs in 16 bits may miss it
@@ -73,7 +74,7 @@ class InBias(Placed):
             keeps = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
             self._bias = shift.to(dtype=weight.dtype if keeps else dtype)  # type: ignore[union-attr]
         else:
-            self._bias = (had.detach().to(torch.float64) + shift.to(had.device, torch.float64)).to(had.dtype)
+            self._bias = raised(had.detach(), shift)
 
     @property
     def words(self) -> str:
