@@ -5,13 +5,15 @@
 One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
 round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
 optimizer, its foreach one where there is no fused one, its only one for Muon, and torch's fused AdamW, for scale, where
-torch has no such rule. Muon steps one of 1024x1024, too. bitsandbytes stands beside the rules that it has, for
-float32, where it is installed. Questions that have rows are not asked again.
+torch has no such rule. Every optimizer of the package is asked about, some of them with more than one question.
+bitsandbytes stands beside the rules that it has, for float32, where it is installed. Questions that have rows are not
+asked again.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ from measuring import arguments, compare, complete, parameters, plot
 from peers import Maker, bitsandbytes
 
 import opt8bit
+from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.every import OPTIMIZERS
 
 
 class Question(NamedTuple):
@@ -33,42 +37,17 @@ class Question(NamedTuple):
 
 
 ADAMW = ("torch.optim.AdamW fused", partial(torch.optim.AdamW, fused=True))
-QUESTIONS = [
-    Question("AdamW", ADAMW, opt8bit.AdamW8bit, "AdamW8bit"),
-    Question("Adam", ("torch.optim.Adam fused", partial(torch.optim.Adam, fused=True)), opt8bit.Adam8bit, "Adam8bit"),
+SPECIAL = [
     Question(
         "AdamW, amsgrad",
         ("torch.optim.AdamW fused", partial(torch.optim.AdamW, fused=True, amsgrad=True)),
         partial(opt8bit.AdamW8bit, amsgrad=True),
     ),
     Question(
-        "SGD, momentum",
-        ("torch.optim.SGD fused", partial(torch.optim.SGD, momentum=0.9, fused=True)),
-        partial(opt8bit.SGD8bit, momentum=0.9),
-        "SGD8bit",
-    ),
-    Question(
-        "Adagrad",
-        ("torch.optim.Adagrad fused", partial(torch.optim.Adagrad, fused=True)),
-        opt8bit.Adagrad8bit,
-        "Adagrad8bit",
-    ),
-    Question(
-        "RMSprop",
-        ("torch.optim.RMSprop foreach", partial(torch.optim.RMSprop, foreach=True)),
-        opt8bit.RMSprop8bit,
-        "RMSprop8bit",
-    ),
-    Question(
         "RMSprop, centered, momentum",
         ("torch.optim.RMSprop foreach", partial(torch.optim.RMSprop, foreach=True, centered=True, momentum=0.9)),
         partial(opt8bit.RMSprop8bit, centered=True, momentum=0.9),
     ),
-    Question("Lion", ADAMW, opt8bit.Lion8bit, "Lion8bit"),
-    Question("AdEMAMix", ADAMW, opt8bit.AdEMAMix8bit, "AdEMAMix8bit"),
-    Question("LAMB", ADAMW, opt8bit.LAMB8bit, "LAMB8bit"),
-    Question("LARS", ADAMW, opt8bit.LARS8bit, "LARS8bit"),
-    Question("Muon", ("torch.optim.Muon", torch.optim.Muon), opt8bit.Muon8bit),
     Question("Muon, 1024x1024", ("torch.optim.Muon", torch.optim.Muon), opt8bit.Muon8bit, side=1024),
     Question("AdamW, bfloat16", ADAMW, opt8bit.AdamW8bit, dtype=torch.bfloat16),
     Question(
@@ -82,6 +61,22 @@ QUESTIONS = [
     ),
     Question("AdamW, float16", ADAMW, opt8bit.AdamW8bit, dtype=torch.float16),
 ]
+
+
+def question_of(ours: type[Optimizer8bit]) -> Question:
+    """The question about an optimizer's defaults, against torch's fastest of the same rule."""
+    hyper = {"momentum": 0.9} if ours is opt8bit.SGD8bit else {}  # it has no states otherwise
+    theirs = getattr(torch.optim, ours.counterpart or "AdamW")
+    found = inspect.signature(theirs).parameters
+    way = next((way for way in ("fused", "foreach") if way in found), "")
+    base = partial(theirs, **hyper, **({way: True} if way else {}))
+    name = ours.__name__
+    known = name if hasattr(getattr(bitsandbytes, "optim", None), name) else None
+    title = ", ".join([name.removesuffix("8bit"), *hyper])
+    return Question(title, (f"torch.optim.{theirs.__name__} {way}".strip(), base), partial(ours, **hyper), known)
+
+
+QUESTIONS = [*map(question_of, OPTIMIZERS), *SPECIAL]
 
 
 def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimizer]:

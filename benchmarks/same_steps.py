@@ -15,31 +15,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from builds import started_as
 
+CASES = Path(__file__).parents[1] / "tests" / "optim"  # the table of the tests says what is compared
 STEPS, STEPS_INTERPRETED = 20, 3
 SHAPES = ((32, 300), (5,), (4, 64, 20), (17, 256), (300, 16), (0, 3), ())
-DECAY: dict[str, Any] = {"weight_decay": 0.1}
-OPTIMIZERS: dict[str, list[dict[str, Any]]] = {
-    "AdamW8bit": [{}, {**DECAY, "amsgrad": True}, {"maximize": True, "betas": (0.8, 0.95)}],
-    "Adam8bit": [DECAY, {**DECAY, "amsgrad": True}, {"decoupled_weight_decay": True}],
-    "SGD8bit": [DECAY, {**DECAY, "momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}],
-    "RMSprop8bit": [
-        DECAY,
-        {**DECAY, "momentum": 0.9},
-        {"centered": True},
-        {**DECAY, "centered": True, "momentum": 0.5, "maximize": True},
-    ],
-    "Adagrad8bit": [{**DECAY, "lr_decay": 0.1}, {"initial_accumulator_value": 0.25}],
-    "Lion8bit": [DECAY, {"maximize": True}],
-    "LAMB8bit": [{}, {**DECAY, "bias_correction": False}, {"adapt": False}],
-    "LARS8bit": [DECAY, {"momentum": 0, **DECAY}, {"nesterov": True, "trust_coefficient": 0.1}],
-    "AdEMAMix8bit": [{**DECAY, "t_alpha": 4, "t_beta3": 4}, {}],
-    "Muon8bit": [{}, {"nesterov": False}],
-}
 FORMS: dict[str, dict[str, Any]] = {  # of a parameter and its states, with the options that make them
     "float32": {"dtype": "float32"},
     "float32, 32 bits": {"dtype": "float32", "state_bits": 32},
@@ -52,15 +36,13 @@ FORMS: dict[str, dict[str, Any]] = {  # of a parameter and its states, with the 
 }
 
 
-def digest(name: str, hyper: dict[str, Any], form: dict[str, Any], steps: int) -> str:
+def digest(make: Callable[..., Any], hyper: dict[str, Any], form: dict[str, Any], steps: int) -> str:
     """Trains with the build of this process; returns a hash of parameters and states, or what was refused."""
     import torch
 
-    import opt8bit
-
     options = {key: value for key, value in form.items() if key not in ("dtype", "scaled", "channels_last")}
     generator = torch.Generator().manual_seed(0)
-    shapes = [shape for shape in SHAPES if len(shape) == 2] if name == "Muon8bit" else list(SHAPES)
+    shapes = [shape for shape in SHAPES if len(shape) == 2] if make.__name__ == "Muon8bit" else list(SHAPES)
     if form.get("channels_last"):
         shapes = [(8, 20, 5, 5), (3, 300, 4, 4)]
     powers = torch.tensor([2.0**k for k in range(-8, 8)])  # exp has other bits in some processes
@@ -71,7 +53,7 @@ def digest(name: str, hyper: dict[str, Any], form: dict[str, Any], steps: int) -
             data = data.to(memory_format=torch.channels_last)
         params.append(torch.nn.Parameter(data))
     try:
-        optimizer = getattr(opt8bit, name)(params, lr=0.01, min_8bit_size=0, **hyper, **options)
+        optimizer = make(params, **{"lr": 0.01, "min_8bit_size": 0, **hyper, **options})
         for _ in range(steps):
             for param in params:
                 sizes = powers[torch.randint(len(powers), param.shape, generator=generator)]
@@ -92,12 +74,15 @@ def work() -> None:
     """Prints what comes of every case with the build of this process."""
     import warnings
 
+    sys.path.insert(0, f"{CASES}")
+    from cases import CASES as OF_ANY_SHAPE  # pyright: ignore[reportMissingImports]
+    from cases import MUON  # pyright: ignore[reportMissingImports]
+
     warnings.simplefilter("ignore")
     steps = STEPS_INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else STEPS
-    for name, variants in OPTIMIZERS.items():
-        for hyper in variants:
-            for form_name, form in FORMS.items():
-                print(json.dumps([name, f"{hyper}", form_name, digest(name, hyper, form, steps)]), flush=True)
+    for name, case in {**OF_ANY_SHAPE, **MUON}.items():
+        for form_name, form in FORMS.items():
+            print(json.dumps([name, form_name, digest(case.ours, case.hyper, form, steps)]), flush=True)
 
 
 def results(place: Path, backend: str) -> dict[tuple[str, ...], str]:
@@ -105,7 +90,7 @@ def results(place: Path, backend: str) -> dict[tuple[str, ...], str]:
     interpreted = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
     python, environment = started_as(place, OPT8BIT_BACKEND=backend, **interpreted)
     output = subprocess.run([python, __file__, "--work"], env=environment, text=True, stdout=subprocess.PIPE).stdout
-    return {tuple(row[:3]): row[3] for row in map(json.loads, output.splitlines())}
+    return {tuple(row[:2]): row[2] for row in map(json.loads, output.splitlines())}
 
 
 def main() -> None:

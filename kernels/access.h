@@ -54,16 +54,16 @@ class CodedState {
     if (kSigned) lowest_ = Simd::min(x, lowest_);
   }
   void store_tail(int64_t i, int64_t n, Simd::Floats x) { store(i, keep_first(x, n - i)); }
-  bool is_infinite() {
+  void find_largest() {  // of the block, without its sign
     largest_ = Simd::horizontal_max(kSigned ? Simd::max(highest_, Simd::broadcast(0.0f) - lowest_) : highest_);
-    return largest_ > __FLT_MAX__;
   }
+  bool has_infinite() const { return largest_ > __FLT_MAX__; }
   bool is_infinite(int64_t i) const { return __builtin_isinf(buffer_[i]); }
   void clear(int64_t i) {
     buffer_[i] = 0;
     largest_ = __builtin_inff();  // to be found again
   }
-  // The scale is the largest element. Of a and -a it is the first one, whatever the lanes.
+  // The block's new scale is its largest element. Of a and -a it is the first one, whatever the lanes.
   void close(int64_t slot, int64_t n) {
     float scale = finite_absmax(largest_, buffer_, n);
     if (kSigned) {
@@ -107,7 +107,8 @@ class PlainState {
   Scaled load_tail(int64_t i, int64_t n) const { return {load_first(values_ + i, n - i), Simd::broadcast(1.0f)}; }
   void store(int64_t i, Simd::Floats x) { Simd::store(values_ + i, x); }
   void store_tail(int64_t i, int64_t n, Simd::Floats x) { store_first(values_ + i, n - i, x); }
-  bool is_infinite() const { return false; }
+  void find_largest() {}
+  bool has_infinite() const { return false; }
   bool is_infinite(int64_t) const { return false; }
   void clear(int64_t) {}
   void close(int64_t, int64_t) {}

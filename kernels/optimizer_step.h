@@ -32,14 +32,14 @@ struct Tensor {
   int64_t group;       // index into the groups
   int64_t number;      // of the parameter in its optimizer: tells streams of random bits apart
   int64_t first;       // index of the first element in the whole parameter, where this is a shard of one
-  int64_t positions;   // of each channel, if in memory a row is (positions, channels); else 0
+  int64_t positions;   // height * width of a channel, if a row is (positions, channels) in memory; else 0
   int64_t param_away;  // bytes from param, and from grad, to the memory that is read next, where they are copies
   int64_t grad_away;
 };
 
-// Hyper-parameters that many tensors share.
+// What the tensors of one batch share: Python cuts a parameter group into batches of one kind.
 struct Group {
-  int64_t rule;  // its number
+  int64_t rule;  // its number in UpdateRules
   int64_t block_size;
   double hyper[kMaxHyper];  // in the order that the rule declares
   double grad_scale;        // gradients are this many times too large

@@ -60,7 +60,8 @@ void update_blocks(const Rule rule, Param param, Grad<T> grad, const BlockView& 
     grad.open(offset);
     (states.open(slot, offset, n), ...);
     update_block(rule, param, grad, n, indices, states...);
-    if (__builtin_expect((states.is_infinite() | ... | false), 0)) forget_infinite(n, states...);
+    (states.find_largest(), ...);
+    if (__builtin_expect((states.has_infinite() || ... || false), 0)) forget_infinite(n, states...);
     (states.close(slot, n), ...);
     lengths[slot++] = n;
     if (slot == run || block + 1 == last_block) {

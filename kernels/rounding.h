@@ -63,11 +63,11 @@ class Param {
   T* values_;
 };
 
-// Of bfloat16, and not to nearest.
+// A bfloat16 parameter that is rounded up or down by chance, or that keeps the bits it has no room for.
 template <Rounding rounding>
-class ExactParam {
+class Bfloat16Param {
  public:
-  ExactParam(const Tensor& tensor, const Group& group)
+  Bfloat16Param(const Tensor& tensor, const Group& group)
       : tensor_(static_cast<bfloat16*>(tensor.param)),
         tensor_low_(tensor.compensation),
         random_(group.seed, static_cast<uint64_t>(*tensor.step + 1.0), tensor.number),
@@ -128,12 +128,12 @@ class ExactParam {
 };
 
 template <>
-class Param<bfloat16, Rounding::stochastic> : public ExactParam<Rounding::stochastic> {
-  using ExactParam::ExactParam;
+class Param<bfloat16, Rounding::stochastic> : public Bfloat16Param<Rounding::stochastic> {
+  using Bfloat16Param::Bfloat16Param;
 };
 template <>
-class Param<bfloat16, Rounding::compensated> : public ExactParam<Rounding::compensated> {
-  using ExactParam::ExactParam;
+class Param<bfloat16, Rounding::compensated> : public Bfloat16Param<Rounding::compensated> {
+  using Bfloat16Param::Bfloat16Param;
 };
 
 }  // namespace

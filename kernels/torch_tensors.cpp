@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "parallel.h"
 
@@ -10,32 +9,59 @@ namespace opt8bit {
 namespace {
 
 constexpr int64_t kTensorsPerUnit = 1024;  // fewer are not worth waking a thread for
+constexpr int64_t kAtOnce = 16;            // tensors whose memory is asked for together
+constexpr int kTensorLines = 3;            // of 64 bytes, that hold what a tensor in C++ says of itself
 
-bool read(const TorchFunctions& torch, const void* tensor, int64_t max_dim, int64_t* row) {
+// How a tensor lies. Sizes and strides are where torch keeps them.
+struct Layout {
+  int64_t numbers[kDescribed];
+  int64_t *sizes, *strides;
+};
+
+// A tensor in C++ is one pointer, so the place of that pointer is the handle that torch's functions take. False for a
+// tensor that is not strided or has more than max_dim dimensions.
+bool read(const TorchFunctions& torch, const void* const* tensor, int64_t max_dim, Layout* result) {
   int32_t layout, dtype, device_type, device_index;
-  int64_t dim, *sizes, *strides;
+  int64_t dim;
   if (torch.get_layout(tensor, &layout) || layout != torch.strided()) return false;
   if (torch.get_dim(tensor, &dim) || dim > max_dim || torch.get_dtype(tensor, &dtype)) return false;
   if (torch.get_device_type(tensor, &device_type) || torch.get_device_index(tensor, &device_index)) return false;
-  if (torch.get_sizes(tensor, &sizes) || torch.get_strides(tensor, &strides)) return false;
-  const int64_t described[kDescribed] = {dtype, device_type, device_index, dim};
-  row = std::copy_n(described, kDescribed, row);
-  std::copy_n(sizes, dim, row);
-  std::copy_n(strides, dim, row + max_dim);
+  if (torch.get_sizes(tensor, &result->sizes) || torch.get_strides(tensor, &result->strides)) return false;
+  result->numbers[0] = dtype;
+  result->numbers[1] = device_type;
+  result->numbers[2] = device_index;
+  result->numbers[3] = dim;
   return true;
 }
 
-// A tensor in C++ is one pointer, so the place of that pointer is the handle that torch's functions take.
-void describe_one(const TorchFunctions& torch, const void* tensor, int64_t max_dim, int64_t* row) {
-  const int64_t width = kDescribed + 2 * max_dim;
-  std::fill_n(row, width, 0);
-  if (!read(torch, tensor, max_dim, row)) std::fill_n(row, width, -1);
+bool is_as_described(const TorchFunctions& torch, const void* const* tensor, int64_t max_dim, const int64_t* row) {
+  Layout found;
+  if (!read(torch, tensor, max_dim, &found) || !std::equal(row, row + kDescribed, found.numbers)) return false;
+  const int64_t dim = found.numbers[3];
+  row += kDescribed;
+  return std::equal(row, row + dim, found.sizes) && std::equal(row + max_dim, row + max_dim + dim, found.strides);
+}
+
+void prefetch(const void* tensor) {
+  for (int line = 0; line < kTensorLines; ++line) __builtin_prefetch(static_cast<const char*>(tensor) + line * 64);
 }
 
 }  // namespace
 
 void describe(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim, int64_t* rows) {
-  for (int64_t i = 0; i < count; ++i) describe_one(torch, tensors + i, max_dim, rows + i * (kDescribed + 2 * max_dim));
+  const int64_t width = kDescribed + 2 * max_dim;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t* row = rows + i * width;
+    Layout found;
+    if (!read(torch, tensors + i, max_dim, &found)) {
+      std::fill_n(row, width, -1);
+      continue;
+    }
+    std::fill_n(row, width, 0);
+    row = std::copy_n(found.numbers, kDescribed, row);
+    std::copy_n(found.sizes, found.numbers[3], row);
+    std::copy_n(found.strides, found.numbers[3], row + max_dim);
+  }
 }
 
 bool addresses(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim,
@@ -43,14 +69,19 @@ bool addresses(const TorchFunctions& torch, const void* const* tensors, int64_t 
   const int64_t width = kDescribed + 2 * max_dim;
   std::atomic<bool> is_alike{true};
   parallel((count + kTensorsPerUnit - 1) / kTensorsPerUnit, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> row(width);
     const int64_t last = std::min(count, end * kTensorsPerUnit);
-    for (int64_t i = begin * kTensorsPerUnit; i < last; ++i) {
-      describe_one(torch, tensors + i, max_dim, row.data());
-      void* data = nullptr;
-      if (!std::equal(row.begin(), row.end(), rows + i * width) || row[0] < 0 || torch.get_data_ptr(tensors + i, &data))
-        is_alike = false;
-      addresses[i] = reinterpret_cast<int64_t>(data);
+    for (int64_t first = begin * kTensorsPerUnit; first < last; first += kAtOnce) {
+      const int64_t next = std::min(last, first + kAtOnce);
+      for (int64_t i = next; i < std::min(last, next + kAtOnce); ++i) prefetch(tensors[i]);
+      for (int64_t i = first; i < next; ++i) {
+        if (!is_as_described(torch, tensors + i, max_dim, rows + i * width)) is_alike = false;
+      }
+      // On their own, as each waits for memory: the processor then waits for several at once.
+      for (int64_t i = first; i < next; ++i) {
+        void* data = nullptr;
+        if (torch.get_data_ptr(tensors + i, &data)) is_alike = false;
+        addresses[i] = reinterpret_cast<int64_t>(data);
+      }
     }
   });
   return is_alike;

@@ -24,6 +24,7 @@ from opt8bit.backends.interface import (
     Batch,
     Step,
     is_interpreting,
+    note_writes,
     stored_as,
 )
 from opt8bit.backends.reference import Reference, as_real
@@ -47,6 +48,7 @@ __all__ = [
     "data_ptrs",
     "first_of",
     "get",
+    "note_writes",
     "rounding_kernels",
     "stored_as",
     "wanted_backend",

@@ -6,8 +6,8 @@ the memory, so that asking each of them through Python takes longer than updatin
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from opt8bit.backends import native
 
 Rows = NDArray[numpy.int64]
+HANDLE = attrgetter("_cdata")
 
 FIXED_COLUMNS = 4  # of a description: dtype, device type, device index, dim; then sizes and strides
 TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
@@ -54,9 +55,12 @@ class Description:
             self.rows = describe_in_python(tensors, max_dim)
         else:
             self.rows = _describe(self._functions, tensors, max_dim)
-            # Room and its addresses, which take longer to ask for than a small parameter does to step.
+            # What takes longer to ask for than a small parameter does to step.
             self._handles = numpy.zeros(len(tensors), numpy.int64)
-            self._pointers = [array.ctypes.data for array in (self._functions, self._handles, self.rows, self._found)]
+            functions, handles, rows, found = (
+                array.ctypes.data for array in (self._functions, self._handles, self.rows, self._found)
+            )
+            self._read = partial(_library().opt8bit_addresses, functions, handles, len(tensors), max_dim, rows, found)
 
     def addresses(self, tensors: Sequence[Tensor]) -> Rows | None:
         """(n + 1,): where the data of as many tensors lie, then a zero; None if they are not as those described.
@@ -72,11 +76,7 @@ class Description:
             self._found[:-1] = found
             return self._found
         self._handles[:] = _handles(tensors)
-        functions, handles, rows, found_at = self._pointers
-        is_alike = _library().opt8bit_addresses(
-            functions, handles, len(tensors), _max_dim(self.rows), rows, found_at, torch.get_num_threads()
-        )
-        return self._found if is_alike else None
+        return self._found if self._read(torch.get_num_threads()) else None
 
 
 def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
@@ -113,7 +113,7 @@ def _max_dim(described: Rows) -> int:
 
 def _handles(tensors: Sequence[Tensor]) -> Rows:
     """The tensors in C++ that those in Python stand for; torch.utils.swap_tensors changes them."""
-    return numpy.fromiter(map(attrgetter("_cdata"), tensors), numpy.int64, len(tensors))
+    return numpy.fromiter(map(HANDLE, tensors), numpy.int64, len(tensors))
 
 
 def _describe(functions: Rows, tensors: Sequence[Tensor], max_dim: int) -> Rows:
@@ -130,14 +130,14 @@ def _library() -> Any:
     return lib
 
 
-@functools.cache
+@cache
 def _torch_functions() -> Rows | None:
     """The addresses of ``TORCH_FUNCTIONS``; None without kernels, or where this torch answers otherwise than Python."""
     found = native.torch_symbols(*TORCH_FUNCTIONS) if native.library() else None
     if found is None:
         return None
     functions = numpy.array(found, numpy.int64)
-    zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
+    zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
     probes = [zeros(2, 3, 5).permute(2, 0, 1)[1:], zeros((), dtype=torch.uint8), zeros(7)[::2]]
     is_same = numpy.array_equal(_describe(functions, probes, 3)[:, 3:], describe_in_python(probes, 3)[:, 3:])
     return functions if is_same else None

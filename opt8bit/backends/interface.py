@@ -10,6 +10,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from opt8bit.backends.rule import MAX_STATES, Rule
 
@@ -66,11 +67,11 @@ class Batch(NamedTuple):
     firsts: NDArray[numpy.int64]  # (n,): index of each one's first element in the whole parameter, if it is a shard
     views: Sequence[View]  # n
     extents: NDArray[numpy.int64]  # (n, 2): rows and row length of each view
-    positions: NDArray[numpy.int64]  # (n,): of each channel, where channels lie last in a row's memory; else 0
+    positions: NDArray[numpy.int64]  # (n,): height * width of a channel, where channels lie last in memory; else 0
     codebooks: Sequence[Tensor]  # the state map of each state of the rule, (256,) float32
 
 
-class GroupUpdate(NamedTuple):
+class BatchStep(NamedTuple):
     """One step of a batch."""
 
     batch: Batch
@@ -101,16 +102,16 @@ class Step(NamedTuple):
     params: Sequence[Tensor]  # of the first batch, of the second, ...; grads, states and addresses alike
     grads: Sequence[Tensor]
     states: Sequence[Mapping[str, Tensor]]
-    addresses: NDArray[numpy.void]
+    addresses: NDArray[numpy.int64]  # (n, words of ADDRESSES), written anew in the next step
     copies: Sequence[tuple[Tensor, Tensor]] = ()  # (parameter, the contiguous copy that is stepped in its place)
 
-    def updates(self) -> Iterator[GroupUpdate]:
+    def of_batches(self) -> Iterator[BatchStep]:
         """Yields the step of each batch."""
-        first = 0
+        first, addresses = 0, self.addresses.view(ADDRESSES)[:, 0]
         for batch, hyper in zip(self.batches, self.hyper, strict=True):
             mine = slice(first, first + len(batch.views))
-            columns = (self.params[mine], self.grads[mine], self.states[mine], self.addresses[mine])
-            yield GroupUpdate(batch, hyper, self.grad_scale, self.found_inf, *columns)
+            columns = (self.params[mine], self.grads[mine], self.states[mine], addresses[mine])
+            yield BatchStep(batch, hyper, self.grad_scale, self.found_inf, *columns)
             first = mine.stop
 
     def grad_scale_on_host(self) -> float:
@@ -139,6 +140,10 @@ class Backend(Protocol):
         """Whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
         ...
 
+    def has_kernel(self, rule: Rule) -> bool:
+        """Whether compiled code takes the whole step by a rule. Else torch computes it, and kernels code the states."""
+        ...
+
     def takes_channels_last(self, rule: Rule) -> bool:
         """Whether :meth:`step` takes parameters and gradients of which the channels lie last in memory."""
         ...
@@ -149,6 +154,15 @@ class Backend(Protocol):
 
     def step(self, step: Step) -> None:
         """Takes one step: parameters, states and step counts are updated in place."""
+
+
+def note_writes(tensors: list[Tensor]) -> None:
+    """Tells autograd of what a backend has written, which it does not see."""
+    try:
+        increment_version(tensors)
+    except TypeError:  # of older torch, which takes one at a time
+        for tensor in tensors:
+            increment_version(tensor)
 
 
 def is_interpreting() -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.backends.interface import DTYPES, Batch, Step, View
-from opt8bit.backends.reference import step_group
+from opt8bit.backends.reference import step_batch
 from opt8bit.backends.rule import Rule, check_alike
 from opt8bit.backends.step_tables import GROUP, TENSOR, Tables
 
@@ -208,8 +208,11 @@ class Native:
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
+    def has_kernel(self, rule: Rule) -> bool:
+        return rule.name in rules()
+
     def takes_channels_last(self, rule: Rule) -> bool:
-        return rule.name in rules() and not rule.whole
+        return self.has_kernel(rule) and not rule.whole
 
     def prepare(self, batches: Sequence[Batch]) -> Tables | None:
         found = [rules().get(batch.rule.name) for batch in batches]
@@ -219,9 +222,9 @@ class Native:
         if step.is_skipped():
             return
         grad_scale = step.grad_scale_on_host()
-        if step.prepared is None:  # a rule that works on matrices: torch multiplies them, the kernels code the states
-            for update in step.updates():
-                step_group(update, self, grad_scale)
+        if step.prepared is None:  # a rule has no kernel: torch computes the step, and kernels code the states
+            for each in step.of_batches():
+                step_batch(each, self, grad_scale)
             return
         tensors, count, groups = step.prepared.filled(step, grad_scale)
         self._lib.opt8bit_step(self._kernels, tensors, count, groups, torch.get_num_threads())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt8bit.backends.interface import COMPENSATION, Backend, Batch, GroupUpdate, Rule, Step, View, stored_as
+from opt8bit.backends.interface import COMPENSATION, Backend, Batch, BatchStep, Rule, Step, View, stored_as
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
 
@@ -63,15 +63,16 @@ def encode_state(x: Tensor, table: Tensor, signed: bool, view: View) -> tuple[Te
     return codes, absmax * mirror[..., 0]
 
 
-def step_group(group: GroupUpdate, coder: Backend, grad_scale: float) -> None:
+@torch.no_grad()
+def step_batch(batch_step: BatchStep, coder: Backend, grad_scale: float) -> None:
     """Steps parameter by parameter, by the pure rule; ``coder`` decodes and encodes the states."""
-    hyper = group.hyper_on_host()
-    for i in range(len(group.params)):
-        _step_parameter(group, i, coder, hyper, grad_scale)
+    hyper = batch_step.hyper_on_host()
+    for i in range(len(batch_step.params)):
+        _step_parameter(batch_step, i, coder, hyper, grad_scale)
 
 
-def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
-    batch, param, state = group.batch, group.params[i], group.states[i]
+def _step_parameter(batch_step: BatchStep, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
+    batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
     names, view = batch.rule.states, batch.views[i]
     compensation = state[COMPENSATION].view(torch.int16)[..., 0] if batch.rounding == "compensated" else None
     books = [codebook.to(param.device) for codebook in batch.codebooks]
@@ -84,7 +85,7 @@ def _step_parameter(group: GroupUpdate, i: int, coder: Backend, hyper: Mapping[s
         states = [as_real(state[name]) for name in names]
     step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
-    grad = as_real(group.grads[i].to(compute))
+    grad = as_real(batch_step.grads[i].to(compute))
     grad = grad if grad_scale == 1 else grad * (1 / grad_scale)
     value = as_real(param.to(compute)) if compensation is None else compensated(param, compensation)
     new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **hyper)
@@ -151,6 +152,9 @@ class Reference:
     def can_step(self, param: Tensor) -> bool:
         return True
 
+    def has_kernel(self, rule: Rule) -> bool:
+        return False
+
     def takes_channels_last(self, rule: Rule) -> bool:
         return False
 
@@ -161,5 +165,5 @@ class Reference:
         if step.is_skipped():
             return
         grad_scale = step.grad_scale_on_host()
-        for update in step.updates():
-            step_group(update, self, grad_scale)
+        for each in step.of_batches():
+            step_batch(each, self, grad_scale)

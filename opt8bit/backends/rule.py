@@ -21,14 +21,14 @@ class Rule:
         states: by torch.optim's names, in the order of ``update``: whether each can be negative.
         hyper: keywords of ``update`` besides ``step``, in the order in which the kernels declare them.
         update: the pure function that defines it: (param, grad, *states, step=, **hyper) -> (param, *states).
-        family: what it has in common with other rules of one optimizer, whose kernels are in one file; its own name if
-            left out.
+        family: name of the file that has its kernels, which rules of one optimizer share; its own name if left out.
         whole: whether it looks at a whole parameter, not at one element after another.
         dim: how many dimensions a parameter must have; None for any number.
         torch_counts_steps: whether its counterpart in torch.optim keeps ``step``.
         bitsandbytes: what ``state1`` and ``state2`` hold there, stacked where it is several; empty where there are no
             such states.
-        bitsandbytes_hyper: hyper-parameters that have another name there, or none, from a group of there.
+        bitsandbytes_hyper: hyper-parameters that bitsandbytes names otherwise, or not at all, each computed from a
+            parameter group of its.
 
     Raises:
         ValueError: there are more states than a step has room for.

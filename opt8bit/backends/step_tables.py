@@ -39,8 +39,8 @@ class Tables:
     """The tensors and groups of a step as the kernels read them.
 
     Args:
-        batches: a group of the kernels each.
-        numbers: of their rules.
+        batches: what becomes a group of the kernels each.
+        numbers: the number of each batch's rule in the kernels' list.
     """
 
     def __init__(self, batches: Sequence[Batch], numbers: Sequence[int]) -> None:
@@ -50,18 +50,21 @@ class Tables:
         self._groups["block_size"] = [batch.block_size for batch in batches]
         self._groups["rounding"] = [ROUNDINGS.index(batch.rounding) for batch in batches]
         self._groups["seed"] = [batch.seed for batch in batches]
+        self._addresses = self._tensors.view(numpy.int64).reshape(len(self._tensors), -1)[:, : ADDRESSES.itemsize // 8]
         self._hyper: list[object] = [None] * len(batches)  # what the groups hold now
+        self._grad_scale = 0.0
         self._pointers = self._tensors.ctypes.data, len(self._tensors), self._groups.ctypes.data
 
     def filled(self, step: Step, grad_scale: float) -> tuple[int, int, int]:
         """Returns where the tensors lie, how many they are, and where the groups lie, with what is new in a step."""
-        self._tensors["at"] = step.addresses
+        self._addresses[:] = step.addresses
         for group, hyper in enumerate(step.hyper):
             if hyper is not self._hyper[group]:
                 values = [value.item() if isinstance(value, Tensor) else value for value in hyper.values()]
                 self._groups["hyper"][group, : len(values)] = values
                 self._hyper[group] = hyper
-        self._groups["grad_scale"] = grad_scale
+        if grad_scale != self._grad_scale:
+            self._groups["grad_scale"] = self._grad_scale = grad_scale
         return self._pointers
 
 

@@ -70,10 +70,10 @@ ADAM = Rule(
     adam,
     family="adam",
     bitsandbytes=(("exp_avg",), ("exp_avg_sq",)),
-    bitsandbytes_hyper={"decoupled_weight_decay": lambda group: True},
+    bitsandbytes_hyper={"decoupled_weight_decay": lambda group: True},  # its Adam decays as its AdamW does
 )
 ADAMW = replace(ADAM, name="adamw", update=adamw, bitsandbytes_hyper={})
-RULES = {  # by whether weight decay is decoupled, and amsgrad
+VARIANTS = {  # by whether weight decay is decoupled, and amsgrad
     (False, False): ADAM,
     (False, True): replace(ADAM, name="adam_amsgrad", states=MOMENTS_AMSGRAD, bitsandbytes=()),
     (True, False): ADAMW,
@@ -82,7 +82,7 @@ RULES = {  # by whether weight decay is decoupled, and amsgrad
 
 
 class _AdamBase(Optimizer8bit):
-    rules = tuple(RULES.values())
+    rules = tuple(VARIANTS.values())
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
@@ -143,7 +143,7 @@ class Adam8bit(_AdamBase):
         super().__init__(params, defaults, options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[group["decoupled_weight_decay"], group["amsgrad"]]
+        return VARIANTS[group["decoupled_weight_decay"], group["amsgrad"]]
 
 
 class AdamW8bit(_AdamBase):
@@ -184,4 +184,4 @@ class AdamW8bit(_AdamBase):
         super().__init__(params, defaults, options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[True, group["amsgrad"]]
+        return VARIANTS[True, group["amsgrad"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Asked(NamedTuple):
 
     rule: Rule
     group: dict[str, Any]
-    options: tuple[Any, ...]  # of the group, what plans depend on
+    planned: tuple[Any, ...]  # what plans depend on: the rule, and some options of the group
     wanted_backend: str | None
     params: Sequence[Tensor]  # that have a gradient: what is stepped, a shard of one or its copy on the CPU
     grads: Sequence[Tensor]
@@ -42,7 +43,12 @@ class Asked(NamedTuple):
 
     def key(self) -> tuple[Any, ...]:
         """What a plan depends on, besides tensors."""
-        return (self.options, self.rule, self.numbers, self.types, self.placements, self.wanted_backend)
+        return (self.planned, self.numbers, self.types, self.placements, self.wanted_backend)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is all parameters of the group, plain ones that are stepped where they are."""
+        return not self.group["offload"] and self.placements is None and len(self.owners) == len(self.group["params"])
 
     def where(self, i: int) -> str:
         """One of the parameters, in words: by its name, if it has one."""
@@ -64,9 +70,9 @@ def asked_of(
     """Returns what a step is asked to do with a group.
 
     Args:
-        group: of parameters.
-        facts: of it.
-        hosts: of parameters that are stepped on the CPU.
+        group: the parameter group.
+        facts: what the group says.
+        hosts: copies on the CPU of the parameters that are stepped there.
         first: number of the group's first parameter in the optimizer.
         wanted: the backend that the environment names.
         alone: of the one parameter in it that is stepped now, if it is not all; its host has what it takes.
@@ -93,7 +99,7 @@ def asked_of(
     return Asked(
         rule=facts.rule,
         group=group,
-        options=facts.planned,
+        planned=facts.planned,
         wanted_backend=wanted,
         params=params,
         grads=grads,
@@ -112,6 +118,12 @@ def fetched(hosts: Hosts, params: Sequence[Tensor]) -> list[Host]:
     for host in found:
         host.wait()
     return found
+
+
+def columns(asked: Sequence[Asked]) -> tuple[list[Tensor], list[Tensor], list[Mapping[str, Any]]]:
+    """Returns the parameters of all groups and their gradients, and the hyper-parameters of each group."""
+    params, grads = (list(chain.from_iterable(map(attrgetter(name), asked))) for name in ("params", "grads"))
+    return params, grads, [each.hyper for each in asked]
 
 
 def divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
@@ -138,7 +150,7 @@ def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: boo
     fused = asked.group["fused"]
     if fused is False or is_overlapping or grad.dtype != param.dtype or not backend.can_step(param):
         backend = get("reference")
-    if fused and backend.name == "reference":
+    if fused and not backend.has_kernel(asked.rule):
         raise ValueError(
             f"fused=True, but no compiled kernels serve {asked.rule.name} for a parameter of {param.dtype} on "
             f"{param.device} with a gradient of {grad.dtype}"

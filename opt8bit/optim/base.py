@@ -72,7 +72,7 @@ class Optimizer8bit(Stepping):
             super().add_param_group(param_group)  # which refuses it
         group = {**self.defaults, **param_group}
         check_options(group)
-        self.check_group(group)
+        self.checked_rule(group)
         params = param_group["params"]
         if isinstance(params, Tensor):
             params = [params]
@@ -82,7 +82,7 @@ class Optimizer8bit(Stepping):
         tensors = [param for param in tensors if isinstance(param, Tensor)]  # torch.optim refuses the others
         for param in tensors:
             if param.requires_grad:
-                self._check_param(param, group)
+                self._check_supported(param, group)
             else:  # may be of any kind, but where torch.optim, too, looks at its shape
                 self.check_param(param)
         if group["offload"]:
@@ -163,7 +163,7 @@ class Optimizer8bit(Stepping):
 
         def check_loaded(group: dict[str, Any]) -> None:
             check_options(group)
-            self.check_group(group)
+            self.checked_rule(group)
 
         self._running.backward.wait()
         with reading(self, Policy(KEPT, check_loaded)):

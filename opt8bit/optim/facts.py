@@ -11,7 +11,8 @@ from torch import Tensor
 from opt8bit.backends import Rule
 from opt8bit.optim.options import DEFAULTS, check_options, is_on_device
 
-PLANNED = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable")  # plans depend on them
+# Options that plans depend on.
+PLANNED = ("block_size", "fused", "stochastic_rounding", "compensation", "seed", "capturable", "offload")
 
 
 class Facts(NamedTuple):
@@ -21,7 +22,7 @@ class Facts(NamedTuple):
     is_fixed: bool  # no one of them can change its value and stay the same object
     rule: Rule
     hyper: Mapping[str, Any]  # of the rule, by name: numbers, but for an lr on a device
-    planned: tuple[Any, ...]
+    planned: tuple[Any, ...]  # what plans depend on: the rule, and some options
 
 
 class FactsOfGroups:
@@ -29,18 +30,16 @@ class FactsOfGroups:
 
     Args:
         names: of the groups' entries that are hyper-parameters or options.
-        rule: returns the rule of a group.
-        check_group: raises ValueError for hyper-parameters that the rule cannot have.
+        checked_rule: returns the rule of a group, or raises ValueError for hyper-parameters that it cannot have.
     """
 
     def __init__(
         self,
         names: Collection[str],
-        rule: Callable[[dict[str, Any]], Rule],
-        check_group: Callable[[dict[str, Any]], None],
+        checked_rule: Callable[[dict[str, Any]], Rule],
     ) -> None:
         self._said = itemgetter(*DEFAULTS, *(name for name in names if name not in DEFAULTS))
-        self._rule, self._check_group = rule, check_group
+        self._checked_rule = checked_rule
         self._known: dict[int, Facts] = {}
 
     def of(self, index: int, group: dict[str, Any]) -> Facts:
@@ -59,9 +58,8 @@ class FactsOfGroups:
         options = slice(len(DEFAULTS))
         if not known or not all(map(is_, said[options], known.said[options])):
             check_options(group)
-        self._check_group(group)
-        rule = self._rule(group)
-        planned = tuple(group[name] for name in PLANNED)
+        rule = self._checked_rule(group)
+        planned = (rule, *(group[name] for name in PLANNED))
         if known and planned == known.planned:
             planned = known.planned  # the same object is compared faster
         facts = Facts(said, all(map(_is_fixed, said)), rule, hyper_of(rule, group), planned)

@@ -52,7 +52,7 @@ HYPER = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps", "nesterov
 # Of bitsandbytes' LARS nothing can be loaded: its buffer holds gradients, and here (as in the paper) steps, whose
 # learning rates its state dict does not tell.
 LARS = Rule("lars", {}, HYPER, lars, family="lars", whole=True)
-RULES = {  # by whether there is momentum
+VARIANTS = {  # by whether there is momentum
     False: LARS,
     True: replace(LARS, name="lars_momentum", states={"momentum_buffer": True}),
 }
@@ -87,7 +87,7 @@ class LARS8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization; Large Batch Training of Convolutional Networks.
     """
 
-    rules = tuple(RULES.values())
+    rules = tuple(VARIANTS.values())
 
     def __init__(
         self,
@@ -120,4 +120,4 @@ class LARS8bit(Optimizer8bit):
             raise ValueError("Nesterov momentum requires a momentum")
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[bool(group["momentum"] != 0)]
+        return VARIANTS[bool(group["momentum"] != 0)]

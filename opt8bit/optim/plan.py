@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, methodcaller
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy
@@ -25,12 +25,14 @@ from opt8bit.backends import (
     Description,
     Rule,
     Step,
+    data_ptrs,
     stored_as,
 )
-from opt8bit.optim.asked import Asked, backend_of
+from opt8bit.optim.asked import Asked, backend_of, columns
 from opt8bit.optim.overlap import overlapping
 from opt8bit.optim.shards import first_element
 from opt8bit.optim.states import check, is_coded, is_compensated
+from opt8bit.optim.usual import Usual
 from opt8bit.quant import block_view, state_map
 
 States = Sequence[Mapping[str, Tensor]]  # of the parameters of a plan
@@ -65,7 +67,8 @@ class _Share(NamedTuple):
     indices: list[int] | None  # n: of its parameters among all; None if it has all of them, in their order
     groups: list[int]  # of each batch, among those asked for
     staged: list[int]  # of those among the n that it takes contiguous copies of
-    places: NDArray[numpy.int64]  # (n, words of ADDRESSES): the tensor among all that has each address; -1 for none
+    places: NDArray[numpy.int64]  # (n, words of ADDRESSES): the tensor among all that has each address
+    addresses: NDArray[numpy.int64]  # alike: where those are in a step
     batches: list[Batch]
     prepared: Any  # what the backend made of them
 
@@ -76,6 +79,10 @@ class Plan:
     Args:
         asked: of the step that the plan is made for; its gradients are not kept.
         states: every state of the rule for each of the parameters, group after group.
+
+    Attributes:
+        has_overlaps: whether parameters share memory, which are then to be stepped one group after another.
+        usual: by what a step is known that needs no other plan, if there is such a step.
 
     Raises:
         RuntimeError: several elements of a parameter are one number in memory.
@@ -95,33 +102,43 @@ class Plan:
         if not self._has_others:
             self._names = self._stored
         self._sizes = [len(stored) for stored in self._stored]
-        self.is_shared = len(asked) > 1 and bool(overlapping([each.param for each in every]))
-        self._shares = _shares(asked, every, self._names)
-        tensors = self._tensors(asked, states)
+        self.has_overlaps = len(asked) > 1 and bool(overlapping([each.param for each in every]))
+        self._shares = _divided(asked, every, self._names)
+        is_direct = not (self.has_overlaps or any(share.staged for share in self._shares))
+        self.usual = Usual.of(asked) if is_direct else None
+        params, grads, _ = columns(asked)
+        tensors = self._tensors(params, grads, states)
         assert tensors is not None
         self._description = Description(tensors)
+        self._params_at = data_ptrs(params).tobytes()  # those that come to share memory need another plan
+
+    def is_for(self, asked: Sequence[Asked]) -> bool:
+        """Whether a plan made for what is asked would be this one, by all but the tensors."""
+        return [each.key() for each in asked] == self._key
 
     def steps(
-        self, asked: Sequence[Asked], states: States, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        hyper: Sequence[Mapping[str, Any]],  # of each group
+        states: States,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> list[tuple[Backend, Step]] | None:
-        """Returns the share of each backend in one step; None where a plan made for it would be another one."""
-        if [each.key() for each in asked] != self._key:
-            return None
-        tensors = self._tensors(asked, states)
+        """Returns the share of each backend in one step; None where a plan made for these would be another one."""
+        tensors = self._tensors(params, grads, states)
         try:
             found = None if tensors is None else self._description.addresses(tensors)
         except AttributeError:  # what lies among the states is no tensor
             return None
-        if found is None:
+        if found is None or found[: len(params)].tobytes() != self._params_at:
             return None
-        params, grads = _column(asked, "params"), _column(asked, "grads")
-        hyper = [each.hyper for each in asked]
         return [
             (share.backend, _step(share, params, grads, states, hyper, found, grad_scale, found_inf))
             for share in self._shares
         ]
 
-    def _tensors(self, asked: Sequence[Asked], states: States) -> list[Tensor] | None:
+    def _tensors(self, params: list[Tensor], grads: list[Tensor], states: States) -> list[Tensor] | None:
         """Returns the parameters, their gradients, then the states of the first of them, of the second, ...
 
         None where not the same states are there, as where someone has put one in full beside its codes.
@@ -134,11 +151,7 @@ class Plan:
             of_states = [state[name] for state, names in zip(states, self._names, strict=True) for name in names]
         else:
             of_states = list(chain.from_iterable(map(methodcaller("values"), states)))
-        return [*_column(asked, "params"), *_column(asked, "grads"), *of_states]
-
-
-def _column(asked: Sequence[Asked], name: str) -> list[Tensor]:
-    return list(chain.from_iterable(map(attrgetter(name), asked)))
+        return [*params, *grads, *of_states]
 
 
 def _every(asked: Sequence[Asked], states: States) -> list[_Each]:
@@ -157,7 +170,7 @@ def _names(asked: Asked, each: _Each) -> tuple[str, ...]:
     return ("step", *stored, *([COMPENSATION] if is_compensated(each.param, asked.group) else []))
 
 
-def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequence[str]]) -> list[_Share]:
+def _divided(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequence[str]]) -> list[_Share]:
     """Divides parameters among the backends, each of which gets those of one kind together."""
     shared_within = [overlapping(each.params) for each in asked]
     kinds: dict[Backend, dict[_Kind, list[int]]] = {}
@@ -180,11 +193,13 @@ def _shares(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequ
         indices = list(chain.from_iterable(members.values()))
         batches = [_batch(kind, asked[kind.group], mine, every, positions) for kind, mine in members.items()]
         places = _places(indices, first, names, [asked[every[i].group].rule for i in indices])
+        places[places < 0] = first[-1]  # where the description has a zero
         copied = [place for place, index in enumerate(indices) if index in staged]
         groups = [kind.group for kind in members]
         has_all = indices == list(range(len(every)))
         prepared = backend.prepare(batches)
-        shares.append(_Share(backend, None if has_all else indices, groups, copied, places, batches, prepared))
+        indices = None if has_all else indices
+        shares.append(_Share(backend, indices, groups, copied, places, places.copy(), batches, prepared))
     return shares
 
 
@@ -254,20 +269,23 @@ def _step(
     grads: list[Tensor],
     states: States,
     hyper: Sequence[Mapping[str, Any]],
-    found: NDArray[numpy.int64],  # of all tensors, and 0 for the place -1
+    found: NDArray[numpy.int64],  # addresses of all tensors, then a zero
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Step:
     if share.indices is not None:
         params, grads = ([column[i] for i in share.indices] for column in (params, grads))
         states = [states[i] for i in share.indices]
-    addresses = found[share.places].view(ADDRESSES)[:, 0]
+    elif share.staged:
+        params, grads = [*params], [*grads]
+    addresses = found.take(share.places, out=share.addresses, mode="clip")
     copies = []
     for i in share.staged:
         param, grads[i] = params[i].resolve_neg().contiguous(), grads[i].resolve_neg().contiguous()
         if param is not params[i]:
             copies.append((params[i], param))
         params[i] = param
-        addresses["param"][i], addresses["grad"][i] = param.data_ptr(), grads[i].data_ptr()
+        at = addresses[i].view(ADDRESSES)
+        at["param"], at["grad"] = param.data_ptr(), grads[i].data_ptr()
     hyper = [hyper[group] for group in share.groups]
     return Step(share.batches, hyper, grad_scale, found_inf, share.prepared, params, grads, states, addresses, copies)

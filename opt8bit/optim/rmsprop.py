@@ -92,7 +92,7 @@ RMSPROP = Rule(
     bitsandbytes_hyper={"alpha": lambda group: group["betas"][0]},
 )
 RMSPROP_CENTERED = replace(RMSPROP, name="rmsprop_centered", states=CENTERED, update=rmsprop_centered)
-RULES = {  # by whether it is centered, and whether there is momentum
+VARIANTS = {  # by whether it is centered, and whether there is momentum
     (False, False): replace(RMSPROP, bitsandbytes=(("square_avg",),)),
     (False, True): replace(RMSPROP, name="rmsprop_momentum", states={**SQUARE_AVG, **MOMENTUM}),
     (True, False): RMSPROP_CENTERED,
@@ -128,7 +128,7 @@ class RMSprop8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization; Neural Networks for Machine Learning, lecture 6e.
     """
 
-    rules = tuple(RULES.values())
+    rules = tuple(VARIANTS.values())
     counterpart = "RMSprop"
 
     def __init__(
@@ -157,4 +157,4 @@ class RMSprop8bit(Optimizer8bit):
         check_not_negative(**{name: group[name] for name in ("lr", "eps", "momentum", "weight_decay", "alpha")})
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[group["centered"], bool(group["momentum"] != 0)]
+        return VARIANTS[group["centered"], bool(group["momentum"] != 0)]

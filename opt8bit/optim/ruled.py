@@ -12,7 +12,7 @@ from torch import Tensor
 from opt8bit.backends import Rule, check_kernels
 from opt8bit.optim.facts import hyper_of
 
-RULES: dict[str, Rule] = {}  # of every optimizer, by name
+RULES: dict[str, Rule] = {}  # the rules of all optimizers, by name
 SIGNS: dict[str, bool] = {}  # of every state, whether it can be negative: as the first rule says that has it
 
 
@@ -20,7 +20,7 @@ class Ruled(torch.optim.Optimizer):
     """An optimizer with a rule for each parameter group.
 
     Attributes:
-        rules: those that it has with some setting or other.
+        rules: every rule that it can have, whatever its options.
         counterpart: its name in torch.optim; not every version of torch has each of them.
     """
 
@@ -63,6 +63,18 @@ class Ruled(torch.optim.Optimizer):
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
         """What states begin as, by name, where it is not zero."""
         return {}
+
+    def checked_rule(self, group: dict[str, Any]) -> Rule:
+        """Returns the rule of a group, whose hyper-parameters are checked.
+
+        Raises:
+            ValueError: one has a value that it cannot have.
+        """
+        self.check_group(group)
+        rule = self.rule(group)
+        if group["maximize"] and "maximize" not in rule.hyper:
+            raise ValueError(f"maximize must be False for {type(self).__name__}, whose rule does not have it, got True")
+        return rule
 
     def check_param(self, param: Tensor) -> None:
         """Raises where the rules cannot take a parameter."""

@@ -16,24 +16,24 @@ Place = tuple[int, "int | None"] | None  # a group's number, and that of one par
 
 
 class Running:
-    """It is made anew in an optimizer that is copied or unpickled.
+    """The run-time state of one optimizer. An optimizer that is copied or unpickled gets a new one.
 
     Args:
-        optimizer: whose it is; not kept alive.
-        prepare: (optimizer, group, parameter in it) -> its step beside the backward pass.
+        optimizer: the optimizer, which this does not keep alive.
+        prepare: (optimizer, group, parameter in it) -> the step of that parameter beside the backward pass.
 
     Attributes:
-        plans: of steps.
-        facts: of parameter groups.
-        hosts: of parameters that are stepped on the CPU.
-        backward: the steps beside the backward pass.
+        plans: the plans of steps, kept for as long as they stay true.
+        facts: what parameter groups say, checked when it changes.
+        hosts: copies on the CPU of the parameters that are stepped there.
+        backward: the steps that are taken beside the backward pass.
         of_graphs: what CUDA graphs read whenever they are replayed.
     """
 
     def __init__(self, optimizer: Ruled, prepare: Callable[[Any, int, int], Callable[[], None]]) -> None:
         me, names = weakref.proxy(optimizer), optimizer.defaults
         self.plans: dict[Place, Plan] = {}
-        self.facts = FactsOfGroups(names, lambda group: me.rule(group), lambda group: me.check_group(group))
+        self.facts = FactsOfGroups(names, lambda group: me.checked_rule(group))
         self.hosts = Hosts()
         self.backward = Backward(lambda: me.param_groups, self.hosts, lambda *place: prepare(me, *place))
         self.of_graphs: list[Any] = []

@@ -54,7 +54,7 @@ SGD = Rule(
     torch_counts_steps=False,
     bitsandbytes_hyper={"momentum": lambda group: group["betas"][0]},
 )
-RULES = {  # by whether there is momentum
+VARIANTS = {  # by whether there is momentum
     False: SGD,
     True: replace(SGD, name="sgd_momentum", states={"momentum_buffer": True}, bitsandbytes=(("momentum_buffer",),)),
 }
@@ -87,7 +87,7 @@ class SGD8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization.
     """
 
-    rules = tuple(RULES.values())
+    rules = tuple(VARIANTS.values())
     counterpart = "SGD"
 
     def __init__(
@@ -117,4 +117,4 @@ class SGD8bit(Optimizer8bit):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return RULES[bool(group["momentum"] != 0)]
+        return VARIANTS[bool(group["momentum"] != 0)]

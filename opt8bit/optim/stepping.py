@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from opt8bit.backends import Backend, Step, can_capture, wanted_backend
+from opt8bit.backends import Backend, Step, can_capture, note_writes, wanted_backend
 from opt8bit.optim import shards
-from opt8bit.optim.asked import Asked, asked_of, backend_of, divided
+from opt8bit.optim.asked import Asked, asked_of, backend_of, columns, divided
 from opt8bit.optim.plan import Plan
 from opt8bit.optim.ruled import Ruled
 from opt8bit.optim.running import Place, Running
@@ -38,7 +37,6 @@ class Stepping(Ruled):
         super().__setstate__(state)
         _leave_to_python()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one call per device.
 
@@ -71,6 +69,30 @@ class Stepping(Ruled):
         if is_captured:
             self._check_capture()
         scaling = _tensor(getattr(self, "grad_scale", None)), _tensor(getattr(self, "found_inf", None))
+        usual = self._usual(scaling)
+        if usual is None:
+            self._update_unusual(scaling, is_captured)
+        else:
+            shares, params = usual
+            self._take(shares, {}, is_captured)
+            note_writes(params)
+
+    def _usual(self, scaling: Scaling) -> tuple[Shares, list[Tensor]] | None:
+        """Returns the shares of the backends in a step like the one before, and its parameters; None if it differs."""
+        running, groups = self._running, self.param_groups
+        plan = running.plans.get(None)
+        if plan is None or plan.usual is None:
+            return None
+        facts = [running.facts.of(*each) for each in enumerate(groups)]
+        tensors = plan.usual.tensors(groups, facts, self.state)
+        if tensors is None:
+            return None
+        shares = plan.steps(*tensors, [each.hyper for each in facts], list(self.state.values()), *scaling)
+        return None if shares is None else (shares, tensors[0])
+
+    @torch.no_grad()
+    def _update_unusual(self, scaling: Scaling, is_captured: bool) -> None:
+        """Takes a step of any kind."""
         backward = self._running.backward
         backward.watch()
         done = backward.finish(is_scaled=any(value is not None for value in scaling))
@@ -79,17 +101,21 @@ class Stepping(Ruled):
         together, one_by_one = divided(self._all_asked(done))
         for each in one_by_one:
             self._check_divided(each)
-        shares = self._shares(None, together, fresh, scaling)
-        if self._running.plans[None].is_shared:
+        shares = self._planned(None, together, fresh, scaling)
+        if self._running.plans[None].has_overlaps:
             self._take([], fresh, is_captured)
-            for index, each in enumerate(together):  # after what the one before has written
-                self._take(self._shares((index, None), [each], fresh, scaling), {}, is_captured)
+            self._step_in_order(together, scaling, is_captured)
         else:
             self._take(shares, fresh, is_captured)
         for each in one_by_one:
             self._step_gathered(each, scaling)
-        _note_writes(list(chain.from_iterable(each.owners for each in together)))
+        note_writes(list(chain.from_iterable(each.owners for each in together)))
         self._give_back(together)
+
+    def _step_in_order(self, asked: Sequence[Asked], scaling: Scaling, is_captured: bool) -> None:
+        """Steps one group after another, as parameters of several groups share memory: each sees what others wrote."""
+        for index, each in enumerate(asked):
+            self._take(self._planned((index, None), [each], {}, scaling), {}, is_captured)
 
     def _give_back(self, stepped: Sequence[Asked]) -> None:
         """Brings parameters back that were stepped on the CPU."""
@@ -115,7 +141,7 @@ class Stepping(Ruled):
         whole, grad = shards.everywhere(param.detach()), shards.everywhere(param.grad)
         states = self._initialized(asked, 0, whole, had, will_be_coded(had, asked.rule, param, group))
         asked = asked._replace(params=[whole], grads=[grad], owners=[whole], placements=None)
-        shares = Plan([asked], [states]).steps([asked], [states], *scaling)
+        shares = Plan([asked], [states]).steps(*columns([asked]), [states], *scaling)
         assert shares is not None
         self._take(shares, {}, False)
         shards.local(param).copy_(shards.part(whole, param))
@@ -138,19 +164,20 @@ class Stepping(Ruled):
         self.state[param].clear()
         self.state[param].update(state)
 
-    def _shares(
+    def _planned(
         self, place: Place, asked: Sequence[Asked], fresh: dict[Tensor, dict[str, Any]], scaling: Scaling
     ) -> Shares:
         """Returns the share of each backend. States that they need and that are not there yet are added to ``fresh``.
 
         Args:
-            place: whose plan it is.
+            place: the group, and the parameter in it, that the plan is of; None for all.
         """
         plans = self._running.plans
         for gone in [each for each in plans if each and each[0] >= len(self.param_groups)]:
             del plans[gone]
         states = self._states(asked)
-        shares = plans[place].steps(asked, states, *scaling) if place in plans else None
+        plan, wanted = plans.get(place), columns(asked)
+        shares = plan.steps(*wanted, states, *scaling) if plan and plan.is_for(asked) else None
         if shares is not None:
             return shares
         made: list[dict[str, Tensor]] = []
@@ -167,7 +194,7 @@ class Stepping(Ruled):
             for (each, _), state, mine in zip(owners, states, made, strict=True)
         ]
         plan = plans[place] = Plan(asked, kept)
-        shares = plan.steps(asked, kept, *scaling)
+        shares = plan.steps(*wanted, kept, *scaling)
         assert shares is not None
         for (each, param), mine in zip(owners, made, strict=True):
             stored = shards.sharded(mine, param, each.group["block_size"])
@@ -182,7 +209,7 @@ class Stepping(Ruled):
     def _check_asked(self, asked: Asked, i: int, *, is_alone: bool = False) -> None:
         """Raises for a parameter that cannot be stepped, or not with its gradient; by its name."""
         try:
-            self._check_param(asked.owners[i], asked.group)
+            self._check_supported(asked.owners[i], asked.group)
             if not is_alone:  # whose gradient has been fetched, and may be gone
                 shards.check_grad(asked.owners[i])
         except (RuntimeError, TypeError, ValueError) as error:
@@ -209,7 +236,7 @@ class Stepping(Ruled):
 
         def step() -> None:
             fresh: dict[Tensor, dict[str, Any]] = {}
-            self._take(self._shares((index, alone), [asked], fresh, (None, None)), fresh, False)
+            self._take(self._planned((index, alone), [asked], fresh, (None, None)), fresh, False)
 
         return step
 
@@ -235,7 +262,7 @@ class Stepping(Ruled):
                 f"a step of {type(self).__name__} is captured in a CUDA graph: that takes capturable=True"
             )
 
-    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _check_supported(self, param: Tensor, group: dict[str, Any]) -> None:
         whole = self.rule(group).whole
         by_chance = group["stochastic_rounding"] and param.dtype == torch.bfloat16 and not whole
         shards.check(param, by_chance=by_chance)
@@ -260,15 +287,6 @@ def _leave_to_python() -> None:
     """Done when the first optimizer is made, as it imports half of torch; torch.optim has done so by then."""
     if not hasattr(Stepping, "_update_untraced"):
         Stepping._update_untraced = torch.compiler.disable(Stepping._update)  # type: ignore[method-assign]
-
-
-def _note_writes(params: list[Tensor]) -> None:
-    """Tells autograd, which does not see what kernels write."""
-    try:
-        increment_version(params)
-    except TypeError:  # of older torch, which takes one at a time
-        for param in params:
-            increment_version(param)
 
 
 def _tensor(value: Any) -> Tensor | None:

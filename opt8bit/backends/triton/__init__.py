@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from opt8bit.backends.interface import DTYPES, Batch, Rule, Step, View
-from opt8bit.backends.reference import step_group
+from opt8bit.backends.reference import step_batch
 from opt8bit.backends.triton.blockwise import dequantize_kernel, encode_state_kernel, quantize_kernel
 from opt8bit.backends.triton.codebook import midpoints
 from opt8bit.backends.triton.launch_table import TILE, Shape
@@ -36,6 +36,9 @@ class Triton:
     def can_step(self, param: Tensor) -> bool:
         return param.dtype in DTYPES
 
+    def has_kernel(self, rule: Rule) -> bool:
+        return functions_of(rule) is not None
+
     def takes_channels_last(self, rule: Rule) -> bool:
         return False
 
@@ -46,13 +49,14 @@ class Triton:
         """
         return [_launches(batch) for batch in batches]
 
+    @torch.no_grad()
     def step(self, step: Step) -> None:
-        for update, launches in zip(step.updates(), step.prepared, strict=True):
+        for each, launches in zip(step.of_batches(), step.prepared, strict=True):
             if launches is not None:
                 with on(launches.device):
-                    launches.step(update)
-            elif not step.is_skipped():  # a rule that works on matrices: torch multiplies them, kernels code the states
-                step_group(update, self, step.grad_scale_on_host())
+                    launches.step(each)
+            elif not step.is_skipped():  # torch computes the step, and kernels code the states
+                step_batch(each, self, step.grad_scale_on_host())
 
 
 def _launches(batch: Batch) -> Launches | None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opt8bit.backends.interface import Batch, GroupUpdate, is_interpreting
+from opt8bit.backends.interface import Batch, BatchStep, is_interpreting
 from opt8bit.backends.triton import codebook, layout
 from opt8bit.backends.triton import optimizer_step as kernels
 from opt8bit.backends.triton.launch_table import TILE, Cut, Launch, Shape, Table, Words
@@ -67,7 +67,7 @@ class Launches:
         self._midpoints = torch.cat([*between, torch.zeros(1, dtype=torch.float64, device="cpu")]).to(device)
         self._compile(self._cut(numpy.ones(count, numpy.bool_)), None, None, None)
 
-    def step(self, group: GroupUpdate) -> None:
+    def step(self, group: BatchStep) -> None:
         """Takes the step of the batch, on the current stream."""
         cut = self._cut(_is_aligned(group))
         lr, grad_scale, found_inf = (
@@ -182,7 +182,7 @@ class Launches:
             squares = torch.zeros(2 * first, dtype=torch.float64, device=self.device)
         return Cut(launches, places, tiles, squares)
 
-    def _words(self, group: GroupUpdate, cut: Cut) -> Words:
+    def _words(self, group: BatchStep, cut: Cut) -> Words:
         """What the kernels know of this step's tensors."""
         head, rows = self._head, self._rows
         hyper = [0.0 if isinstance(value, Tensor) else float(value) for value in group.hyper.values()]
@@ -211,7 +211,7 @@ def _shape(row: numpy.void, is_aligned: bool) -> Shape:
     return Shape(triton.next_power_of_2(block), is_aligned)
 
 
-def _is_aligned(group: GroupUpdate) -> NDArray[numpy.bool_]:
+def _is_aligned(group: BatchStep) -> NDArray[numpy.bool_]:
     """(n,): whether all elements that are loaded 16 bytes at a time lie at multiples of that."""
     at, batch = group.addresses, group.batch
     bits = at["param"] | at["grad"] | numpy.bitwise_or.reduce(at["states"][:, : len(batch.codebooks)], axis=1)
