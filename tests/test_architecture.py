@@ -30,6 +30,7 @@ ORDER = (
     {"calibration"},
     {"rounding"},
     {"model"},
+    {"described"},
     {"compressed", "evaluate", "group_sizes", "stage_inputs"},
     {"transforms", "reconstruction", "activations"},
     {"correction", "plan", "tasks"},

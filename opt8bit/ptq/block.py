@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from opt8bit.backends import first_of
 from opt8bit.ptq import ranks
 from opt8bit.ptq.calibration.outputs import OutputErrors
 from opt8bit.ptq.calibration.statistics import NotFinite
@@ -200,8 +201,7 @@ class BlockTask:
             corrected = {n for n in group if self._corrects(n) and n != self.of_block}
             with _named(f"{self.name}.{group[0]}", inputs.dtype):
                 done |= compress_stage({n: layers[n] for n in group}, inputs, plan, corrected)
-        for name, layer in done.items():
-            install(layers_hat[name], layer.changes)
+        self._install(done, layers_hat)
         if self.of_block is not None and self.of_block in done:
             shift = block_shift(self._block_errors(calls), self.result.plan.statistic)
             shifted = done[self.of_block] = done[self.of_block].corrected(shift)
@@ -211,6 +211,18 @@ class BlockTask:
         shifts = {name: done[name].shift if name in done else None for name in names}
         errors = OutputErrors(layers, layers_hat, shifts, self.parts.overwritten)
         return Stage(done, errors, time.perf_counter() - started)
+
+    def _install(self, done: dict[str, Compressed], layers_hat: Mapping[str, nn.Module]) -> None:
+        """
+        Raises:
+            ValueError: a rounded weight is not finite, which is its method's doing or its grid's.
+        """
+        for name, layer in done.items():
+            install(layers_hat[name], layer.changes)
+            if not bool(matrix(layers_hat[name]).isfinite().all()):
+                plan, grids = self._plan(name), [part.grid for part in layer.rounded.parts]
+                by = "" if plan is None else f", by {plan.method} on {first_of(list(map(str, grids)), 2)}"
+                raise ValueError(f"{self.name}.{name}: its rounded weight is not finite{by}")
 
     def _compress_routed(self, names: list[str], x_hat: Sequence[Tensor]) -> Stage:
         """Rounds layers that do not see all tokens, or not the same ones in both models."""
@@ -222,8 +234,7 @@ class BlockTask:
             corrected = {n for n in group if self._corrects(n) and plan.statistic != "position"}
             with _named(f"{self.name}.{group[0]}", x_hat[0].dtype if x_hat else None):
                 done |= compress_routed({n: layers[n] for n in group}, x_hat, tokens, plan, corrected)
-        for name, layer in done.items():
-            install(layers_hat[name], layer.changes)
+        self._install(done, layers_hat)
         self.done |= {f"{self.name}.{name}": layer for name, layer in done.items()}
         layers, layers_hat = ({n: of[n] for n in done} for of in (layers, layers_hat))
         errors = OutputErrors(layers, layers_hat, {n: layer.shift for n, layer in done.items()})

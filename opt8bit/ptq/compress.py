@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opt8bit.backends import first_of, warn
 from opt8bit.ptq import ranks
+from opt8bit.ptq.described import described
 from opt8bit.ptq.export import check_format, warn_of_servers
 from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.ptq.model.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
@@ -172,7 +173,7 @@ def _identity(source: Source, plan: Plan, *texts: list[dict[str, Tensor]]) -> di
     """What the result depends on, told from other runs'."""
     tokens = [digest(tensor for batch in text for _, tensor in sorted(batch.items())) for text in texts]
     return {
-        "options": repr(plan.recipe),
+        "options": described(plan.recipe),
         "dtype": str(next(source.model.parameters()).dtype),
         "model": digest(tensor for _, tensor in source.tensors()) + _configuration(source.model),
         "calibration text": tokens[0],

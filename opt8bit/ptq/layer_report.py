@@ -13,7 +13,7 @@ from opt8bit.ptq.compressed import Compressed
 from opt8bit.ptq.model.bias_places import Place
 from opt8bit.ptq.model.blocks import matrix
 from opt8bit.ptq.rounding import RTN
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.uniform import UniformGrid, is_uniform
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 
@@ -92,7 +92,7 @@ def symmetry_cost(weight: Tensor, rounded: QuantizedWeight) -> float | None:
     """By how much a grid's symmetry raises the squared error of rounding to nearest; None where it is not symmetric."""
     part = rounded.parts[0]
     grid = part.grid
-    if not isinstance(grid, UniformGrid) or not grid.symmetric:
+    if not is_uniform(grid) or not grid.symmetric:
         return None
     scheme = WeightScheme(grid, part.codes.shape[1] // part.params.scale.shape[1])
     free = UniformGrid(grid.bits, range=grid.range, scale_dtype=grid.scale_dtype)

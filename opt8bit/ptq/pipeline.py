@@ -157,7 +157,8 @@ def _run_block(
     with source.block(name) as block:
         if trial is not None:
             block = copy.deepcopy(block)
-            rewritten = transformed(name, block, trial._replace(name=name), result.plan.transforms)
+            seen = [here.exact[0].repeatable()]
+            rewritten = transformed(name, block, trial._replace(name=name), result.plan.transforms, seen)
         task = BlockTask(name, block, parts, result, masks, see)
         repeatable = [call.repeatable() for call in here.compressed] if result.plan.reconstruction else []
         behind = task.run(here)

@@ -66,8 +66,14 @@ def concatenated(*tensors: Tensor) -> list[Tensor]:
 def rows_of_this(tensor: Tensor) -> Tensor:
     """This process's part of the rows of a tensor that all have; the same number for each, the last ones twice."""
     each = -(-len(tensor) // size())
-    start = min(rank() * each, len(tensor) - each)
+    start = first_row(len(tensor))
     return tensor[start : start + each]
+
+
+def first_row(rows: int) -> int:
+    """Where this process's part of so many rows begins. Some of the last one's are another's, too."""
+    each = -(-rows // size())
+    return min(rank() * each, rows - each)
 
 
 def rows_of_all(part: Tensor, rows: int) -> Tensor:

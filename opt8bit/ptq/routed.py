@@ -21,7 +21,7 @@ from opt8bit.ptq.plan import LayerPlan
 from opt8bit.ptq.rounding import RTN
 from opt8bit.ptq.stage import compress_stage
 from opt8bit.quant.grid import Grid
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.uniform import UniformGrid, is_uniform
 from opt8bit.quant.weight import QuantizedWeight
 
 # Tokens per feature. With fewer, their second moments have not full rank, and what rounding moves into the directions
@@ -66,7 +66,7 @@ def compress_routed(
         inputs = [Inputs(x, x) for x in as_sequences(x_hat)] or [Inputs(none, none)]
         return compress_stage(layers, inputs, replace(plan, error_propagation=0.0), corrected)
     scheme, grid = plan.scheme, plan.scheme.grid
-    if isinstance(grid, UniformGrid):
+    if is_uniform(grid):
         grid = UniformGrid(grid.bits, symmetric=grid.symmetric, range="minmax", scale_dtype=grid.scale_dtype)
         scheme = replace(scheme, grid=grid)
     nearest = LayerPlan(RTN(), scheme)

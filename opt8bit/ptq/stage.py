@@ -15,10 +15,11 @@ from opt8bit.ptq.calibration.statistics import Inputs, InputStatistics, Moments,
 from opt8bit.ptq.compressed import Compressed
 from opt8bit.ptq.correction import bias as compensation
 from opt8bit.ptq.correction.target import asymmetric_target
+from opt8bit.ptq.described import described
 from opt8bit.ptq.model.blocks import matrix
 from opt8bit.ptq.model.memory import return_freed
 from opt8bit.ptq.plan import LayerPlan
-from opt8bit.quant.weight import QuantizedWeight
+from opt8bit.quant.weight import Outliers, QuantizedWeight
 
 
 class Stage(NamedTuple):
@@ -104,17 +105,39 @@ def _statistics(inputs: Sequence[Inputs], plan: LayerPlan, dtype: torch.dtype) -
 def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dict[str, QuantizedWeight]:
     """Rounds the weights of a stage, all rows together where the method goes row by row."""
     target, sizes = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
-    method, statistics = plan.method, InputStatistics(moments.x_hat_x_hat)
+    statistics = InputStatistics(moments.x_hat_x_hat)
     if plan.error_propagation:
         args = moments.x_hat_x_hat, plan.error_propagation
         target = asymmetric_target(target, _missing(target, moments), *args)  # what is missing is not kept
-    if not method.rowwise:
+    if not plan.method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
-        return {name: method.round(part, statistics, plan.scheme) for name, part in parts}
-    own = method.round(ranks.rows_of_this(target), statistics, plan.scheme)
-    whole = own.by_row(lambda part: ranks.rows_of_all(part, len(target)))
+        return {name: _rounded(part, statistics, plan) for name, part in parts}
+    whole = _of_all_ranks(_rounded(ranks.rows_of_this(target), statistics, plan), len(target))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
+
+
+def _rounded(weight: Tensor, statistics: InputStatistics, plan: LayerPlan) -> QuantizedWeight:
+    """
+    Raises:
+        ValueError: the method does not keep to the grids that it names, by which its weights are read again.
+    """
+    found = plan.method.round(weight, statistics, plan.scheme)
+    made, named = (tuple(grids) for grids in ([part.grid for part in found.parts], plan.method.grids(plan.scheme)))
+    if described(made) != described(named):
+        raise ValueError(f"{plan.method} must round on the grids of its grids(scheme), {named}, got {made}")
+    return found
+
+
+def _of_all_ranks(own: QuantizedWeight, rows: int) -> QuantizedWeight:
+    """The weight of which each process has rounded some rows."""
+    outliers = own.outliers
+    if outliers is not None:
+        first = ranks.first_row(rows)
+        new = outliers.rows + first >= ranks.rank() * own.shape[0]  # no process before has them
+        kept = (outliers.rows[new] + first, outliers.columns[new], outliers.values[new])
+        outliers = Outliers(*ranks.concatenated(*kept), whole_columns=outliers.whole_columns)
+    return own.by_row(lambda part: ranks.rows_of_all(part, rows), outliers)
 
 
 def _missing(weight: Tensor, moments: Moments) -> Tensor:

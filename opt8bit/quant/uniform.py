@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -94,3 +94,8 @@ class UniformGrid(Grid[UniformParams]):
     def nearest(self, x: Tensor, params: UniformParams) -> Tensor:
         steps = (x / params.scale).round_().add_(params.zero_point).clamp_(0, self.largest)
         return steps.sub_(params.zero_point).mul_(params.scale)
+
+
+def is_uniform(grid: Grid) -> TypeGuard[UniformGrid]:
+    """Whether a grid is a :class:`UniformGrid` itself. A class made from it may fit, encode or decode otherwise."""
+    return type(grid) is UniformGrid

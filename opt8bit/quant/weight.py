@@ -66,7 +66,8 @@ class Part:
 
     def by_row(self, change: Callable[[Tensor], Tensor]) -> Part:
         """Returns the part with every tensor that has the weight's rows replaced by what ``change`` makes of it."""
-        return replace(self, codes=change(self.codes), params=mapped(self.params, change))
+        columns = None if self.columns is None else self.columns.clone()  # a file has no place for what several share
+        return replace(self, codes=change(self.codes), params=mapped(self.params, change), columns=columns)
 
     @property
     def stored_bits(self) -> int:

@@ -210,6 +210,73 @@ def test_a_transform_that_changes_the_function_is_refused() -> None:
         transformed("block", block, call, [Wrong()])
 
 
+class Multiplied(Transform):
+    """Makes what linear layers put out larger."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def scale(self, block: nn.Module, link: Link) -> Tensor | None:
+        producer: Any = block.get_submodule(link.producer)
+        return torch.full((len(producer.weight),), self.by) if isinstance(producer, nn.Linear) else None
+
+
+def bounded() -> Any:
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"ffn_dim": INNER, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 64}
+    return shaken(transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, **sizes, activation_function="relu6")))
+
+
+def test_there_is_no_link_through_a_bound() -> None:
+    block, call = first_block(bounded())
+    assert "fc1" not in {link.producer for link in find_links(block, call)}
+
+
+class Bounded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).clamp(-6, 6))
+
+
+class InPlace(Transform):
+    """Rewrites the block behind the library's back."""
+
+    def __init__(self, by: float, undone: bool) -> None:
+        self.by, self.undone = by, undone
+
+    @torch.no_grad()
+    def scale(self, block: nn.Module, link: Link) -> Tensor | None:
+        first, second = (block.get_parameter(f"{name}.weight") for name in ("first", "second"))
+        first.mul_(self.by)
+        if self.undone:
+            second.div_(self.by)
+        return None
+
+
+def test_the_block_that_is_used_is_compared_on_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a copy alone; and where a few tokens do not reach a bound, others may."""
+    link = Link("first", ("second",), torch.arange(8))
+    monkeypatch.setattr("opt8bit.ptq.transforms.transform.find_links", lambda *args: [link])
+    many = Call(torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0)), (), {})
+    few = many._replace(hidden=many.hidden / 100)
+    off = r"^block: after .* is off by .* of its output, and by .* before$"
+    with pytest.raises(NotTheSame, match=off):
+        transformed("block", shaken(Bounded()), few, [InPlace(2.0, undone=False)])
+    transformed("block", shaken(Bounded()), few, [InPlace(2.0, undone=True)])
+    with pytest.raises(NotTheSame, match=off):
+        transformed("block", shaken(Bounded()), few, [InPlace(2.0, undone=True)], [many])
+
+
+@pytest.mark.parametrize("by", [1e38, 1e-44])
+def test_factors_that_a_dtype_cannot_hold_are_refused(by: float) -> None:
+    block, call = first_block(made("llama"))
+    with pytest.raises(NotTheSame, match=r"^block: "):
+        transformed("block", block, call, [Multiplied(by)])
+
+
 @pytest.mark.parametrize("work", [False, True])
 def test_a_model_with_folded_norms_is_exported_and_loaded(work: bool, tmp_path: Any) -> None:
     transformers: Any = pytest.importorskip("transformers")

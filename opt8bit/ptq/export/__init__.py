@@ -18,7 +18,7 @@ from opt8bit.ptq.model.servers import Layer, Packing, warnings_of
 from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.result import Result
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.uniform import is_uniform
 from opt8bit.recipe.registry import FORMATS
 
 
@@ -95,7 +95,7 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _packing(planned: Planned | None) -> Packing | None:
-    if planned is None or not isinstance(planned.scheme.grid, UniformGrid):
+    if planned is None or not is_uniform(planned.scheme.grid):
         return None
     grid = planned.scheme.grid
     return Packing(grid.bits, grid.symmetric, planned.scheme.group_size)

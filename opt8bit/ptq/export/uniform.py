@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from opt8bit.ptq.described import described
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.result import Result
 from opt8bit.quant.grid import SCALE_DTYPES
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.uniform import UniformGrid, is_uniform
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
@@ -18,8 +19,11 @@ def check_uniform(format: str, name: str, planned: Planned) -> UniformGrid:
         ValueError: a packed format cannot hold the layer.
     """
     module, grid = planned.module, planned.scheme.grid
-    if not isinstance(grid, UniformGrid):
-        raise ValueError(f"{name}: {format} holds evenly spaced values alone, got {grid!r}: use format 'dense'")
+    if described(planned.method.grids(planned.scheme)) != described((grid,)):
+        raise ValueError(f"{name}: {format} holds the grid of the scheme, not those of {planned.method}: use 'dense'")
+    if not is_uniform(grid):
+        of = f" of {type(grid).__qualname__}" if isinstance(grid, UniformGrid) else ""
+        raise ValueError(f"{name}: {format} holds evenly spaced values alone, got {grid!r}{of}: use format 'dense'")
     if not isinstance(module, nn.Linear):
         raise ValueError(f"{name}: {format} holds nn.Linear alone, got {type(module).__name__}: use format 'dense'")
     if planned.method.keeps_outliers:
@@ -45,12 +49,12 @@ def scheme_of(result: Result, name: str) -> WeightScheme:
 
 def uniform_grid(scheme: WeightScheme) -> UniformGrid:
     """Returns the grid of a scheme that :func:`check_uniform` has let through."""
-    assert isinstance(scheme.grid, UniformGrid)
+    assert is_uniform(scheme.grid)
     return scheme.grid
 
 
 def uniform_part(weight: QuantizedWeight) -> tuple[Part, UniformGrid]:
     """Returns all there is of a weight of such a scheme, and its grid."""
     (part,) = weight.parts
-    assert isinstance(part.grid, UniformGrid)
+    assert is_uniform(part.grid)
     return part, part.grid

@@ -69,8 +69,12 @@ def fold(block: nn.Module, link: Link, scale: Tensor) -> None:
 
 def relative_error(call: Call, block: nn.Module, reference: nn.Module) -> float:
     """How far what a block makes of a call is from what another one makes of it, relative to the latter."""
-    expected = call.of(reference)
-    return float((call.of(block) - expected).norm() / expected.norm())
+    return relative_difference(call.of(block), call.of(reference))
+
+
+def relative_difference(output: Tensor, expected: Tensor) -> float:
+    """``|y - ŷ| / |y|``."""
+    return float((output.to(expected) - expected).norm() / expected.norm())
 
 
 def doubled(call: Call) -> Call:

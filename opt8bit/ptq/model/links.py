@@ -21,6 +21,7 @@ from opt8bit.ptq.model.passes import Call, ModelError
 from opt8bit.ptq.model.usage import watched
 from opt8bit.ptq.model.value_rows import value_rows
 
+EXTENTS = (2.0**-8, 2.0**8)  # by which factors are multiplied, so that a bound such as that of ReLU6 is met
 TRIALS = 6  # of random hidden states: a channel behind a ReLU is zero for all tokens of one now and then
 
 
@@ -110,15 +111,18 @@ class _Trial:
         consumers = tuple(name for name, own in found.items() if torch.equal(own, channels))
         return self._checked(Link(producer, consumers, channels), factors)
 
-    def _followers(self, producer: str, factors: Tensor) -> dict[str, Tensor]:
+    def _followers(self, producer: str, factors: Tensor, by: float = 1.0) -> dict[str, Tensor]:
         """The layers each of whose inputs is multiplied by a factor other than 1, and by which.
 
         Args:
             producer: whose channels are multiplied.
             factors: by what.
+            by: what those that are not 1 are multiplied by, besides.
         """
-        with changed_output(self.block, producer, lambda y: y * factors):
+        whole = torch.where(factors == 1, 1, factors * by)
+        with changed_output(self.block, producer, lambda y: y * whole):
             after = [self._seen(call) for call in self.calls]
+        after = [{name: x / by for name, x in seen.items()} for seen in after]
         found = {}
         for name in self.layers:
             if any(
@@ -150,6 +154,8 @@ class _Trial:
         is_odd = torch.arange(len(factors)) % 2 == 1
         signs = torch.where(is_odd & _is_followed(link, len(factors)), -factors, factors)
         link = link._replace(negative=set(link.consumers) <= self._followers(link.producer, signs).keys())
+        if not all(set(link.consumers) <= self._followers(link.producer, factors, by).keys() for by in EXTENTS):
+            return None  # a bound comes between them, which only some outputs reach
         link = link._replace(shifts=self._shifts(link))
         error = self._error(link, factors)
         return None if error is None else link._replace(error=error)

@@ -13,15 +13,12 @@ from opt8bit.ptq.rounding.coordinate_descent import descend
 from opt8bit.ptq.rounding.engine import Engine
 from opt8bit.ptq.rounding.error_feedback import round_columns
 from opt8bit.quant.grid import Grid, P, at
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.uniform import is_uniform
 
 
 def engine_for(weight: Tensor, grid: Grid) -> Engine[Any]:
-    """Returns what runs the loops for a weight on a grid.
-
-    The kernels know :class:`UniformGrid` itself: a class made from it may fit or round otherwise.
-    """
-    if weight.dtype == torch.float32 and weight.device.type == "cpu" and type(grid) is UniformGrid:
+    """Returns what runs the loops for a weight on a grid."""
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and is_uniform(grid):
         kernels = rounding_kernels(weight.device)
         if kernels is not None:
             return CompiledEngine(kernels, grid)

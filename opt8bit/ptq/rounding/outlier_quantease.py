@@ -10,7 +10,8 @@ from torch import Tensor
 from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.ptq.rounding.gptq import GPTQ
 from opt8bit.ptq.rounding.quantease import descended
-from opt8bit.ptq.rounding.rounder import Rounder, check_rounder
+from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, single_part
+from opt8bit.quant.grid import Grid
 from opt8bit.quant.weight import Outliers, QuantizedWeight, WeightScheme
 from opt8bit.recipe.arguments import check_count, check_fraction
 from opt8bit.recipe.recipe import STRUCTURES
@@ -53,19 +54,22 @@ class OutlierQuantEase(Rounder):
         check_count("rounds", self.rounds)
         check_count("sweeps", self.sweeps)
         check_rounder("start", self.start)
-        if not self.start.rowwise:
+        if not self.start.rowwise or self.start.keeps_outliers:
             raise ValueError(f"start must be a method without outliers of its own, got {self.start!r}")
 
     @property
     def keeps_outliers(self) -> bool:
         return True
 
+    def grids(self, scheme: WeightScheme) -> tuple[Grid, ...]:
+        return self.start.grids(scheme)
+
     def round(self, weight: Tensor, statistics: InputStatistics, scheme: WeightScheme) -> QuantizedWeight:
         hessian = statistics.required("second_moments").to(weight.dtype)
         steepest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(weight.dtype).tiny)
         kept = self._largest(weight)
         sparse = torch.where(kept, weight, 0)
-        (part,) = self.start.round(weight - sparse, InputStatistics(hessian), scheme).parts
+        part = single_part(self, self.start.round(weight - sparse, InputStatistics(hessian), scheme))
         for _ in range(self.rounds):
             part = descended(weight - sparse, part, hessian, self.sweeps)
             stepped = sparse + (weight - part.dequantize() - sparse) @ hessian / steepest

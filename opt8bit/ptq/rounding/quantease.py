@@ -10,9 +10,10 @@ from torch.nn.functional import linear
 from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.ptq.rounding.engines import engine_for
 from opt8bit.ptq.rounding.groups import group_numbers
-from opt8bit.ptq.rounding.rounder import Rounder, check_rounder
+from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, single_part
 from opt8bit.ptq.rounding.rtn import RTN
 from opt8bit.ptq.rounding.scales import refit_scales
+from opt8bit.quant.grid import Grid
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 from opt8bit.recipe.arguments import check_count
 
@@ -55,11 +56,14 @@ class QuantEase(Rounder):
     def keeps_outliers(self) -> bool:
         return self.start.keeps_outliers
 
+    def grids(self, scheme: WeightScheme) -> tuple[Grid, ...]:
+        return self.start.grids(scheme)
+
     def round(self, weight: Tensor, statistics: InputStatistics, scheme: WeightScheme) -> QuantizedWeight:
         rounded = self.start.round(weight, statistics, scheme)
         hessian = statistics.required("second_moments").to(weight.dtype)
         target = weight - (rounded.dequantize() - rounded.on_grid())  # what outliers leave
-        (part,) = rounded.parts
+        part = single_part(self, rounded)
         part = descended(target, part, hessian, self.sweeps)
         if self.refits:
             wanted = linear(target, hessian)

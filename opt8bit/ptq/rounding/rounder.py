@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.quant.grid import Grid
-from opt8bit.quant.weight import QuantizedWeight, WeightScheme
+from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
 class Rounder(ABC):
@@ -59,6 +59,17 @@ def check_rounder(name: str, value: object) -> None:
     """
     if not isinstance(value, Rounder):
         raise TypeError(f"{name} must be one of opt8bit.ptq, such as GPTQ(), got {value!r}")
+
+
+def single_part(method: Rounder, start: QuantizedWeight) -> Part:
+    """Returns all that a method has to start from.
+
+    Raises:
+        ValueError: that is not on a single grid.
+    """
+    if len(start.parts) != 1 or start.parts[0].columns is not None:
+        raise ValueError(f"{type(method).__name__} goes on from a weight on one grid, got {len(start.parts)} parts")
+    return start.parts[0]
 
 
 def objective(

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from opt8bit.quant.grid import Grid, at
 from opt8bit.quant.weight import Part
 
+PROPORTIONAL = 1e-5  # of a row's largest value: what decoding in float32 may be off
 ROWS, COEFFICIENTS = 512, 2**23  # of the systems that are in memory at once, at most
 
 
@@ -21,9 +22,13 @@ def refit_scales(
 ) -> Part:
     """The same codes with new scales, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is least; no row's share of it rises.
 
+    That takes a grid whose values are proportional to a param ``scale``. Where a row's are not, it is left as it is.
+
     With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
     ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones are not all positive.
     """
+    if "scale" not in part.params._fields:
+        return part
     hessian = hessian.to(wanted.dtype)
     groups = part.params.scale.shape[1]
     unit = part.params._replace(scale=torch.ones_like(part.params.scale))
@@ -35,7 +40,22 @@ def refit_scales(
     together = max(1, min(ROWS, COEFFICIENTS // groups**2))
     for rows in torch.arange(len(wanted), device=wanted.device).split(together):
         scale[rows] = _best(wanted[rows], values[rows], columns, scale[rows], part.grid)
+    keeps = _are_proportional(values, part) & _are_proportional(values, found := _scaled(part, scale))
+    return found if bool(keeps.all()) else _scaled(part, torch.where(keeps[:, None], scale, part.params.scale))
+
+
+def _scaled(part: Part, scale: Tensor) -> Part:
     return replace(part, params=part.params._replace(scale=scale))
+
+
+def _are_proportional(
+    values: Tensor,  # (out, groups, g), at scale 1
+    part: Part,
+) -> Tensor:
+    """Whether a row's values are those at scale 1 times its scales, (out,)."""
+    expected = (values * part.params.scale[..., None]).flatten(1)
+    off = (part.dequantize() - expected).abs().amax(1)
+    return off <= PROPORTIONAL * expected.abs().amax(1)
 
 
 def _best(

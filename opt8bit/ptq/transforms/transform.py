@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.model.folding import SINGLE, Link, doubled, fold, relative_error
+from opt8bit.ptq.model.folding import SINGLE, Link, doubled, fold, relative_difference
 from opt8bit.ptq.model.links import find_links
 from opt8bit.ptq.model.passes import Call
 
@@ -31,21 +31,27 @@ class Transform(ABC):
         """
 
 
+ROOM = 8.0  # times its rounding before, by which a block may be off after it was rewritten
+
+
 class NotTheSame(ValueError):
     """A block that was rewritten computes something else."""
 
 
-def transformed(name: str, block: nn.Module, call: Call, transforms: Sequence[Transform]) -> dict[str, Tensor]:
-    """Rewrites a block, and proves that it computes what it did.
+def transformed(
+    name: str, block: nn.Module, call: Call, transforms: Sequence[Transform], seen: Sequence[Call] = ()
+) -> dict[str, Tensor]:
+    """Rewrites a block, and checks that it computes what it did.
 
-    Each transform is applied to a copy in float64 as well, which is compared with the block as it was. What the block's
-    own dtype cannot hold of the new weights is rounded.
+    Each transform is applied to a copy in float64 as well, whose outputs are compared with those of the block as it
+    was. The block itself may be further from them than before only by what its dtype loses of the new weights.
 
     Args:
         name: of the block, for messages.
         block: is rewritten in place.
-        call: of it, with few tokens.
+        call: of it, with few tokens, by which links are found.
         transforms: one after another.
+        seen: calls with what the block sees in use, on which it is compared, too.
 
     Returns:
         The changed parameters by their names in the block, as they are now.
@@ -55,15 +61,24 @@ def transformed(name: str, block: nn.Module, call: Call, transforms: Sequence[Tr
     """
     had = {param: tensor.detach().clone() for param, tensor in block.named_parameters()}
     links = find_links(block, call)
-    exact, reference = copy.deepcopy(block).double(), copy.deepcopy(block).double()
+    before, exact, reference = copy.deepcopy(block), copy.deepcopy(block).double(), copy.deepcopy(block).double()
     for transform in transforms:
         for link in links:
             scale = transform.scale(block, link)
             if scale is not None:
                 fold(block, link, scale)
                 fold(exact, link, scale)
-    with torch.no_grad():
-        error = relative_error(doubled(call), exact, reference)
-    if not error <= SINGLE:  # NaN is no good either
-        raise NotTheSame(f"{name}: {transforms} change what the block computes, by {error:.1e} of its output")
+    for each in (call, *seen):
+        with torch.no_grad():
+            expected = doubled(each).of(reference)
+            errors = [relative_difference(doubled(each).of(exact), expected)]
+            errors += [relative_difference(each.of(own), expected) for own in (block, before)]
+        # NaN is no good either.
+        if not errors[0] <= SINGLE:
+            raise NotTheSame(f"{name}: {transforms} change what the block computes, by {errors[0]:.1e} of its output")
+        if not errors[1] <= max(SINGLE, ROOM * errors[2]):
+            raise NotTheSame(
+                f"{name}: after {transforms} the block, in its own dtype, is off by {errors[1]:.1e} of its output, and "
+                f"by {errors[2]:.1e} before"
+            )
     return {param: tensor.detach() for param, tensor in block.named_parameters() if not torch.equal(tensor, had[param])}
