@@ -18,6 +18,7 @@ from opt8bit.ptq.correction.target import asymmetric_target
 from opt8bit.ptq.model.blocks import matrix
 from opt8bit.ptq.model.memory import return_freed
 from opt8bit.ptq.plan import LayerPlan
+from opt8bit.ptq.rounding.rounder import checked_round
 from opt8bit.quant.weight import QuantizedWeight
 
 
@@ -110,8 +111,8 @@ def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dic
         target = asymmetric_target(target, _missing(target, moments), *args)  # what is missing is not kept
     if not method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
-        return {name: method.round(part, statistics, plan.scheme) for name, part in parts}
-    own = method.round(ranks.rows_of_this(target), statistics, plan.scheme)
+        return {name: checked_round(method, part, statistics, plan.scheme) for name, part in parts}
+    own = checked_round(method, ranks.rows_of_this(target), statistics, plan.scheme)
     whole = own.by_row(lambda part: ranks.rows_of_all(part, len(target)))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
