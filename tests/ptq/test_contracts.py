@@ -13,7 +13,8 @@ from toys import MODELS, token_ids
 from opt8bit import ptq
 from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.ptq.rounding.rounder import Rounder
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.contract import check_grid
+from opt8bit.quant.uniform import UniformGrid, UniformParams
 from opt8bit.quant.weight import Outliers, Part, QuantizedWeight, WeightScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -94,3 +95,74 @@ def test_what_a_method_needs(needs: Any, message: str) -> None:
     kind: Any = type("Needing", (Wrong,), {"needs": needs})
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         compress(method=kind(lambda rounded: rounded))
+
+
+class Even(UniformGrid):
+    """Evenly spaced values, to be spoiled."""
+
+
+def fitted(change: Callable[[UniformParams], Any]) -> Callable[..., Any]:
+    return lambda grid, block, importance=None: change(UniformGrid.fit(grid, block, importance))
+
+
+class Bare(UniformGrid):
+    def __init__(self) -> None:
+        self._bits, self.symmetric, self.range = 4, False, "minmax"
+
+
+WRONG_GRIDS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"fit": fitted(lambda params: UniformParams(*(part[..., 0] for part in params)))},
+        "Even.fit, scale, must return (2",
+    ),
+    ({"fit": fitted(tuple)}, "Even.fit must return UniformParams, got tuple"),
+    ({"fit": fitted(lambda params: params.scale)}, "Even.fit must return UniformParams, got Tensor"),
+    ({"fit": fitted(lambda params: None)}, "Even.fit must return UniformParams, got NoneType"),
+    ({"fit": fitted(lambda params: UniformParams(1.0, 0.0))}, "Even.fit, scale, must return a tensor, got float"),  # type: ignore[arg-type]
+    ({"fit": lambda grid, block: UniformGrid.fit(grid, block)}, "2 positional arguments but 3 were given"),
+    ({"encode": lambda grid, x, params: UniformGrid.encode(grid, x, params)[..., :1]}, "Even.encode must return (2"),
+    (
+        {"encode": lambda grid, x, params: UniformGrid.encode(grid, x, params).long()},
+        "Even.encode must return torch.uint8",
+    ),
+    (
+        {"encode": lambda grid, x, params: UniformGrid.encode(grid, x, params) + 16},
+        "Even.encode must return codes below 16",
+    ),
+    ({"decode": lambda grid, codes, params: None}, "Even.decode must return a tensor, got NoneType"),
+    ({"nearest": lambda grid, x, params: x}, "Even.nearest must be decode(encode(x)), differs by "),
+    ({"stored_bits": lambda grid, codes, params: None}, "Even.stored_bits must return an integer from 0, got None"),
+    ({"stored_bits": lambda grid, codes, params: -1}, "Even.stored_bits must return an integer from 0, got -1"),
+    ({"bits": 0}, "Even.bits must be 1 to 8, got 0"),
+    ({"bits": 9}, "Even.bits must be 1 to 8, got 9"),
+    ({"params_type": None}, "Even.params_type must be a NamedTuple of tensors, got None"),
+    ({"__init__": lambda grid, bits: Bare.__init__(grid)}, "Even.__init__ must call super().__init__()"),
+]
+
+
+@pytest.mark.parametrize(("spoiled", "message"), WRONG_GRIDS, ids=[message for _, message in WRONG_GRIDS])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_what_a_grid_does(spoiled: dict[str, Any], message: str, method: str) -> None:
+    grid: Any = type("Even", (UniformGrid,), spoiled)(4)
+    seen: list[str] = []
+    with pytest.raises((TypeError, ValueError), match=re.escape(FIRST) + ": .*" + re.escape(message)):
+        compress(bits=4, grid=grid, method=method, see=lambda report, layers: seen.append(report.name))
+    assert not seen
+    with pytest.raises((TypeError, ValueError), match=f"model.layers.1.mlp.down_proj: .*{re.escape(message)}"):
+        compress(overrides={"*.1.mlp.down_proj": {"grid": grid, "method": method}})
+
+
+def test_a_grid_is_tried_without_a_change_to_the_weight() -> None:
+    class InPlace(UniformGrid):
+        def encode(self, x: Tensor, params: UniformParams) -> Tensor:
+            return super().encode(x.mul_(1), params)
+
+        def nearest(self, x: Tensor, params: UniformParams) -> Tensor:
+            found = super().nearest(x, params)
+            x.zero_()
+            return found
+
+    block = torch.randn(2, 3, 8)
+    given = block.clone()
+    check_grid(InPlace(4), block)
+    assert torch.equal(block, given)
