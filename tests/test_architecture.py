@@ -26,11 +26,10 @@ LAYERS = {  # each may import itself and what it names
 TRAINS = "opt8bit.ptq.reconstruction"  # by the library's own optimizers
 # Files and folders of opt8bit/ptq: each may import its own and those of the lines above.
 ORDER = (
-    {"ranks"},
+    {"ranks", "naming"},
     {"calibration"},
     {"rounding"},
     {"model"},
-    {"described"},
     {"compressed", "evaluate", "group_sizes", "stage_inputs"},
     {"transforms", "reconstruction", "activations"},
     {"correction", "plan", "tasks"},

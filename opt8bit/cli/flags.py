@@ -28,8 +28,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, option: Option, defaul
     if default and "(default:" not in words:
         words = f"{words} (default: {default})"
     about: dict[str, Any] = {"help": words, "default": argparse.SUPPRESS}
-    if option.several:
-        about["nargs"] = "+"
+    if option.several:  # one for each flag: a list behind a flag would swallow what the command itself takes
+        about |= {"action": "append", "help": f"{words}; may be given several times"}
     if option.kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **about)
     elif not isinstance(option.kind, type):

@@ -13,8 +13,8 @@ from opt8bit.cli.flags import HelpFormatter, add_flags, add_old_flags, at_least,
 from opt8bit.cli.recipes import options_from, read_recipe
 from opt8bit.cli.run_options import DTYPES, RunOptions
 from opt8bit.recipe import Recipe
+from opt8bit.recipe.names import RENAMED, renamed
 from opt8bit.recipe.options import options_of
-from opt8bit.recipe.renamed import RENAMED, renamed
 
 TEXTS = "a file of text or records, a folder of them, or owner/name:config:split of the datasets package"
 COLUMN = "of records, with the text or the chat (default: text, messages or conversations)"
@@ -109,7 +109,11 @@ def run_memory(options: argparse.Namespace) -> None:
 def run_compress(options: argparse.Namespace) -> None:
     values = {} if options.recipe is None else read_recipe(options.recipe)
     names = {*options_of(Recipe), *options_of(RunOptions), *RENAMED}
-    recipe, run = options_from({**values, **renamed(given(options, names))})
+    try:
+        flags = renamed(given(options, names))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    recipe, run = options_from({**values, **flags})
     from opt8bit.cli import compress
 
     compress.run(

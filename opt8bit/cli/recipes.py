@@ -9,11 +9,8 @@ from typing import Any
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.recipe import Recipe
-from opt8bit.recipe.options import check_values, options_of, values_of
-from opt8bit.recipe.recipe import overrides_in_file
-from opt8bit.recipe.renamed import renamed
-
-OVERRIDES = "overrides"
+from opt8bit.recipe.options import options_of, values_of
+from opt8bit.recipe.recipe import OVERRIDES, read_values
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -26,17 +23,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read the recipe {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise CommandError(f"{path}: a recipe is an object with names of options")
-    values = renamed(values)
-    overrides = values.pop(OVERRIDES, [])
-    allowed = {**options_of(Recipe), **options_of(RunOptions)}
     try:
-        for name in values:
-            if name not in allowed:
-                raise ValueError(f"{name!r} is none of {', '.join(allowed)}, {OVERRIDES}")
-        check_values(allowed, values)
-        return {**values, OVERRIDES: overrides_in_file(overrides)}
+        return read_values(values, options_of(RunOptions))
     except ValueError as error:
         raise CommandError(f"{path}: {error}") from error
 

@@ -274,8 +274,9 @@ def _named(layer: str, dtype: torch.dtype | None) -> Iterator[None]:
     except NotFinite as error:
         hint = f": {OVERFLOW}" if dtype == torch.float16 else ""
         raise ValueError(f"{layer}: {error}{hint}") from error
-    except ValueError as error:
-        raise ValueError(f"{layer}: {error}") from error
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{layer}: {error}") from error
 
 
 def _pass(call: Call, block: nn.Module) -> Callable[[], Tensor]:

@@ -13,25 +13,28 @@ from torch import Tensor, nn
 
 from opt8bit.backends import first_of, warn
 from opt8bit.ptq import ranks
-from opt8bit.ptq.described import described
 from opt8bit.ptq.export import check_format, warn_of_servers
 from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.ptq.model.blocks import block_layers, find_blocks, linear_layers, matrix, other_matrices
 from opt8bit.ptq.model.origin import refuse_quantized, unwrapped
 from opt8bit.ptq.model.source import InMemory, Loaded, Source, digest
 from opt8bit.ptq.model.walk import greenlets
+from opt8bit.ptq.naming import named
 from opt8bit.ptq.need import warn_of_memory
 from opt8bit.ptq.pipeline import run
-from opt8bit.ptq.plan import Plan, plan_for
+from opt8bit.ptq.plan import LayerPlan, Plan, plan_for
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.resume import LAYOUT, Work
 from opt8bit.ptq.tasks.causal_lm import CausalLM
 from opt8bit.ptq.tasks.task import Calibration, Task
+from opt8bit.quant.contract import check_grid
+from opt8bit.quant.described import described
 from opt8bit.recipe.recipe import Recipe, changed
 from opt8bit.recipe.registry import FORMATS
 
 CAUSAL_LM = CausalLM()
 NAMED = 3  # of the weights that a warning is about
+TRIED = 2  # rows of a weight that a grid is tried on
 
 
 def compress(
@@ -197,12 +200,19 @@ def _check_layers(source: Source, plan: Plan) -> None:
         owner = owners.setdefault(id(layer.weight) if weight.is_meta else weight.data_ptr(), name)
         if owner != name:
             raise ValueError(f"{name}: shares its weight with {owner}: it cannot be rounded for both")
-        try:
-            if own is not None:
+        if own is not None:
+            with named(name):
                 own.scheme.groups_of(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    _check_values(source, plan)
+
+
+def _check_values(source: Source, plan: Plan) -> None:
+    """
+    Raises:
+        TypeError, ValueError: a number is not finite, or a grid is not as it must be.
+    """
     prefix, blocks = find_blocks(source.model)
+    tried: set[type] = set()  # classes of grids
     for name, param in source.model.named_parameters():
         if not name.startswith(f"{prefix}.") and not bool(torch.isfinite(param).all()):
             raise ValueError(f"{name} is not finite")
@@ -211,3 +221,20 @@ def _check_layers(source: Source, plan: Plan) -> None:
             for name, layer in linear_layers(block).items():
                 if not bool(torch.isfinite(matrix(layer)).all()):
                     raise ValueError(f"{prefix}.{i}.{name}: a weight is not finite")
+                own = plan.of(f"{prefix}.{i}.{name}")
+                if own is not None:
+                    with named(f"{prefix}.{i}.{name}"):
+                        _try_grids(own, matrix(layer), tried)
+
+
+def _try_grids(plan: LayerPlan, weight: Tensor, tried: set[type]) -> None:
+    """Tries the grids of a layer whose classes have not been tried yet on its first rows.
+
+    Raises:
+        TypeError, ValueError: one is not as a grid must be.
+    """
+    for grid in plan.method.grids(plan.scheme):
+        if type(grid) not in tried:
+            tried.add(type(grid))
+            rows = weight[:TRIED].to(torch.promote_types(weight.dtype, torch.float32))
+            check_grid(grid, rows.unflatten(1, (-1, plan.scheme.groups_of(weight))))

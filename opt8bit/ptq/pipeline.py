@@ -23,8 +23,10 @@ from opt8bit.ptq.model.passes import Call, Refused
 from opt8bit.ptq.model.rehearsal import Rehearsal, rehearse
 from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.states import State
+from opt8bit.ptq.naming import named
 from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.reconstruction.engine import Example, Reconstruction
+from opt8bit.ptq.reconstruction.parametrization import TrainedWeight, hardened, started
 from opt8bit.ptq.result import Change, Result, install
 from opt8bit.ptq.resume import Work
 from opt8bit.ptq.tasks.task import Task
@@ -173,14 +175,16 @@ def _run_block(
 def _reconstructed(engine: Reconstruction, task: BlockTask, calls: Sequence[Call], behind: Streams) -> Streams:
     """The streams behind a block whose weights have been trained; the task's layers have them."""
     layers = {full.removeprefix(f"{task.name}."): layer for full, layer in task.done.items()}
-    weights = {
-        name: engine.parametrization.start(matrix(task.block.get_submodule(name)), layer.rounded)
-        for name, layer in layers.items()
-    }
-    pairs = zip(calls, behind.exact, task.masks, strict=False)  # what is held out has no masks
-    engine.train(task.compressed.requires_grad_(False), weights, [Example(*pair) for pair in pairs])
+    weights: dict[str, TrainedWeight] = {}
     for name, layer in layers.items():
-        trained = replace(layer, rounded=weights[name].harden())
+        with named(f"{task.name}.{name}"):
+            weights[name] = started(engine.parametrization, matrix(task.block.get_submodule(name)), layer.rounded)
+    pairs = zip(calls, behind.exact, task.masks, strict=False)  # what is held out has no masks
+    with named(task.name):
+        engine.train(task.compressed.requires_grad_(False), weights, [Example(*pair) for pair in pairs])
+    for name, layer in layers.items():
+        with named(f"{task.name}.{name}"):
+            trained = replace(layer, rounded=hardened(weights[name]))
         task.done[f"{task.name}.{name}"] = trained
         install(task.compressed.get_submodule(name), {"weight": trained.rounded})
     return Streams(behind.exact, [call.of(task.compressed).contiguous() for call in calls])

@@ -14,7 +14,7 @@ from opt8bit.ptq.group_sizes import default_group_size
 from opt8bit.ptq.model.blocks import block_layers, matrix
 from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.rounding import RTN, OutlierQuantEase, QuantEase, Rounder
-from opt8bit.ptq.rounding.rounder import check_rounder
+from opt8bit.ptq.rounding.rounder import check_needs
 from opt8bit.ptq.transforms.transform import Transform
 from opt8bit.quant.grid import SCALE_DTYPES, Grid
 from opt8bit.quant.uniform import UniformGrid
@@ -112,7 +112,7 @@ def plan_for(model: nn.Module, recipe: Recipe, checkpoint_format: str | None = N
         found[name] = plans[key]
     if not any(found.values()):
         raise ValueError("overrides leave every layer as it is")
-    transforms = tuple(map(_transform, recipe.transforms))
+    transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
     return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction))
 
 
@@ -130,10 +130,15 @@ def rounder_of(recipe: Recipe) -> Rounder:
     """Returns the rounding method that a recipe describes.
 
     Raises:
-        TypeError: its method is neither a name nor one.
+        TypeError, ValueError: what it needs cannot be known.
     """
+    rounder = _rounder_of(recipe)
+    check_needs(rounder)
+    return rounder
+
+
+def _rounder_of(recipe: Recipe) -> Rounder:
     if not isinstance(recipe.method, str):
-        check_rounder("method", recipe.method)
         return recipe.method
     # QuantEase is what polish does, here to weights that are rounded to nearest.
     start: Rounder = RTN() if recipe.method == "quantease" else ROUNDERS[recipe.method](**_given(recipe, "act_order"))
@@ -167,26 +172,8 @@ def _check_inputs(recipe: Recipe, rounder: Rounder, strength: float) -> None:
         raise ValueError(f"{rounder!r} looks at no inputs: error_propagation must be 0")
 
 
-def _transform(given: Any) -> Transform:
-    """
-    Raises:
-        TypeError: it is neither the name of a transform nor one.
-    """
-    found = TRANSFORMS[given]() if isinstance(given, str) else given
-    if not isinstance(found, Transform):
-        raise TypeError(f"transforms must be names, or transforms, got {given!r}")
-    return found
-
-
 def _reconstruction(given: Any) -> Reconstruction | None:
-    """
-    Raises:
-        TypeError: it is neither the name of a parametrization nor a reconstruction.
-    """
-    found = Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
-    if not isinstance(found, Reconstruction | None):
-        raise TypeError(f"reconstruction must be a name, or a Reconstruction, got {given!r}")
-    return found
+    return Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
 
 
 def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> LayerPlan:
@@ -205,8 +192,6 @@ def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> La
 
 def _grid(recipe: Recipe, rounder: Rounder, scale_dtype: torch.dtype) -> Grid:
     if recipe.grid is not None:
-        if not isinstance(recipe.grid, Grid):
-            raise TypeError(f"grid must be one of opt8bit.quant, such as UniformGrid(4), got {recipe.grid!r}")
         return recipe.grid
     range = recipe.range or ("mse" if rounder.looks_at_inputs else "minmax")
     return UniformGrid(recipe.bits, symmetric=bool(recipe.symmetric), range=range, scale_dtype=scale_dtype)

@@ -15,10 +15,10 @@ from opt8bit.ptq.calibration.statistics import Inputs, InputStatistics, Moments,
 from opt8bit.ptq.compressed import Compressed
 from opt8bit.ptq.correction import bias as compensation
 from opt8bit.ptq.correction.target import asymmetric_target
-from opt8bit.ptq.described import described
 from opt8bit.ptq.model.blocks import matrix
 from opt8bit.ptq.model.memory import return_freed
 from opt8bit.ptq.plan import LayerPlan
+from opt8bit.ptq.rounding.rounder import checked_round
 from opt8bit.quant.weight import Outliers, QuantizedWeight
 
 
@@ -111,22 +111,11 @@ def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dic
         target = asymmetric_target(target, _missing(target, moments), *args)  # what is missing is not kept
     if not plan.method.rowwise:
         parts = zip(weights, target.split(sizes), strict=True)
-        return {name: _rounded(part, statistics, plan) for name, part in parts}
-    whole = _of_all_ranks(_rounded(ranks.rows_of_this(target), statistics, plan), len(target))
+        return {name: checked_round(plan.method, part, statistics, plan.scheme) for name, part in parts}
+    own = checked_round(plan.method, ranks.rows_of_this(target), statistics, plan.scheme)
+    whole = _of_all_ranks(own, len(target))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
-
-
-def _rounded(weight: Tensor, statistics: InputStatistics, plan: LayerPlan) -> QuantizedWeight:
-    """
-    Raises:
-        ValueError: the method does not keep to the grids that it names, by which its weights are read again.
-    """
-    found = plan.method.round(weight, statistics, plan.scheme)
-    made, named = (tuple(grids) for grids in ([part.grid for part in found.parts], plan.method.grids(plan.scheme)))
-    if described(made) != described(named):
-        raise ValueError(f"{plan.method} must round on the grids of its grids(scheme), {named}, got {made}")
-    return found
 
 
 def _of_all_ranks(own: QuantizedWeight, rows: int) -> QuantizedWeight:

@@ -113,6 +113,11 @@ class QuantizedWeight:
         """Encodes a weight (out, in) on a single grid: each number becomes the nearest value of its group."""
         return cls((weight.shape[0], weight.shape[1]), (Part.of(scheme.grid, weight, params),), outliers)
 
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grid of each part."""
+        return tuple(part.grid for part in self.parts)
+
     def on_grid(self) -> Tensor:
         """Returns the weight without outliers, (out, in), in the dtype of the params."""
         if len(self.parts) == 1 and self.parts[0].columns is None:

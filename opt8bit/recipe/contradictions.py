@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from opt8bit.recipe.arguments import check_fraction
+from opt8bit.recipe.options import defaults_of
 
 # What a method has itself, if it is no name, or another than the recipe's.
-METHOD_OPTIONS = {"act_order": None, "polish": None, "outliers": 0.0, "outlier_structure": None}
-GRID_OPTIONS = {"bits": 4, "symmetric": None, "range": None}  # that a grid has itself
+METHOD_OPTIONS = ("act_order", "polish", "outliers", "outlier_structure")
+GRID_OPTIONS = ("bits", "symmetric", "range")  # that a grid has itself
 
 
 def check_contradictions(recipe: Any) -> None:
@@ -29,7 +30,9 @@ def _check_method(recipe: Any) -> None:
     """
     method = recipe.method
     if not isinstance(method, str):
-        own = [name for name, default in METHOD_OPTIONS.items() if getattr(recipe, name) != default]
+        own = [
+            name for name, default in defaults_of(recipe, METHOD_OPTIONS).items() if getattr(recipe, name) != default
+        ]
         if own:
             raise ValueError(f"{own[0]} is that of method={method!r}: leave it out")
         return
@@ -47,12 +50,15 @@ def _check_method(recipe: Any) -> None:
 def _check_grid(recipe: Any) -> None:
     """
     Raises:
-        ValueError: options contradict the grid, or there is no such width.
+        ValueError: options contradict the grid, or there is no such width or group size.
     """
-    if recipe.grid is not None and any(getattr(recipe, name) != value for name, value in GRID_OPTIONS.items()):
+    defaults = defaults_of(recipe, GRID_OPTIONS)
+    if recipe.grid is not None and any(getattr(recipe, name) != value for name, value in defaults.items()):
         raise ValueError(f"bits, symmetric and range are those of grid={recipe.grid!r}: leave them out")
     if not 2 <= recipe.bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {recipe.bits!r}")
+    if isinstance(recipe.group_size, int) and recipe.group_size < 1:  # whole rows are kept as None
+        raise ValueError(f"group_size must be at least 1, or 0, -1 or None for whole rows, got {recipe.group_size!r}")
 
 
 def _check_correction(recipe: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from opt8bit.recipe.names import unknown
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -82,13 +84,24 @@ def values_of(owner: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_values(allowed: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+def defaults_of(owner: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Returns the defaults of a dataclass's fields, or of those that are named."""
+    defaults = {each.name: each.default for each in fields(owner)}
+    return defaults if names is None else {name: defaults[name] for name in names}
+
+
+def check_values(allowed: Mapping[str, Option], values: Mapping[str, Any], also: Iterable[str] = ()) -> None:
     """Checks values by name.
+
+    Args:
+        allowed: options by name.
+        values: by name.
+        also: names that there are besides, for the message.
 
     Raises:
         ValueError: an option is unknown, or cannot have its value.
     """
     for name, value in values.items():
         if name not in allowed:
-            raise ValueError(f"{name!r} is none of {', '.join(allowed)}")
+            raise ValueError(unknown(name, [*allowed, *also]))
         allowed[name].check(name, value)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from opt8bit.recipe.names import renamed, unknown
 from opt8bit.recipe.options import Option
 
 PATTERN, SKIP = "layers", "skip"  # of an override in a file
@@ -55,7 +56,7 @@ def listed_overrides(listed: Any, allowed: Mapping[str, Option], defaults: Mappi
     for each in listed:
         if not isinstance(each, Mapping) or not isinstance(each.get(PATTERN), str):
             raise ValueError(f"an override is an object with a pattern of names as {PATTERN!r}, got {each!r}")
-        given = {name: value for name, value in each.items() if name != PATTERN}
+        given = renamed({name: value for name, value in each.items() if name != PATTERN})
         if not given:
             raise ValueError(f"an override has some of {', '.join([*allowed, SKIP])}, got {each!r}")
         skip = given.pop(SKIP, False)
@@ -72,7 +73,7 @@ def listed_overrides(listed: Any, allowed: Mapping[str, Option], defaults: Mappi
 
 def _check_option(name: str, value: Any, allowed: Mapping[str, Option], defaults: Mapping[str, Any]) -> None:
     if name not in allowed:
-        raise ValueError(f"an override may have {', '.join([*allowed, SKIP])}, got {name!r}")
+        raise ValueError(f"an override: {unknown(name, [*allowed, SKIP])}")
     if type(value) is not type(defaults[name]) or value != defaults[name]:
         allowed[name].check(f"{name} of an override", value)
 
@@ -88,15 +89,29 @@ def kept_overrides(given: Any, allowed: Collection[str]) -> tuple[Override, ...]
         TypeError, ValueError: they are neither a mapping from patterns to options nor overrides.
     """
     if isinstance(given, tuple) and all(isinstance(each, Override) for each in given):
-        return given
+        return tuple(_kept(each.pattern, _mapping(each.options), allowed) for each in given)
     if not isinstance(given, Mapping | None):
         raise TypeError(f"overrides must be a mapping from patterns of names to options, got {given!r}")
-    found = []
-    for pattern, options in (given or {}).items():
-        if options is not None and not isinstance(options, Mapping):
-            raise TypeError(f"overrides[{pattern!r}] must be a mapping of options, or None, got {options!r}")
-        for name in options or ():
-            if name not in allowed:
-                raise ValueError(f"overrides[{pattern!r}] may have {', '.join(allowed)}, got {name!r}")
-        found.append(Override.of(pattern, options))
-    return tuple(found)
+    return tuple(_kept(pattern, options, allowed) for pattern, options in (given or {}).items())
+
+
+def _mapping(options: tuple[tuple[str, Any], ...] | None) -> dict[str, Any] | None:
+    return None if options is None else dict(options)
+
+
+def _kept(pattern: Any, options: Any, allowed: Collection[str]) -> Override:
+    """
+    Raises:
+        TypeError, ValueError: these are not a pattern and options of layers.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"a pattern of overrides must be a string, got {pattern!r}")
+    if options is None:
+        return Override(pattern, None)
+    if not isinstance(options, Mapping):
+        raise TypeError(f"overrides[{pattern!r}] must be a mapping of options, or None, got {options!r}")
+    options = renamed(options)
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"overrides[{pattern!r}]: {unknown(name, allowed)}")
+    return Override.of(pattern, options)

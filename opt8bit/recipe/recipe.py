@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from opt8bit.recipe.contradictions import GRID_OPTIONS, METHOD_OPTIONS, check_contradictions
-from opt8bit.recipe.options import Option, check_values, option, options_of, values_of
+from opt8bit.recipe.names import renamed, with_checked_names
+from opt8bit.recipe.objects import NAMED, check_objects
+from opt8bit.recipe.options import Option, check_values, defaults_of, option, options_of, values_of
 from opt8bit.recipe.overrides import PATTERN, SKIP, Override, kept_group_size, kept_overrides, listed_overrides
 from opt8bit.recipe.registry import RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
-from opt8bit.recipe.renamed import renamed
 
 AUTO = "auto"
 # What stands for an option that is left out where it depends on others.
@@ -23,8 +24,10 @@ CORRECTIONS = ("none", "local", "sequential", "joint")
 STATISTICS = ("mean", "median", "position")
 RANGES = ("minmax", "mse")
 STRUCTURES = ("unstructured", "column")
+OVERRIDES = "overrides"
 
 
+@with_checked_names
 @dataclass(frozen=True)
 class Recipe:
     """What is to become of a model's layers.
@@ -41,7 +44,7 @@ class Recipe:
         range: of a grid: "minmax" or "mse"; None for "mse", and "minmax" for RTN, which the other hurts. See
             :class:`UniformGrid`.
         grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
-            its own and must be left out.
+            its own and must be left out; their defaults are as good as nothing.
         bias_correction: the stream that Bias Compensation takes its errors from: "none" for no bias; "local" for the
             float model's, as the paper's code has it: each layer's error on the float model's inputs, and in the
             block's last layer, if its output is added to the hidden states and it can hold a bias, the error of the
@@ -64,8 +67,9 @@ class Recipe:
             What a report says of a layer is from before.
         overrides: others of ``method``, ``bits``, ``group_size``, ``symmetric``, ``range``, ``grid``, ``polish``,
             ``outliers``, ``outlier_structure`` and ``act_order`` for layers by the pattern of their names, or None to
-            leave the layers as they are. The last pattern that fits is the one. What the recipe says of its own method
-            is not meant where an override names another, nor of its own grid.
+            leave the layers as they are. Only the last pattern that fits a layer counts; what it does not name is as in
+            the recipe. What the recipe says of its own method is not meant where an override names another, nor of its
+            own grid.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or arguments contradict each other.
@@ -116,6 +120,7 @@ class Recipe:
         _set(self, group_size=kept_group_size(self.group_size))
         if isinstance(self.transforms, list):
             _set(self, transforms=tuple(self.transforms))
+        check_objects(self)
         check_values(options_of(Recipe), _named(self))
         check_contradictions(self)
         for override in self.override_list:
@@ -139,10 +144,10 @@ class Recipe:
             return None
         given = dict(override.options)
         if "method" in given:
-            given = {**METHOD_OPTIONS, **given}
+            given = {**defaults_of(Recipe, METHOD_OPTIONS), **given}
         if given.get("grid") is not None:
-            given = {**GRID_OPTIONS, **given}
-        elif given.keys() & GRID_OPTIONS.keys():
+            given = {**defaults_of(Recipe, GRID_OPTIONS), **given}
+        elif given.keys() & set(GRID_OPTIONS):
             given = {"grid": None, **given}
         try:
             return replace(self, overrides=(), **given)
@@ -155,25 +160,42 @@ class Recipe:
         Raises:
             ValueError: it has a rounding method or a grid that is an object and no name.
         """
-        overrides = [
-            {PATTERN: each.pattern, **({SKIP: True} if each.options is None else _in_file(each.options))}
-            for each in self.override_list
-        ]
+        overrides = []
+        for each in self.override_list:
+            # One without options says that its layers are not skipped, as another pattern might have it.
+            said = _in_file(each.options) if each.options else {SKIP: each.options is None}
+            overrides.append({PATTERN: each.pattern, **said})
         own = _in_file({**values_of(self), "group_size": self.group_size, "grid": self.grid}.items())
         # What an override says is said, even where it is the default: the recipe may have something else.
-        return {**{n: value for n, value in own.items() if value not in (None, AUTO, [])}, "overrides": overrides}
+        return {**{n: value for n, value in own.items() if value not in (None, AUTO, [])}, OVERRIDES: overrides}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Returns the recipe that a file has.
 
         Raises:
-            ValueError: a key is unknown, or an option cannot have its value; the message names it.
+            ValueError: it is no mapping, a key is unknown, or an option cannot have its value; the message names it.
         """
-        values = renamed(values)
-        listed = values.pop("overrides", [])
-        check_values(options_of(cls), values)
-        return cls(**values, overrides=overrides_in_file(listed))
+        return cls(**read_values(values))
+
+
+def read_values(values: Any, beside: Mapping[str, Option] | None = None) -> dict[str, Any]:
+    """Returns a file's options by name, checked one by one, and its overrides.
+
+    Args:
+        values: that the file has.
+        beside: options that the file may have beside those of a recipe, by name.
+
+    Raises:
+        ValueError: it is no mapping, a key is unknown, or an option cannot have its value; the message names it.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a recipe is an object with names of options, got {values!r}")
+    values = renamed(values)
+    listed = values.pop(OVERRIDES, [])
+    allowed = {**options_of(Recipe), **(beside or {})}
+    check_values(allowed, values, also=[OVERRIDES])
+    return {**values, OVERRIDES: listed_overrides(listed, layer_options(), defaults_of(Recipe))}
 
 
 def changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -184,17 +206,7 @@ def changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {recipe!r}")
-    allowed = [each.name for each in fields(Recipe)]
-    options = renamed(options)
-    for name in options:
-        if name not in allowed:
-            raise TypeError(f"{name!r} is none of a recipe's {', '.join(allowed)}")
-    return replace(recipe, **options)
-
-
-def overrides_in_file(listed: Any) -> tuple[Override, ...]:
-    """Returns the overrides that a file lists: see :func:`listed_overrides`."""
-    return listed_overrides(listed, layer_options(), {each.name: each.default for each in fields(Recipe)})
+    return replace(recipe, **renamed(options))  # before the names of before meet the recipe's own
 
 
 def layer_options() -> dict[str, Option]:
@@ -224,7 +236,7 @@ def _named(recipe: Recipe) -> dict[str, Any]:
         value, is_option = getattr(recipe, each.name), "option" in each.metadata
         if is_option and (type(value) is not type(each.default) or value != each.default):
             found[each.name] = value
-    for name in ("method", "reconstruction"):
+    for name in NAMED:
         if not isinstance(getattr(recipe, name), str | None):
             del found[name]
     if recipe.group_size is None:

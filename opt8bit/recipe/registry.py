@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from opt8bit.recipe.objects import FORMAT, PARAMETRIZATION, ROUNDER, TRANSFORM, Kind
+
 
 class Registry(Mapping[str, Any]):
     """Objects by name.
@@ -13,10 +15,14 @@ class Registry(Mapping[str, Any]):
     Args:
         kind: what they are, for messages.
         places: "module:object" of each.
+        base: the class of which they are subclasses, or instances; None for anything.
+        instances: whether they are instances.
     """
 
-    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
-        self.kind = kind
+    def __init__(
+        self, kind: str, places: Mapping[str, str], base: Kind | None = None, *, instances: bool = False
+    ) -> None:
+        self.kind, self._base, self._instances = kind, base, instances
         self._places = dict(places)
         self._found: dict[str, Any] = {}
 
@@ -24,10 +30,17 @@ class Registry(Mapping[str, Any]):
         """Adds an object of your own.
 
         Raises:
+            TypeError: the name is not a string, or the object is none of the registry's class.
             ValueError: the name is taken.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a {self.kind} must be a string, got {name!r}")
         if name in self:
             raise ValueError(f"there is a {self.kind} of the name {name!r} already")
+        base = self._base
+        if base is not None and not (base.has(found) if self._instances else base.has_class(found)):
+            wanted = "an instance" if self._instances else "a subclass, not an instance,"
+            raise TypeError(f"{self.kind} {name!r} must be {wanted} of {base.name}, got {found!r}")
         self._found[name] = found
 
     def __getitem__(self, name: str) -> Any:
@@ -61,18 +74,21 @@ ROUNDERS = Registry(  # classes, subclasses of Rounder
         "gptq": "opt8bit.ptq.rounding.gptq:GPTQ",
         "quantease": "opt8bit.ptq.rounding.quantease:QuantEase",
     },
+    ROUNDER,
 )
 TRANSFORMS = Registry(  # classes, subclasses of Transform
     "transforms",
     {
         "fold_norm": "opt8bit.ptq.transforms.fold_norm:FoldNorm",
     },
+    TRANSFORM,
 )
 RECONSTRUCTIONS = Registry(  # classes, subclasses of Parametrization
     "reconstruction",
     {
         "scales": "opt8bit.ptq.reconstruction.scales:TrainScales",
     },
+    PARAMETRIZATION,
 )
 FORMATS = Registry(  # instances of CheckpointFormat
     "format",
@@ -81,4 +97,6 @@ FORMATS = Registry(  # instances of CheckpointFormat
         "gptq": "opt8bit.ptq.export.gptq:FORMAT",
         "dense": "opt8bit.ptq.export.dense:FORMAT",
     },
+    FORMAT,
+    instances=True,
 )

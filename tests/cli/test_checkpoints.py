@@ -111,9 +111,11 @@ def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path,
         ("[]", "a recipe is an object"),
         ('{"widths": 3}', "'widths' is none of method, bits"),
         ('{"output": "x"}', "'output' is none of"),
+        ('{"sym": true}', "'sym' is none of .*, samples, .*, overrides; here it is symmetric"),
+        ("[3]", r"recipe\.json: a recipe is an object with names of options, got \[3\]"),
         ('{"overrides": {}}', "overrides must be a list"),
         ('{"overrides": [{"bits": 3}]}', "a pattern of names as 'layers'"),
-        ('{"overrides": [{"layers": "*", "seed": 3}]}', "an override may have method, .*, got 'seed'"),
+        ('{"overrides": [{"layers": "*", "seed": 3}]}', "an override: 'seed' is none of method, .*, skip"),
         ('{"overrides": [{"layers": "*", "skip": 1.5}]}', "skip of an override must be true or false, got 1.5"),
         ('{"overrides": [{"layers": "*", "symmetric": "false"}]}', "symmetric of an override must be true or false"),
         ('{"overrides": [{"layers": "*", "outliers": "0.1"}]}', "outliers of an override must be a number, got '0.1'"),
@@ -154,6 +156,15 @@ def test_recipes_are_checked(
     assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_two_names_of_one_option_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.json").write_text('{"correct": "local", "bias_correction": "none"}')
+    flags = ["--correct", "local", "--bias-correction", "none"]
+    for options in (["--recipe", str(tmp_path / "recipe.json")], flags):
+        with pytest.warns(DeprecationWarning, match="correct is called bias_correction now"):
+            assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 2
+        assert "correct and bias_correction are one option: give bias_correction only" in capsys.readouterr().err
 
 
 def test_of_overrides_with_one_pattern_the_last_is_meant(folder: Path, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from toys import MODELS, token_ids
 
 from opt8bit import ptq
 from opt8bit.ptq.allocation.knapsack import Choice, allocate
 from opt8bit.ptq.allocation.layer_objective import allocate_bits
+from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.result import Result
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -87,3 +92,47 @@ def test_reports_that_do_not_go_together_are_refused() -> None:
     name = report[0].name
     with pytest.raises(ValueError, match=rf"together names {name} twice"):
         allocate_bits({2: report}, 5.0, together=[[name], [report[1].name, name]])
+
+
+def row(name: str, shape: tuple[int, int], bits: int, error: float = 0.1) -> LayerReport:
+    """A layer in whole rows, each with a scale and a zero point: its bits per weight are seldom a binary fraction."""
+    stored = bits * math.prod(shape) + (16 + bits) * shape[0]
+    return LayerReport(name, shape, stored / math.prod(shape), error, error, 0.0, 0, None, None, "", 0.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20000), st.integers(1, 20000)), min_size=1, max_size=200))
+@example([(48, 576), (1536, 96), (32, 1536)])
+def test_what_a_result_takes_is_enough_for_it(shapes: list[tuple[int, int]]) -> None:
+    reports = {bits: [row(f"{i}", shape, bits, 1 / bits) for i, shape in enumerate(shapes)] for bits in (3, 4)}
+    for bits, report in reports.items():
+        source: Any = None
+        result = Result(source, source, {}, report=report)
+        chosen = allocate_bits(reports, result.bits_per_weight)
+        if bits == 3:
+            assert {each["bits"] for each in chosen.values()} == {bits}
+        taken = sum(reports[chosen[each.name]["bits"]][i].stored_bits for i, each in enumerate(report))
+        assert taken <= sum(each.stored_bits for each in report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits_per_weight": "4"}, "bits_per_weight must be a positive number, got '4'"),
+        ({"bits_per_weight": math.inf}, "bits_per_weight must be a positive number, got inf"),
+        ({"bits_per_weight": math.nan}, "bits_per_weight must be a positive number, got nan"),
+        ({"bits_per_weight": None}, "bits_per_weight must be a positive number, got None"),
+        ({"bits_per_weight": True}, "bits_per_weight must be a positive number, got True"),
+        ({"reports": {}}, "reports must have a report for each width, got {}"),
+        ({"reports": {2: [], 3: []}}, "reports must have a report for each width, got {2: [], 3: []}"),
+        ({"reports": [[]]}, "reports must be a mapping from widths to reports, got [[]]"),
+        ({"reports": {"3": [row("a.b", (4, 16), 3)]}}, "reports must be by the width, an integer, got '3'"),
+        ({"reports": {3: [row("a.b", (4, 16), 3, math.nan)]}}, "a.b: its error at 3 bits must be finite, got nan"),
+        ({"together": ["a.b"]}, "together must have lists of names, such as [['a', 'b']], got ['a.b']"),
+        ({"together": "a.b"}, "together must have lists of names, such as [['a', 'b']], got 'a.b'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_allocated_is_said(options: dict[str, Any], message: str) -> None:
+    usual = {"reports": {3: [row("a.b", (4, 16), 3)]}, "bits_per_weight": 5.0}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        allocate_bits(**{**usual, **options})

@@ -384,7 +384,7 @@ def test_overrides_are_checked_and_the_last_one_is_meant() -> None:
     assert grids["mlp.down_proj"] is grid and grids["self_attn.q_proj"].bits == 2
     for wrong, message in (
         ({"*.q_proj": 8}, r"overrides\['\*.q_proj'\] must be a mapping of options, or None, got 8"),
-        ({"*.q_proj": {"width": 8}}, r"may have method, bits, group_size, .*, act_order, grid, got 'width'"),
+        ({"*.q_proj": {"width": 8}}, r"'width' is none of method, bits, group_size, .*, act_order, grid"),
         ({"*.q_proj": {"bits": 3, "grid": grid}}, r"overrides\['\*.q_proj'\]: bits, symmetric and range are those of"),
         ({"*.q_proj": {"group_size": 48}}, "layers.0.self_attn.q_proj: group_size must be a positive divisor"),
         ({"*.z_proj": None}, "fits no layer"),

@@ -203,7 +203,7 @@ def test_a_transform_that_changes_the_function_is_refused() -> None:
     class Wrong(Transform):
         def scale(self, block: nn.Module, link: Link) -> Tensor | None:
             size = int(link.channels.max()) + 1
-            return torch.full((size,), torch.nan)
+            return torch.full((size,), 1e308, dtype=torch.float64)  # what a norm puts out is infinite
 
     block, call = first_block(made("llama"))
     with pytest.raises(NotTheSame, match=r"^block: .* change what the block computes, by nan of its output$"):

@@ -2,20 +2,24 @@
 
 import argparse
 import json
-from dataclasses import fields
+import re
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 
 from opt8bit.cli.flags import add_flags, add_old_flags, given
 from opt8bit.cli.run_options import RunOptions
+from opt8bit.ptq.rounding import GPTQ, RTN, Rounder
+from opt8bit.ptq.transforms.fold_norm import FoldNorm
 from opt8bit.quant.grid import RANGES as GRID_RANGES
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.recipe import Override, Recipe
-from opt8bit.recipe.options import options_of
+from opt8bit.recipe.contradictions import METHOD_OPTIONS
+from opt8bit.recipe.names import ELSEWHERE, RENAMED
+from opt8bit.recipe.options import defaults_of, options_of
 from opt8bit.recipe.recipe import RANGES, changed, layer_options
 from opt8bit.recipe.registry import FORMATS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS, Registry
-from opt8bit.recipe.renamed import RENAMED
 
 # A value for each option that is not its default.
 OTHERS: dict[str, Any] = {
@@ -78,7 +82,7 @@ def test_files_of_an_older_version_are_read_and_unknown_keys_named() -> None:
 
 
 def test_objects_cannot_be_written() -> None:
-    rows: list[tuple[str, Any]] = [("method", object()), ("grid", UniformGrid(4)), ("transforms", [object()])]
+    rows: list[tuple[str, Any]] = [("method", RTN()), ("grid", UniformGrid(4)), ("transforms", [FoldNorm()])]
     for name, value in rows:
         recipe = Recipe(**{name: value})
         with pytest.raises(ValueError, match=rf"{name}=.* cannot be written into a file"):
@@ -95,7 +99,9 @@ def test_flags_are_those_of_the_fields() -> None:
     for name, value in OTHERS.items():
         flag = name.replace("_", "-")
         words += (
-            [f"--{flag}"] if value is True else [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
+            [f"--{flag}"]
+            if value is True
+            else [word for each in (value if isinstance(value, list) else [value]) for word in (f"--{flag}", str(each))]
         )
     parsed = parser.parse_args(words)
     assert given(parsed, options_of(Recipe)) == OTHERS and given(parsed, options_of(RunOptions)) == {}
@@ -129,7 +135,7 @@ def test_what_is_registered_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(registered, "_found", {})
     with pytest.raises(ValueError, match="method must be one of rtn, gptq, quantease, got 'mine'"):
         Recipe(method="mine")
-    ROUNDERS.register("mine", object)
+    ROUNDERS.register("mine", RTN)
     assert Recipe(method="mine").to_dict()["method"] == "mine"
 
 
@@ -142,6 +148,9 @@ def test_names_of_before_are_read_with_a_warning(capsys: pytest.CaptureFixture[s
     add_flags(parser, Recipe)
     add_old_flags(parser, RENAMED)
     assert parser.parse_args(["--correct", "joint"]).correct == "joint"
+    parser.add_argument("model")
+    parsed = parser.parse_args(["--transforms", "fold_norm", "MODEL"])
+    assert (parsed.transforms, parsed.model) == (["fold_norm"], "MODEL")  # a list leaves the command what is its own
     parser.print_help()
     assert "--correct" not in capsys.readouterr().out
 
@@ -199,11 +208,13 @@ def test_options_are_changed_by_name() -> None:
         ({"symmetric": 1}, "symmetric must be true or false, got 1"),
         ({"outliers": -0.5}, r"outliers must be from 0 to 1, got -0\.5"),
         ({"method": "rtn", "outliers": 0.5}, "outliers are chosen by the inputs"),
-        ({"method": 3, "polish": True}, "polish is that of method="),
+        ({"method": GPTQ(), "polish": True}, "polish is that of method="),
         ({"method": "rtn", "act_order": True}, "it has no meaning for rtn"),
         ({"bias_correction": "joint", "statistic": "median"}, "bias_correction='joint' is least squares"),
-        ({"overrides": {"*": {"seed": 1}}}, r"overrides\['\*'\] may have method, .*, grid, got 'seed'"),
+        ({"overrides": {"*": {"seed": 1}}}, r"overrides\['\*'\]: 'seed' is none of method, .*, grid$"),
         ({"overrides": {"*": {"bits": 1}}}, r"overrides\['\*'\]: bits must be 2 to 8, got 1"),
+        ({"group_size": -5}, "group_size must be at least 1, or 0, -1 or None for whole rows, got -5"),
+        ({"overrides": {"*": {"group_size": -5}}}, r"overrides\['\*'\]: group_size must be at least 1"),
         ({"grid": UniformGrid(3), "bits": 3}, "bits, symmetric and range are those of grid="),
     ],
     ids=str,
@@ -216,3 +227,107 @@ def test_what_contradicts_itself_is_refused(options: dict[str, Any], message: st
 def test_options_of_layers_are_fields() -> None:
     assert layer_options().keys() < options_of(Recipe).keys()
     assert "bias_correction" not in layer_options() and "bits" in layer_options()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": 3}, "method must be one of opt8bit.ptq, such as GPTQ(), or a name, got 3"),
+        ({"method": ["gptq"]}, "method must be one of opt8bit.ptq, such as GPTQ(), or a name, got ['gptq']"),
+        ({"method": GPTQ}, "or a name, got the class GPTQ: say GPTQ()"),
+        ({"reconstruction": 1}, "reconstruction must be a name, or a Reconstruction, got 1"),
+        ({"transforms": [1]}, "transforms must be names, or transforms, got 1"),
+        ({"grid": "nf4"}, "grid must be one of opt8bit.quant, such as UniformGrid(4), got 'nf4'"),
+        ({"overrides": {"*": {"grid": 4}}}, "overrides['*']: grid must be one of opt8bit.quant"),
+        ({"overrides": {3: None}}, "a pattern of overrides must be a string, got 3"),
+        ({"overrides": {"*": 4}}, "overrides['*'] must be a mapping of options, or None, got 4"),
+    ],
+    ids=str,
+)
+def test_what_is_none_of_its_class_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Recipe(**options)
+
+
+def test_objects_whose_fields_may_change_are_refused() -> None:
+    @dataclass
+    class Thawed(Rounder):
+        tries: int = 1
+
+        def round(self, weight: Any, statistics: Any, scheme: Any) -> Any: ...
+
+    given: list[dict[str, Any]] = [{"method": Thawed()}, {"overrides": {"*": {"method": Thawed()}}}]
+    for options in given:
+        with pytest.raises(TypeError, match=r"cannot be hashed, .*: make Thawed a @dataclass\(frozen=True\)"):
+            Recipe(**options)
+
+
+def test_overrides_that_say_nothing_come_back_from_a_file() -> None:
+    recipe = Recipe(overrides={"*": None, "*.2.*": {}})
+    written = json.loads(json.dumps(recipe.to_dict()))
+    assert written["overrides"] == [{"layers": "*", "skip": True}, {"layers": "*.2.*", "skip": False}]
+    assert Recipe.from_dict(written) == recipe and recipe.of("a.2.b") == Recipe() and recipe.of("a.1.b") is None
+    twice = [{"layers": "*", "bits": 3}, {"layers": "a", "bits": 2}, {"layers": "*", "bits": 8}]
+    assert Recipe.from_dict({"overrides": twice}).to_dict()["overrides"] == twice
+
+
+def test_what_is_no_mapping_is_no_recipe() -> None:
+    for values in ([1], None, "bits"):
+        with pytest.raises(ValueError, match="a recipe is an object with names of options, got "):
+            Recipe.from_dict(values)  # type: ignore[arg-type]
+
+
+def test_two_names_of_one_option_are_refused() -> None:
+    both: dict[str, Any] = {"correct": "local", "bias_correction": "none"}
+    for values in (both, dict(reversed(both.items()))):
+        for use in (Recipe.from_dict, lambda given: changed(Recipe(), given), lambda given: Recipe(**given)):
+            with (
+                pytest.warns(DeprecationWarning, match="correct is called bias_correction now"),
+                pytest.raises(ValueError, match="correct and bias_correction are one option: give bias_correction"),
+            ):
+                use(values)
+
+
+def test_names_of_before_are_read_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "width", "bits")
+    old: dict[str, Any] = {"correct": "local"}
+    with pytest.warns(DeprecationWarning, match="correct is called bias_correction now"):
+        assert Recipe(**old) == Recipe(bias_correction="local")
+    with pytest.warns(DeprecationWarning, match="width is called bits now"):
+        assert Recipe(overrides={"*": {"width": 3}}) == Recipe(overrides={"*": {"bits": 3}})
+    with pytest.warns(DeprecationWarning, match="width is called bits now"):
+        found = Recipe.from_dict({"overrides": [{"layers": "*", "width": 3}]})
+    assert found == Recipe(overrides={"*": {"bits": 3}})
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_others_call_it_is_explained(name: str) -> None:
+    options: dict[str, Any] = {name: 1}
+    for use in (lambda: Recipe(**options), lambda: changed(Recipe(), options), lambda: Recipe.from_dict(options)):
+        with pytest.raises((TypeError, ValueError), match=re.escape(f"; here it is {ELSEWHERE[name]}")):
+            use()
+    with pytest.raises(ValueError, match=re.escape(f"; here it is {ELSEWHERE[name]}")):
+        Recipe(overrides={"*": options})
+    first = re.split(r"[=, ]", ELSEWHERE[name])[0]
+    assert first in {*(each.name for each in fields(Recipe)), "calibration"}
+
+
+@pytest.mark.parametrize(
+    ("registry", "wrong", "message"),
+    [
+        (ROUNDERS, GPTQ(), "method 'mine' must be a subclass, not an instance, of Rounder, got GPTQ("),
+        (TRANSFORMS, FoldNorm(), "transforms 'mine' must be a subclass, not an instance, of Transform, got FoldNorm("),
+        (RECONSTRUCTIONS, FoldNorm, "reconstruction 'mine' must be a subclass, not an instance, of Parametrization"),
+        (FORMATS, type(FORMATS["dense"]), "format 'mine' must be an instance of CheckpointFormat, got <class"),
+    ],
+)
+def test_only_what_belongs_there_is_registered(registry: Registry, wrong: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        registry.register("mine", wrong)
+    assert "mine" not in registry
+
+
+def test_defaults_are_written_once() -> None:
+    assert defaults_of(Recipe, METHOD_OPTIONS).keys() == set(METHOD_OPTIONS)
+    grid = UniformGrid(3)
+    assert Recipe(grid=grid, bits=Recipe.bits) == Recipe(grid=grid)  # as the docstring says

@@ -32,14 +32,17 @@ class StaticPerTensor(InputQuantizer):
     def observe(self, x: Tensor) -> None:
         """
         Raises:
-            ValueError: an input is not finite.
+            ValueError: an input is not finite, or too far from another one for float32 to hold the range.
         """
         if not bool(x.isfinite().all()):
             raise ValueError("an input is not finite")
         if not x.numel():
             return
-        self.low = torch.minimum(self.low, x.amin().float())
-        self.high = torch.maximum(self.high, x.amax().float())
+        low, high = torch.minimum(self.low, x.amin().float()), torch.maximum(self.high, x.amax().float())
+        # Symmetric grids span twice the larger of both.
+        if not bool((2 * torch.maximum(high.abs(), low.abs())).isfinite()):
+            raise ValueError(f"inputs from {float(low):.3g} to {float(high):.3g} are too large for a range in float32")
+        self.low, self.high = low, high
 
     @property
     def params(self) -> UniformParams:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opt8bit.ptq.allocation.knapsack import Choice, allocate
 from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.recipe.arguments import check_positive
 
 
 def allocate_bits(
@@ -21,7 +23,8 @@ def allocate_bits(
 
     Args:
         reports: on the same layers, by the width they were all rounded to.
-        bits_per_weight: of all layers together, everything stored counted, at most.
+        bits_per_weight: of all layers together, everything stored counted, at most, up to half a bit of all. So what a
+            result says of its ``bits_per_weight`` is enough for the same result.
         together: names of layers that servers put into one matrix, such as queries, keys and values: they get one
             width.
 
@@ -29,9 +32,12 @@ def allocate_bits(
         Overrides for :func:`compress`, one for each layer.
 
     Raises:
-        ValueError: the reports are not on the same layers, ``together`` names one that has no report or is named twice,
-            or the budget is below what the smallest width takes.
+        TypeError: the reports are no mapping, a width is not an integer, or ``together`` has no lists of names.
+        ValueError: there are no reports, they are not on the same layers, an error in one is not finite, ``together``
+            names a layer that has no report or is named twice, or the budget is not a positive number or below what the
+            smallest width takes.
     """
+    _check(reports, bits_per_weight, together)
     widths = sorted(reports)
     rows = {bits: {row.name: row for row in reports[bits]} for bits in widths}
     names = [row.name for row in reports[widths[0]]]
@@ -42,8 +48,30 @@ def allocate_bits(
     groups = _groups(names, together)
     items = [[_choice([rows[bits][name] for name in group]) for bits in widths] for group in groups]
     weights = sum(row.weights for row in reports[widths[0]])
-    chosen = allocate(items, int(bits_per_weight * weights))
+    chosen = allocate(items, math.floor(bits_per_weight * weights + 0.5))
     return {name: {"bits": widths[number]} for group, number in zip(groups, chosen, strict=True) for name in group}
+
+
+def _check(
+    reports: Mapping[int, Sequence[LayerReport]], bits_per_weight: float, together: Sequence[Sequence[str]]
+) -> None:
+    """
+    Raises:
+        TypeError, ValueError: an argument cannot be one.
+    """
+    check_positive("bits_per_weight", bits_per_weight)
+    if not isinstance(reports, Mapping):
+        raise TypeError(f"reports must be a mapping from widths to reports, got {reports!r}")
+    if not reports or not all(reports.values()):
+        raise ValueError(f"reports must have a report for each width, got {dict(reports)!r}")
+    for bits, report in reports.items():
+        if isinstance(bits, bool) or not isinstance(bits, int):
+            raise TypeError(f"reports must be by the width, an integer, got {bits!r}")
+        for row in report:
+            if not math.isfinite(row.error_corrected):
+                raise ValueError(f"{row.name}: its error at {bits} bits must be finite, got {row.error_corrected}")
+    if isinstance(together, str) or any(isinstance(group, str) for group in together):
+        raise TypeError(f"together must have lists of names, such as [['a', 'b']], got {together!r}")
 
 
 def _groups(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -18,9 +18,11 @@ from opt8bit.ptq.export.shards import write_shards
 from opt8bit.ptq.export.source_record import SourceRecord
 from opt8bit.ptq.model.blocks import block_layers, matrix
 from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.naming import named
 from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import Change, Result
 from opt8bit.quant.weight import QuantizedWeight
+from opt8bit.recipe.registry import FORMATS
 
 
 class HuggingFaceFormat(CheckpointFormat):
@@ -35,9 +37,10 @@ class HuggingFaceFormat(CheckpointFormat):
         return None
 
     def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
+        header = self._checked_quantization(result)
         record = SourceRecord(without_place=sorted(result.source.without_place))
         write_shards(self._overlaid(result, record), folder)
-        write_configuration(configuration(result, self.quantization(result)), folder)
+        write_configuration(configuration(result, header), folder)
         if result.source.files is None:
             _write_generation(result.model, folder)
         else:
@@ -69,17 +72,50 @@ class HuggingFaceFormat(CheckpointFormat):
                 yield there, tensor
             else:
                 record.changed.append(there)
-                for suffix, part in self._changed(change, result.model.get_submodule(owner), kind).items():
+                with named(owner):
+                    parts = self._changed(change, result.model.get_submodule(owner), kind)
+                for suffix, part in parts.items():
                     yield there if suffix == kind else f"{prefix}{suffix}", part
             bias = _new_bias(result, owner, layers[owner]) if kind == "weight" and owner in layers else None
             if bias is not None:
                 record.added.append(f"{prefix}bias")
                 yield f"{prefix}bias", bias
 
+    def _checked_quantization(self, result: Result) -> dict[str, Any] | None:
+        """Returns what the configuration says of the weights, if by it this format is found again.
+
+        Raises:
+            ValueError: it is not.
+        """
+        header = self.quantization(result)
+        registered = FORMATS.get(f"{(header or {}).get('quant_method')}")
+        if self.is_packed and registered is not self:
+            name = f"{type(self).__name__}.quantization"
+            raise ValueError(f"{name} must have the format's name in FORMATS as quant_method, got {header!r}")
+        return header
+
+    def _checked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a weight's tensors, if they are what the format says of them.
+
+        Raises:
+            TypeError: they are no tensors by name.
+            ValueError: they have other names than ``parts``, or are not finite.
+        """
+        name = f"{type(self).__name__}.tensors"
+        if not isinstance(tensors, dict) or not all(isinstance(part, Tensor) for part in tensors.values()):
+            raise TypeError(f"{name} must return tensors by name, got {tensors!r}")
+        if self.parts[0] not in tensors or not tensors.keys() <= set(self.parts):
+            allowed = f"{self.parts[0]}, and maybe others of {', '.join(self.parts)}"
+            raise ValueError(f"{name} must return {allowed}, got {', '.join(tensors) or 'nothing'}")
+        for part, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name}, {part}, must be finite")
+        return tensors
+
     def _changed(self, change: Change, module: nn.Module, kind: str) -> dict[str, Tensor]:
         """Returns the tensors that hold a changed parameter, by what stands behind its layer's name."""
         if isinstance(change, QuantizedWeight):
-            return self.tensors(change, module)
+            return self._checked(self.tensors(change, module))
         had: Tensor = getattr(module, kind)
         return {kind: change.to(had.dtype)}  # in which it is computed; the source may have another
 

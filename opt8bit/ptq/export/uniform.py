@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from opt8bit.ptq.described import described
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.result import Result
+from opt8bit.quant.described import described
 from opt8bit.quant.grid import SCALE_DTYPES
 from opt8bit.quant.uniform import UniformGrid, is_uniform
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme

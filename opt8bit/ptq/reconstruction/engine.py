@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from opt8bit.backends import warn
 from opt8bit.optim import Adam8bit
 from opt8bit.ptq.model.anatomy import replaced
 from opt8bit.ptq.model.passes import Call
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
 from opt8bit.ptq.reconstruction.scales import TrainScales
-from opt8bit.recipe.arguments import check_count
+from opt8bit.recipe.arguments import check_count, check_positive
 
 HELD_OUT = 8  # one batch of so many tells which parameters are best, and is not learned from
 
@@ -50,7 +51,8 @@ class Reconstruction:
         looks: how often the loss on held-out batches is measured.
 
     Raises:
-        ValueError: ``steps`` or ``looks`` is not a positive integer.
+        TypeError: ``parametrization`` is not one.
+        ValueError: ``steps`` or ``looks`` is not a positive integer, or the parametrization's ``lr`` not positive.
     """
 
     parametrization: Parametrization = field(default_factory=TrainScales)
@@ -58,6 +60,9 @@ class Reconstruction:
     looks: int = 5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parametrization, Parametrization):
+            raise TypeError(f"parametrization must be one, such as TrainScales(), got {self.parametrization!r}")
+        check_positive(f"{type(self.parametrization).__name__}.lr", getattr(self.parametrization, "lr", math.nan))
         check_count("steps", self.steps)
         check_count("looks", self.looks)
 
@@ -73,13 +78,21 @@ class Reconstruction:
 
         Returns:
             The loss on held-out batches at the start, and that of the parameters that were kept.
+
+        Raises:
+            ValueError: the loss at the start is not finite.
+
+        Warns:
+            UserWarning: it is not finite at the end, so that what was best before that is kept.
         """
         learned, held_out = _divided(examples)
         generator = torch.Generator().manual_seed(0)
         params = [param for weight in weights.values() for param in weight.parameters()]
         optimizer = Adam8bit(params, lr=self.parametrization.lr)
         first = best = _held_out_loss(block, weights, held_out)
-        kept = [param.detach().clone() for param in params]
+        if not math.isfinite(first):
+            raise ValueError(f"the loss must be finite before the first step, got {first}")
+        kept, loss = [param.detach().clone() for param in params], first
         for step in range(self.steps):
             progress = step / self.steps
             optimizer.param_groups[0]["lr"] = self.parametrization.lr * (1 + math.cos(math.pi * progress)) / 2
@@ -95,6 +108,8 @@ class Reconstruction:
                 loss = _held_out_loss(block, weights, held_out)
                 if loss < best:
                     best, kept = loss, [param.detach().clone() for param in params]
+        if not math.isfinite(loss):
+            warn(f"the loss of {', '.join(weights)} became {loss} in training: the best weights before are kept")
         with torch.no_grad():
             for param, value in zip(params, kept, strict=True):
                 param.copy_(value)

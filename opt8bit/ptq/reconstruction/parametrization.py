@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opt8bit.quant.weight import QuantizedWeight
@@ -49,3 +51,55 @@ class Parametrization(ABC):
             weight: (out, in), of the float model.
             rounded: that a rounding method has made of it.
         """
+
+
+def started(
+    parametrization: Parametrization,
+    weight: Tensor,  # (out, in)
+    rounded: QuantizedWeight,
+) -> TrainedWeight:
+    """Returns a layer's weight before the first step, if it can be trained.
+
+    The parametrization gets a copy of the float model's weight, which it may change.
+
+    Raises:
+        TypeError: ``start`` returned something else.
+        ValueError: there are no parameters, or the weight is not finite, of another shape, or does not depend on them.
+    """
+    name = type(parametrization).__name__
+    trained: Any = parametrization.start(weight.detach().clone(), rounded)
+    if not isinstance(trained, TrainedWeight):
+        raise TypeError(f"{name}.start must return a TrainedWeight, got {type(trained).__name__}")
+    kind = type(trained).__name__
+    if not any(param.requires_grad for param in trained.parameters()):
+        raise ValueError(f"{kind} must have parameters to train, as nn.Parameter, got none")
+    with torch.enable_grad():
+        found: Any = trained.weight(0.0)
+    if not isinstance(found, Tensor) or found.shape != weight.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{kind}.weight must return {tuple(weight.shape)}, got {got}")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{kind}.weight must return finite numbers, got {int((~found.isfinite()).sum())} others")
+    if not found.requires_grad:
+        raise ValueError(f"{kind}.weight must depend on its parameters, got a weight without gradient")
+    return trained
+
+
+@torch.no_grad()
+def hardened(trained: TrainedWeight) -> QuantizedWeight:
+    """Returns what is stored of a trained weight, if that is what was trained.
+
+    Raises:
+        TypeError: ``harden`` returned something else.
+        ValueError: it is not ``weight(1.0)``.
+    """
+    name, hard = type(trained).__name__, trained.harden()
+    if not isinstance(hard, QuantizedWeight):
+        raise TypeError(f"{name}.harden must return a QuantizedWeight, got {type(hard).__name__}")
+    stored, wanted = hard.dequantize(), trained.weight(1.0)
+    if stored.shape != wanted.shape:
+        raise ValueError(f"{name}.harden must return {tuple(wanted.shape)}, got {tuple(stored.shape)}")
+    if not torch.equal(stored, wanted.to(stored.dtype)):
+        off = float((stored - wanted).abs().max())
+        raise ValueError(f"{name}.harden().dequantize() must be weight(1.0), differs by up to {off:.3g}")
+    return hard

@@ -10,7 +10,7 @@ from torch import Tensor
 from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.ptq.rounding.gptq import GPTQ
 from opt8bit.ptq.rounding.quantease import descended
-from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, single_part
+from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, checked_round, single_part
 from opt8bit.quant.grid import Grid
 from opt8bit.quant.weight import Outliers, QuantizedWeight, WeightScheme
 from opt8bit.recipe.arguments import check_count, check_fraction
@@ -69,7 +69,7 @@ class OutlierQuantEase(Rounder):
         steepest = torch.linalg.eigvalsh(hessian)[-1].clamp(min=torch.finfo(weight.dtype).tiny)
         kept = self._largest(weight)
         sparse = torch.where(kept, weight, 0)
-        part = single_part(self, self.start.round(weight - sparse, InputStatistics(hessian), scheme))
+        part = single_part(self, checked_round(self.start, weight - sparse, InputStatistics(hessian), scheme))
         for _ in range(self.rounds):
             part = descended(weight - sparse, part, hessian, self.sweeps)
             stepped = sparse + (weight - part.dequantize() - sparse) @ hessian / steepest

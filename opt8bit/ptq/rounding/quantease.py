@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.ptq.rounding.engines import engine_for
 from opt8bit.ptq.rounding.groups import group_numbers
-from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, single_part
+from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, checked_round, single_part
 from opt8bit.ptq.rounding.rtn import RTN
 from opt8bit.ptq.rounding.scales import refit_scales
 from opt8bit.quant.grid import Grid
@@ -60,7 +60,7 @@ class QuantEase(Rounder):
         return self.start.grids(scheme)
 
     def round(self, weight: Tensor, statistics: InputStatistics, scheme: WeightScheme) -> QuantizedWeight:
-        rounded = self.start.round(weight, statistics, scheme)
+        rounded = checked_round(self.start, weight, statistics, scheme)
         hessian = statistics.required("second_moments").to(weight.dtype)
         target = weight - (rounded.dequantize() - rounded.on_grid())  # what outliers leave
         part = single_part(self, rounded)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.model.blocks import is_linear, matrix
 from opt8bit.ptq.model.folding import SINGLE, Link, doubled, fold, relative_difference
 from opt8bit.ptq.model.links import find_links
 from opt8bit.ptq.model.passes import Call
+from opt8bit.ptq.naming import named
 
 
 class Transform(ABC):
@@ -58,13 +61,15 @@ def transformed(
 
     Raises:
         NotTheSame: it does not compute the same.
+        TypeError, ValueError: a transform returned no scale for the channels.
     """
     had = {param: tensor.detach().clone() for param, tensor in block.named_parameters()}
     links = find_links(block, call)
     before, exact, reference = copy.deepcopy(block), copy.deepcopy(block).double(), copy.deepcopy(block).double()
     for transform in transforms:
         for link in links:
-            scale = transform.scale(block, link)
+            with named(f"{name}.{link.producer}"):
+                scale = checked_scale(transform, link, transform.scale(block, link), _channels(block, link))
             if scale is not None:
                 fold(block, link, scale)
                 fold(exact, link, scale)
@@ -82,3 +87,30 @@ def transformed(
                 f"by {errors[2]:.1e} before"
             )
     return {param: tensor.detach() for param, tensor in block.named_parameters() if not torch.equal(tensor, had[param])}
+
+
+def _channels(block: nn.Module, link: Link) -> int:
+    """Of the producer of a link."""
+    producer: Any = block.get_submodule(link.producer)
+    return len(matrix(producer) if is_linear(producer) else producer.weight)
+
+
+def checked_scale(transform: Transform, link: Link, scale: Any, channels: int) -> Tensor | None:
+    """Returns what a transform has returned, if it is what it has to return.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape, or a factor by which no channel of the link can be multiplied.
+    """
+    if scale is None:
+        return None
+    name = f"{type(transform).__name__}.scale"
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"{name} must return a tensor ({channels},), or None, got {type(scale).__name__}")
+    if scale.shape != (channels,):
+        raise ValueError(f"{name} must return ({channels},), got {tuple(scale.shape)}")
+    wrong = ~scale.isfinite() | (scale == 0 if link.negative else scale <= 0)
+    if bool(wrong.any()):
+        allowed = "finite and not 0" if link.negative else "finite and above 0"
+        raise ValueError(f"{name} must be {allowed} for this link, got {float(scale[wrong][0])}")
+    return scale

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from opt8bit.ptq.model.source import digest
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -22,7 +21,8 @@ def described(value: Any) -> str:
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, Tensor):
-        return f"Tensor({tuple(value.shape)}, {value.dtype}, {digest([value])})"
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"Tensor({tuple(value.shape)}, {value.dtype}, {hashlib.blake2b(data, digest_size=16).hexdigest()})"
     if hasattr(value, "__qualname__"):  # a class or a function
         return f"{value.__module__}.{value.__qualname__}"
     return f"{described(type(value))}({', '.join(_parts(value))})"
