@@ -51,6 +51,14 @@ def test_nothing_observed_nothing_rounded() -> None:
         quantizer(torch.zeros(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_keep_their_dtype(dtype: torch.dtype) -> None:
+    quantizer = StaticPerTensor(8)
+    x = torch.linspace(-2, 3, 50).to(dtype)
+    quantizer.observe(x)
+    assert quantizer(x).dtype == dtype
+
+
 def test_states_are_saved_and_loaded() -> None:
     quantizer, other = StaticPerTensor(4), StaticPerTensor(4)
     quantizer.observe(torch.linspace(-2, 3, 50))

@@ -136,3 +136,14 @@ def test_what_cannot_be_allocated_is_said(options: dict[str, Any], message: str)
     usual = {"reports": {3: [row("a.b", (4, 16), 3)]}, "bits_per_weight": 5.0}
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         allocate_bits(**{**usual, **options})
+
+
+def test_layers_that_go_together_get_one_width() -> None:
+    def report(errors: dict[str, float], bits: int) -> list[LayerReport]:
+        rest = (0, 0, None, None, "", 0.0)
+        return [LayerReport(name, (8, 8), float(bits), error, error, *rest) for name, error in errors.items()]
+
+    reports = {2: report({"q": 1.0, "k": 0.2, "o": 0.7}, 2), 4: report({"q": 0.0, "k": 0.19, "o": 0.0}, 4)}
+    apart, together = (allocate_bits(reports, 10 / 3, together=groups) for groups in ([], [["q", "k"]]))
+    assert {name: options["bits"] for name, options in apart.items()} == {"q": 4, "k": 2, "o": 4}
+    assert {name: options["bits"] for name, options in together.items()} == {"q": 4, "k": 4, "o": 2}

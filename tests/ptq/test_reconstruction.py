@@ -108,6 +108,32 @@ def test_training_lowers_the_loss_on_what_it_does_not_learn_from() -> None:
     assert layer.forward.__func__ is nn.Linear.forward
 
 
+def test_what_is_held_out_is_not_learned_from() -> None:
+    block, weights, examples = trainable()
+    seen: list[tuple[float, bool]] = []  # the first number of each batch, and whether it is learned from
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append((float(args[0][0, 0, 0]), torch.is_grad_enabled()))
+
+    block.register_forward_pre_hook(look)
+    Reconstruction(TrainScales(lr=0.01), steps=20).train(block, weights, examples)
+    learned, held_out = ({first for first, learns in seen if learns == which} for which in (True, False))
+    assert len(learned) == 3 and held_out == {float(examples[-1].call.hidden[0, 0, 0])} and not learned & held_out
+
+
+def test_weights_are_confined_after_every_step() -> None:
+    block, weights, examples = trainable()
+    found = Reconstruction(TrainScales(lr=100.0), steps=3)
+    calls = []
+    for weight in weights.values():
+        original = weight.confine
+        weight.confine = lambda original=original: calls.append(original())  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found.train(block, weights, examples)
+    assert len(calls) == 3 * len(weights)
+
+
 def test_a_block_is_never_worse_than_it_was() -> None:
     class Worse(TrainScales):
         def start(self, weight: Tensor, rounded: QuantizedWeight) -> TrainedWeight:

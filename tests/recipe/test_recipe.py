@@ -210,6 +210,8 @@ def test_options_are_changed_by_name() -> None:
         ({"method": "rtn", "outliers": 0.5}, "outliers are chosen by the inputs"),
         ({"method": GPTQ(), "polish": True}, "polish is that of method="),
         ({"method": "rtn", "act_order": True}, "it has no meaning for rtn"),
+        ({"method": "quantease", "polish": False}, "quantease is coordinate descent: without polish nothing is left"),
+        ({"error_propagation": 0.5, "bias_correction": "local"}, "bias_correction='local'"),
         ({"bias_correction": "joint", "statistic": "median"}, "bias_correction='joint' is least squares"),
         ({"overrides": {"*": {"seed": 1}}}, r"overrides\['\*'\]: 'seed' is none of method, .*, grid$"),
         ({"overrides": {"*": {"bits": 1}}}, r"overrides\['\*'\]: bits must be 2 to 8, got 1"),
