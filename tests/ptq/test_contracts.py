@@ -207,6 +207,17 @@ def test_what_a_transform_returns(by: Callable[[int], Any], message: str) -> Non
         compress(transforms=(Scaled(by),))
 
 
+def test_a_transform_leaves_the_block_to_others() -> None:
+    @dataclass(frozen=True)
+    class Doubling(Transform):
+        def scale(self, block: nn.Module, link: Link) -> Tensor | None:
+            next(block.parameters()).mul_(2)
+            return None
+
+    with pytest.raises(ValueError, match=r"layers\.0\.input_layernorm: Doubling\.scale must leave the block as it is"):
+        compress(transforms=(Doubling(),))
+
+
 def test_a_link_that_takes_no_negative_factor_gets_none() -> None:
     link = Link("first", ("second",), torch.arange(4), negative=False)
     negative = -torch.ones(4)
@@ -310,9 +321,9 @@ def test_an_engine_takes_a_parametrization() -> None:
 WRONG_TENSORS: list[tuple[Any, str]] = [
     (
         {"codes": torch.ones(2)},
-        "Packed.tensors must return weight_codes, and maybe others of weight_codes, weight_scale",
+        "Packed.tensors must return its parts, weight_codes, weight_scale, at least the first, got codes",
     ),
-    ({}, "weight_codes, weight_scale, got nothing"),
+    ({}, "Packed.tensors must return its parts, weight_codes, weight_scale, at least the first, got nothing"),
     (None, "Packed.tensors must return tensors by name, got None"),
     ({"weight_codes": [1]}, "Packed.tensors must return tensors by name, got {'weight_codes': [1]}"),
     (

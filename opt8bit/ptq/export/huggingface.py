@@ -104,8 +104,8 @@ class HuggingFaceFormat(CheckpointFormat):
         name = f"{type(self).__name__}.tensors"
         if not isinstance(tensors, dict) or not all(isinstance(part, Tensor) for part in tensors.values()):
             raise TypeError(f"{name} must return tensors by name, got {tensors!r}")
-        if self.parts[0] not in tensors or not tensors.keys() <= set(self.parts):
-            allowed = f"{self.parts[0]}, and maybe others of {', '.join(self.parts)}"
+        if not {*self.parts[:1]} <= tensors.keys() <= {*self.parts} or not tensors:
+            allowed = f"its parts, {', '.join(self.parts) or 'which are none'}, at least the first"
             raise ValueError(f"{name} must return {allowed}, got {', '.join(tensors) or 'nothing'}")
         for part, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

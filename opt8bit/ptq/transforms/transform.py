@@ -69,7 +69,10 @@ def transformed(
     for transform in transforms:
         for link in links:
             with named(f"{name}.{link.producer}"):
+                version = _version(block)
                 scale = checked_scale(transform, link, transform.scale(block, link), _channels(block, link))
+                if _version(block) != version:
+                    raise ValueError(f"{type(transform).__name__}.scale must leave the block as it is")
             if scale is not None:
                 fold(block, link, scale)
                 fold(exact, link, scale)
@@ -87,6 +90,11 @@ def transformed(
                 f"by {errors[2]:.1e} before"
             )
     return {param: tensor.detach() for param, tensor in block.named_parameters() if not torch.equal(tensor, had[param])}
+
+
+def _version(block: nn.Module) -> int:
+    """Rises when a parameter is changed in place."""
+    return sum(param._version for param in block.parameters())
 
 
 def _channels(block: nn.Module, link: Link) -> int:
