@@ -21,7 +21,7 @@ def described(value: Any) -> str:
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"Tensor({tuple(value.shape)}, {value.dtype}, {hashlib.blake2b(data, digest_size=16).hexdigest()})"
     if hasattr(value, "__qualname__"):  # a class or a function
         return f"{value.__module__}.{value.__qualname__}"
