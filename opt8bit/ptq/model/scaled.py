@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt8bit.ptq.model.coded import CodedWeights, Dtypes
 from opt8bit.ptq.model.quantization_header import Block, Header, dtype_of, header_of, scheme_of
 from opt8bit.warning import warn
 
@@ -48,10 +49,9 @@ SAFETENSORS = {
     "I8": "int8",
     "U8": "uint8",
 }
-Dtypes = Mapping[str, str | torch.dtype]  # by tensor, as torch or safetensors call them
 
 
-class Scaled:
+class Scaled(CodedWeights):
     """A checkpoint whose weights are codes times scales, as one of its weights: w = (codes - zero_point) · scale.
 
     The product is that of float32, rounded once to ``dtype``. A scale belongs to a tensor, a row, or a block of the
@@ -183,9 +183,9 @@ def scaled_checkpoint(folder: Path, stored: Collection[str]) -> Scaled | None:
     return None if header is None else Scaled(header, stored, dtype_of(config))
 
 
-def warn_of_dropped(scaled: Scaled) -> None:
+def warn_of_dropped(coded: CodedWeights) -> None:
     """Warns of what is lost when only the weights are kept."""
-    notice = scaled.notice()
+    notice = coded.notice()
     if notice is not None:
         warn(notice)
 

@@ -152,6 +152,7 @@ class Checkpoint(FromFiles):
         trust_remote_code: whether Python files that come with the model may run.
         dtype: float32, bfloat16 or float16, to compute in; by default the checkpoint's own. The configuration of what
             is exported names it, so that whoever loads that computes in it, too.
+        unpack: whether packed weights are read as what they stand for.
 
     Raises:
         OnlyWhole: the weights have other names than the model's, or it cannot be built without them.
@@ -165,11 +166,16 @@ class Checkpoint(FromFiles):
     """
 
     def __init__(
-        self, folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+        self,
+        folder: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
+        unpack: bool = False,
     ) -> None:
         if dtype not in (None, *SCALE_DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {dtype!r}")
-        files = CheckpointFiles(Path(folder))
+        files = CheckpointFiles(Path(folder), unpack=unpack)
         super().__init__(files, skeleton(files, trust_remote_code, dtype), dtype)
         names = parameters_and_buffers(self.model)
         missing = names.keys() - self._stored_names.keys()
