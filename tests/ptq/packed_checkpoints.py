@@ -1,5 +1,6 @@
 """Checkpoints with packed weights as other tools write them, packed here by code of the tests' own."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +208,23 @@ def write_packed(base: Path, path: Path, kind: Kind, shards: int = 1) -> dict[st
     (path / "notes").mkdir()
     (path / "notes" / "README.md").write_text("as it was")
     return values
+
+
+def moved_scales(model: Any) -> Any:
+    """A LLaMA that computes the same with scales elsewhere, as AWQ's: of norms, and of up_proj, in what reads them."""
+    result = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in result.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            links = (
+                (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+                (mlp.up_proj, (mlp.down_proj,)),
+            )
+            for producer, readers in links:
+                scale = torch.rand(len(producer.weight), generator=generator) * 3 + 0.3
+                producer.weight /= scale if producer.weight.dim() == 1 else scale[:, None]
+                for reader in readers:
+                    reader.weight *= scale
+    return result

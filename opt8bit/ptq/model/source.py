@@ -214,19 +214,25 @@ class Checkpoint(FromFiles):
     def copy(self) -> nn.Module:
         result = copy.deepcopy(self.model)
         for name, stored in self._stored_names.items():
-            tensor = self._files.read([stored])[stored]
-            set_tensor(result, name, tensor.to(get_tensor(result, name).dtype))
+            set_tensor(result, name, self._fitting(name, stored, self._files.read([stored])[stored]))
         return result
 
     def _load(self, names: Iterable[str]) -> None:
         stored = {self._stored_names[name]: name for name in names}
         for there, tensor in self._files.read(stored).items():
-            name = stored[there]
-            had = get_tensor(self.model, name)
-            if tensor.shape != had.shape:
-                where = self._files.where[there]
-                raise ValueError(f"{where}: {name} is {tuple(tensor.shape)}, the model's is {tuple(had.shape)}")
-            set_tensor(self.model, name, tensor.to(had.dtype))
+            set_tensor(self.model, stored[there], self._fitting(stored[there], there, tensor))
+
+    def _fitting(self, name: str, there: str, tensor: Tensor) -> Tensor:
+        """A stored tensor in the dtype of the model's.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        had = get_tensor(self.model, name)
+        if tensor.shape != had.shape:
+            where = self._files.where[there]
+            raise ValueError(f"{where}: {name} is {tuple(tensor.shape)}, the model's is {tuple(had.shape)}")
+        return tensor.to(had.dtype)
 
 
 class LoadedCheckpoint(FromFiles, Loaded):
