@@ -51,15 +51,16 @@ def run(settings: Settings) -> None:
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
         with new_folder(settings.output) as folder:
-            done = _corrected(settings, folder)
-            verified = _verified(settings, folder)
+            source, done = _corrected(settings, folder)
+            verified = _verified(settings, folder, source)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     print("\n".join([*_summary(done), verified]))
     print(f"{settings.output} written in {time.perf_counter() - started:.0f} s")
 
 
-def _corrected(settings: Settings, folder: Path) -> CorrectedCheckpoint:
+def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpoint]:
+    """The folder of the checkpoint, and what was done to it. No model is kept."""
     trusted, text = settings.trust_remote_code, settings.text
     found = find_text(settings.calibration, settings.text_column)
     source = open_unpacked(settings.checkpoint, trust_remote_code=trusted)
@@ -72,7 +73,7 @@ def _corrected(settings: Settings, folder: Path) -> CorrectedCheckpoint:
         held_out=text.held_out,
         seed=text.seed,
     )
-    return correct_checkpoint(
+    done = correct_checkpoint(
         source,
         load(settings.reference, trust_remote_code=trusted),
         calibration,
@@ -83,6 +84,7 @@ def _corrected(settings: Settings, folder: Path) -> CorrectedCheckpoint:
         again=settings.again,
         about=_about(settings),
     )
+    return source.files.folder, done
 
 
 def _about(settings: Settings) -> dict[str, Any]:
@@ -91,15 +93,20 @@ def _about(settings: Settings) -> dict[str, Any]:
     return {"version": version("opt8bit"), **names, **asdict(settings.how), **texts}
 
 
-def _verified(settings: Settings, folder: Path) -> str:
+def _verified(settings: Settings, folder: Path, source: Path) -> str:
     """What is known of the written checkpoint.
+
+    Args:
+        settings: of the command.
+        folder: of the checkpoint.
+        source: of the one that was corrected.
 
     Raises:
         ValueError: it is wrong.
     """
     if not settings.verify:
         return "not verified"
-    verification, why = verify_corrected(folder, trust_remote_code=settings.trust_remote_code)
+    verification, why = verify_corrected(folder, source, trust_remote_code=settings.trust_remote_code)
     if not verification.is_right:
         raise ValueError(
             f"what was written does not load as what was made, and nothing is kept:\n{verification}\nif the checkpoint "

@@ -77,6 +77,9 @@ def open_unpacked(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
     folder = _folder(name)
     try:
         return Checkpoint(folder, trust_remote_code=trust_remote_code, unpack=True)
+    except OnlyWhole as error:
+        why = "transformers makes this model's weights of several of the checkpoint's, which packed ones do not allow"
+        raise CommandError(f"cannot load {name!r}: {error}: {why}") from error
     except Exception as error:
         raise _cannot_load(name, error) from error
 

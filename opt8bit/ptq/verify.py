@@ -104,6 +104,15 @@ def verify(
     return _compared(folder, tensors, expected, record, trust_remote_code)._replace(differences=found)
 
 
+def loads(folder: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Tells whether transformers loads a checkpoint, right or wrong."""
+    try:
+        _loaded(Path(folder), trust_remote_code, None)
+    except Exception:  # whatever it raises
+        return False
+    return True
+
+
 def verify_model(
     folder: str | Path, model: Any, dropped: Sequence[str] = (), trust_remote_code: bool = False
 ) -> Verification:

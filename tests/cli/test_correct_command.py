@@ -1,6 +1,7 @@
 """``opt8bit correct``: biases for checkpoints that other tools have quantized, and nothing else changed in them."""
 
 import copy
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_checkpoints import KINDS, moved_scales, rounded, write_packed
+from packed_checkpoints import KINDS, ct_header, group_header, moved_scales, rounded, write_packed
 from safetensors.torch import load_file, save_file
 from small import loaded
 from torch import Tensor
@@ -17,8 +18,10 @@ from toys import MODELS, shaken
 
 from opt8bit.cli import correct as command
 from opt8bit.cli.main import main
+from opt8bit.ptq.corrected_checkpoint import verification as corrected_verification
 from opt8bit.ptq.model.tensor_files import raw_header
 
+verification = importlib.import_module("opt8bit.ptq.verify")  # the function of that name hides it in its package
 TEXT = ["--samples", "48", "--sequence-length", "24", "--held-out", "6"]
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -151,7 +154,8 @@ def test_transformers_loads_the_biases(place: Path, tmp_path: Path) -> None:
     assert run(place, tmp_path / "packed", tmp_path / "out") == 0
     from transformers import AutoModelForCausalLM
 
-    model, about = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model: Any
+    model, about = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)  # type: ignore[misc]
     assert not about["missing_keys"] and not about["unexpected_keys"] and not about["mismatched_keys"]
     names = kept(tmp_path / "out")
     for name in names:
@@ -168,14 +172,19 @@ def test_transformers_loads_the_biases(place: Path, tmp_path: Path) -> None:
     assert main(["verify", str(tmp_path / "out")]) == 2
 
 
-@pytest.mark.parametrize("order", ["local", "sequential"])
-@pytest.mark.parametrize("statistic", ["mean", "median"])
-def test_orders_and_statistics(order: str, statistic: str, place: Path, tmp_path: Path) -> None:
+def test_orders_and_statistics(place: Path, tmp_path: Path) -> None:
     packed(place, tmp_path / "packed", "gptq")
-    assert run(place, tmp_path / "packed", tmp_path / "out", "--order", order, "--statistic", statistic) == 0
-    record = json.loads((tmp_path / "out" / "opt8bit" / "correction.json").read_text())
-    assert (record["order"], record["statistic"]) == (order, statistic)
-    assert record["held_out"]["after"] < record["held_out"]["before"]
+    found: list[Tensor] = []
+    for order in ("local", "sequential"):
+        for statistic in ("mean", "median"):
+            out = tmp_path / f"{order}-{statistic}"
+            assert run(place, tmp_path / "packed", out, "--order", order, "--statistic", statistic, "--no-verify") == 0
+            record = json.loads((out / "opt8bit" / "correction.json").read_text())
+            assert (record["order"], record["statistic"]) == (order, statistic)
+            assert record["held_out"]["after"] < record["held_out"]["before"]
+            biases = {name: tensor for name, tensor in tensors_of(out).items() if name.endswith(".bias")}
+            found.append(torch.cat([biases[name] for name in sorted(biases)]))
+    assert not any(torch.equal(one, other) for i, one in enumerate(found) for other in found[:i])
 
 
 def test_a_corrected_checkpoint_is_refused_unless_asked_again(
@@ -254,6 +263,50 @@ def test_layers_without_a_place_are_named_and_left_out(
     assert run(place, tmp_path / "none", tmp_path / "nothing", model="mistral") == 2
     assert "no layer of the checkpoint can be corrected: model.layers.0.self_attn.q_proj: " in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("rounds_inputs", [False, True])
+def test_codes_in_fp8_keep_their_bytes(
+    rounds_inputs: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state: dict[str, Tensor] = {}
+    base = load_file(place / "llama" / "model.safetensors")
+    for name, tensor in base.items():
+        if ".layers." in name and tensor.dim() == 2:
+            state[f"{name}_scale"] = tensor.abs().amax(1, keepdim=True) / 2
+            state[name] = (tensor / state[f"{name}_scale"]).round().to(torch.float8_e4m3fn)
+        else:
+            state[name] = tensor
+    group = group_header(8, True)
+    group["input_activations"] = {"num_bits": 8, "type": "float"} if rounds_inputs else None
+    group["weights"] |= {"type": "float", "strategy": "channel", "group_size": None}
+    (tmp_path / "fp8").mkdir()
+    save_file(state, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    config = {**config_of(place / "llama"), "quantization_config": ct_header(group) | {"format": "naive-quantized"}}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    assert run(place, tmp_path / "fp8", tmp_path / "out") == 0
+    before, after = raw_tensors(tmp_path / "fp8"), raw_tensors(tmp_path / "out")
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 14
+    printed = capsys.readouterr().out
+    assert ("it would round the inputs of layers, too" in printed) == rounds_inputs
+    assert ("loaded back" in printed) != rounds_inputs
+
+
+def test_what_transformers_never_loads_is_read_back(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed(place, tmp_path / "packed", "compressed-tensors")
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(verification, "_loaded", refused)
+    assert run(place, tmp_path / "packed", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "read back: logits differ by" in printed and "out.partial: no such kernel" in printed
+    monkeypatch.setattr(corrected_verification, "loads", lambda *_, **__: True)  # the source, though
+    assert run(place, tmp_path / "packed", tmp_path / "other") == 2
+    assert "no such kernel" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_shards_keep_their_tensors(place: Path, tmp_path: Path) -> None:
@@ -380,12 +433,12 @@ def test_nothing_is_left_of_what_does_not_load(
 ) -> None:
     packed(place, tmp_path / "packed", "gptq")
 
-    def spoiled(folder: Path, **options: Any) -> Any:
+    def spoiled(folder: Path, source: Path, **options: Any) -> Any:
         path = folder / "model.safetensors"
         state = load_file(path)
         state["model.layers.1.mlp.down_proj.bias"] += 1
         save_file(state, path, metadata={"format": "pt"})
-        return verify_corrected(folder, **options)
+        return verify_corrected(folder, source, **options)
 
     verify_corrected = command.verify_corrected
     monkeypatch.setattr(command, "verify_corrected", spoiled)

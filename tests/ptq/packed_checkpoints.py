@@ -210,7 +210,7 @@ def write_packed(base: Path, path: Path, kind: Kind, shards: int = 1) -> dict[st
     return values
 
 
-def moved_scales(model: Any) -> Any:
+def moved_scales(model: Any, spread: float = 3.0) -> Any:
     """A LLaMA that computes the same with scales elsewhere, as AWQ's: of norms, and of up_proj, in what reads them."""
     result = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +223,7 @@ def moved_scales(model: Any) -> Any:
                 (mlp.up_proj, (mlp.down_proj,)),
             )
             for producer, readers in links:
-                scale = torch.rand(len(producer.weight), generator=generator) * 3 + 0.3
+                scale = torch.rand(len(producer.weight), generator=generator) * spread + 0.3
                 producer.weight /= scale if producer.weight.dim() == 1 else scale[:, None]
                 for reader in readers:
                     reader.weight *= scale

@@ -41,6 +41,8 @@ def test_everything_else_keeps_its_bytes(names: tuple[str, ...], tmp_path: Path)
     with safe_open(out, "pt") as file:
         assert file.metadata() == {"format": "pt", "of": "somebody"}
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    for name, about in raw_header(out)[0].items():
+        assert name == "__metadata__" or about["data_offsets"][0] % found[name].element_size() == 0
 
 
 def test_a_tensor_of_the_same_name_is_replaced(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def correct_checkpoint(
     skips = {name: skipped_by_servers(source.model, name, layers.places) for name in kept}
     switches: list[Place] = switches_of(layers.places, kept)
     done = CorrectedCheckpoint(
-        correction,
+        Correction(correction.modules, correction.skipped, correction.held_out),  # what can be undone keeps the model
         biases,
         [place.name for place in switches],
         layers.left,

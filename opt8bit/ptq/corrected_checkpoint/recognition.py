@@ -59,7 +59,8 @@ def check_pair(quantized: nn.Module, reference: nn.Module) -> None:
 
 def _differences(quantized: nn.Module, reference: nn.Module) -> Iterator[str]:
     shapes, shapes_hat = (
-        {name: tuple(param.shape) for name, param in model.named_parameters()} for model in (reference, quantized)
+        {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
+        for model in (reference, quantized)
     )
     for name, shape in shapes.items():
         if name not in shapes_hat:

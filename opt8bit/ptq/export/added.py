@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,10 @@ class _Entry(NamedTuple):
     bytes: int
     start: int  # in the old file, behind its header
     tensor: Tensor | None  # instead, where it is new
+
+    @property
+    def element_bytes(self) -> int:
+        return self.bytes // max(math.prod(self.about["shape"]), 1)
 
 
 def add_tensors(
@@ -60,8 +65,8 @@ def _copy_with(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> Non
     entries |= {name: _new(tensor) for name, tensor in tensors.items()}
     order += [name for name in tensors if name not in order]
     if sum(entry.bytes for entry in entries.values() if entry.tensor is None) % ALIGNMENT:
-        # What is added would not be aligned behind tensors of odd sizes: the odd ones go last.
-        order.sort(key=lambda name: entries[name].bytes % ALIGNMENT != 0)
+        # What is added would not be aligned behind tensors of odd sizes: from large elements to small ones, all are.
+        order.sort(key=lambda name: -entries[name].element_bytes)
     filled, written = 0, {} if metadata is None else {"__metadata__": metadata}
     for name in order:
         entry = entries[name]

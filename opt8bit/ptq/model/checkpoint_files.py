@@ -61,6 +61,7 @@ class CheckpointFiles:
         self.folder = folder
         self.stored = files_of(folder)
         self.coded = packed_checkpoint(folder, self.stored) if unpack else scaled_checkpoint(folder, self.stored)
+        self._keeps_codes = unpack  # as who reads packed weights writes them again
         self.where = dict(self.stored)
         if self.coded is not None:
             by_codes = {self.coded.parts(name)[0]: name for name in self.coded.names}
@@ -106,7 +107,8 @@ class CheckpointFiles:
             refuse_narrow(dtypes)
         else:
             self.coded.check(dtypes)
-            warn_of_dropped(self.coded)
+            if not self._keeps_codes:
+                warn_of_dropped(self.coded)
 
     def side_files(self) -> Iterator[Path]:
         """Yields what else belongs to the model, relative to the folder: tokenizer, licence, code, other modules.

@@ -17,10 +17,12 @@ class CodedWeights(ABC):
     Attributes:
         names: of all tensors that the checkpoint would have without codes.
         dtype: of the weights.
+        rounds_inputs: whether a server rounds the inputs of layers, too.
     """
 
     names: frozenset[str]
     dtype: torch.dtype
+    rounds_inputs: bool
 
     @abstractmethod
     def parts(self, name: str) -> tuple[str, ...]:

@@ -84,6 +84,7 @@ class Scaled(CodedWeights):
         self._scales = _scales(stored)
         zero_points = {name: name + ZERO_POINT for name in self._scales if name + ZERO_POINT in stored}
         self._zero_points = zero_points
+        self.rounds_inputs = bool(self._scales) and self.scheme.activations
         gone = {*self._scales.values(), *zero_points.values()}
         self.names = frozenset(name for name in stored - gone if not name.endswith(OF_ACTIVATIONS))
 
@@ -139,7 +140,7 @@ class Scaled(CodedWeights):
 
     def notice(self) -> str | None:
         """Returns what is lost when only the weights are kept, as a sentence, or None."""
-        kinds = {"activations": self.scheme.activations, "keys and values": self.scheme.cache}
+        kinds = {"activations": self.rounds_inputs, "keys and values": self.scheme.cache}
         dropped = [kind for kind, there in kinds.items() if there]
         if not self._scales or not dropped:
             return None

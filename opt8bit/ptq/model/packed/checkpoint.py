@@ -33,6 +33,7 @@ class Packed(CodedWeights):
         layout: of the weights.
         stored: names of all tensors in the checkpoint.
         dtype: of the weights.
+        rounds_inputs: whether a server rounds the inputs of layers, too.
 
     Raises:
         ValueError: a weight is there twice, or none is packed.
@@ -43,8 +44,10 @@ class Packed(CodedWeights):
         (['a.weight', 'b.weight'], ('a.qweight', 'a.qzeros', 'a.scales'))
     """
 
-    def __init__(self, layout: Layout, stored: Collection[str], dtype: torch.dtype) -> None:
-        self.layout, self.dtype = layout, dtype
+    def __init__(
+        self, layout: Layout, stored: Collection[str], dtype: torch.dtype, rounds_inputs: bool = False
+    ) -> None:
+        self.layout, self.dtype, self.rounds_inputs = layout, dtype, rounds_inputs
         stored, end = set(stored), f".{layout.codes}"
         layers = [name.removesuffix(end) for name in stored if name.endswith(end)]
         kinds = (layout.codes, *layout.others)
@@ -97,7 +100,9 @@ def packed_checkpoint(folder: Path, stored: Collection[str]) -> CodedWeights | N
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise ValueError(f"the weights are quantized by {method}: only the layouts of {known} are read")
-    return Packed(METHODS[method](header), stored, dtype_of(config))
+    layout, groups = METHODS[method](header), header.get("config_groups") or {}
+    rounds_inputs = any(group.get("input_activations") for group in groups.values())
+    return Packed(layout, stored, dtype_of(config), rounds_inputs)
 
 
 def _auto_round(header: Mapping[str, Any]) -> Layout:
