@@ -6,7 +6,8 @@ of the two models can be compared, the float model's scales must lie where the q
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from opt8bit.ptq.model.blocks import find_blocks, linear_layers, matrix
 from opt8bit.ptq.model.folding import Link, fold
 from opt8bit.ptq.model.links import find_links
-from opt8bit.ptq.model.passes import Call, ModelError, Refused
+from opt8bit.ptq.model.passes import ModelError, Refused
 from opt8bit.ptq.model.rehearsal import rehearse
 from opt8bit.ptq.model.source import InMemory
 
@@ -65,17 +66,27 @@ def follow_scales(
     except (Refused, ModelError):  # blocks that cannot be run apart show no links
         return Followed([], moved)
     producers = []
+    links: dict[Any, list[Link]] = {}  # of blocks of one structure, found once: the trials take a while
     for name, call in zip(names, calls, strict=True):
         if name in moved:
-            pair = quantized.get_submodule(name), reference.get_submodule(name)
-            producers += [f"{name}.{own}" for own in _follow(*pair, call)]
+            block_hat, block = quantized.get_submodule(name), reference.get_submodule(name)
+            structure = _structure(block)
+            if structure not in links:
+                links[structure] = find_links(block, call)
+            producers += [f"{name}.{own}" for own in _follow(block_hat, block, links[structure])]
     return Followed(producers, [name for name in moved if not _have_same_norms(quantized, reference, name)])
 
 
-def _follow(block_hat: nn.Module, block: nn.Module, call: Call) -> list[str]:
-    """Moves the scales of one block; returns the names of their producers in it."""
+def _structure(block: nn.Module) -> tuple[Any, ...]:
+    """The classes of a block's modules, and the shapes of its parameters, by name."""
+    modules = ((name, type(module)) for name, module in block.named_modules())
+    return (*modules, *((name, param.shape) for name, param in block.named_parameters()))
+
+
+def _follow(block_hat: nn.Module, block: nn.Module, links: Sequence[Link]) -> list[str]:
+    """Moves the scales of one block along its links; returns the names of their producers in it."""
     found = []
-    for link in find_links(block, call):
+    for link in links:
         scale = _scale(block_hat, block, link)
         before = _difference(block_hat, block, link, torch.ones_like(scale))
         if _difference(block_hat, block, link, scale) < GAIN * before:
