@@ -39,6 +39,7 @@ ORDER = (
     {"block", "export"},
     {"inspect", "pipeline"},
     {"compress", "correct", "verify"},
+    {"corrected_checkpoint"},
     {"__init__"},
 )
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50  # lines; of a function those beneath its docstring

@@ -17,10 +17,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def add_flags(parser: argparse.ArgumentParser, owner: type[Any]) -> None:
-    """Adds a flag for each option of a dataclass. Those that are not given leave no attribute behind."""
+def add_flags(parser: argparse.ArgumentParser, owner: type[Any], names: Container[str] | None = None) -> None:
+    """Adds a flag for each option of a dataclass, or for those of some names.
+
+    Flags that are not given leave no attribute behind.
+    """
     for name, option in options_of(owner).items():
-        _add_flag(parser, name, option, getattr(owner, name))
+        if names is None or name in names:
+            _add_flag(parser, name, option, getattr(owner, name))
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, option: Option, default: Any) -> None:

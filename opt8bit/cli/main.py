@@ -11,7 +11,7 @@ from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.flags import HelpFormatter, add_flags, add_old_flags, at_least, given, number
 from opt8bit.cli.recipes import options_from, read_recipe
-from opt8bit.cli.run_options import DTYPES, RunOptions
+from opt8bit.cli.run_options import DTYPES, TEXT_OPTIONS, CorrectionOptions, RunOptions
 from opt8bit.recipe import Recipe
 from opt8bit.recipe.names import RENAMED, renamed
 from opt8bit.recipe.options import options_of
@@ -31,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_memory(commands)
     _add_compress(commands)
-    check = commands.add_parser("verify", help="load a compressed checkpoint, and compare it with what was made")
-    check.add_argument("folder", metavar="DIR", help="that opt8bit compress has written")
+    _add_correct(commands)
+    check = commands.add_parser("verify", help="load a written checkpoint, and compare it with what was made")
+    check.add_argument("folder", metavar="DIR", help="that opt8bit compress or correct has written")
     check.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     look = commands.add_parser("inspect", help="print what is inside a checkpoint")
     look.add_argument("folder", type=Path, metavar="DIR", help="with a config.json and weights in safetensors")
@@ -72,6 +73,23 @@ def _add_compress(commands: argparse._SubParsersAction) -> None:
     add_old_flags(command, RENAMED)
     add("--recipe", type=Path, metavar="FILE", help="options in JSON, and others for single layers; flags go first")
     add("--resume", action="store_true", help="go on with a run that ended before it was done")
+    add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
+    add("--trust-remote-code", action="store_true", help=TRUST)
+
+
+def _add_correct(commands: argparse._SubParsersAction) -> None:
+    words = "add biases that correct a quantized checkpoint, whoever has made it, and change nothing else"
+    command = commands.add_parser("correct", help=words, formatter_class=HelpFormatter)
+    add = command.add_argument
+    layouts = "in the layout of compressed-tensors, GPTQ or AWQ"
+    add("checkpoint", metavar="CHECKPOINT", help=f"folder with a checkpoint {layouts}, or id of a model on the hub")
+    add("--reference", required=True, metavar="BASE", help="the float model that it was made of: a folder, or an id")
+    add("--calibration", required=True, metavar="TEXT", help=f"like what the model is for: {TEXTS}")
+    add("--text-column", metavar="NAME", help=COLUMN)
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
+    add_flags(command, CorrectionOptions)
+    add_flags(command, RunOptions, TEXT_OPTIONS)
+    add("--again", action="store_true", help="correct further what has been corrected before")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
     add("--trust-remote-code", action="store_true", help=TRUST)
 
@@ -131,6 +149,25 @@ def run_compress(options: argparse.Namespace) -> None:
     )
 
 
+def run_correct(options: argparse.Namespace) -> None:
+    from opt8bit.cli import correct
+
+    correct.run(
+        correct.Settings(
+            checkpoint=options.checkpoint,
+            reference=options.reference,
+            calibration=options.calibration,
+            text_column=options.text_column,
+            output=options.output,
+            how=CorrectionOptions(**given(options, options_of(CorrectionOptions))),
+            text=RunOptions(**given(options, TEXT_OPTIONS)),
+            again=options.again,
+            verify=options.verify,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+
+
 def run_verify(options: argparse.Namespace) -> None:
     from opt8bit.cli import verify
 
@@ -157,6 +194,7 @@ COMMANDS = {
     "demo": run_demo,
     "memory": run_memory,
     "compress": run_compress,
+    "correct": run_correct,
     "evaluate": run_evaluate,
     "verify": run_verify,
     "inspect": run_inspect,

@@ -48,7 +48,7 @@ def load(name: str, *, trust_remote_code: bool = False) -> Any:
 def _is_scaled(folder: Path) -> bool:
     """Tells whether the weights in a folder are codes in 8 bits that are only scaled."""
     try:
-        return folder.is_dir() and CheckpointFiles(folder).scaled is not None
+        return folder.is_dir() and CheckpointFiles(folder).coded is not None
     except ValueError:  # they are more than that, or a file is damaged, which transformers tells
         return False
 
@@ -60,19 +60,43 @@ def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None 
     """
     computed_in: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     transformers()
-    place = _place(name)
-    folder = Path(place)
-    if not folder.is_dir():
-        try:
-            download = importlib.import_module("huggingface_hub").snapshot_download
-            folder = Path(download(name, ignore_patterns=OF_OTHERS))
-        except Exception as error:  # of the network, of the hub, of the disk
-            raise _cannot_load(name, error) from error
+    folder = _folder(name)
     try:
         return Checkpoint(folder, trust_remote_code=trust_remote_code, dtype=computed_in)
     except OnlyWhole:
         return _loaded_whole(folder, name, trust_remote_code, computed_in)
     except Exception as error:  # a model is anyone's, and so is what transformers raises on it
+        raise _cannot_load(name, error) from error
+
+
+def open_unpacked(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """A model whose weights are packed, as one with the weights that it computes with. Arguments and errors as of
+    :func:`load`.
+    """
+    transformers()
+    folder = _folder(name)
+    try:
+        return Checkpoint(folder, trust_remote_code=trust_remote_code, unpack=True)
+    except OnlyWhole as error:
+        why = "transformers makes this model's weights of several of the checkpoint's, which packed ones do not allow"
+        raise CommandError(f"cannot load {name!r}: {error}: {why}") from error
+    except Exception as error:
+        raise _cannot_load(name, error) from error
+
+
+def _folder(name: str) -> Path:
+    """A checkpoint's folder, downloaded if need be.
+
+    Raises:
+        CommandError: there is none.
+    """
+    folder = Path(_place(name))
+    if folder.is_dir():
+        return folder
+    try:
+        download = importlib.import_module("huggingface_hub").snapshot_download
+        return Path(download(name, ignore_patterns=OF_OTHERS))
+    except Exception as error:  # of the network, of the hub, of the disk
         raise _cannot_load(name, error) from error
 
 

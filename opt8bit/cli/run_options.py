@@ -1,4 +1,4 @@
-"""Options of ``opt8bit compress`` that are no part of a recipe, but of its file. Needs no torch."""
+"""Options of ``opt8bit compress`` and ``correct`` that are no part of a recipe. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from opt8bit.recipe.options import option
 from opt8bit.recipe.registry import FORMATS
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
+TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed")  # of RunOptions, those that choose the text
+ORDERS, STATISTICS = ("local", "sequential"), ("mean", "median")  # of corrections
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # that torch takes
 
 
@@ -29,3 +31,15 @@ class RunOptions:
         DTYPES,
         "to compute the model in, and to name in the result's config.json (default: the model's own)",
     )
+
+
+@dataclass(frozen=True)
+class CorrectionOptions:
+    """How a checkpoint is corrected."""
+
+    order: str = option(
+        "local",
+        ORDERS,
+        "of corrections: each layer sees what it sees in the float model, or what the corrected layers before it make",
+    )
+    statistic: str = option("mean", STATISTICS, "of the errors")

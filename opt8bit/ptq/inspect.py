@@ -18,6 +18,10 @@ from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.recipe.registry import FORMATS
 
 
+class UnknownFormat(ValueError):
+    """A checkpoint is of a format that is not written here."""
+
+
 @dataclass
 class Contents:
     """A checkpoint.
@@ -50,7 +54,8 @@ def inspect(folder: str | Path) -> Contents:
     """Reads the headers of a checkpoint's files.
 
     Raises:
-        ValueError: a file is missing or damaged, or of a format that is not known here.
+        UnknownFormat: it is of none of :data:`FORMATS`.
+        ValueError: a file is missing or damaged.
     """
     folder = Path(folder)
     name, format = _format(folder / "config.json")
@@ -78,7 +83,7 @@ def _format(path: Path) -> tuple[str, CheckpointFormat]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
     if format is None:
-        raise ValueError(f"{path} is of the format {name}: only {', '.join(FORMATS)} can be inspected")
+        raise UnknownFormat(f"{path} is of the format {name}: only {', '.join(FORMATS)} can be inspected")
     return name, format
 
 

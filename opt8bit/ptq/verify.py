@@ -20,9 +20,10 @@ from torch import Tensor
 
 from opt8bit.ptq.export import format_of
 from opt8bit.ptq.export.source_record import SourceRecord, differences, read_record
-from opt8bit.ptq.inspect import Contents, inspect
+from opt8bit.ptq.inspect import Contents, UnknownFormat, inspect
 from opt8bit.ptq.model import tensor_files
 from opt8bit.ptq.model.blocks import evaluating, find_blocks
+from opt8bit.ptq.model.checkpoint_files import files_of
 from opt8bit.ptq.model.memory import machine_memory
 from opt8bit.ptq.model.skeleton import auto_class, parameters_on_meta
 from opt8bit.ptq.report import FOLDER, PROBE
@@ -90,19 +91,12 @@ def verify(
         OSError: there is no room on the disk.
     """
     folder = Path(folder)
-    probe = folder / FOLDER / PROBE
-    if not probe.is_file():
-        raise ValueError(f"{folder} has no {FOLDER}/{PROBE}: only what opt8bit compress has written can be verified")
-    with tensor_files.opened(probe) as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    if not {"logits", "input_ids"} <= tensors.keys():
-        raise ValueError(f"{probe} is damaged: it has {', '.join(sorted(tensors))}")
-    expected = tensors.pop("logits")
+    tensors, expected = _read_probe(folder)
     record = read_record(folder) or SourceRecord()
-    contents = inspect(folder)
+    contents = _contents(folder)
     found = _differences(folder, contents, record, trust_remote_code)
     if in_parts is None:  # by default where the weights, unpacked, would take more than half of the memory
-        in_parts = contents.original_bytes > machine_memory() / 2
+        in_parts = contents is not None and contents.original_bytes > machine_memory() / 2
     if in_parts:
         with suppress(ValueError), TemporaryDirectory(dir=scratch) as unpacked:
             result = _compared(folder, tensors, expected, record, trust_remote_code, unpacked)
@@ -110,12 +104,75 @@ def verify(
     return _compared(folder, tensors, expected, record, trust_remote_code)._replace(differences=found)
 
 
-def _differences(folder: Path, contents: Contents, record: SourceRecord, trust_remote_code: bool) -> list[str]:
+def loads(folder: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Tells whether transformers loads a checkpoint, right or wrong."""
+    try:
+        _loaded(Path(folder), trust_remote_code, None)
+    except Exception:  # whatever it raises
+        return False
+    return True
+
+
+def verify_model(
+    folder: str | Path, model: Any, dropped: Sequence[str] = (), trust_remote_code: bool = False
+) -> Verification:
+    """Compares a model that was made of a checkpoint, though not by transformers, to the checkpoint's source.
+
+    Args:
+        folder: of the checkpoint.
+        model: that was made of it.
+        dropped: tensors of the checkpoint that the model has no place for.
+        trust_remote_code: as of :func:`verify`.
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    folder = Path(folder)
+    tensors, expected = _read_probe(folder)
+    record = read_record(folder) or SourceRecord()
+    lost = sorted(set(dropped) - set(record.without_place))
+    found = _differences(folder, _contents(folder), record, trust_remote_code)
+    return Verification(_error(model, tensors, expected), _tolerance(folder, model), lost, [], found)
+
+
+def _read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs and the logits that a checkpoint was written with.
+
+    Raises:
+        ValueError: there are none.
+    """
+    probe = folder / FOLDER / PROBE
+    if not probe.is_file():
+        raise ValueError(
+            f"{folder} has no {FOLDER}/{PROBE}: only what opt8bit compress or correct has written can be verified"
+        )
+    with tensor_files.opened(probe) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    if not {"logits", "input_ids"} <= tensors.keys():
+        raise ValueError(f"{probe} is damaged: it has {', '.join(sorted(tensors))}")
+    expected = tensors.pop("logits")
+    return tensors, expected
+
+
+def _contents(folder: Path) -> Contents | None:
+    """What is inside a checkpoint; None where its format is none of those that are written here."""
+    try:
+        return inspect(folder)
+    except UnknownFormat:
+        return None
+
+
+def _differences(folder: Path, contents: Contents | None, record: SourceRecord, trust_remote_code: bool) -> list[str]:
     """Returns what is otherwise than in the source, and whether the tokenizer can be loaded."""
     found = []
-    if record.tensors:
+    if record.tensors and contents is not None:
         packed = {f"{name}.weight": layer.shape for name, layer in contents.layers.items() if layer.bits}
         found += differences(record, contents.tensors, packed, FORMATS[contents.format].parts)
+    elif record.tensors:
+        stored = {
+            name: header for file in set(files_of(folder).values()) for name, header in tensor_files.headers(file)
+        }
+        found += differences(record, stored, {}, ())
     if (folder / "tokenizer_config.json").is_file():
         transformers: Any = importlib.import_module("transformers")
         try:

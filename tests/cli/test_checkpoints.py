@@ -227,7 +227,7 @@ def test_verify_says_what_is_wrong(written: Path, tmp_path: Path, capsys: pytest
     assert "probe.safetensors is missing or damaged" in capsys.readouterr().err
     shutil.rmtree(damaged / "opt8bit")
     assert main(["verify", str(damaged)]) == 2
-    assert "only what opt8bit compress has written can be verified" in capsys.readouterr().err
+    assert "only what opt8bit compress or correct has written can be verified" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_does_not_load_right_is_not_left(

@@ -33,7 +33,7 @@ def configuration(result: Result, quantization: Mapping[str, Any] | None) -> dic
     if files is None:
         config = _in_older_words(_of_transformers(result, places))
     else:
-        config = _with_places(in_dtype(files.config(), result.source.dtype), result, places)
+        config = with_places(in_dtype(files.config(), result.source.dtype), result.model, places)
     return config if quantization is None else {**config, "quantization_config": dict(quantization)}
 
 
@@ -87,9 +87,14 @@ def _in_older_words(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _with_places(config: dict[str, Any], result: Result, places: Iterable[Place]) -> dict[str, Any]:
-    """Returns the source's configuration with the switches on that give layers the biases they got."""
-    model: Any = result.model
+def with_places(config: dict[str, Any], model: Any, places: Iterable[Place]) -> dict[str, Any]:
+    """Returns a model's configuration with the switches on that give layers the biases they got.
+
+    Args:
+        config: of the source.
+        model: that it makes.
+        places: of the biases.
+    """
     switches = {kind: {place.name: True for place in places if place.kind == kind} for kind in ("switch", "llama")}
     if switches["llama"]:
         return {**_as_llama(config, model, config_with_places(model, places)), **switches["llama"]}

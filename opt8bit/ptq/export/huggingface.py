@@ -44,7 +44,7 @@ class HuggingFaceFormat(CheckpointFormat):
         if result.source.files is None:
             _write_generation(result.model, folder)
         else:
-            _copy_side_files(result.source.files, folder)
+            copy_side_files(result.source.files, folder)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, folder)
         record.write(folder)
@@ -164,8 +164,9 @@ def _write_generation(model: nn.Module, folder: Path) -> None:
         generation.to_json_file(folder / "generation_config.json")
 
 
-def _copy_side_files(files: CheckpointFiles, folder: Path) -> None:
-    """
+def copy_side_files(files: CheckpointFiles, folder: Path) -> None:
+    """Copies what belongs to a model besides its weights and its configuration.
+
     Raises:
         OSError: one cannot be read or written.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opt8bit.ptq.model.packed.checkpoint import packed_checkpoint
 from opt8bit.ptq.model.quantization_header import without_header
 from opt8bit.ptq.model.scaled import refuse_narrow, scaled_checkpoint, warn_of_dropped
 from opt8bit.ptq.model.tensor_files import headers, opened
@@ -42,44 +43,50 @@ class CheckpointFiles:
 
     Args:
         folder: with weights in safetensors.
+        unpack: whether packed weights are read as what they stand for, too.
 
     Attributes:
         folder: as given.
         where: the file of each tensor, by name.
-        scaled: how weights are scaled, if they are.
+        stored: the file of each tensor that is there, those of codes and scales included.
+        coded: how weights are scaled or packed, if they are.
 
     Raises:
-        ValueError: a file is missing, or damaged, or lacks what the index says it has; or weights are more than scaled.
+        ValueError: a file is missing, or damaged, or lacks what the index says it has; or weights are more than scaled,
+            and not to be unpacked.
         ImportError: safetensors is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, unpack: bool = False) -> None:
         self.folder = folder
-        self._where = files_of(folder)  # with the scales
-        self.scaled = scaled_checkpoint(folder, self._where)
-        names = self._where if self.scaled is None else self.scaled.names
-        self.where = {name: file for name, file in self._where.items() if name in names}
+        self.stored = files_of(folder)
+        self.coded = packed_checkpoint(folder, self.stored) if unpack else scaled_checkpoint(folder, self.stored)
+        self._keeps_codes = unpack  # as who reads packed weights writes them again
+        self.where = dict(self.stored)
+        if self.coded is not None:
+            by_codes = {self.coded.parts(name)[0]: name for name in self.coded.names}
+            self.where = {by_codes[there]: file for there, file in self.stored.items() if there in by_codes}
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration in its own words, as that of a model that is not quantized."""
         config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-        return config if self.scaled is None else without_header(config)
+        return config if self.coded is None else without_header(config)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns tensors by name, in memory of their own."""
         wanted = list(names)
-        parts = {name: (name,) if self.scaled is None else self.scaled.parts(name) for name in wanted}
+        parts = {name: (name,) if self.coded is None else self.coded.parts(name) for name in wanted}
         by_file: dict[Path, list[str]] = {}
         for part in dict.fromkeys(part for name in wanted for part in parts[name]):
-            by_file.setdefault(self._where[part], []).append(part)
+            by_file.setdefault(self.stored[part], []).append(part)
         stored = {}
         for file, inside in by_file.items():
             with opened(file) as handle:  # only while it is read: what is mapped counts as the process's memory
                 for part in inside:
                     stored[part] = handle.get_tensor(part).clone()
-        if self.scaled is None:
+        if self.coded is None:
             return {name: stored[name] for name in wanted}
-        return {name: self.scaled.weight(name, stored) for name in wanted}
+        return {name: self.coded.weight(name, stored) for name in wanted}
 
     def check_dtypes(self, names: Collection[str]) -> None:
         """Checks that the weights of a model are numbers, or codes whose scales are known.
@@ -96,11 +103,12 @@ class CheckpointFiles:
         dtypes = {}
         for file in {self.where[name] for name in names}:
             dtypes |= {name: header.dtype for name, header in headers(file) if name in names}
-        if self.scaled is None:
+        if self.coded is None:
             refuse_narrow(dtypes)
         else:
-            self.scaled.check(dtypes)
-            warn_of_dropped(self.scaled)
+            self.coded.check(dtypes)
+            if not self._keeps_codes:
+                warn_of_dropped(self.coded)
 
     def side_files(self) -> Iterator[Path]:
         """Yields what else belongs to the model, relative to the folder: tokenizer, licence, code, other modules.

@@ -79,13 +79,14 @@ def scheme_of(header: Header) -> Scheme:
     """
     inner = header.get("quantization_config") or header.get("quantization")  # of transformers, and of ModelOpt's file
     header = {**header, **inner} if isinstance(inner, Mapping) else header
-    method = _method(header)
+    method = method_of(header)
     if method not in METHODS:
         raise _refused(method)
     return METHODS[method](header)
 
 
-def _method(header: Header) -> str:
+def method_of(header: Header) -> str:
+    """Returns the name of what has quantized a checkpoint."""
     method = header.get("quant_method")
     if method is None and "quant_algo" in header:  # ModelOpt's own file has no method
         return "modelopt"
@@ -125,10 +126,10 @@ def _modelopt(header: Header) -> Scheme:
 
 
 def _compressed_tensors(header: Header) -> Scheme:
-    _refuse_transforms(header)
+    refuse_transforms(header)
     codes: frozenset[str] = frozenset()
     blocks, activations = [], False
-    for group, layout in _weight_groups(header):
+    for group, layout in weight_groups(header):
         weights = group["weights"]
         if layout not in FORMATS or weights.get("num_bits", 8) != 8 or weights.get("type", "int") not in CODES:
             raise _refused(f"compressed-tensors ({layout}, {weights.get('num_bits', 8)} bits)")
@@ -141,7 +142,7 @@ def _compressed_tensors(header: Header) -> Scheme:
     return Scheme(codes, tuple(blocks), activations=activations, cache=_caches(header))
 
 
-def _weight_groups(header: Header) -> Iterator[tuple[Header, str]]:
+def weight_groups(header: Header) -> Iterator[tuple[Header, str]]:
     """Those of a configuration's groups that have quantized weights, and the formats in which they are stored."""
     for name, group in (header.get("config_groups") or {}).items():
         if not isinstance(group, Mapping):
@@ -150,7 +151,7 @@ def _weight_groups(header: Header) -> Iterator[tuple[Header, str]]:
             yield group, str(group.get("format") or header.get("format"))
 
 
-def _refuse_transforms(header: Header) -> None:
+def refuse_transforms(header: Header) -> None:
     """
     Raises:
         ValueError: weights are sparse, or multiplied by matrices that the model must undo.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt8bit.ptq.model.coded import CodedWeights, Dtypes
 from opt8bit.ptq.model.quantization_header import Block, Header, dtype_of, header_of, scheme_of
 from opt8bit.warning import warn
 
@@ -48,10 +49,9 @@ SAFETENSORS = {
     "I8": "int8",
     "U8": "uint8",
 }
-Dtypes = Mapping[str, str | torch.dtype]  # by tensor, as torch or safetensors call them
 
 
-class Scaled:
+class Scaled(CodedWeights):
     """A checkpoint whose weights are codes times scales, as one of its weights: w = (codes - zero_point) · scale.
 
     The product is that of float32, rounded once to ``dtype``. A scale belongs to a tensor, a row, or a block of the
@@ -84,6 +84,7 @@ class Scaled:
         self._scales = _scales(stored)
         zero_points = {name: name + ZERO_POINT for name in self._scales if name + ZERO_POINT in stored}
         self._zero_points = zero_points
+        self.rounds_inputs = bool(self._scales) and self.scheme.activations
         gone = {*self._scales.values(), *zero_points.values()}
         self.names = frozenset(name for name in stored - gone if not name.endswith(OF_ACTIVATIONS))
 
@@ -139,7 +140,7 @@ class Scaled:
 
     def notice(self) -> str | None:
         """Returns what is lost when only the weights are kept, as a sentence, or None."""
-        kinds = {"activations": self.scheme.activations, "keys and values": self.scheme.cache}
+        kinds = {"activations": self.rounds_inputs, "keys and values": self.scheme.cache}
         dropped = [kind for kind, there in kinds.items() if there]
         if not self._scales or not dropped:
             return None
@@ -183,9 +184,9 @@ def scaled_checkpoint(folder: Path, stored: Collection[str]) -> Scaled | None:
     return None if header is None else Scaled(header, stored, dtype_of(config))
 
 
-def warn_of_dropped(scaled: Scaled) -> None:
+def warn_of_dropped(coded: CodedWeights) -> None:
     """Warns of what is lost when only the weights are kept."""
-    notice = scaled.notice()
+    notice = coded.notice()
     if notice is not None:
         warn(notice)
 

@@ -33,12 +33,12 @@ def skeleton(files: CheckpointFiles, trust_remote_code: bool, dtype: torch.dtype
     """
     transformers: Any = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-    if files.scaled is not None:
+    if files.coded is not None:
         remove_header(config)
     refuse_quantized(config)
     refuse_other_classes(config)
     if dtype is None:
-        dtype = getattr(config, "dtype", None) or (files.scaled.dtype if files.scaled else _first_dtype(files))
+        dtype = getattr(config, "dtype", None) or (files.coded.dtype if files.coded else _first_dtype(files))
     try:
         with parameters_on_meta():
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -152,6 +152,7 @@ class Checkpoint(FromFiles):
         trust_remote_code: whether Python files that come with the model may run.
         dtype: float32, bfloat16 or float16, to compute in; by default the checkpoint's own. The configuration of what
             is exported names it, so that whoever loads that computes in it, too.
+        unpack: whether packed weights are read as what they stand for.
 
     Raises:
         OnlyWhole: the weights have other names than the model's, or it cannot be built without them.
@@ -165,11 +166,16 @@ class Checkpoint(FromFiles):
     """
 
     def __init__(
-        self, folder: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+        self,
+        folder: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
+        unpack: bool = False,
     ) -> None:
         if dtype not in (None, *SCALE_DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(map(str, SCALE_DTYPES))}, got {dtype!r}")
-        files = CheckpointFiles(Path(folder))
+        files = CheckpointFiles(Path(folder), unpack=unpack)
         super().__init__(files, skeleton(files, trust_remote_code, dtype), dtype)
         names = parameters_and_buffers(self.model)
         missing = names.keys() - self._stored_names.keys()
@@ -208,19 +214,25 @@ class Checkpoint(FromFiles):
     def copy(self) -> nn.Module:
         result = copy.deepcopy(self.model)
         for name, stored in self._stored_names.items():
-            tensor = self._files.read([stored])[stored]
-            set_tensor(result, name, tensor.to(get_tensor(result, name).dtype))
+            set_tensor(result, name, self._fitting(name, stored, self._files.read([stored])[stored]))
         return result
 
     def _load(self, names: Iterable[str]) -> None:
         stored = {self._stored_names[name]: name for name in names}
         for there, tensor in self._files.read(stored).items():
-            name = stored[there]
-            had = get_tensor(self.model, name)
-            if tensor.shape != had.shape:
-                where = self._files.where[there]
-                raise ValueError(f"{where}: {name} is {tuple(tensor.shape)}, the model's is {tuple(had.shape)}")
-            set_tensor(self.model, name, tensor.to(had.dtype))
+            set_tensor(self.model, stored[there], self._fitting(stored[there], there, tensor))
+
+    def _fitting(self, name: str, there: str, tensor: Tensor) -> Tensor:
+        """A stored tensor in the dtype of the model's.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        had = get_tensor(self.model, name)
+        if tensor.shape != had.shape:
+            where = self._files.where[there]
+            raise ValueError(f"{where}: {name} is {tuple(tensor.shape)}, the model's is {tuple(had.shape)}")
+        return tensor.to(had.dtype)
 
 
 class LoadedCheckpoint(FromFiles, Loaded):

@@ -50,7 +50,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Names the file where it cannot be written."""
     try:
         yield
@@ -91,7 +91,7 @@ class Writer:
 
     def _append(self, name: str, tensor: Tensor) -> None:
         data = bytes_of(tensor)
-        with _writing(self._data), self._data.open("ab") as file:
+        with writing(self._data), self._data.open("ab") as file:
             file.write(data)
         start, self._filled = self._filled, self._filled + len(data)
         offsets = [start, self._filled]
@@ -107,7 +107,7 @@ class Writer:
             self._append(name, tensor)
         header = json.dumps(self._header).encode()
         header += b" " * (-len(header) % ALIGNMENT)
-        with _writing(self._path), self._path.open("wb") as whole, self._data.open("rb") as data:
+        with writing(self._path), self._path.open("wb") as whole, self._data.open("rb") as data:
             whole.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(data, whole, 2**24)
         self._data.unlink()
@@ -140,13 +140,17 @@ class Header(NamedTuple):
 
 def headers(path: Path) -> Iterator[tuple[str, Header]]:
     """Reads what a file says of its tensors, by name."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    for name, entry in header.items():
+    for name, entry in raw_header(path)[0].items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
             yield name, Header(entry["dtype"], tuple(entry["shape"]), end - start)
+
+
+def raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns a file's header as it is, and the bytes before the tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
 
 
 def _package() -> Any:

@@ -1,0 +1,1 @@
+"""A quantized checkpoint, whoever has made it, with biases that correct it and nothing else changed."""

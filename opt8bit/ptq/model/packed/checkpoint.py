@@ -1,0 +1,132 @@
+"""A checkpoint whose weights are packed, read as one of plain weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opt8bit.ptq.model.coded import CodedWeights, Dtypes
+from opt8bit.ptq.model.packed.awq import AWQLayout
+from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout
+from opt8bit.ptq.model.packed.gptq import GPTQLayout
+from opt8bit.ptq.model.packed.layout import Layout
+from opt8bit.ptq.model.quantization_header import dtype_of, header_of, method_of
+from opt8bit.ptq.model.scaled import refuse_narrow, scaled_checkpoint
+
+AUTO_ROUND: Mapping[str, Layout] = {  # by its header's packing_format
+    "auto_round": GPTQLayout(zero_shift=0),
+    "auto_round:gptqmodel": GPTQLayout(zero_shift=0),
+    "auto_round:auto_gptq": GPTQLayout(zero_shift=1),
+    "auto_round:auto_awq": AWQLayout(),
+}
+
+
+class Packed(CodedWeights):
+    """A checkpoint's packed weights. What is stored beside them is as it is stored.
+
+    Args:
+        layout: of the weights.
+        stored: names of all tensors in the checkpoint.
+        dtype: of the weights.
+        rounds_inputs: whether a server rounds the inputs of layers, too.
+
+    Raises:
+        ValueError: a weight is there twice, or none is packed.
+
+    Example:
+        >>> packed = Packed(AWQLayout(), ["a.qweight", "a.qzeros", "a.scales", "b.weight"], torch.float16)
+        >>> sorted(packed.names), packed.parts("a.weight")
+        (['a.weight', 'b.weight'], ('a.qweight', 'a.qzeros', 'a.scales'))
+    """
+
+    def __init__(
+        self, layout: Layout, stored: Collection[str], dtype: torch.dtype, rounds_inputs: bool = False
+    ) -> None:
+        self.layout, self.dtype, self.rounds_inputs = layout, dtype, rounds_inputs
+        stored, end = set(stored), f".{layout.codes}"
+        layers = [name.removesuffix(end) for name in stored if name.endswith(end)]
+        kinds = (layout.codes, *layout.others)
+        parts = {layer: [f"{layer}.{kind}" for kind in kinds if f"{layer}.{kind}" in stored] for layer in layers}
+        self._parts = {f"{layer}.weight": tuple(names) for layer, names in parts.items()}
+        twice = sorted(self._parts.keys() & stored)
+        if twice:
+            raise ValueError(f"{twice[0]} is stored both as it is and packed")
+        if not layers:
+            raise ValueError(f"the header says that weights are packed, and the checkpoint has no {layout.codes}")
+        gone = {name for names in self._parts.values() for name in names}
+        self.names = frozenset((stored - gone) | self._parts.keys())
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return self._parts.get(name, (name,))
+
+    def weight(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        if name not in self._parts:
+            return tensors[name]
+        layer = name.removesuffix(".weight")
+        parts = {part.removeprefix(f"{layer}."): tensors[part] for part in self._parts[name]}
+        try:
+            values = self.layout.weight(layer, parts).to(self.dtype)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{layer} cannot be unpacked: {error}") from error
+        if not values.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite in {self.dtype}")
+        return values
+
+    def check(self, dtypes: Dtypes) -> None:
+        refuse_narrow(dtypes)
+
+    def notice(self) -> str | None:
+        return None
+
+
+def packed_checkpoint(folder: Path, stored: Collection[str]) -> CodedWeights | None:
+    """Returns how a checkpoint's weights are packed or scaled, or None where no file in its folder has a header.
+
+    Raises:
+        ValueError: they are so in a way that is not known here, or a file is damaged.
+    """
+    config = _json(folder / "config.json") or {}
+    header = header_of(config)
+    if header is None:
+        return scaled_checkpoint(folder, stored)  # there may be a file for the header alone
+    method = method_of(header)
+    if method == "compressed-tensors" and not any(name.endswith(".weight_packed") for name in stored):
+        return scaled_checkpoint(folder, stored)
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(f"the weights are quantized by {method}: only the layouts of {known} are read")
+    layout, groups = METHODS[method](header), header.get("config_groups") or {}
+    rounds_inputs = any(group.get("input_activations") for group in groups.values())
+    return Packed(layout, stored, dtype_of(config), rounds_inputs)
+
+
+def _auto_round(header: Mapping[str, Any]) -> Layout:
+    """
+    Raises:
+        ValueError: it is of another layout.
+    """
+    name = str(header.get("packing_format") or header.get("backend") or "auto_round")
+    if name not in AUTO_ROUND:
+        raise ValueError(f"AutoRound's packing_format must be one of {', '.join(AUTO_ROUND)}, got {name!r}")
+    return AUTO_ROUND[name]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], Layout]] = {
+    "compressed-tensors": CompressedTensorsLayout.of,
+    "gptq": GPTQLayout.of,
+    "awq": AWQLayout.of,
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
+}
