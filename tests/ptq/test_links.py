@@ -249,7 +249,7 @@ class InPlace(Transform):
 
     @torch.no_grad()
     def scale(self, block: nn.Module, link: Link) -> Tensor | None:
-        first, second = (block.get_parameter(f"{name}.weight") for name in ("first", "second"))
+        first, second = (block.get_parameter(f"{name}.weight").data for name in ("first", "second"))
         first.mul_(self.by)
         if self.undone:
             second.div_(self.by)
