@@ -23,7 +23,9 @@ def one_thread() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test that takes a ``backend`` runs on each one of this machine, the oracle included."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", available("cpu"))
+        marks = [pytest.mark.slow] if metafunc.definition.get_closest_marker("slow_interpreted") else []
+        backends = [pytest.param(name, marks=marks if name == "triton" else ()) for name in available("cpu")]
+        metafunc.parametrize("backend", backends)
     if "kernels" in metafunc.fixturenames:
         metafunc.parametrize("kernels", instruction_sets() or [pytest.param("", marks=NO_KERNELS)])
 

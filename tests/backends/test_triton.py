@@ -306,7 +306,7 @@ def test_lr_may_be_on_the_device(use: Any) -> None:
         optimizer = opt8bit.AdamW8bit([param], lr=lr)
         param.grad = torch.ones_like(param)
         asked = optimizer._all_asked(set())
-        shares = optimizer._shares(None, asked, fresh := {}, (None, None))
+        shares = optimizer._planned(None, asked, fresh := {}, (None, None))
         optimizer._take([], fresh, False)
         for backend, step in shares:  # as on a GPU, where lr is left on it
             backend.step(step._replace(hyper=[{**asked[0].hyper, "lr": lr}]))
@@ -531,6 +531,7 @@ TARGETS = {  # each with the rules that are compiled for it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
 def test_steps_compile_and_launch(target: tuple[Any, ...], tmp_path: Path) -> None:
     """For GPUs that need not be there: what the interpreter takes, the compiler may not, nor how kernels are called."""

@@ -316,6 +316,7 @@ def changes(folder: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(written: Path, folder: Path, tmp_path: Path) -> None:
     moments, kills, out = random.Random(0), 0, tmp_path / "out"
     options = command(folder / "llama", folder / "text.txt", out, "--bias-correction", "sequential", "--resume")
@@ -408,6 +409,7 @@ cp -r disk resumed
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="only Linux has file systems for one process alone")
 @pytest.mark.parametrize(
     ("size", "long_tokenizer", "blocks", "message"),
@@ -447,6 +449,7 @@ def test_a_small_file_system_fills_up_and_grows(
     assert (resumed / "out" / "model.safetensors").is_file() and not (resumed / "out" / "work").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_torchrun_shares_the_work(written: Path, folder: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "opt8bit"]

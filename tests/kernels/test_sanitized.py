@@ -9,6 +9,7 @@ import pytest
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("cmake") or not (shutil.which("c++") or shutil.which("g++")),
     reason="takes CMake and a C++ compiler",

@@ -299,6 +299,7 @@ def assert_right(optimizer: Optimizer8bit, usual: list[dict[str, Any]]) -> None:
         assert param[mask].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")  # a damage to a damage
 @pytest.mark.parametrize("name", CASES)
 def test_damaged_state_dicts_are_refused_or_loaded_right(name: str) -> None:

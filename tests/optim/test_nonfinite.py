@@ -13,6 +13,7 @@ import opt8bit
 ELEMENTWISE = [name for name in ANY_SHAPE if not name.startswith(("LAMB", "LARS"))]  # these look at whole norms
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("name", ELEMENTWISE)

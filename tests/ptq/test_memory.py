@@ -71,6 +71,7 @@ def run(code: str, *arguments: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["compressed-tensors", "dense"])
 def test_peak_memory_is_a_few_blocks(format: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()

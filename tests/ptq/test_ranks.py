@@ -94,6 +94,7 @@ def test_two_do_what_one_does(correct: str, tmp_path: Path) -> None:
         assert row.name == name and error == pytest.approx(row.error_corrected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_ended_runs_of_two_go_on(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     run(tmp_path / "whole", bits=4, group_size=16)

@@ -106,6 +106,7 @@ def test_backends_give_the_same_bits(kernels: str, signed: bool, dtype: torch.dt
 shapes = st.lists(st.integers(0, 12), min_size=0, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     shape=shapes,

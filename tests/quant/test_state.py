@@ -132,6 +132,7 @@ def test_the_definition_is_the_nearest_value(signed: bool) -> None:
             assert code == (1 if not signed and element > 0 == expected else expected)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_the_negative_has_the_same_codes_and_negative_scales(backend: str, block_size: int) -> None:
     x = adversarial(True, block_size).clone()
@@ -224,6 +225,7 @@ numbers = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     shape=shapes,
