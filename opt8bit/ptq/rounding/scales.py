@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,9 +40,11 @@ def refit_scales(
     scale = part.params.scale.clone()
     together = max(1, min(ROWS, COEFFICIENTS // groups**2))
     for rows in torch.arange(len(wanted), device=wanted.device).split(together):
-        scale[rows] = _best(wanted[rows], values[rows], columns, scale[rows], part.grid)
-    keeps = _are_proportional(values, part) & _are_proportional(values, found := _scaled(part, scale))
-    return found if bool(keeps.all()) else _scaled(part, torch.where(keeps[:, None], scale, part.params.scale))
+        found = _best(wanted[rows], values[rows], columns, scale[rows], part.grid)
+        before = part.by_row(partial(torch.index_select, dim=0, index=rows))
+        keeps = _are_proportional(values[rows], before) & _are_proportional(values[rows], _scaled(before, found))
+        scale[rows] = torch.where(keeps[:, None], found, scale[rows])
+    return _scaled(part, scale)
 
 
 def _scaled(part: Part, scale: Tensor) -> Part:
