@@ -84,14 +84,7 @@ def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.R
     trusted, options = settings.trust_remote_code, settings.run
     text = find_text(settings.calibration, settings.text_column)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=trusted)
-    calibration, held_out = choose_windows(
-        text,
-        tokenizer,
-        length=options.sequence_length,
-        samples=options.samples,
-        held_out=options.held_out,
-        seed=options.seed,
-    )
+    calibration, held_out = choose_windows(text, tokenizer, **options.windows)
     source = open_model(settings.model, trust_remote_code=trusted, dtype=options.dtype)
     result = ptq.compress(
         source,

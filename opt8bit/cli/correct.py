@@ -65,14 +65,7 @@ def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpo
     found = find_text(settings.calibration, settings.text_column)
     source = open_unpacked(settings.checkpoint, trust_remote_code=trusted)
     tokenizer = load_tokenizer(settings.reference, trust_remote_code=trusted)
-    calibration, held_out = choose_windows(
-        found,
-        tokenizer,
-        length=text.sequence_length,
-        samples=text.samples,
-        held_out=text.held_out,
-        seed=text.seed,
-    )
+    calibration, held_out = choose_windows(found, tokenizer, **text.windows)
     done = correct_checkpoint(
         source,
         load(settings.reference, trust_remote_code=trusted),

@@ -32,6 +32,12 @@ class RunOptions:
         "to compute the model in, and to name in the result's config.json (default: the model's own)",
     )
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """Returns how windows of the calibration text are chosen, as keyword arguments of ``choose_windows``."""
+        own = {name: getattr(self, name) for name in ("samples", "held_out", "seed")}
+        return {"length": self.sequence_length, **own}
+
 
 @dataclass(frozen=True)
 class CorrectionOptions:

@@ -24,6 +24,7 @@ from opt8bit.ptq.model.blocks import linear_layers, matrix
 from opt8bit.ptq.model.memory import return_freed
 from opt8bit.ptq.model.passes import OVERFLOW, Call
 from opt8bit.ptq.model.walk import Walk, halting, walks
+from opt8bit.ptq.naming import named
 from opt8bit.ptq.plan import LayerPlan
 from opt8bit.ptq.result import Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
@@ -269,14 +270,12 @@ class BlockTask:
 @contextmanager
 def _named(layer: str, dtype: torch.dtype | None) -> Iterator[None]:
     """Inside, a check that fails is about this layer, whose inputs are of this dtype."""
-    try:
-        yield
-    except NotFinite as error:
-        hint = f": {OVERFLOW}" if dtype == torch.float16 else ""
-        raise ValueError(f"{layer}: {error}{hint}") from error
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{layer}: {error}") from error
+    with named(layer):
+        try:
+            yield
+        except NotFinite as error:
+            hint = f": {OVERFLOW}" if dtype == torch.float16 else ""
+            raise ValueError(f"{error}{hint}") from error
 
 
 def _pass(call: Call, block: nn.Module) -> Callable[[], Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_calls import Model
 from test_experts import IDS, Sparse
+from test_work import Ended, ending_after
 from torch import Tensor
 from toys import MODELS, token_ids
 
@@ -253,30 +254,16 @@ def test_a_weight_that_is_not_finite_is_its_grids(layer: str) -> None:
 
 
 def test_a_run_goes_on_with_its_own_grid_only(tmp_path: Path) -> None:
-    class Ended(Exception):
-        pass
-
-    def end(report: Any, count: int) -> None:
-        if report.name.startswith("model.layers.1"):
-            raise Ended
-
     with pytest.raises(Ended):
-        compressed(grid=UniformGrid(4), work=tmp_path, see=end)
+        compressed(grid=UniformGrid(4), work=tmp_path, see=ending_after(8))
     with pytest.raises(ValueError, match="differs in: options"):
         compressed(grid=PowersOfTwo(4), work=tmp_path)
     compressed(grid=UniformGrid(4), work=tmp_path)
 
 
 def test_a_run_goes_on_with_classes_that_have_no_repr(tmp_path: Path) -> None:
-    class Ended(Exception):
-        pass
-
-    def end(report: Any, count: int) -> None:
-        if report.name.startswith("model.layers.1"):
-            raise Ended
-
     with pytest.raises(Ended):
-        compressed(grid=Exponential(), work=tmp_path, see=end)
+        compressed(grid=Exponential(), work=tmp_path, see=ending_after(8))
     result = compressed(grid=Exponential(), work=tmp_path)
     expected = compressed(grid=Exponential())
     assert torch.equal(result.changes[NAME].dequantize(), expected.changes[NAME].dequantize())

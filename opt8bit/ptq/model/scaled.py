@@ -173,15 +173,21 @@ def scaled_checkpoint(folder: Path, stored: Collection[str]) -> Scaled | None:
     Raises:
         ValueError: the weights are more than scaled, or a file is damaged.
     """
-    configs: list[Any] = []
-    for name in ("config.json", "hf_quant_config.json"):
-        try:
-            configs.append(json.loads((folder / name).read_text()) if (folder / name).is_file() else None)
-        except ValueError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}") from error
-    config = configs[0] or {}
-    header = header_of(config, configs[1])
+    config = read_json(folder / "config.json") or {}
+    header = header_of(config, read_json(folder / "hf_quant_config.json"))
     return None if header is None else Scaled(header, stored, dtype_of(config))
+
+
+def read_json(path: Path) -> Any:
+    """Returns what is in a file; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def warn_of_dropped(coded: CodedWeights) -> None:

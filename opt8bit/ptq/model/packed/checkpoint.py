@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout
 from opt8bit.ptq.model.packed.gptq import GPTQLayout
 from opt8bit.ptq.model.packed.layout import Layout
 from opt8bit.ptq.model.quantization_header import dtype_of, header_of, method_of
-from opt8bit.ptq.model.scaled import refuse_narrow, scaled_checkpoint
+from opt8bit.ptq.model.scaled import read_json, refuse_narrow, scaled_checkpoint
 
 AUTO_ROUND: Mapping[str, Layout] = {  # by its header's packing_format
     "auto_round": GPTQLayout(zero_shift=0),
@@ -90,7 +89,7 @@ def packed_checkpoint(folder: Path, stored: Collection[str]) -> CodedWeights | N
     Raises:
         ValueError: they are so in a way that is not known here, or a file is damaged.
     """
-    config = _json(folder / "config.json") or {}
+    config = read_json(folder / "config.json") or {}
     header = header_of(config)
     if header is None:
         return scaled_checkpoint(folder, stored)  # there may be a file for the header alone
@@ -114,13 +113,6 @@ def _auto_round(header: Mapping[str, Any]) -> Layout:
     if name not in AUTO_ROUND:
         raise ValueError(f"AutoRound's packing_format must be one of {', '.join(AUTO_ROUND)}, got {name!r}")
     return AUTO_ROUND[name]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], Layout]] = {
