@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opt8bit.cli.errors import CommandError
-from opt8bit.cli.models import load, load_tokenizer, open_unpacked
+from opt8bit.cli.models import load_tokenizer, open_model, open_unpacked
 from opt8bit.cli.run_options import TEXT_OPTIONS, CorrectionOptions, RunOptions
 from opt8bit.cli.texts import choose_windows, find_text
 from opt8bit.ptq.corrected_checkpoint.correction import CorrectedCheckpoint, correct_checkpoint
@@ -68,7 +68,7 @@ def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpo
     calibration, held_out = choose_windows(found, tokenizer, **text.windows)
     done = correct_checkpoint(
         source,
-        load(settings.reference, trust_remote_code=trusted),
+        open_model(settings.reference, trust_remote_code=trusted),
         calibration,
         folder,
         held_out=held_out,

@@ -12,6 +12,8 @@ from opt8bit.ptq.correction.compensation import MAX_BYTES, STATISTICS
 from opt8bit.ptq.correction.placing import Placed
 from opt8bit.ptq.model.bias_places import KEYS
 from opt8bit.ptq.model.blocks import evaluating
+from opt8bit.ptq.model.running import Running, running
+from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.pairs.batches import as_batches, samples_of, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
 from opt8bit.ptq.pairs.layer_error import LayerError, Options
@@ -66,8 +68,8 @@ class Correction:
 
 
 def correct(
-    quantized: nn.Module,
-    reference: nn.Module,
+    quantized: nn.Module | Running,
+    reference: nn.Module | Source | Running,
     calibration: Iterable[Any],
     *,
     layers: Selectors = None,
@@ -90,7 +92,9 @@ def correct(
 
     Args:
         quantized: a model whose modules have the names of the reference's. Any tool may have made it.
-        reference: the float model. It is left as it is.
+        reference: the float model; or ``ptq.Checkpoint(folder)``, whose blocks are read when they are needed, so that
+            both models need not fit into memory. All batches go through it side by side then, and what they need to go
+            on with is in memory together. It is left as it is.
         calibration: an iterable of what ``forward`` takes: tensors, tuples of positional arguments, or dictionaries of
             keyword arguments. The first dimension of each tensor counts samples. Padding does not count where a
             dictionary has an ``attention_mask`` (samples, length).
@@ -119,7 +123,7 @@ def correct(
     Raises:
         TypeError, ValueError: an argument is not one of the above; modules do not match, which are listed; there is a
             correction already; or an output is not finite, with the module's name. The model is as it was then.
-        ImportError: ``order`` is "sequential" and greenlet is not installed.
+        ImportError: ``order`` is "sequential", or the reference a checkpoint, and greenlet is not installed.
 
     Example:
         >>> correction = correct(quantized, model, batches, held_out=others)  # doctest: +SKIP
@@ -127,18 +131,20 @@ def correct(
     Source: Minimize Quantization Output Error with Bias Compensation, https://arxiv.org/abs/2404.01892.
     """
     _check(quantized, reference, order, statistic, unmatched, loss, channel_axis)
+    quantized, reference = running(quantized), running(reference)
+    model, model_hat = reference.model, quantized.model
     batches = as_batches("calibration", calibration)
     others = None if held_out is None else as_batches("held_out", held_out)
-    matches = match(quantized, reference, layers, leave, channel_axis)
+    matches = match(model_hat, model, layers, leave, channel_axis)
     if unmatched == "refuse" and matches.unmatched:
         raise _unmatched(matches.unmatched)
     if not matches.pairs:
         raise ValueError(f"no module is left to correct: {_listed(matches.skipped | matches.unmatched)}")
-    target = target_of(quantized, reference)
+    target = target_of(model_hat, model)
     unit = max(1, min(UNIT, sum(map(samples_of, batches)) // UNITS))
     options = Options(statistic, shrink, max_bytes, element, target, unit)
     run = _Run(quantized, reference, batches, options, unmatched == "skip")
-    with evaluating(quantized), evaluating(reference):
+    with evaluating(model_hat), evaluating(model):
         try:
             run.correct(matches, order)
             chosen = None
@@ -155,7 +161,7 @@ class _Run:
     """Corrects a model, and leaves it as it was if something fails."""
 
     def __init__(
-        self, quantized: nn.Module, reference: nn.Module, batches: list[Any], options: Options, skips: bool
+        self, quantized: Running, reference: Running, batches: list[Any], options: Options, skips: bool
     ) -> None:
         self.quantized, self.reference, self.batches = quantized, reference, batches
         self.options, self.skips = options, skips
@@ -174,7 +180,8 @@ class _Run:
     def _correct(self, pairs: list[Pair], is_sequential: bool) -> None:
         errors = [LayerError(pair, self.options) for pair in pairs]
         if is_sequential:
-            found = sequential_errors(self.quantized, self.reference, errors, self.batches, self.options.target)
+            models = self.quantized.model, self.reference.model
+            found = sequential_errors(*models, errors, self.batches, self.options.target)
         else:
             found = local_errors(self.reference, errors, self.batches)
         if found and not self.skips:
@@ -215,8 +222,8 @@ def _why_uncorrected(error: LayerError) -> str:
 
 
 def _check(
-    quantized: nn.Module,
-    reference: nn.Module,
+    quantized: nn.Module | Running,
+    reference: nn.Module | Source | Running,
     order: str,
     statistic: str,
     unmatched: str,
@@ -224,9 +231,9 @@ def _check(
     channel_axis: int,
 ) -> None:
     for name, model in (("quantized", quantized), ("reference", reference)):
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module | Running) and not (name == "reference" and isinstance(model, Source)):
             raise TypeError(f"{name} must be an nn.Module, got {type(model).__name__}")
-        if any(param.is_meta for param in model.parameters()):
+        if isinstance(model, nn.Module) and any(param.is_meta for param in model.parameters()):
             raise ValueError(f"{name} must be in memory, got parameters on the meta device")
     if quantized is reference:
         raise ValueError("quantized and reference must be two models, got the same one")
@@ -240,7 +247,7 @@ def _check(
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if channel_axis >= 0:
         raise ValueError(f"channel_axis must be negative, counted from the back, got {channel_axis}")
-    corrected = already_corrected(quantized)
+    corrected = already_corrected(quantized.model if isinstance(quantized, Running) else quantized)
     if corrected:
         names = first_of(corrected, LISTED)
         raise ValueError(f"quantized is corrected already: a BiasCompensation stands behind {names}")

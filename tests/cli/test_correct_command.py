@@ -378,7 +378,7 @@ def lose(path: Path) -> None:
         (None, ["--reference", "/no/such"], "there is no folder '/no/such'"),
         (None, ["--calibration", "/no/such"], "cannot read '/no/such'"),
         (None, ["--samples", "4000"], "4000 samples of 24 tokens take 96,000, it has 1,600"),
-        (shrink, [], "gate_proj.weight is (64, 32), the model's is (32, 32)"),
+        (shrink, [], "gate_proj.weight is (32, 32) in the checkpoint, (64, 32) in the reference"),
         (relabel, [], "the weights are quantized by bitsandbytes: only the layouts of compressed-tensors, gptq, awq"),
         (shuffle, [], "weights are not the reference's, rounded: the cosine of model.layers.1.mlp.up_proj ("),
         (lose, [], "model.layers.1.mlp.up_proj cannot be unpacked: scales is missing"),

@@ -278,6 +278,11 @@ WRONG_TRAINING: list[tuple[Callable[[QuantizedWeight], Any], str]] = [
         spoiled(weight=lambda self, progress: Rows.weight(self, progress) * torch.nan),
         "q_proj: Rows.weight must return finite numbers, got 1024 others",
     ),
+    (spoiled(penalty=lambda self, progress: None), "q_proj: Rows.penalty must return a number, got NoneType"),
+    (
+        spoiled(penalty=lambda self, progress: self.weight(progress).abs()),
+        "q_proj: Rows.penalty must return a number, got (32, 32)",
+    ),
     (
         spoiled(harden=lambda self: self.weight(1.0).detach()),
         "q_proj: Rows.harden must return a QuantizedWeight, got Tensor",

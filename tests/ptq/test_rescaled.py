@@ -9,6 +9,7 @@ from packed_checkpoints import moved_scales, rounded
 from toys import MODELS, shaken, token_ids
 
 from opt8bit.ptq.model.blocks import evaluating
+from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.rescaled import follow_scales, resemblance
 
 FEW = {"input_ids": token_ids(1, 8)}
@@ -29,7 +30,7 @@ def test_moved_scales_are_followed(levels: int) -> None:
     rescaled = moved_scales(model)
     reference, hat = copy.deepcopy(model), quantized(rescaled, levels)
     with evaluating(reference), evaluating(hat):
-        found = follow_scales(hat, reference, FEW)
+        found = follow_scales(Running(hat), Running(reference), FEW)
         assert sorted(found.producers) == [f"model.layers.{i}.{name}" for i in range(2) for name in LINKS]
         assert not found.unknown
         torch.testing.assert_close(reference(**FEW).logits, model(**FEW).logits, rtol=1e-4, atol=1e-5)
@@ -47,7 +48,7 @@ def test_moved_scales_are_followed(levels: int) -> None:
 def test_what_is_only_rounded_is_left_as_it_is() -> None:
     model = shaken(MODELS["llama"]())
     reference, hat = copy.deepcopy(model), quantized(model, 4)
-    found = follow_scales(hat, reference, FEW)
+    found = follow_scales(Running(hat), Running(reference), FEW)
     assert found == ([], [])
     assert all(torch.equal(value, reference.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -57,6 +58,6 @@ def test_norms_that_have_changed_otherwise_are_told() -> None:
     reference, hat = copy.deepcopy(model), quantized(model, 16)
     hat.model.layers[1].input_layernorm.weight.data *= torch.linspace(0.5, 2, 32)
     with evaluating(reference), evaluating(hat):
-        found = follow_scales(hat, reference, FEW)
+        found = follow_scales(Running(hat), Running(reference), FEW)
     assert found == ([], ["model.layers.1"])
     assert all(torch.equal(value, reference.state_dict()[name]) for name, value in model.state_dict().items())

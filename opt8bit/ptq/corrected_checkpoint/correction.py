@@ -16,7 +16,8 @@ from opt8bit.ptq.corrected_checkpoint.writing import Bias, stored_biases, switch
 from opt8bit.ptq.evaluate import check_token_ids
 from opt8bit.ptq.model.bias_places import Place, skipped_by_servers
 from opt8bit.ptq.model.blocks import evaluating, matrix
-from opt8bit.ptq.model.source import FromFiles
+from opt8bit.ptq.model.running import Running, running
+from opt8bit.ptq.model.source import Checkpoint, Source
 from opt8bit.ptq.pairs.batches import call
 from opt8bit.ptq.pairs.rescaled import follow_scales
 from opt8bit.ptq.tasks.causal_lm import FEW, PROBED
@@ -67,8 +68,8 @@ class CorrectedCheckpoint:
 
 
 def correct_checkpoint(
-    source: FromFiles,
-    reference: nn.Module,
+    source: Checkpoint,
+    reference: nn.Module | Source | Running,
     calibration: Tensor,
     folder: Path,
     *,
@@ -82,8 +83,10 @@ def correct_checkpoint(
 
     Args:
         source: of the checkpoint, its weights unpacked: ``ptq.Checkpoint(path, unpack=True)``.
-        reference: the float model. Where the checkpoint has scales elsewhere, as AWQ's do, its blocks are rewritten in
-            place so that they have them there, too; it computes the same then.
+        reference: the float model, or a checkpoint of it, whose blocks are read when they are needed. Where the
+            quantized one has scales elsewhere, as AWQ's do, blocks are rewritten so that they have them there, too;
+            the model computes the same then. It is rewritten in place, and what was read of a checkpoint stays in
+            memory.
         calibration: token ids (samples, length), int64.
         folder: to write to; it must be empty.
         held_out: other token ids, by which is chosen what to keep.
@@ -101,13 +104,13 @@ def correct_checkpoint(
         OSError: a file cannot be written.
     """
     _refuse_corrected(recorded_correction(source.files.folder), again)
-    quantized = source.copy()
-    check_pair(quantized, reference)
-    _refuse_corrected(found_correction(quantized, reference), again)
+    quantized, reference = running(source), running(reference)
+    check_pair(quantized.model, reference.model)
+    _refuse_corrected(found_correction(quantized.model, reference.model), again)
     for name, ids in (("calibration", calibration), ("held_out", held_out)):
         if ids is not None:
-            check_token_ids(name, ids, reference)
-    with evaluating(quantized), evaluating(reference):
+            check_token_ids(name, ids, reference.model)
+    with evaluating(quantized.model), evaluating(reference.model):
         followed = follow_scales(quantized, reference, {"input_ids": calibration[:1, :FEW]})
     layers = layers_of(source, quantized, reference, followed.unknown)
     if not layers.corrected:
@@ -124,7 +127,7 @@ def correct_checkpoint(
         held_out=None if held_out is None else [{"input_ids": part} for part in held_out.split(1)],
     )
     kept = _kept(correction)
-    biases = stored_biases(source, quantized, layers.places, kept)
+    biases = stored_biases(source, quantized.model, layers.places, kept)
     skips = {name: skipped_by_servers(source.model, name, layers.places) for name in kept}
     switches: list[Place] = switches_of(layers.places, kept)
     done = CorrectedCheckpoint(
@@ -167,12 +170,12 @@ def _kept(correction: Correction) -> list[str]:
     raise ValueError(f"there is nothing to correct: {name}: {why}, for example")
 
 
-def _probe(quantized: nn.Module, biases: Mapping[str, Bias], ids: Tensor) -> Probe:
+def _probe(quantized: Running, biases: Mapping[str, Bias], ids: Tensor) -> Probe:
     """What the written checkpoint is checked by; the model gets the biases as they are stored."""
     for name, bias in biases.items():
-        layer = quantized.get_submodule(name)
+        layer = quantized.model.get_submodule(name)
         values = bias.values.to(matrix(layer).dtype)
         layer.bias = nn.Parameter(values, requires_grad=False)
-    with evaluating(quantized):
-        logits: Tensor = call(quantized, {"input_ids": ids}).logits
+    with evaluating(quantized.model):
+        logits: Tensor = call(quantized.model, {"input_ids": ids}).logits
     return Probe({"input_ids": ids.clone()}, logits[0, -PROBED:].float())

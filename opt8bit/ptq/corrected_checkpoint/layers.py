@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from opt8bit.ptq.model.bias_places import Place, Places, bias_places, why_uncorrected
 from opt8bit.ptq.model.blocks import block_layers, is_linear
+from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.pairs.rescaled import resemblance
 from opt8bit.warning import first_of
@@ -34,7 +33,7 @@ class Layers:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def layers_of(source: Source, quantized: nn.Module, reference: nn.Module, unknown: Collection[str]) -> Layers:
+def layers_of(source: Source, quantized: Running, reference: Running, unknown: Collection[str]) -> Layers:
     """Finds the layers that can be corrected.
 
     Args:
@@ -46,7 +45,7 @@ def layers_of(source: Source, quantized: nn.Module, reference: nn.Module, unknow
     Raises:
         ValueError: a weight has nothing to do with the reference's.
     """
-    inside = block_layers(quantized)
+    inside = block_layers(quantized.model)
     places = bias_places(source.model, inside)
     result = Layers({name: _used(place) for name, place in places.items()})
     for name in inside:
@@ -59,7 +58,7 @@ def layers_of(source: Source, quantized: nn.Module, reference: nn.Module, unknow
             result.left[name] = why
     _check_related(quantized, reference, result.corrected)
     coded = None if source.files is None else source.files.coded
-    for name, module in quantized.named_modules():
+    for name, module in quantized.model.named_modules():
         stored = source.stored_name(f"{name}.weight") if is_linear(module) and name not in inside else None
         if stored is not None and coded is not None and coded.parts(stored) != (stored,):
             result.left[name] = "it is outside of the model's blocks"
@@ -71,14 +70,16 @@ def _used(place: Place | None) -> Place | None:
     return place if place is not None and place.kind in USED else None
 
 
-def _check_related(quantized: nn.Module, reference: nn.Module, names: Iterable[str]) -> None:
+def _check_related(quantized: Running, reference: Running, names: Iterable[str]) -> None:
     """
     Raises:
         ValueError: a layer's weight has nothing to do with the reference's.
     """
     alien = []
     for name in names:
-        likeness = resemblance(quantized.get_submodule(name), reference.get_submodule(name))
+        quantized.need(name)
+        reference.need(name)
+        likeness = resemblance(quantized.model.get_submodule(name), reference.model.get_submodule(name))
         if likeness < RELATED:
             alien.append(f"{name} ({likeness:.2f})")
     if alien:

@@ -142,6 +142,24 @@ class FromFiles(Source):
     def stored_name(self, name: str) -> str | None:
         return self._stored_names.get(name)
 
+    def load(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Reads parameters and buffers into a model.
+
+        Args:
+            model: the source's own, or a copy.
+            names: in the model.
+
+        Raises:
+            ValueError: one has another shape in the checkpoint.
+        """
+        stored = {self._stored_names[name]: name for name in names}
+        for there, tensor in self._files.read(stored).items():
+            had = get_tensor(model, stored[there])
+            if tensor.shape != had.shape:
+                shapes = f"{stored[there]} is {tuple(tensor.shape)}, the model's is {tuple(had.shape)}"
+                raise ValueError(f"{self._files.where[there]}: {shapes}")
+            set_tensor(model, stored[there], tensor.to(had.dtype))
+
 
 class Checkpoint(FromFiles):
     """A model of transformers whose blocks stay in its safetensors files until they are asked for.
@@ -185,18 +203,18 @@ class Checkpoint(FromFiles):
         self._files.check_dtypes(params)
         check_room(self.model)
         blocks, _ = find_blocks(self.model)
-        self._load([name for name in names if not name.startswith(f"{blocks}.")])
+        self.load(self.model, [name for name in names if not name.startswith(f"{blocks}.")])
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
         names = [full for full in parameters_and_buffers(self.model) if full.startswith(f"{name}.")]
-        self._load(names)
+        self.load(self.model, names)
         try:
             yield self.model.get_submodule(name)
         finally:
             for full in names:
                 set_tensor(self.model, full, torch.empty_like(get_tensor(self.model, full), device="meta"))
-            _give_back_memory()
+            give_back_memory()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         # First what the model has, so that the tensors of a block follow each other.
@@ -213,26 +231,9 @@ class Checkpoint(FromFiles):
 
     def copy(self) -> nn.Module:
         result = copy.deepcopy(self.model)
-        for name, stored in self._stored_names.items():
-            set_tensor(result, name, self._fitting(name, stored, self._files.read([stored])[stored]))
+        for name in self._stored_names:
+            self.load(result, [name])
         return result
-
-    def _load(self, names: Iterable[str]) -> None:
-        stored = {self._stored_names[name]: name for name in names}
-        for there, tensor in self._files.read(stored).items():
-            set_tensor(self.model, stored[there], self._fitting(stored[there], there, tensor))
-
-    def _fitting(self, name: str, there: str, tensor: Tensor) -> Tensor:
-        """A stored tensor in the dtype of the model's.
-
-        Raises:
-            ValueError: it has another shape.
-        """
-        had = get_tensor(self.model, name)
-        if tensor.shape != had.shape:
-            where = self._files.where[there]
-            raise ValueError(f"{where}: {name} is {tuple(tensor.shape)}, the model's is {tuple(had.shape)}")
-        return tensor.to(had.dtype)
 
 
 class LoadedCheckpoint(FromFiles, Loaded):
@@ -268,7 +269,7 @@ class LoadedCheckpoint(FromFiles, Loaded):
             check_packed(self.model, [self._stored_names[name] for name in weights])
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """What has been freed goes back to the system: glibc would keep it, as much in the end as the whole model takes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -54,6 +54,11 @@ class Walk:
         assert self._last is not None
         return self._last
 
+    def taken(self) -> Any:
+        """Returns the result of a pass that has ended, and lets go of it."""
+        result, self._last = self.x, None
+        return result
+
     def answer(self, output: Any) -> None:
         """Takes the output of the layer that the pass stands before, which need not compute it, or behind."""
         self._answer = output

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
 
 from opt8bit.ptq.correction.placing import Placed
+from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.batches import Target, call, mask_of, moved
 from opt8bit.ptq.pairs.outputs import Element, element_of
 
@@ -88,8 +90,8 @@ class Judge:
 
     def __init__(
         self,
-        quantized: nn.Module,
-        reference: nn.Module,
+        quantized: Running,
+        reference: Running,
         batches: Sequence[Any],
         loss: Loss,
         element: Element,
@@ -100,8 +102,7 @@ class Judge:
         self.passes = 0
         self._outputs: list[Tensor] = []
         room = KEPT_BYTES
-        for batch in batches:
-            output = self._output(call(reference, batch))
+        for output in self._of_reference(batches):
             room -= output.numel() * output.element_size()
             if room < 0:
                 break
@@ -111,10 +112,7 @@ class Judge:
         """The mean loss over rows that count; infinite where it is not finite."""
         self.passes += 1
         total, rows = 0.0, 0.0
-        for i, batch in enumerate(self.batches):
-            kept = i < len(self._outputs)
-            output = self._outputs[i] if kept else self._output(call(self.reference, batch))
-            output_hat = self._output(call(self.quantized, batch, self.target))
+        for batch, output, output_hat in self._outputs_of_both():
             losses = self.loss(output_hat, output.to(output_hat.device))
             mask = mask_of(batch)
             if mask is not None and losses.shape == mask.shape:
@@ -122,6 +120,20 @@ class Judge:
             total += float(losses.sum(dtype=torch.float64))
             rows += losses.numel()
         return total / rows if math.isfinite(total) and rows else math.inf
+
+    def _outputs_of_both(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Each batch with the outputs of the float model and of the quantized one."""
+        kept = len(self._outputs)
+        parts: list[tuple[Sequence[Any], Iterable[Tensor]]] = [(self.batches[:kept], self._outputs)]
+        if kept < len(self.batches):
+            parts.append((self.batches[kept:], self._of_reference(self.batches[kept:])))
+        for batches, outputs in parts:
+            calls = [partial(call, batch=batch, target=self.target) for batch in batches]
+            outputs_hat = map(self._output, self.quantized.outputs(calls))
+            yield from zip(batches, outputs, outputs_hat, strict=True)
+
+    def _of_reference(self, batches: Sequence[Any]) -> Iterator[Tensor]:
+        return map(self._output, self.reference.outputs([partial(call, batch=batch) for batch in batches]))
 
     def _output(self, output: Any) -> Tensor:
         has_logits = self.element is None and not isinstance(output, Tensor) and hasattr(output, "logits")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.batches import call, mask_of
 from opt8bit.ptq.pairs.layer_error import LayerError, Mismatch
 
 
-def local_errors(reference: nn.Module, errors: Sequence[LayerError], batches: Sequence[Any]) -> dict[str, str]:
+def local_errors(reference: Running, errors: Sequence[LayerError], batches: Sequence[Any]) -> dict[str, str]:
     """Runs the float model over all batches; each module's counterpart sees what the module sees.
 
     Args:
@@ -27,7 +29,11 @@ def local_errors(reference: nn.Module, errors: Sequence[LayerError], batches: Se
         ValueError: an output is not finite, or no tensor.
     """
     unmatched: dict[str, str] = {}
-    mask: list[Tensor | None] = [None]
+    masks = [mask_of(batch) for batch in batches]
+    mask: list[Tensor | None] = [None]  # of the batch that goes on now
+
+    def turn(i: int) -> None:
+        mask[0] = masks[i]
 
     def watching(error: LayerError) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -43,9 +49,8 @@ def local_errors(reference: nn.Module, errors: Sequence[LayerError], batches: Se
 
     handles = [e.pair.reference.register_forward_hook(watching(e), with_kwargs=True) for e in errors]
     try:
-        for batch in batches:
-            mask[0] = mask_of(batch)
-            call(reference, batch)
+        for _ in reference.outputs([partial(call, batch=batch) for batch in batches], turn):
+            pass
     finally:
         for handle in handles:
             handle.remove()

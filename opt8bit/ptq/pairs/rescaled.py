@@ -17,6 +17,7 @@ from opt8bit.ptq.model.folding import Link, fold
 from opt8bit.ptq.model.links import find_links
 from opt8bit.ptq.model.passes import ModelError, Refused
 from opt8bit.ptq.model.rehearsal import rehearse
+from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.model.source import InMemory
 
 SAME = 0.01  # of a vector's norm, by which rounding to 16 bits and nothing else may change it
@@ -42,39 +43,38 @@ def resemblance(layer: nn.Module, other: nn.Module) -> float:
 
 
 @torch.no_grad()
-def follow_scales(
-    quantized: nn.Module,
-    reference: nn.Module,
-    few: dict[str, Tensor],
-) -> Followed:
+def follow_scales(quantized: Running, reference: Running, few: dict[str, Tensor]) -> Followed:
     """Moves scales in the blocks of the float model to where the quantized model has them; it computes the same.
 
-    Blocks whose norms are the same in both models are left as they are.
+    Blocks whose norms are the same in both models are left as they are. The others stay in memory.
 
     Args:
         quantized: with the weights that it computes with.
         reference: the float model; its blocks are changed in place.
         few: a batch of few tokens.
     """
-    prefix, blocks = find_blocks(reference)
+    model, model_hat = reference.model, quantized.model
+    prefix, blocks = find_blocks(model)
     names = [f"{prefix}.{i}" for i in range(len(blocks))]
-    moved = [name for name in names if not _have_same_norms(quantized, reference, name)]
+    moved = [name for name in names if not _have_same_norms(model_hat, model, name)]
     if not moved:
         return Followed([], [])
     try:
-        calls = rehearse(InMemory(reference), prefix, blocks, few).calls(reference, blocks, few)
+        calls = rehearse(InMemory(model), prefix, blocks, few).calls(model, blocks, few)
     except (Refused, ModelError):  # blocks that cannot be run apart show no links
         return Followed([], moved)
     producers = []
     links: dict[Any, list[Link]] = {}  # of blocks of one structure, found once: the trials take a while
     for name, call in zip(names, calls, strict=True):
         if name in moved:
-            block_hat, block = quantized.get_submodule(name), reference.get_submodule(name)
+            reference.hold(name)
+            quantized.need(name)
+            block_hat, block = model_hat.get_submodule(name), model.get_submodule(name)
             structure = _structure(block)
             if structure not in links:
                 links[structure] = find_links(block, call)
             producers += [f"{name}.{own}" for own in _follow(block_hat, block, links[structure])]
-    return Followed(producers, [name for name in moved if not _have_same_norms(quantized, reference, name)])
+    return Followed(producers, [name for name in moved if not _have_same_norms(model_hat, model, name)])
 
 
 def _structure(block: nn.Module) -> tuple[Any, ...]:

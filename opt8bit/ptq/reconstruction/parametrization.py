@@ -63,7 +63,7 @@ def started(
     The parametrization gets a copy of the float model's weight, which it may change.
 
     Raises:
-        TypeError: ``start`` returned something else.
+        TypeError: ``start`` returned something else, or ``penalty`` no number.
         ValueError: there are no parameters, or the weight is not finite, of another shape, or does not depend on them.
     """
     name = type(parametrization).__name__
@@ -75,6 +75,7 @@ def started(
         raise ValueError(f"{kind} must have parameters to train, as nn.Parameter, got none")
     with torch.enable_grad():
         found: Any = trained.weight(0.0)
+        penalty: Any = trained.penalty(0.0)
     if not isinstance(found, Tensor) or found.shape != weight.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"{kind}.weight must return {tuple(weight.shape)}, got {got}")
@@ -82,6 +83,9 @@ def started(
         raise ValueError(f"{kind}.weight must return finite numbers, got {int((~found.isfinite()).sum())} others")
     if not found.requires_grad:
         raise ValueError(f"{kind}.weight must depend on its parameters, got a weight without gradient")
+    if not isinstance(penalty, (int, float)) and not (isinstance(penalty, Tensor) and penalty.dim() == 0):
+        got = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
+        raise TypeError(f"{kind}.penalty must return a number, got {got}")
     return trained
 
 
