@@ -108,7 +108,18 @@ class OnDemand(Running):
 
     def need(self, name: str) -> None:
         block = self._block_of(name)
-        if block is None or block in self._held:
+        if block is not None:
+            self._bring(block)
+
+    def hold(self, name: str) -> None:
+        block = self._block_of(name)
+        if block is not None and block not in self._held:
+            self._bring(block)
+            self._there.remove(block)
+            self._held.add(block)
+
+    def _bring(self, block: str) -> None:
+        if block in self._held:
             return
         if block in self._there:
             self._there.remove(block)
@@ -118,16 +129,9 @@ class OnDemand(Running):
         while len(self._there) > self._kept:
             self._let_go(self._there.pop(0))
 
-    def hold(self, name: str) -> None:
-        self.need(name)
-        block = self._block_of(name)
-        if block is not None and block not in self._held:
-            self._there.remove(block)
-            self._held.add(block)
-
     def _needing(self, block: str) -> Callable[..., None]:
         # A function, as whoever copies the block copies the objects that are hooks, and all that these refer to.
-        return lambda module, args: self.need(block)
+        return lambda module, args: self._bring(block)
 
     def _let_go(self, block: str) -> None:
         for name in self._matrices[block]:
