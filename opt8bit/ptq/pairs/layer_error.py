@@ -249,7 +249,8 @@ def _means_of_rows(x: Tensor, y: Tensor, mask: Tensor | None, unit: int) -> Mean
 
 def _means_of_images(x: Tensor, y: Tensor, unit: int) -> Means:
     """Of several images each. Their positions stay apart: at the edge, padding makes a layer do something else."""
-    images = _unit_sums(torch.ones(len(x), dtype=torch.bool, device=x.device), unit)
+    images = torch.full((-(-len(x) // unit),), unit, device=x.device)
+    images[-1:] = len(x) - unit * (len(images) - 1)  # the last ones may be fewer
     means = _unit_sums(x, unit) / images.view(-1, *[1] * (x.dim() - 1))
     return Means(means, _unit_sums(_sum(y.flatten(2), 2), unit), images * y.shape[2:].numel())
 
