@@ -233,18 +233,24 @@ def spread(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 
 
 def show_quality(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'':<42}{'accuracy, %':>24}{'cross-entropy':>26}{'KL divergence':>26}{'kept':>8}{'passes':>8}")
-    before: dict[str, dict[str, Any]] = {row["grid"]: row for row in rows if row["correction"] == "none"}
-    for grid, correction in dict.fromkeys((row["grid"], row["correction"]) for row in rows):
-        mine = [row for row in rows if (row["grid"], row["correction"]) == (grid, correction)]
-        figures = f"{spread(mine, 'accuracy', 2):>24}{spread(mine, 'cross_entropy', 4):>26}{spread(mine, 'kl', 4):>26}"
-        chosen = ""
-        if CHOSEN in correction:
-            kept = "/".join(f"{row['kept']}" for row in mine)
-            chosen = f"{kept:>10}{max(row['passes'] for row in mine):>6}"
-            ratios = [row[name] / before[grid][name] for row in mine for name in ("cross_entropy", "kl")]
-            chosen += "" if max(ratios) <= WORST else f"  above the uncorrected loss: {max(ratios):.3f}x"
-        print(f"{grid + ', ' + correction:<42}{figures}{chosen}")
+    for grid in ("float32", *GRIDS):
+        heads = f"{'accuracy, %':>24}{'cross-entropy':>26}{'KL divergence':>26}"
+        print(f"\n{grid:<22}{heads}" + (f"{'kept':>12}{'passes':>8}" if grid in GRIDS else ""))
+        (before,) = [row for row in rows if (row["grid"], row["correction"]) == (grid, "none")]
+        for correction in ("none", *CORRECTIONS):
+            mine = [row for row in rows if (row["grid"], row["correction"]) == (grid, correction)]
+            if mine:
+                figures = f"{spread(mine, 'accuracy', 2):>24}{spread(mine, 'cross_entropy', 4):>26}"
+                print(f"{correction:<22}{figures}{spread(mine, 'kl', 4):>26}{choices(mine, before)}")
+
+
+def choices(rows: list[dict[str, Any]], before: dict[str, Any]) -> str:
+    """How many corrections were kept, and how many passes that took; and whether a test loss is worse for it."""
+    if CHOSEN not in rows[0]["correction"]:
+        return ""
+    ratio = max(row[name] / before[name] for row in rows for name in ("cross_entropy", "kl"))
+    harm = "" if ratio <= WORST else f"  test loss {ratio:.3f}x"
+    return f"{'/'.join(str(row['kept']) for row in rows):>12}{max(row['passes'] for row in rows):>8}{harm}"
 
 
 def show_times(rows: list[dict[str, Any]]) -> None:
@@ -269,13 +275,12 @@ def main() -> None:
         train, test = (images(options.fashion, part) for part in ("train", "t10k"))
         experiment, seeds = Experiment(train, test, FULL), SEEDS
     wanted: list[dict[str, Any]] = [{"grid": "float32", "correction": "none", "seed": None}]
-    for grid in GRIDS:
-        wanted.append({"grid": grid, "correction": "none", "seed": None})
-        wanted += [
-            {"grid": grid, "correction": correction, "seed": seed}
-            for correction, seed in itertools.product(CORRECTIONS, seeds)
-            if seed == seeds[0] or correction not in ONE_SEED
-        ]
+    wanted += [{"grid": grid, "correction": "none", "seed": None} for grid in GRIDS]
+    wanted += [  # seed by seed, so that an early stop leaves comparable rows
+        {"grid": grid, "correction": correction, "seed": seed}
+        for seed, grid, correction in itertools.product(seeds, GRIDS, CORRECTIONS)
+        if seed == seeds[0] or correction not in ONE_SEED
+    ]
     show_quality(complete(options.rows, wanted, experiment.quality))
     show_times(complete(options.rows, [{"timed": next(iter(GRIDS))}], experiment.times))
 
