@@ -170,16 +170,9 @@ def images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     return (pixels - 73) / 90, torch.tensor(read("labels-idx1", 8)).long()
 
 
-def train_resnet(make: Maker, seed: int, *, folder: Path, epochs: int, size: int | None, lr: float) -> float:
-    """Test accuracy in %."""
-    x, y = images(folder, "train")
-    x_test, y_test = images(folder, "t10k")
-    x, y, x_test, y_test = x[:size], y[:size], x_test[:size], y_test[:size]
-    torch.manual_seed(seed)
-    model = resnet()
-    optimizer = make(model.parameters(), lr=lr)
-    steps = epochs * (len(x) // 128)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, seed: int) -> None:
+    """Trains a classifier of images in batches of 128; the learning rate falls to zero along a cosine."""
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // 128))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator)
@@ -189,6 +182,19 @@ def train_resnet(make: Maker, seed: int, *, folder: Path, epochs: int, size: int
             optimizer.step()
             cosine.step()
     model.eval()
-    with torch.no_grad():
-        found = torch.cat([model(part).argmax(1) for part in x_test.split(500)])
-    return float((found == y_test).float().mean() * 100)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:  # (n, 1, 28, 28) -> (n, 10)
+    return torch.cat([model(part) for part in x.split(500)])
+
+
+def train_resnet(make: Maker, seed: int, *, folder: Path, epochs: int, size: int | None, lr: float) -> float:
+    """Test accuracy in %."""
+    x, y = images(folder, "train")
+    x_test, y_test = images(folder, "t10k")
+    torch.manual_seed(seed)
+    model = resnet()
+    fit(model, make(model.parameters(), lr=lr), x[:size], y[:size], epochs, seed)
+    found = logits_of(model, x_test[:size]).argmax(1)
+    return float((found == y_test[:size]).float().mean() * 100)

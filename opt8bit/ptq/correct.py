@@ -17,7 +17,7 @@ from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.pairs.batches import as_batches, samples_of, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
 from opt8bit.ptq.pairs.layer_error import LayerError, Options
-from opt8bit.ptq.pairs.local import local_errors
+from opt8bit.ptq.pairs.local import about, local_errors
 from opt8bit.ptq.pairs.matching import Matches, Pair, Selectors, already_corrected, generations, match
 from opt8bit.ptq.pairs.outputs import Element
 from opt8bit.ptq.pairs.sequential import sequential_errors
@@ -144,7 +144,7 @@ def correct(
     unit = max(1, min(UNIT, sum(map(samples_of, batches)) // UNITS))
     options = Options(statistic, shrink, max_bytes, element, target, unit)
     run = _Run(quantized, reference, batches, options, unmatched == "skip")
-    with evaluating(model_hat), evaluating(model):
+    with evaluating(model_hat, model):
         try:
             run.correct(matches, order)
             chosen = None
@@ -188,7 +188,8 @@ class _Run:
             raise _unmatched(found)
         self.unmatched |= found
         for error in errors:
-            error.settle()
+            with about(error):
+                error.settle()
             self.errors[error.pair.name] = error
             placed = error.placed()
             if placed is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,8 @@ def difference(float_output: Tensor, quantized_output: Tensor, counts: Tensor | 
     """
     dtype = torch.promote_types(torch.promote_types(float_output.dtype, quantized_output.dtype), torch.float32)
     error = float_output.to(quantized_output.device, dtype) - quantized_output.to(dtype)
+    if counts is None and _adds_up(error):
+        return error
     finite = error.isfinite() if counts is None else error.isfinite() | ~counts
     if not bool(finite.all()):
         for name, output in (("float_output", float_output), ("quantized_output", quantized_output)):
@@ -94,11 +97,18 @@ def difference(float_output: Tensor, quantized_output: Tensor, counts: Tensor | 
     return error if counts is None else torch.where(counts, error, torch.nan)
 
 
+def _adds_up(output: Tensor) -> bool:
+    """Whether the sum is finite, and so every value. To ask each takes many times as long."""
+    return math.isfinite(output.sum().item())
+
+
 def check_finite(name: str, output: Tensor, counts: Tensor | None = None) -> None:
     """
     Raises:
         ValueError: a value that counts is not finite.
     """
+    if counts is None and _adds_up(output):
+        return
     wrong = ~output.isfinite() if counts is None else ~output.isfinite() & counts.to(output.device)
     if bool(wrong.any()):
         place = tuple(int(i) for i in wrong.nonzero()[0])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.model.products import Products
+from opt8bit.ptq.model.products import fast_products
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -112,12 +112,13 @@ def _are_blocks(modules: nn.ModuleList) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside, and fast products; every module's mode is as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
     try:
-        with torch.no_grad(), Products():
+        with torch.no_grad(), fast_products():
             yield
     finally:
         for module in training:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ class Products(TorchFunctionMode):
             if _serves(*operands):
                 return _product(*operands)
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Turns :class:`Products` on where oneDNN serves. Elsewhere a mode would only make every call of torch take longer.
+
+    Torch's fused transformer layers, which call no layer inside, are off in both cases, as any mode turns them off.
+    """
+    if _operator() is not None:
+        with Products():
+            yield
+        return
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

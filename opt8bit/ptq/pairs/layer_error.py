@@ -19,8 +19,8 @@ from opt8bit.ptq.pairs.matching import Pair
 from opt8bit.ptq.pairs.outputs import Element, element_of, with_element
 
 CLOSE = 0.02  # of the error of a mean, within which a layer tells it from its mean input
-
 TRIED = 4  # images or rows, on which it is found out whether it does
+KEPT_NUMBERS = 2**18  # in mean inputs, until the quantized module is called with them
 
 
 class Mismatch(ValueError):
@@ -69,8 +69,9 @@ class LayerError:
         self.write = partial(with_element, element=options.element)
         self.is_matched = True
         self._in_bias = False
-        self._dtype = torch.float32  # of the outputs
+        self._dtype, self._dims = torch.float32, 0  # of the outputs
         self._is_affine: bool | None = None
+        self._kept: list[Means] = []
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, mask: Tensor | None) -> None:
         """Takes a call of the float module into account: the quantized one is called with the same.
@@ -92,7 +93,7 @@ class LayerError:
             if self._is_affine is None:
                 self._is_affine = means is not None and self._tells(x, y)
             if means is not None and self._is_affine:
-                self._add(means, x.dtype, y.dim())
+                self._keep(means, x.dtype, y.dim())
                 return
         self.compare(y, self.pair.quantized(*arguments[0], **arguments[1]), mask)
 
@@ -141,8 +142,13 @@ class LayerError:
         return self.write(output_hat, self.compensation(self.read(output_hat)))
 
     def settle(self) -> None:
-        """Sets the bias to what the batches so far say."""
+        """Sets the bias to what the batches so far say.
+
+        Raises:
+            ValueError: an output is not finite.
+        """
         if self.compensation is not None:
+            self._take_in()
             self.compensation.settle()
 
     def placed(self) -> Placed | None:
@@ -197,15 +203,28 @@ class LayerError:
         rounding = torch.finfo(rows.dtype).eps * rows.square().mean(0).sum().sqrt()
         return bool((rows.mean(0) - of_mean).norm() <= CLOSE * error.norm() + 2 * rounding)
 
-    def _add(self, means: Means, dtype: torch.dtype, dims: int) -> None:
+    def _keep(self, means: Means, dtype: torch.dtype, dims: int) -> None:
+        """Keeps the means of a call: one call of the quantized module for those of many batches takes less time."""
+        if self._kept and self._kept[0].x.shape[1:] != means.x.shape[1:]:
+            self._take_in()
+        self._kept.append(means._replace(x=means.x.to(dtype)))
+        self._dims = dims
+        if sum(each.x.numel() for each in self._kept) >= KEPT_NUMBERS:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Calls the quantized module with the means that are kept."""
+        if not self._kept:
+            return
         assert self.compensation is not None
-        y_hat = self.read(self.pair.quantized(means.x.to(dtype)))
-        axis = self.pair.channel_axis
-        rows = _channels_last(y_hat, axis).unflatten(0, (len(means.x), -1)).mean(1)  # (units, channels)
-        check_finite("the float output", means.y)
+        x, y, tokens = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        self._kept.clear()
+        y_hat = self.read(self.pair.quantized(x))
+        rows = _channels_last(y_hat, self.pair.channel_axis).unflatten(0, (len(x), -1)).mean(1)  # (units, channels)
+        check_finite("the float output", y)
         check_finite("the quantized output", rows)
-        sums = means.y.to(rows.device, torch.float64) - means.tokens.to(rows.device)[:, None] * rows.to(torch.float64)
-        self.compensation.observe_sums(sums, means.tokens, dims)
+        sums = y.to(rows.device, torch.float64) - tokens.to(rows.device)[:, None] * rows.to(torch.float64)
+        self.compensation.observe_sums(sums, tokens, self._dims)
 
 
 def _means_of_samples(x: Tensor, y: Tensor, mask: Tensor | None) -> Means:
@@ -224,21 +243,30 @@ def _means_of_rows(x: Tensor, y: Tensor, mask: Tensor | None, unit: int) -> Mean
     counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
     if mask is not None:
         x, y = (torch.where(counts.to(each.device)[:, None], each, 0) for each in (x, y))
-    tokens = torch.stack([part.sum() for part in counts.split(unit)])
-    sums, sums_y = (torch.stack([_sum(part, 0) for part in each.split(unit)]) for each in (x, y))
-    return Means(sums / tokens.clamp(min=1)[:, None], sums_y, tokens)
+    tokens = _unit_sums(counts, unit)
+    return Means(_unit_sums(x, unit) / tokens.clamp(min=1)[:, None], _unit_sums(y, unit), tokens)
 
 
 def _means_of_images(x: Tensor, y: Tensor, unit: int) -> Means:
     """Of several images each. Their positions stay apart: at the edge, padding makes a layer do something else."""
-    images = torch.stack([_sum(part, 0) / len(part) for part in x.split(unit)])
-    sums = torch.stack([_sum(part.flatten(2), (0, 2)) for part in y.split(unit)])
-    sizes = torch.tensor([len(part) for part in x.split(unit)], device=x.device)
-    return Means(images, sums, sizes * y.shape[2:].numel())
+    images = torch.full((-(-len(x) // unit),), unit, device=x.device)
+    images[-1:] = len(x) - unit * (len(images) - 1)  # the last ones may be fewer
+    means = _unit_sums(x, unit) / images.view(-1, *[1] * (x.dim() - 1))
+    return Means(means, _unit_sums(_sum(y.flatten(2), 2), unit), images * y.shape[2:].numel())
+
+
+def _unit_sums(x: Tensor, unit: int) -> Tensor:
+    """Sums over ``unit`` rows each, (units, ...); the last ones may be fewer."""
+    full, rest = divmod(len(x), unit)
+    if not rest:
+        return _sum(x.unflatten(0, (full, unit)), 1)
+    end = full * unit
+    return torch.cat([_unit_sums(x[:end], unit), _sum(x[end:], 0)[None]])
 
 
 def _sum(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32))
+    """In at least float32; counts stay integers."""
+    return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.int64)
 
 
 def _channels_last(y: Tensor, channel_axis: int) -> Tensor:
