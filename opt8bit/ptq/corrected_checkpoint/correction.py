@@ -110,7 +110,7 @@ def correct_checkpoint(
     for name, ids in (("calibration", calibration), ("held_out", held_out)):
         if ids is not None:
             check_token_ids(name, ids, reference.model)
-    with evaluating(quantized.model), evaluating(reference.model):
+    with evaluating(quantized.model, reference.model):
         followed = follow_scales(quantized, reference, {"input_ids": calibration[:1, :FEW]})
     layers = layers_of(source, quantized, reference, followed.unknown)
     if not layers.corrected:
