@@ -39,7 +39,7 @@ ORDER = (
     {"block", "export"},
     {"inspect", "pipeline"},
     {"compress", "correct", "verify"},
-    {"corrected_checkpoint"},
+    {"corrected_checkpoint", "corrected_onnx"},
     {"__init__"},
 )
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50  # lines; of a function those beneath its docstring
