@@ -141,7 +141,7 @@ def test_importing_loads_no_kernels_and_starts_no_warnings() -> None:
 def test_importing_takes_only_the_dependencies() -> None:
     code = (
         "import sys, torch; torchs = set(sys.modules); import opt8bit.ptq, opt8bit.optim, opt8bit.cli.compress; "
-        "print({'rich', 'matplotlib', 'tqdm', 'transformers'} & (set(sys.modules) - torchs))"
+        "print({'rich', 'matplotlib', 'tqdm', 'transformers', 'onnx', 'onnxruntime'} & (set(sys.modules) - torchs))"
     )
     assert run(code) == "set()\n"
 

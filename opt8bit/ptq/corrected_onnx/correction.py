@@ -50,8 +50,8 @@ def correct_onnx(
 ) -> Correction:
     """Corrects the layers of a quantized ONNX file by Bias Compensation, without rounding anything.
 
-    Each layer gets the bias ``E[y - ŷ]``, y what its namesake in the float model puts out and ŷ its own output. The bias
-    that is there is raised, or the node's optional input is filled. All other initializers and nodes keep their bytes.
+    Each layer gets the bias ``E[y - ŷ]``, y what its namesake in the float model puts out and ŷ its own output. A bias
+    that is there is raised, an optional input of the node is filled. All other initializers and nodes keep their bytes.
 
     Args:
         quantized, reference: files. Layers are matched by the names of their outputs, else by those of their nodes.

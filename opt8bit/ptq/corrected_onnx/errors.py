@@ -102,9 +102,7 @@ def try_layers(
     return result
 
 
-def _try(
-    result: Tried, pair: OnnxPair, y: Tensor, y_hat: Tensor, statistic: Statistic, mask: Tensor | None
-) -> None:
+def _try(result: Tried, pair: OnnxPair, y: Tensor, y_hat: Tensor, statistic: Statistic, mask: Tensor | None) -> None:
     if y.shape != y_hat.shape:
         result.skipped[pair.name] = f"its output has shape {tuple(y_hat.shape)}, the reference's {tuple(y.shape)}"
         return
@@ -114,7 +112,9 @@ def _try(
     likeness = float(torch.cosine_similarity(y.double().flatten(), y_hat.double().flatten(), dim=0))
     if likeness < RELATED and bool(y.any()) and bool(y_hat.any()):
         result.alien[pair.name] = likeness
-        result.skipped[pair.name] = f"its outputs have nothing to do with the reference's: their cosine is {likeness:.2f}"
+        result.skipped[pair.name] = (
+            f"its outputs have nothing to do with the reference's: their cosine is {likeness:.2f}"
+        )
         return
     compensation = BiasCompensation(
         y.shape[pair.channel_axis],
@@ -130,9 +130,7 @@ def _try(
     result.errors.append(error)
 
 
-def local_errors(
-    quantized: Graph, reference: Graph, errors: Sequence[OnnxError], batches: Sequence[Values]
-) -> None:
+def local_errors(quantized: Graph, reference: Graph, errors: Sequence[OnnxError], batches: Sequence[Values]) -> None:
     """Runs the float model over all batches; each layer's counterpart sees what the layer sees.
 
     Where the outputs of all layers take more than :data:`ROOM`, the model is run for some of them after the others.

@@ -105,12 +105,17 @@ def _renamed(quantized: Graph, name: str) -> Node | None:
 
 
 def _before_codes(quantized: Graph, name: str) -> str:
-    """What a tensor is before it is quantized and dequantized; itself where it is not."""
+    """What a tensor is before it is quantized and dequantized, or cast; itself where it is neither."""
     source = quantized.producers.get(name)
+    while source is not None and source.op_type == "Cast" and source.input[0] in quantized.producers:
+        name = source.input[0]
+        source = quantized.producers[name]
     if source is None or source.op_type != "DequantizeLinear":
         return name
     codes = quantized.producers.get(source.input[0])
-    return name if codes is None or codes.op_type != "QuantizeLinear" else codes.input[0]
+    if codes is None:
+        return name
+    return codes.input[0] if codes.op_type == "QuantizeLinear" else source.input[0]
 
 
 def _counterpart(quantized: Graph, reference: Graph, name: str) -> str | None:

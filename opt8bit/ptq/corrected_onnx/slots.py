@@ -83,20 +83,18 @@ class CodedBias(Slot):
         graph: that it is in.
         node: the DequantizeLinear.
         own: whether it is the bias of a convolution.
-        factor: by which the node that reads it multiplies it.
     """
 
     graph: Graph
     node: Node
     own: bool
-    factor: float = 1.0
 
     def fits(self, shape: tuple[int, ...], channel_axis: int) -> bool:
         return _fits(tuple(self.graph.initializers[self.node.input[0]].dims), shape, channel_axis, self.own)
 
     def edit(self, shift: np.ndarray) -> Edit | None:
         had, scale = (self.graph.values(name) for name in self.node.input[:2])
-        codes = had.astype(np.float64).ravel() + shift / self.factor / scale.astype(np.float64).ravel()
+        codes = had.astype(np.float64).ravel() + shift / scale.astype(np.float64).ravel()
         limits = np.iinfo(had.dtype)
         new = np.clip(np.rint(codes), limits.min, limits.max).astype(had.dtype).reshape(had.shape)
         return _replaced(self.graph, self.node.input[0], (self.node, 0), had, new)
@@ -143,12 +141,10 @@ class EmptySlot(Slot):
 
     def _scale(self, channels: int) -> np.ndarray | None:
         """The scale of the products that the node sums up; None where its inputs are not both dequantized."""
-        if self.node.op_type not in INTEGERS:
+        factors = self.node.input[:2]
+        if self.node.op_type not in INTEGERS or not all(_is_dequantized(self.graph, name) for name in factors):
             return None
-        sources = [self.graph.producers.get(name) for name in self.node.input[:2]]
-        if any(source is None or source.op_type != "DequantizeLinear" for source in sources):
-            return None
-        names = [source.input[1] for source in sources if source is not None]
+        names = [self.graph.producers[name].input[1] for name in factors]
         if any(name not in self.graph.initializers for name in names):
             return None
         x_scale, scale = (self.graph.values(name) for name in names)
@@ -178,11 +174,15 @@ def find_slot(graph: Graph, tensor: str) -> Slot | str:
     if node.op_type not in BIAS_INPUTS:
         return f"the {node.op_type} that puts out its result takes no bias"
     index, factor = BIAS_INPUTS[node.op_type], float(attribute(node, "beta", 1.0))
-    if factor == 0:
-        return "its beta is 0, so that its bias has no effect"
+    if factor == 0 or (factor != 1 and any(_is_dequantized(graph, name) for name in node.input)):
+        return f"its beta is {factor:g}: its bias has no effect, or onnxruntime forgets that where it computes on codes"
     if len(node.input) <= index or not node.input[index]:
         return EmptySlot(graph, node, index, factor)
     return _of_bias(graph, node, index, factor, node.op_type in ("Conv", "ConvTranspose"))
+
+
+def _is_dequantized(graph: Graph, name: str) -> bool:
+    return name in graph.producers and graph.producers[name].op_type == "DequantizeLinear"
 
 
 def _of_bias(graph: Graph, node: Node, index: int, factor: float = 1.0, own: bool = False) -> Slot | str:
@@ -198,7 +198,7 @@ def _of_bias(graph: Graph, node: Node, index: int, factor: float = 1.0, own: boo
         if onnx().helper.tensor_dtype_to_np_dtype(codes.data_type) not in CODES:
             return "its bias is stored in codes of fewer than 8 bits, or in floating-point ones"
         sizes = np.prod(scale.dims, dtype=int), np.prod(codes.dims, dtype=int)
-        return CodedBias(graph, source, own, factor) if sizes[0] in (1, sizes[1]) else "its bias has scales by group"
+        return CodedBias(graph, source, own) if sizes[0] in (1, sizes[1]) else "its bias has scales by group"
     shape = _reshaped(graph, source)
     if shape is not None:
         return _stored(graph, source.input[0], (source, 0), shape, own, factor)
