@@ -39,7 +39,7 @@ ORDER = (
     {"block", "export"},
     {"inspect", "pipeline"},
     {"compress", "correct", "verify"},
-    {"corrected_checkpoint"},
+    {"corrected_checkpoint", "corrected_onnx"},
     {"__init__"},
 )
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50  # lines; of a function those beneath its docstring
@@ -141,7 +141,7 @@ def test_importing_loads_no_kernels_and_starts_no_warnings() -> None:
 def test_importing_takes_only_the_dependencies() -> None:
     code = (
         "import sys, torch; torchs = set(sys.modules); import opt8bit.ptq, opt8bit.optim, opt8bit.cli.compress; "
-        "print({'rich', 'matplotlib', 'tqdm', 'transformers'} & (set(sys.modules) - torchs))"
+        "print({'rich', 'matplotlib', 'tqdm', 'transformers', 'onnx', 'onnxruntime'} & (set(sys.modules) - torchs))"
     )
     assert run(code) == "set()\n"
 

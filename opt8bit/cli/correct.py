@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +27,14 @@ class Settings:
     Attributes:
         how: the checkpoint is corrected.
         text: which windows are learned from, and which choose.
+        tokenizer: a folder that has it, or an id; None where the reference has it.
     """
 
     checkpoint: str
     reference: str
     calibration: str
     text_column: str | None
+    tokenizer: str | None
     output: Path
     how: CorrectionOptions
     text: RunOptions
@@ -64,7 +67,7 @@ def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpo
     trusted, text = settings.trust_remote_code, settings.text
     found = find_text(settings.calibration, settings.text_column)
     source = open_unpacked(settings.checkpoint, trust_remote_code=trusted)
-    tokenizer = load_tokenizer(settings.reference, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(settings.tokenizer or settings.reference, trust_remote_code=trusted)
     calibration, held_out = choose_windows(found, tokenizer, **text.windows)
     done = correct_checkpoint(
         source,
@@ -83,7 +86,7 @@ def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpo
 def _about(settings: Settings) -> dict[str, Any]:
     texts = {name: getattr(settings.text, name) for name in TEXT_OPTIONS}
     names = {"checkpoint": settings.checkpoint, "reference": settings.reference, "calibration": settings.calibration}
-    return {"version": version("opt8bit"), **names, **asdict(settings.how), **texts}
+    return {"version": version("opt8bit"), **names, "tokenizer": settings.tokenizer, **asdict(settings.how), **texts}
 
 
 def _verified(settings: Settings, folder: Path, source: Path) -> str:
@@ -121,10 +124,17 @@ def _summary(done: CorrectedCheckpoint) -> list[str]:
     if done.followed:
         lines.append(f"compared with the scales of {len(done.followed)} norms and layers where the checkpoint has them")
     lines.append(_choice(done))
-    for why, count in Counter({**done.left, **done.correction.skipped}.values()).items():
-        names = [name for name, other in {**done.left, **done.correction.skipped}.items() if other == why]
-        lines.append(f"not corrected: {names[0] if count == 1 else f'{count} layers, {names[0]} first'}: {why}")
+    lines += not_corrected({**done.left, **done.correction.skipped})
     return [*lines, *(f"of {count} layers: {why}" for why, count in Counter(done.not_used.values()).items())]
+
+
+def not_corrected(skipped: Mapping[str, str]) -> list[str]:
+    """A line for each reason why layers are as they were."""
+    lines = []
+    for why, count in Counter(skipped.values()).items():
+        names = [name for name, other in skipped.items() if other == why]
+        lines.append(f"not corrected: {names[0] if count == 1 else f'{count} layers, {names[0]} first'}: {why}")
+    return lines
 
 
 def _choice(done: CorrectedCheckpoint) -> str:

@@ -82,11 +82,15 @@ def _add_correct(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("correct", help=words, formatter_class=HelpFormatter)
     add = command.add_argument
     layouts = "in the layout of compressed-tensors, GPTQ or AWQ"
-    add("checkpoint", metavar="CHECKPOINT", help=f"folder with a checkpoint {layouts}, or id of a model on the hub")
-    add("--reference", required=True, metavar="BASE", help="the float model that it was made of: a folder, or an id")
-    add("--calibration", required=True, metavar="TEXT", help=f"like what the model is for: {TEXTS}")
+    places = f"folder with a checkpoint {layouts}, id of a model on the hub, or ONNX file"
+    add("checkpoint", metavar="CHECKPOINT", help=places)
+    base = "the float model that it was made of: a folder, an id, or for an ONNX file another one"
+    add("--reference", required=True, metavar="BASE", help=base)
+    arrays = "; for an ONNX file also arrays by the names of its inputs, in an .npz file or a folder of them"
+    add("--calibration", required=True, metavar="TEXT", help=f"like what the model is for: {TEXTS}{arrays}")
     add("--text-column", metavar="NAME", help=COLUMN)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
+    add("--tokenizer", metavar="FOLDER", help="or id (default: that of BASE, or beside it)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder or ONNX file to write; it must not exist")
     add_flags(command, CorrectionOptions)
     add_flags(command, RunOptions, TEXT_OPTIONS)
     add("--again", action="store_true", help="correct further what has been corrected before")
@@ -150,14 +154,16 @@ def run_compress(options: argparse.Namespace) -> None:
 
 
 def run_correct(options: argparse.Namespace) -> None:
-    from opt8bit.cli import correct
+    from opt8bit.cli import correct, correct_onnx
 
-    correct.run(
+    command = correct_onnx if options.checkpoint.endswith(".onnx") else correct
+    command.run(
         correct.Settings(
             checkpoint=options.checkpoint,
             reference=options.reference,
             calibration=options.calibration,
             text_column=options.text_column,
+            tokenizer=options.tokenizer,
             output=options.output,
             how=CorrectionOptions(**given(options, options_of(CorrectionOptions))),
             text=RunOptions(**given(options, TEXT_OPTIONS)),

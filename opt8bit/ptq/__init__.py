@@ -4,6 +4,7 @@ from opt8bit.ptq.activations.quantizer import InputQuantizer
 from opt8bit.ptq.allocation.layer_objective import allocate_bits
 from opt8bit.ptq.compress import compress
 from opt8bit.ptq.correct import CorrectedModule, Correction, correct
+from opt8bit.ptq.corrected_onnx.correction import correct_onnx
 from opt8bit.ptq.correction.compensation import BiasCompensation
 from opt8bit.ptq.evaluate import mean_loss, perplexity
 from opt8bit.ptq.export import export
@@ -55,6 +56,7 @@ __all__ = [
     "allocate_bits",
     "compress",
     "correct",
+    "correct_onnx",
     "export",
     "mean_loss",
     "perplexity",
