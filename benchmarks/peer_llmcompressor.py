@@ -1,14 +1,16 @@
-"""How good, and how fast, are llm-compressor's GPTQ and AWQ on the same model, texts and windows as compress.py?
+"""How good, and how fast, are llm-compressor's GPTQ, AWQ and RTN on the same model, texts and windows as compress.py?
 
     python -m venv peer && peer/bin/pip install torch llmcompressor
     peer/bin/python benchmarks/peer_llmcompressor.py MODEL --calibration FILE --test FILE [--method awq] [--bits 4]
 
 In an environment of its own, as its dependencies are. Asymmetric grids; perplexity as ``opt8bit evaluate`` has it.
+With ``--output FOLDER`` the packed checkpoint is kept, for ``correct_peers.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -49,7 +51,8 @@ def recipe(method: str, bits: int, group_size: int | None) -> list[Any]:
     scheme = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
     if method == "gptq":
         return [GPTQModifier(**scheme, ignore=["lm_head"])]
-    return [AWQModifier(), QuantizationModifier(**scheme, ignore=["lm_head"])]
+    rounded = QuantizationModifier(**scheme, ignore=["lm_head"])
+    return [rounded] if method == "rtn" else [AWQModifier(), rounded]
 
 
 @torch.no_grad()
@@ -59,18 +62,7 @@ def perplexity(model: Any, samples: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--method", choices=("gptq", "awq"), default="gptq")
-    parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group", default="64", help='weights that share a scale, or "row" (default 64)')
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
-    parser.add_argument("--windows", type=int, default=20, help="windows of the perplexity")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--rows", type=Path, default=Path("peer_llmcompressor.jsonl"), help="where to append the row")
-    options = parser.parse_args()
+    options = parsed()
     group_size = None if options.group == "row" else int(options.group)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
@@ -89,8 +81,10 @@ def main() -> None:
     )
     seconds = time.perf_counter() - calibrating
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of a program that nothing large has started
-    with tempfile.TemporaryDirectory() as folder:
+    kept = contextlib.nullcontext(options.output) if options.output else tempfile.TemporaryDirectory()
+    with kept as folder:
         model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     whole_seconds = time.perf_counter() - started
     row = {
         "model": Path(options.model).name,
@@ -110,6 +104,22 @@ def main() -> None:
     print(row)
     with options.rows.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group", default="64", help='weights that share a scale, or "row" (default 64)')
+    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
+    parser.add_argument("--windows", type=int, default=20, help="windows of the perplexity")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the packed checkpoint (default: not kept)")
+    parser.add_argument("--rows", type=Path, default=Path("peer_llmcompressor.jsonl"), help="where to append the row")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

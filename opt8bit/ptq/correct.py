@@ -18,7 +18,15 @@ from opt8bit.ptq.pairs.batches import as_batches, samples_of, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
 from opt8bit.ptq.pairs.layer_error import LayerError, Options
 from opt8bit.ptq.pairs.local import about, local_errors
-from opt8bit.ptq.pairs.matching import Matches, Pair, Selectors, already_corrected, generations, match
+from opt8bit.ptq.pairs.matching import (
+    Matches,
+    Pair,
+    Selectors,
+    already_corrected,
+    generations,
+    match,
+    without_unquantized,
+)
 from opt8bit.ptq.pairs.outputs import Element
 from opt8bit.ptq.pairs.sequential import sequential_errors
 from opt8bit.warning import first_of
@@ -140,6 +148,8 @@ def correct(
         raise _unmatched(matches.unmatched)
     if not matches.pairs:
         raise ValueError(f"no module is left to correct: {_listed(matches.skipped | matches.unmatched)}")
+    if order == "local":
+        matches = without_unquantized(matches, quantized, reference)
     target = target_of(model_hat, model)
     unit = max(1, min(UNIT, sum(map(samples_of, batches)) // UNITS))
     options = Options(statistic, shrink, max_bytes, element, target, unit)

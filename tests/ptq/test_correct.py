@@ -348,6 +348,22 @@ def test_sequential_runs_each_model_once() -> None:
     assert len(calls) == 6 and len(calls_hat) == 6 + 2  # and the trial of its bias
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_layer_that_was_not_quantized_has_no_error_of_its_own(order: str) -> None:
+    """In sequence it has one, that of its inputs. What a hook makes of its output is its own."""
+    model, batches = Mlp().double(), [normal(8, 20, 6)(seed) for seed in range(6)]
+    quantized = fake_quantized(model)
+    quantized.second.load_state_dict(model.second.state_dict())
+    correction = ptq.correct(quantized, model, batches, order=order)
+    corrected = {module.name for module in correction.modules}
+    assert corrected == ({"first"} if order == "local" else {"first", "second"})
+    assert order == "sequential" or "it was not quantized" in correction.skipped["second"]
+    correction.undo()
+    quantized.second.register_forward_hook(lambda module, args, output: output + 0.5)
+    again = ptq.correct(quantized, model, batches, order=order)
+    assert {module.name for module in again.modules} == {"first", "second"}
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.correction.folding import CONVOLUTIONS, channel_axis_of
 from opt8bit.ptq.correction.placing import COMPENSATION
 from opt8bit.ptq.model.blocks import is_linear
+from opt8bit.ptq.model.running import Running
 
 Selector = type[nn.Module] | str
 Selectors = Selector | Sequence[Selector] | None
@@ -92,6 +94,37 @@ def match(
         axis = channel_axis_of(module)
         result.pairs.append(Pair(name, module, other, channel_axis if axis is None else axis))
     return result
+
+
+def without_unquantized(matches: Matches, quantized: Running, reference: Running) -> Matches:
+    """Leaves out layers that do in both models the same: to see the same inputs, they have no error but rounding."""
+    same = []
+    for pair in matches.pairs:
+        quantized.need(pair.name)
+        reference.need(pair.name)
+        if _is_unquantized(pair):
+            same.append(pair)
+    why = {pair.name: "it was not quantized: it has no error of its own" for pair in same}
+    rest = [pair for pair in matches.pairs if pair not in same]
+    return Matches(rest, {**matches.skipped, **why}, matches.unmatched)
+
+
+def _is_unquantized(pair: Pair) -> bool:
+    """Whether a layer has the float model's class and tensors, and nothing on it changes what goes in or comes out."""
+    layer, other = pair.reference, pair.quantized
+    if type(layer) is not type(other) or layer._modules or other._modules:
+        return False
+    if "forward" in vars(other) or other._forward_hooks or other._forward_pre_hooks:
+        return False
+    tensors, others = ({**each._parameters, **each._buffers} for each in (layer, other))
+    return tensors.keys() == others.keys() and all(_are_equal(tensors[name], others[name]) for name in tensors)
+
+
+def _are_equal(tensor: Tensor | None, other: Tensor | None) -> bool:
+    if tensor is None or other is None:
+        return tensor is other
+    alike = (tensor.dtype, tensor.device) == (other.dtype, other.device)
+    return alike and type(tensor) is type(other) and torch.equal(tensor, other)
 
 
 def already_corrected(quantized: nn.Module) -> list[str]:
