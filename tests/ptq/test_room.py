@@ -57,7 +57,7 @@ def test_a_model_of_which_no_block_fits_is_refused_before_it_is_read(
     model: Any = MODELS["llama"]()
     model.save_pretrained(tmp_path / "model")
     read: list[str] = []
-    monkeypatch.setattr(ptq.Checkpoint, "_load", lambda self, names: read.extend(names))
+    monkeypatch.setattr(ptq.Checkpoint, "load", lambda self, model, names: read.extend(names))
     has(monkeypatch, 50_000)
     message = r"memory of 0\.05 MB does not hold the embeddings and the head, 0\.0247 MB, and one block, 0\.0371 MB"
     with pytest.raises(ValueError, match=message):
