@@ -35,6 +35,7 @@ from opt8bit import ptq
 from opt8bit.cli.models import load, load_tokenizer, open_unpacked
 from opt8bit.cli.texts import choose_windows, find_text, first_windows
 from opt8bit.ptq.model.blocks import block_layers, evaluating
+from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.batches import call, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
 
@@ -229,9 +230,12 @@ class Run:
 def kept(correction: ptq.Correction, quantized: nn.Module, reference: nn.Module, held_out: list[Any]) -> HeldOut:
     """Chooses as ``correct`` does with ``held_out``, and does not calibrate once more for it."""
     placed = {module.name: each for module, each in zip(correction.modules, correction._placed, strict=True)}
-    with evaluating(quantized), evaluating(reference):
+    with evaluating(quantized, reference):
         return choose(
-            placed, Judge(quantized, reference, held_out, LOSSES["kl"], None, target_of(quantized, reference))
+            placed,
+            Judge(
+                Running(quantized), Running(reference), held_out, LOSSES["kl"], None, target_of(quantized, reference)
+            ),
         )
 
 
