@@ -111,7 +111,7 @@ def correct(
         leave: those of them that are left as they are. By default key projections, in whose bias rotary embeddings
             do harm.
         order: "local": each module sees what its namesake sees in the float model. Where a module is affine in its
-            input, its mean input says the mean error, so that this takes little more than a pass of a large float model.
+            input, its mean input says the mean error, so that this takes little beside a pass of a large model.
             "sequential": each sees what the corrected modules before it make of the batches, in one pass of each model.
             What all batches need to go on is in memory together then.
         statistic: "mean" (least squared error) or "median" (least absolute error).
