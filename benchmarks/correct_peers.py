@@ -62,7 +62,8 @@ def fake_rtn(place: str) -> Any:
 
 def torchao_int4(place: str) -> Any:
     package, model = importlib.import_module("torchao.quantization"), load(place)
-    config = package.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=package.PerGroup(GROUP))
+    dtype: Any = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+    config = package.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=package.PerGroup(GROUP))
     layers = block_layers(model)
     package.quantize_(model, config, filter_fn=lambda module, name: name in layers)
     return model
