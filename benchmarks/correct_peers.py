@@ -38,6 +38,7 @@ from opt8bit.ptq.model.blocks import block_layers, evaluating
 from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.batches import call, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
+from opt8bit.quant import UniformGrid
 
 SIZES = {"samples": 64, "held_out": 8, "windows": 20, "length": 512}
 QUICK_SIZES = {"samples": 4, "held_out": 2, "windows": 2, "length": 64}
@@ -48,15 +49,11 @@ GROUP = 64  # weights that share a scale, where the tool lets one say
 
 def fake_rtn(place: str) -> Any:
     """Rounds to nearest, 3 bits between the least and the largest weight of each group."""
-    model = load(place)
+    model, grid = load(place), UniformGrid(3)
     for layer in block_layers(model).values():
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr]
-        groups = weight.reshape(len(weight), -1, GROUP)
-        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 7).clamp(min=torch.finfo(weight.dtype).tiny)
-        zero_point = (-low / scale).round()
-        codes = ((groups / scale).round() + zero_point).clamp(0, 7)
-        weight.copy_(((codes - zero_point) * scale).view_as(weight))
+        groups = weight.unflatten(1, (-1, GROUP))
+        weight.copy_(grid.nearest(groups, grid.fit(groups)).flatten(1))
     return model
 
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
-import math
 import resource
 import tempfile
 import time
@@ -34,15 +31,11 @@ from llmcompressor.modifiers.quantization import (  # pyright: ignore[reportMiss
 )
 from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
 from llmcompressor.pipelines.cache import IntermediatesCache  # pyright: ignore[reportMissingImports]
+from peer_measuring import append_row, parser_of, perplexity, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if not torch.accelerator.is_available():  # 0.14's AWQ pins memory all the same, and fails
     IntermediatesCache.pin_memory = lambda *_: None
-
-
-def windows(path: Path, tokenizer: Any, samples: int, length: int) -> torch.Tensor:
-    ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"])
-    return ids[: samples * length].view(samples, length)
 
 
 def recipe(method: str, bits: int, group_size: int | None) -> list[Any]:
@@ -53,12 +46,6 @@ def recipe(method: str, bits: int, group_size: int | None) -> list[Any]:
         return [GPTQModifier(**scheme, ignore=["lm_head"])]
     rounded = QuantizationModifier(**scheme, ignore=["lm_head"])
     return [rounded] if method == "rtn" else [AWQModifier(), rounded]
-
-
-@torch.no_grad()
-def perplexity(model: Any, samples: torch.Tensor) -> float:
-    losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in samples]
-    return math.exp(sum(losses) / len(losses))
 
 
 def main() -> None:
@@ -86,39 +73,23 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     whole_seconds = time.perf_counter() - started
-    row = {
-        "model": Path(options.model).name,
-        "recipe": f"llm-compressor, {options.method}",
-        "bits": options.bits,
-        "group_size": group_size,
-        "samples": options.samples,
-        "windows": options.windows,
-        "length": options.length,
-        "test": perplexity(model, windows(options.test, tokenizer, options.windows, options.length)),
-        "seconds": seconds,
-        "whole_seconds": whole_seconds,  # from loading to the written checkpoint
-        "peak_bytes": peak,
-        "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("llmcompressor", "torch", "transformers")},
-    }
-    print(row)
-    with options.rows.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(
+        options,
+        ("llmcompressor",),
+        recipe=f"llm-compressor, {options.method}",
+        group_size=group_size,
+        test=perplexity(model, windows(options.test, tokenizer, options.windows, options.length)),
+        seconds=seconds,
+        whole_seconds=whole_seconds,  # from loading to the written checkpoint
+        peak_bytes=peak,
+    )
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
+    parser = parser_of(__doc__, "peer_llmcompressor.jsonl")
     parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
-    parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group", default="64", help='weights that share a scale, or "row" (default 64)')
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
-    parser.add_argument("--windows", type=int, default=20, help="windows of the perplexity")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the packed checkpoint (default: not kept)")
-    parser.add_argument("--rows", type=Path, default=Path("peer_llmcompressor.jsonl"), help="where to append the row")
     return parser.parse_args()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 PASSED_OVER = ("opt8bit", "torch")  # torch.optim wraps every step, torch.compiler parts of it
 
@@ -23,3 +23,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def first_of(words: Sequence[str], count: int, separator: str = ", ") -> str:
     """Returns the first words of a list in one line, and dots if there are more than ``count``."""
     return separator.join(words[:count]) + (" ..." if len(words) > count else "")
+
+
+def first_reasons(reasons: Mapping[str, str], count: int) -> str:
+    """Returns the first names in one line, each with its reason, and dots if there are more than ``count``."""
+    return first_of([f"{name or 'the model'} ({why})" for name, why in reasons.items()], count, "; ")

@@ -29,7 +29,8 @@ from opt8bit.ptq.pairs.matching import (
 )
 from opt8bit.ptq.pairs.outputs import Element
 from opt8bit.ptq.pairs.sequential import sequential_errors
-from opt8bit.warning import first_of
+from opt8bit.recipe.arguments import check_one_of
+from opt8bit.warning import first_of, first_reasons
 
 ORDERS = ("local", "sequential")
 UNMATCHED = ("refuse", "skip")
@@ -147,7 +148,7 @@ def correct(
     if unmatched == "refuse" and matches.unmatched:
         raise _unmatched(matches.unmatched)
     if not matches.pairs:
-        raise ValueError(f"no module is left to correct: {_listed(matches.skipped | matches.unmatched)}")
+        raise ValueError(f"no module is left to correct: {first_reasons(matches.skipped | matches.unmatched, LISTED)}")
     if order == "local":
         matches = without_unquantized(matches, quantized, reference)
     target = target_of(model_hat, model)
@@ -248,14 +249,8 @@ def _check(
             raise ValueError(f"{name} must be in memory, got parameters on the meta device")
     if quantized is reference:
         raise ValueError("quantized and reference must be two models, got the same one")
-    for name, value, allowed in (
-        ("order", order, ORDERS),
-        ("statistic", statistic, STATISTICS),
-        ("unmatched", unmatched, UNMATCHED),
-        ("loss", "kl" if callable(loss) else loss, tuple(LOSSES)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    check_words(order, statistic, loss)
+    check_one_of("unmatched", unmatched, UNMATCHED)
     if channel_axis >= 0:
         raise ValueError(f"channel_axis must be negative, counted from the back, got {channel_axis}")
     corrected = already_corrected(quantized.model if isinstance(quantized, Running) else quantized)
@@ -264,9 +259,16 @@ def _check(
         raise ValueError(f"quantized is corrected already: a BiasCompensation stands behind {names}")
 
 
+def check_words(order: str, statistic: str, loss: str | Callable[..., Any] | None) -> None:
+    """
+    Raises:
+        ValueError: an argument of a correction is none of the words that it can be.
+    """
+    check_one_of("order", order, ORDERS)
+    check_one_of("statistic", statistic, STATISTICS)
+    if loss is not None and not callable(loss):
+        check_one_of("loss", loss, LOSSES)
+
+
 def _unmatched(found: Mapping[str, str]) -> ValueError:
-    return ValueError(f"modules do not match, and are left out with unmatched='skip': {_listed(found)}")
-
-
-def _listed(found: Mapping[str, str]) -> str:
-    return first_of([f"{name or 'the model'} ({why})" for name, why in found.items()], LISTED, "; ")
+    return ValueError(f"modules do not match, and are left out with unmatched='skip': {first_reasons(found, LISTED)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Real
 
 
@@ -31,6 +32,15 @@ def check_fraction(name: str, value: float) -> None:
     """
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+
+
+def check_one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: ``value`` is none of the words that are allowed.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

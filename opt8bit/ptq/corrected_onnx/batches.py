@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.corrected_onnx.graph import Graph
-
-Values = dict[str, Tensor]
+from opt8bit.ptq.corrected_onnx.running import Values
 
 
 def check_inputs(quantized: Graph, reference: Graph) -> None:

@@ -10,24 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.correct import ORDERS, CorrectedModule, Correction
-from opt8bit.ptq.corrected_onnx.batches import Values, as_values, check_inputs
+from opt8bit.ptq.correct import CorrectedModule, Correction, check_words
+from opt8bit.ptq.corrected_onnx.batches import as_values, check_inputs
 from opt8bit.ptq.corrected_onnx.editing import edited
 from opt8bit.ptq.corrected_onnx.errors import OnnxError, Statistic, Tried, local_errors, try_layers
 from opt8bit.ptq.corrected_onnx.graph import Graph, Model
 from opt8bit.ptq.corrected_onnx.library import onnxruntime
 from opt8bit.ptq.corrected_onnx.matching import match_onnx
-from opt8bit.ptq.corrected_onnx.running import LOGITS, OnnxModule, Session, main_output
+from opt8bit.ptq.corrected_onnx.running import LOGITS, OnnxModule, Session, Values, main_output
 from opt8bit.ptq.corrected_onnx.sequential import sequential_errors
 from opt8bit.ptq.corrected_onnx.slots import Edit
 from opt8bit.ptq.corrected_onnx.writing import check_output, is_corrected, record, write_onnx
-from opt8bit.ptq.correction.compensation import STATISTICS
 from opt8bit.ptq.correction.placing import Placed
 from opt8bit.ptq.model.bias_places import KEYS
 from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
 from opt8bit.ptq.report import valid_json
-from opt8bit.warning import first_of
+from opt8bit.warning import first_of, first_reasons
 
 LEAST_IR = 4  # version of the format since which initializers need not be inputs
 LISTED = 4
@@ -84,7 +83,7 @@ def correct_onnx(
 
     Source: Minimize Quantization Output Error with Bias Compensation, https://arxiv.org/abs/2404.01892.
     """
-    _check(order, statistic, loss)
+    check_words(order, statistic, loss)
     onnxruntime()
     graph, floats = Graph.load(Path(quantized), "quantized"), Graph.load(Path(reference), "reference")
     _check_graphs(graph, floats, again)
@@ -135,7 +134,7 @@ class _Run:
             self.edits = {name: edit for name, edit in found.items() if edit is not None}
         if not self.edits:
             why = self.skipped | {error.pair.name: UNSUPPORTED for error in self.errors}
-            raise ValueError(f"there is nothing to correct: {_listed(why)}")
+            raise ValueError(f"there is nothing to correct: {first_reasons(why, LISTED)}")
         self.kept = dict(self.edits)
 
     def choose(self, held_out: Sequence[Values], loss: str | Callable[..., Any] | None) -> HeldOut:
@@ -203,16 +202,6 @@ class _Comparison:
             raise ValueError(f"what was written does not compute what was made: {self._name} differs")
 
 
-def _check(order: str, statistic: str, loss: str | Callable[..., Any] | None) -> None:
-    for name, value, allowed in (
-        ("order", order, ORDERS),
-        ("statistic", statistic, STATISTICS),
-        ("loss", loss if isinstance(loss, str) else "mse", tuple(LOSSES)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 def _check_graphs(quantized: Graph, reference: Graph, again: bool) -> None:
     for name, graph in (("quantized", quantized), ("reference", reference)):
         if graph.model.ir_version < LEAST_IR:
@@ -229,9 +218,5 @@ def _check_tried(tried: Tried, skipped: Mapping[str, str]) -> None:
         found = first_of([f"{name} ({cosine:.2f})" for name, cosine in tried.alien.items()], LISTED)
         raise ValueError(f"the reference is not what the file was made of: outputs differ in {found}, by their cosine")
     if not tried.errors:
-        found = _listed(skipped) or "the reference has no linear layers"
+        found = first_reasons(skipped, LISTED) or "the reference has no linear layers"
         raise ValueError(f"no layer of the file can be corrected: {found}")
-
-
-def _listed(skipped: Mapping[str, str]) -> str:
-    return first_of([f"{name} ({why})" for name, why in skipped.items()], LISTED, "; ")

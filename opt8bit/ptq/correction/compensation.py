@@ -12,6 +12,7 @@ from opt8bit.ptq.correction.bias import shrunk
 from opt8bit.ptq.correction.folding import fold
 from opt8bit.ptq.correction.output_errors import axes_of, by_sample, check_output, counted, difference
 from opt8bit.ptq.correction.running import RunningMean, RunningMedian
+from opt8bit.recipe.arguments import check_one_of
 
 STATISTICS = ("mean", "median")
 MAX_BYTES = 2**28  # of errors that a median keeps
@@ -70,8 +71,7 @@ class BiasCompensation(nn.Module):
         self.channel_axis = _integers("channel_axis", channel_axis)
         if len(self.channel_size) != len(self.channel_axis):
             raise ValueError(f"channel_axis must name one dimension for each size, got {channel_axis}, {channel_size}")
-        if statistic not in STATISTICS:
-            raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}")
+        check_one_of("statistic", statistic, STATISTICS)
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         self.statistic, self.shrink, self.max_bytes = statistic, shrink, max_bytes

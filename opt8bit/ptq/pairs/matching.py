@@ -98,24 +98,27 @@ def match(
 
 def without_unquantized(matches: Matches, quantized: Running, reference: Running) -> Matches:
     """Leaves out layers that do in both models the same: to see the same inputs, they have no error but rounding."""
-    same = []
+    rest, skipped = [], dict(matches.skipped)
     for pair in matches.pairs:
-        quantized.need(pair.name)
-        reference.need(pair.name)
-        if _is_unquantized(pair):
-            same.append(pair)
-    why = {pair.name: "it was not quantized: it has no error of its own" for pair in same}
-    rest = [pair for pair in matches.pairs if pair not in same]
-    return Matches(rest, {**matches.skipped, **why}, matches.unmatched)
+        if _is_alike(pair) and _has_equal_tensors(pair, quantized, reference):
+            skipped[pair.name] = "it was not quantized: it has no error of its own"
+        else:
+            rest.append(pair)
+    return Matches(rest, skipped, matches.unmatched)
 
 
-def _is_unquantized(pair: Pair) -> bool:
-    """Whether a layer has the float model's class and tensors, and nothing on it changes what goes in or comes out."""
+def _is_alike(pair: Pair) -> bool:
+    """Whether a layer has the float model's class, and nothing on it changes what goes in or comes out."""
     layer, other = pair.reference, pair.quantized
     if type(layer) is not type(other) or layer._modules or other._modules:
         return False
-    if "forward" in vars(other) or other._forward_hooks or other._forward_pre_hooks:
-        return False
+    return not ("forward" in vars(other) or other._forward_hooks or other._forward_pre_hooks)
+
+
+def _has_equal_tensors(pair: Pair, quantized: Running, reference: Running) -> bool:
+    quantized.need(pair.name)
+    reference.need(pair.name)
+    layer, other = pair.reference, pair.quantized
     tensors, others = ({**each._parameters, **each._buffers} for each in (layer, other))
     return tensors.keys() == others.keys() and all(_are_equal(tensors[name], others[name]) for name in tensors)
 

@@ -13,7 +13,7 @@ from opt8bit.ptq.rounding.quantease import descended
 from opt8bit.ptq.rounding.rounder import Rounder, check_rounder, checked_round, single_part
 from opt8bit.quant.grid import Grid
 from opt8bit.quant.weight import Outliers, QuantizedWeight, WeightScheme
-from opt8bit.recipe.arguments import check_count, check_fraction
+from opt8bit.recipe.arguments import check_count, check_fraction, check_one_of
 from opt8bit.recipe.recipe import STRUCTURES
 
 
@@ -49,8 +49,7 @@ class OutlierQuantEase(Rounder):
 
     def __post_init__(self) -> None:
         check_fraction("fraction", self.fraction)
-        if self.structure not in STRUCTURES:
-            raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
+        check_one_of("structure", self.structure, STRUCTURES)
         check_count("rounds", self.rounds)
         check_count("sweeps", self.sweeps)
         check_rounder("start", self.start)
