@@ -26,7 +26,7 @@ def perplexity(model: Any, samples: torch.Tensor) -> float:
 
 
 def parser_of(description: str | None, rows: str) -> argparse.ArgumentParser:
-    """A parser that has the model, the texts and their sizes; ``rows`` is the file for the rows, unless one is given."""
+    """A parser that has the model, the texts, their sizes, and ``rows``, the file for the rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True)
