@@ -88,22 +88,30 @@ inline Column storable(const Column& scales, DType dtype) {
   return Column::load(each);
 }
 
+// The scale of a group whose range has so many steps.
+inline Column scale_of(const Column& range, float steps, DType dtype) {
+  const Simd::Floats zero = Simd::broadcast(0.0f), one = Simd::broadcast(1.0f), count = Simd::broadcast(steps);
+  const auto scale = [&](auto range) {
+    const auto scale = range / count;
+    return Simd::select(Simd::greater(scale, zero), scale, one);  // a group of zeros
+  };
+  return storable(Column::map(scale, range), dtype);
+}
+
+inline float middle_of(const WeightRounding& layer) { return (layer.largest + 1) / 2; }
+
 inline Grid spanning(const Column& low, const Column& high, float part, const WeightRounding& layer) {
-  const Simd::Floats zero = Simd::broadcast(0.0f), one = Simd::broadcast(1.0f), share = Simd::broadcast(part);
+  const Simd::Floats zero = Simd::broadcast(0.0f), share = Simd::broadcast(part);
+  const auto range = [&](auto low, auto high) { return high * share - low * share; };
   Grid grid;
-  grid.scale = Column::map(
-      [&](auto low, auto high) {
-        const auto scale = (high * share - low * share) / Simd::broadcast(layer.largest);
-        return Simd::select(Simd::greater(scale, zero), scale, one);  // a group of zeros
-      },
-      low, high);
-  grid.scale = storable(grid.scale, layer.scale_dtype);
-  const Simd::Floats middle = Simd::broadcast((layer.largest + 1) / 2), top = Simd::broadcast(layer.largest);
+  grid.scale = scale_of(Column::map(range, low, high), layer.largest, layer.scale_dtype);
+  if (layer.zero_points == ZeroPoints::kMiddle) {
+    grid.zero_point = Column::broadcast(middle_of(layer));
+    return grid;
+  }
+  const Simd::Floats top = Simd::broadcast(layer.largest);
   grid.zero_point = Column::map(
-      [&](auto low, auto scale) {
-        return layer.is_symmetric ? middle : Simd::min(round((zero - low * share) / scale), top);
-      },
-      low, grid.scale);
+      [&](auto low, auto scale) { return Simd::min(round((zero - low * share) / scale), top); }, low, grid.scale);
   return grid;
 }
 
@@ -126,6 +134,70 @@ inline Column search_error(const float* columns, int64_t count, const float* imp
   return sum;
 }
 
+// The same of a grid whose zero point is in the middle of the codes or one below, and of its mirror image.
+struct EitherError {
+  Column grid, mirrored;
+};
+
+inline EitherError search_either(const float* columns, int64_t count, const float* importance, const Grid& grid,
+                                 float largest) {
+  const Simd::Floats zero = Simd::broadcast(0.0f), one = Simd::broadcast(1.0f), top = Simd::broadcast(largest);
+  const Column inverse = Column::map([&](auto scale) { return one / scale; }, grid.scale);
+  EitherError sum{Column::broadcast(0.0f), Column::broadcast(0.0f)};
+  for (int64_t j = 0; j < count; ++j) {
+    const auto weight = Simd::broadcast(importance[j]);
+    const Column x = Column::load(columns + j * kRows);
+    for (int i = 0; i < kRowVectors; ++i) {
+      const auto scale = grid.scale.v[i], below = grid.zero_point.v[i], above = top - below;
+      const auto steps = round(x.v[i] * inverse.v[i]);
+      const auto error = Simd::min(Simd::max(steps, zero - below), above) * scale - x.v[i];
+      const auto mirrored = Simd::min(Simd::max(steps, zero - above), below) * scale - x.v[i];
+      sum.grid.v[i] = Simd::fma(weight * error, error, sum.grid.v[i]);
+      sum.mirrored.v[i] = Simd::fma(weight * mirrored, mirrored, sum.mirrored.v[i]);
+    }
+  }
+  return sum;
+}
+
+// The best grid so far of each row, and its error.
+struct Search {
+  Grid best;
+  Column least = Column::broadcast(__builtin_inff());
+
+  void offer(const Grid& grid, const Column& error) {
+    for (int i = 0; i < kRowVectors; ++i) {
+      const auto better = Simd::less(error.v[i], least.v[i]);
+      least.v[i] = Simd::select(better, error.v[i], least.v[i]);
+      best.scale.v[i] = Simd::select(better, grid.scale.v[i], best.scale.v[i]);
+      best.zero_point.v[i] = Simd::select(better, grid.zero_point.v[i], best.zero_point.v[i]);
+    }
+  }
+};
+
+inline Grid fit_either(const Column& low, const Column& high, const float* columns, int64_t count,
+                       const float* importance, const WeightRounding& layer) {
+  const Simd::Floats zero = Simd::broadcast(0.0f), one = Simd::broadcast(1.0f), top = Simd::broadcast(layer.largest);
+  const float middle = middle_of(layer);
+  const Column magnitude = Column::map([&](auto low, auto high) { return Simd::max(high, zero - low); }, low, high);
+  const Column zero_point = Column::map(
+      [&](auto low, auto high) {
+        const auto half = Simd::broadcast(middle);
+        return Simd::select(Simd::greater(high, zero - low), half - one, half);
+      },
+      low, high);
+  const Column mirrored = Column::map([&](auto zero_point) { return top - zero_point; }, zero_point);
+  Search search{{scale_of(magnitude, middle, layer.scale_dtype), zero_point}};
+  for (int64_t f = 0; f < layer.fraction_count; ++f) {
+    const Simd::Floats share = Simd::broadcast(layer.fractions[f]);
+    const Column range = Column::map([&](auto magnitude) { return magnitude * share; }, magnitude);
+    const Grid grid{scale_of(range, middle, layer.scale_dtype), zero_point};
+    const EitherError error = search_either(columns, count, importance, grid, layer.largest);
+    search.offer(grid, error.grid);
+    search.offer({grid.scale, mirrored}, error.mirrored);
+  }
+  return search.best;
+}
+
 // The grid of one group, whose `count` columns start at `columns`.
 inline Grid fit_group(const float* columns, int64_t count, const float* importance, const WeightRounding& layer) {
   Column low = Column::broadcast(0.0f), high = low;
@@ -134,24 +206,18 @@ inline Grid fit_group(const float* columns, int64_t count, const float* importan
     low = Column::map([](auto a, auto b) { return Simd::min(a, b); }, low, x);
     high = Column::map([](auto a, auto b) { return Simd::max(a, b); }, high, x);
   }
-  if (layer.is_symmetric) {
+  if (layer.zero_points == ZeroPoints::kEither) return fit_either(low, high, columns, count, importance, layer);
+  if (layer.zero_points == ZeroPoints::kMiddle) {
     const Simd::Floats zero = Simd::broadcast(0.0f);
     high = Column::map([&](auto low, auto high) { return Simd::max(high, zero - low); }, low, high);
     low = Column::map([&](auto high) { return zero - high; }, high);
   }
-  Grid best = spanning(low, high, 1.0f, layer);
-  Column least = Column::broadcast(__builtin_inff());
+  Search search{spanning(low, high, 1.0f, layer)};
   for (int64_t f = 0; f < layer.fraction_count; ++f) {
     const Grid grid = spanning(low, high, layer.fractions[f], layer);
-    const Column error = search_error(columns, count, importance, grid, layer.largest);
-    for (int i = 0; i < kRowVectors; ++i) {
-      const auto better = Simd::less(error.v[i], least.v[i]);
-      least.v[i] = Simd::select(better, error.v[i], least.v[i]);
-      best.scale.v[i] = Simd::select(better, grid.scale.v[i], best.scale.v[i]);
-      best.zero_point.v[i] = Simd::select(better, grid.zero_point.v[i], best.zero_point.v[i]);
-    }
+    search.offer(grid, search_error(columns, count, importance, grid, layer.largest));
   }
-  return best;
+  return search.best;
 }
 
 }  // namespace weight_rounding

@@ -9,6 +9,10 @@
 
 namespace opt8bit {
 
+// How the kernels that fit grids come by zero points: fitted; in the middle of the codes; or there or one below, in
+// each group what errs less, so that the weight of largest magnitude can be a value of the grid.
+enum class ZeroPoints : int64_t { kFitted, kMiddle, kEither };
+
 // One weight (rows, columns), in float32 and row-major as everything here.
 struct WeightRounding {
   const float* weight;
@@ -18,7 +22,7 @@ struct WeightRounding {
   float* scale;       // (rows, groups): read, or written where a kernel fits
   float* zero_point;  // likewise
   float largest;      // code
-  int64_t is_symmetric;
+  ZeroPoints zero_points;
   DType scale_dtype;       // that fitted scales are rounded to
   const float* fractions;  // of the range to try; none to span it
   int64_t fraction_count;

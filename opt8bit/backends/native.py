@@ -142,7 +142,7 @@ class WeightRounding(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("zero_point", ctypes.c_void_p),
         ("largest", ctypes.c_float),
-        ("is_symmetric", ctypes.c_int64),
+        ("zero_points", ctypes.c_int64),
         ("scale_dtype", ctypes.c_int64),
         ("fractions", ctypes.c_void_p),
         ("fraction_count", ctypes.c_int64),

@@ -36,6 +36,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, option: Option, defaul
         about |= {"action": "append", "help": f"{words}; may be given several times"}
     if option.kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **about)
+        for word, help in option.besides.items():
+            parser.add_argument(
+                f"{flag}-{word}", dest=name, action="store_const", const=word, default=argparse.SUPPRESS, help=help
+            )
     elif not isinstance(option.kind, type):
         parser.add_argument(flag, choices=tuple(option.kind), **about)
     else:

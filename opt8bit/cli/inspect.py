@@ -25,8 +25,8 @@ def report(folder: Path) -> str:
     for name, layer in contents.layers.items():
         bias = f"bias {places.get(name) or ''}".rstrip() if layer.bias else ""
         shape = "{} × {}".format(*layer.shape)
-        code = f"{layer.bits}-bit codes" if layer.bits else "dense"
-        lines.append(f"{name:<{width}}  {shape:>15}  {code:<12}  {layer.bits_per_weight:6.3f} bits  {bias}".rstrip())
+        code = f"{layer.bits}-bit {layer.grid or ''}".rstrip() if layer.bits else "dense"
+        lines.append(f"{name:<{width}}  {shape:>15}  {code:<16}  {layer.bits_per_weight:6.3f} bits  {bias}".rstrip())
     packed = [layer for layer in contents.layers.values() if layer.bits]
     if packed:
         weights = sum(layer.weights for layer in packed)

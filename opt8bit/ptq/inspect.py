@@ -1,4 +1,4 @@
-"""What is inside a checkpoint, told from its files' headers: layers, widths, biases, size."""
+"""What is inside a checkpoint, told from its files' headers and scales: layers, grids, biases, size."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Contents:
 
 
 def inspect(folder: str | Path) -> Contents:
-    """Reads the headers of a checkpoint's files.
+    """Reads the headers of a checkpoint's files, and of what is packed the scales.
 
     Raises:
         UnknownFormat: it is of none of :data:`FORMATS`.
@@ -116,4 +116,4 @@ def _layer(
         return None
     shape, bits = found
     stored = sum(parts[part].bytes for part in parts.keys() & set(format.parts))
-    return StoredLayer(shape, bits, stored, "bias" in parts)
+    return StoredLayer(shape, bits, format.grid_of(parts, read) if bits else None, stored, "bias" in parts)

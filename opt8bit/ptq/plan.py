@@ -194,7 +194,7 @@ def _grid(recipe: Recipe, rounder: Rounder, scale_dtype: torch.dtype) -> Grid:
     if recipe.grid is not None:
         return recipe.grid
     range = recipe.range or ("mse" if rounder.looks_at_inputs else "minmax")
-    return UniformGrid(recipe.bits, symmetric=bool(recipe.symmetric), range=range, scale_dtype=scale_dtype)
+    return UniformGrid(recipe.bits, symmetric=recipe.symmetric or False, range=range, scale_dtype=scale_dtype)
 
 
 def _scale_dtype(layer: nn.Module) -> torch.dtype:

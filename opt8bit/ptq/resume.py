@@ -19,7 +19,7 @@ from opt8bit.ptq.result import Change
 from opt8bit.quant.weight import QuantizedWeight
 
 MANIFEST = "manifest.json"
-LAYOUT = "3"  # of the folder: a run that another one began is not gone on with
+LAYOUT = "4"  # of the folder: a run that another one began is not gone on with
 WHOLE = "whole"  # the name of a changed tensor that has no parts
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from opt8bit.quant.grid import FRACTIONS, Grid, best, checked_range
+
+SYMMETRIES = (False, True, "restricted")
 
 
 class UniformParams(NamedTuple):
@@ -22,9 +25,14 @@ class UniformGrid(Grid[UniformParams]):
 
     Args:
         bits: 2 to 8.
-        symmetric: the zero point is ``2^(bits-1)`` in every block and none is stored; otherwise it is fitted.
-        range: "minmax" spans a block's smallest and largest weight (and zero); "mse" tries fractions of that
-            range and takes the one of least squared error, clipping what lies beyond it.
+        symmetric: False for a zero point that is fitted and stored. True for none that is stored: it is ``2^(bits-1)``,
+            or one less in blocks whose values are mirrored, which a negative scale says where they are stored (see
+            :func:`signed`). The weight of largest magnitude is then a value of the grid, and no code is without use.
+            "restricted" for ``2^(bits-1)`` in every block, whose smallest value no positive weight has a match for.
+        range: "minmax" spans a block's smallest and largest weight (and zero), or, where ``symmetric`` is True, what
+            lies between the weight of largest magnitude and its mirror image, less one step at that end; "mse" tries
+            fractions of that range, mirrored and not where ``symmetric`` is True, and takes the one of least squared
+            error, clipping what lies beyond it.
         scale_dtype: see :class:`Grid`.
 
     Raises:
@@ -37,15 +45,15 @@ class UniformGrid(Grid[UniformParams]):
         self,
         bits: int,
         *,
-        symmetric: bool = False,
+        symmetric: bool | str = False,
         range: str = "minmax",
         scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(scale_dtype)
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {bits!r}")
-        if not isinstance(symmetric, bool):
-            raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
+        if not any(symmetric is each or symmetric == each == "restricted" for each in SYMMETRIES):
+            raise ValueError(f"symmetric must be True, False or 'restricted', got {symmetric!r}")
         self._bits = bits
         self.symmetric = symmetric
         self.range = checked_range(range)
@@ -70,6 +78,9 @@ class UniformGrid(Grid[UniformParams]):
     def fit(self, block: Tensor, importance: Tensor | None = None) -> UniformParams:
         low = block.amin(-1, keepdim=True).clamp(max=0)
         high = block.amax(-1, keepdim=True).clamp(min=0)
+        if self.symmetric is True:
+            full, *others = self._either(low, high)
+            return full if self.range == "minmax" else best(self, block, importance, [full, *others], full)
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
@@ -78,12 +89,24 @@ class UniformGrid(Grid[UniformParams]):
             return full
         return best(self, block, importance, (self._spanning(low * part, high * part) for part in FRACTIONS), full)
 
+    def _either(self, low: Tensor, high: Tensor) -> Iterator[UniformParams]:
+        """Each fraction of the range, with the weight of largest magnitude at the grid's end and mirrored."""
+        middle = 2 ** (self._bits - 1)
+        magnitude = torch.maximum(high, -low)
+        zero_point = torch.where(high > -low, middle - 1, middle).to(magnitude.dtype)
+        for part in FRACTIONS:
+            scale = self._scale(magnitude * part / middle)
+            yield UniformParams(scale, zero_point)
+            yield UniformParams(scale, self.largest - zero_point)
+
     def _spanning(self, low: Tensor, high: Tensor) -> UniformParams:
-        scale = (high - low) / self.largest
-        scale = self.storable(torch.where(scale > 0, scale, 1))  # 1 for a block of zeros
+        scale = self._scale((high - low) / self.largest)
         middle = torch.full_like(scale, 2 ** (self._bits - 1))
         # A scale that was rounded down would put it beyond the last code.
         return UniformParams(scale, middle if self.symmetric else (-low / scale).round().clamp_(max=self.largest))
+
+    def _scale(self, step: Tensor) -> Tensor:
+        return self.storable(torch.where(step > 0, step, 1))  # 1 for a block of zeros
 
     def encode(self, x: Tensor, params: UniformParams) -> Tensor:
         return (x / params.scale).round_().add_(params.zero_point).clamp_(0, self.largest).to(torch.uint8)
@@ -94,6 +117,24 @@ class UniformGrid(Grid[UniformParams]):
     def nearest(self, x: Tensor, params: UniformParams) -> Tensor:
         steps = (x / params.scale).round_().add_(params.zero_point).clamp_(0, self.largest)
         return steps.sub_(params.zero_point).mul_(params.scale)
+
+
+def signed(grid: UniformGrid, codes: Tensor, params: UniformParams) -> tuple[Tensor, UniformParams]:
+    """The same values with the zero point ``2^(bits-1)`` in every block, as formats without zero points have them.
+
+    Args:
+        grid: symmetric.
+        codes: uint8 of the shape of the blocks, (..., g).
+        params: of the blocks, (..., 1).
+
+    Returns:
+        The codes, and params that :meth:`UniformGrid.decode` takes: scales are negative in blocks that were mirrored.
+    """
+    middle = 2 ** (grid.bits - 1)
+    mirrored = params.zero_point < middle
+    codes = torch.where(mirrored, grid.largest - codes, codes)
+    scale = torch.where(mirrored, -params.scale, params.scale)
+    return codes, UniformParams(scale, torch.full_like(params.zero_point, middle))
 
 
 def is_uniform(grid: Grid) -> TypeGuard[UniformGrid]:

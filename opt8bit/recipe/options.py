@@ -18,6 +18,7 @@ class Option:
     Attributes:
         kind: type of its values: int, float or bool; or the words that it can be, which may become more.
         help: what it is, for the command's help.
+        besides: words that it can be as well, where the kind is bool, with what they are, for the command's help.
         of_layers: whether single layers may have another one.
         several: whether it takes a list of such values.
         least, most: of a number; None for any.
@@ -27,6 +28,7 @@ class Option:
     kind: type | Collection[str]
     help: str
     of_layers: bool = False
+    besides: Mapping[str, str] = field(default_factory=dict)
     several: bool = False
     least: int | None = None
     most: int | None = None
@@ -51,9 +53,12 @@ class Option:
             if value not in self.kind:
                 raise ValueError(f"{where} must be one of {', '.join(self.kind)}, got {value!r}")
             return
+        if isinstance(value, str) and value in self.besides:
+            return
         allowed = (int, float) if self.kind is float else (self.kind,)
         if type(value) not in allowed:
-            raise ValueError(f"{where} must be {WORDS[self.kind]}, got {value!r}")
+            words = " or ".join([WORDS[self.kind], *map(repr, self.besides)])
+            raise ValueError(f"{where} must be {words}, got {value!r}")
         self.check_size(where, value)
 
     def check_size(self, where: str, value: float) -> None:

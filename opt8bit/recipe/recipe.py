@@ -39,8 +39,9 @@ class Recipe:
         bits: of a weight, 2 to 8.
         group_size: weights of a row that share a scale, a divisor of every layer's inputs; None, 0 or -1 for whole
             rows; "auto" for the first of 64, 32 and 16 that divides all layers, or whole rows where none does.
-        symmetric: whether the zero point is fixed in the grid's middle; None for what servers ask for: yes at 4 and 8
-            bits, in checkpoints that hold codes.
+        symmetric: True for grids without a zero point, whose scales have a sign; "restricted" for such grids with
+            positive scales; False for grids with a zero point; None for what servers ask for: True at 4 and 8 bits, in
+            checkpoints that hold codes. See :class:`UniformGrid`.
         range: of a grid: "minmax" or "mse"; None for "mse", and "minmax" for RTN, which the other hurts. See
             :class:`UniformGrid`.
         grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
@@ -84,11 +85,13 @@ class Recipe:
         of_layers=True,
         metavar="N",
     )
-    symmetric: bool | None = option(
+    symmetric: bool | str | None = option(
         None,
         bool,
-        "grids with a fixed zero point (default: at 4 and 8 bits, as servers ask for it, but for dense)",
+        "grids without zero points, the scale has the sign (default: at 4 and 8 bits, as servers ask for it, but for "
+        "dense)",
         of_layers=True,
+        besides={"restricted": "such grids with positive scales alone"},
     )
     range: str | None = option(None, RANGES, "of a grid (default: mse; minmax for rtn)", of_layers=True)
     bias_correction: str = option("none", CORRECTIONS, "errors that Bias Compensation makes up for")

@@ -117,14 +117,17 @@ def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path,
         ('{"overrides": [{"bits": 3}]}', "a pattern of names as 'layers'"),
         ('{"overrides": [{"layers": "*", "seed": 3}]}', "an override: 'seed' is none of method, .*, skip"),
         ('{"overrides": [{"layers": "*", "skip": 1.5}]}', "skip of an override must be true or false, got 1.5"),
-        ('{"overrides": [{"layers": "*", "symmetric": "false"}]}', "symmetric of an override must be true or false"),
+        (
+            '{"overrides": [{"layers": "*", "symmetric": "false"}]}',
+            "symmetric of an override must be true or false or 'restricted'",
+        ),
         ('{"overrides": [{"layers": "*", "outliers": "0.1"}]}', "outliers of an override must be a number, got '0.1'"),
         ('{"overrides": [{"layers": "*", "method": "gptqq"}]}', "must be one of rtn, gptq, quantease, got 'gptqq'"),
         (
             '{"overrides": [{"layers": "*_proj", "act_order": true, "method": "rtn"}]}',
             r"overrides\['\*_proj'\]: act_order, on or off",
         ),
-        ('{"symmetric": "true"}', "symmetric must be true or false, got 'true'"),
+        ('{"symmetric": "true"}', "symmetric must be true or false or 'restricted', got 'true'"),
         ('{"bits": true}', r"recipe\.json: bits must be a whole number, got True"),
         ('{"bits": null}', "bits must be a whole number, got None"),
         ('{"samples": 8.0}', r"samples must be a whole number, got 8\.0"),
@@ -189,8 +192,8 @@ def test_inspect_tells_several_widths_apart(folder: Path, tmp_path: Path, capsys
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"q_proj +32 × 32  4-bit codes", printed) and re.search(
-        r"down_proj +32 × 64  8-bit codes", printed
+    assert re.search(r"q_proj +32 × 32  4-bit signed", printed) and re.search(
+        r"down_proj +32 × 64  8-bit signed", printed
     )
     for config in ("[]", '{"quantization_config": "x"}', '{"quantization_config": {}}'):
         (tmp_path / "out" / "config.json").write_text(config)
@@ -199,6 +202,27 @@ def test_inspect_tells_several_widths_apart(folder: Path, tmp_path: Path, capsys
     (tmp_path / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     assert main(["inspect", str(tmp_path / "out")]) == 2
     assert "of the format awq: only compressed-tensors, gptq, dense can be inspected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "grid"),
+    [
+        (["--no-symmetric"], "asymmetric"),
+        (["--symmetric-restricted"], "symmetric"),
+        (["--symmetric"], "signed"),
+        (["--format", "gptq"], "signed"),
+        (["--format", "gptq", "--symmetric-restricted"], "symmetric"),
+    ],
+    ids=" ".join,
+)
+def test_inspect_says_which_grid_a_file_has(
+    options: list[str], grid: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress(folder / "llama", folder / "text.txt", tmp_path / "out", *options) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert f" 4-bit {grid} " in capsys.readouterr().out
+    assert {layer.grid for layer in inspect(tmp_path / "out").layers.values()} == {grid}
 
 
 def test_verify_says_what_is_wrong(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,13 +270,13 @@ def test_inspect_counts_everything(written: Path, folder: Path, capsys: pytest.C
     assert main(["inspect", str(written)]) == 0
     printed = capsys.readouterr().out
     shape_bits = 8 * 16 / (32 * 32)  # weight_shape, of a small layer
-    assert f"32 × 32  4-bit codes   {4 + 32 / 16 + shape_bits:6.3f} bits  bias attention_bias" in printed
+    assert f"32 × 32  4-bit signed      {4 + 32 / 16 + shape_bits:6.3f} bits  bias attention_bias" in printed
     assert "14 packed layers, 18,432 weights at" in printed
     size = (written / "model.safetensors").stat().st_size / 1e6
     assert f"compressed-tensors: {size:,.1f} MB" in printed
     assert main(["inspect", str(folder / "llama")]) == 0
     printed = capsys.readouterr().out
-    assert "dense: " in printed and "32 × 32  dense         32.000 bits\n" in printed
+    assert "dense: " in printed and "32 × 32  dense             32.000 bits\n" in printed
     dense, packed = inspect(folder / "llama"), inspect(written)
     biases = sum(layer.shape[0] for layer in packed.layers.values() if layer.bias)
     assert 2 * dense.original_bytes == dense.stored_bytes  # all in float32

@@ -49,6 +49,7 @@ def test_three_arguments_write_a_model_that_loads(
         (["--no-polish"], {"method": ptq.GPTQ()}),
         (["--no-act-order", "--no-polish"], {"method": ptq.GPTQ(act_order=False)}),
         (["--method", "quantease", "--symmetric"], {"method": polished(ptq.RTN()), "symmetric": True}),
+        (["--symmetric-restricted"], {"symmetric": "restricted"}),
         (["--error-propagation", "0"], {"error_propagation": 0.0}),
         (["--bias-correction", "joint"], {"bias_correction": "joint"}),
         (["--bias-correction", "local", "--statistic", "median"], {"bias_correction": "local", "statistic": "median"}),

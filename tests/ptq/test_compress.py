@@ -490,7 +490,7 @@ def test_activations_that_are_not_finite_name_their_layer() -> None:
             "looks at no inputs: with bias_correction='joint' it would round as ever",
         ),
         ({"bias_correction": "local", "error_propagation": 0.5}, "would undo what the asymmetric target does"),
-        ({"symmetric": "no"}, "symmetric must be true or false, got 'no'"),
+        ({"symmetric": "no"}, "symmetric must be true or false or 'restricted', got 'no'"),
         ({"range": ""}, "range must be one of minmax, mse, got ''"),
         ({"error_propagation": "0.5"}, "error_propagation must be a number, got '0.5'"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),

@@ -45,10 +45,10 @@ def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group_size", [16, None])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False, "restricted"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_compressed_tensors_load_bit_for_bit(
-    bits: int, symmetric: bool, group_size: int | None, dtype: torch.dtype, tmp_path: Path
+    bits: int, symmetric: bool | str, group_size: int | None, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     pytest.importorskip("compressed_tensors")
     model: Any = MODELS["llama"]()
@@ -57,7 +57,10 @@ def test_compressed_tensors_load_bit_for_bit(
     result = ptq.compress(
         model, token_ids(), bits=bits, group_size=group_size, symmetric=symmetric, bias_correction="joint"
     )
-    loaded, info = load(ptq.export(result, tmp_path / "out"))
+    path = ptq.export(result, tmp_path / "out")
+    scales = [tensor for name, tensor in load_file(path / "model.safetensors").items() if name.endswith("weight_scale")]
+    assert scales and all(bool((scale < 0).any()) == (symmetric is True) for scale in scales)
+    loaded, info = load(path)
     assert not any(info.values()) and loaded.dtype == dtype
     with torch.no_grad():
         assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
@@ -84,10 +87,11 @@ def test_packed_words_are_those_of_the_package(bits: int) -> None:
     assert torch.equal(pack(codes.to(torch.uint8), bits), helpers.pack_to_int32(signed, bits))
 
 
+@pytest.mark.parametrize("symmetric", [True, "restricted"])
 @pytest.mark.parametrize("group_size", [16, None])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gptqs_format_holds_the_codes(bits: int, group_size: int | None, tmp_path: Path) -> None:
-    result = ptq.compress(MODELS["llama"](), token_ids(), bits=bits, group_size=group_size, symmetric=True)
+def test_gptqs_format_holds_the_codes(bits: int, group_size: int | None, symmetric: bool | str, tmp_path: Path) -> None:
+    result = ptq.compress(MODELS["llama"](), token_ids(), bits=bits, group_size=group_size, symmetric=symmetric)
     path = ptq.export(result, tmp_path / "out", format="gptq")
     tensors = load_file(path / "model.safetensors")
     expected = {"bits": bits, "group_size": group_size or -1, "sym": True, "desc_act": False}
@@ -99,6 +103,7 @@ def test_gptqs_format_holds_the_codes(bits: int, group_size: int | None, tmp_pat
         shifts = torch.arange(per_word) * bits
         codes = (words[:, None] >> shifts[:, None] & (2**bits - 1)).flatten(0, 1)  # (in, out)
         zero = (zeros[..., None] >> shifts & (2**bits - 1)).flatten(1)  # (groups, out)
+        assert bool((scales < 0).any()) == (symmetric is True) and (zero + 1 == 2 ** (bits - 1)).all()
         weight = scales[index.long()] * (codes - (zero + 1)[index.long()])
         assert weight.shape[1] == outputs and torch.equal(weight.T, quantized(result, name).dequantize())
 

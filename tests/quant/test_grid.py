@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
-from opt8bit.quant.grid import Grid
-from opt8bit.quant.uniform import UniformParams
+from opt8bit.quant.grid import FRACTIONS, Grid
+from opt8bit.quant.uniform import UniformParams, signed
 
 GRIDS = {
     **{f"uniform{bits}": UniformGrid(bits) for bits in range(2, 9)},
     **{f"symmetric{bits}": UniformGrid(bits, symmetric=True) for bits in range(2, 9)},
+    **{f"restricted{bits}": UniformGrid(bits, symmetric="restricted") for bits in range(2, 9)},
     "uniform3-mse": UniformGrid(3, range="mse"),
     "symmetric2-mse": UniformGrid(2, symmetric=True, range="mse"),
+    "restricted2-mse": UniformGrid(2, symmetric="restricted", range="mse"),
     "normal4": CodebookGrid(normal_float(4)),
     "normal3-mse": CodebookGrid(normal_float(3), range="mse"),
     "dynamic8": CodebookGrid(dynamic_map()),
@@ -70,9 +72,9 @@ def test_minmax_spans_the_block(bits: int) -> None:
     assert (UniformGrid(bits).nearest(x, scales) - x).abs().max() <= scales.scale.max() * 1.001
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, "restricted"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_search_finds_what_trying_all_fractions_finds(bits: int, symmetric: bool) -> None:
+def test_the_search_finds_what_trying_all_fractions_finds(bits: int, symmetric: bool | str) -> None:
     x, importance = blocks(torch.float64), torch.rand(32, dtype=torch.float64)
     full, searched = (UniformGrid(bits, symmetric=symmetric, range=name) for name in ("minmax", "mse"))
 
@@ -90,6 +92,59 @@ def test_the_search_finds_what_trying_all_fractions_finds(bits: int, symmetric: 
         assert (found <= error(full.fit(clipped)) * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_finds_what_trying_all_fractions_of_both_signs_finds(bits: int) -> None:
+    x, importance = blocks(torch.float64), torch.rand(32, dtype=torch.float64)
+    grid = UniformGrid(bits, symmetric=True, range="mse")
+    magnitude, half = x.abs().amax(-1, True), 2 ** (bits - 1)
+    codes = torch.arange(2**bits, dtype=torch.float64)
+
+    def error(values: torch.Tensor) -> torch.Tensor:  # of the nearest of these values, (..., codes)
+        return ((x[..., None] - values[..., None, :]).square().amin(-1) * importance).sum(-1)
+
+    params = grid.fit(x, importance)
+    assert torch.isin(params.zero_point, torch.tensor([half - 1.0, half], dtype=torch.float64)).all()
+    assert 0.2 < (params.zero_point == half).double().mean() < 0.8
+    found = error(all_values(grid, params))
+    tried = [error(sign * (codes - half) * magnitude * part / half) for part in FRACTIONS for sign in (1, -1)]
+    torch.testing.assert_close(found, torch.stack(tried).amin(0), rtol=1e-9, atol=0)
+    for other in (UniformGrid(bits, symmetric=True), UniformGrid(bits, symmetric="restricted", range="mse")):
+        assert found.sum() < 0.95 * error(all_values(other, other.fit(x, importance))).sum()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_weight_of_largest_magnitude_is_on_a_symmetric_grid(bits: int) -> None:
+    x, grid = blocks(), UniformGrid(bits, symmetric=True)
+    params = grid.fit(x)
+    largest = x.gather(-1, x.abs().argmax(-1, True))
+    assert torch.equal(grid.nearest(largest, params), largest)
+    assert torch.equal(params.zero_point == 2 ** (bits - 1), largest < 0)
+
+
+@pytest.mark.parametrize("range", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mirrored_weights_have_mirrored_codes(bits: int, range: str) -> None:
+    x, grid = blocks(), UniformGrid(bits, symmetric=True, range=range)
+    here, there = grid.fit(x), grid.fit(-x)
+    codes = grid.encode(x, here)
+    assert torch.equal(there.scale, here.scale) and torch.equal(there.zero_point, grid.largest - here.zero_point)
+    assert torch.equal(grid.encode(-x, there), grid.largest - codes)
+    assert torch.equal(grid.decode(grid.encode(-x, there), there), -grid.decode(codes, here))
+
+
+@pytest.mark.parametrize("symmetric", [True, "restricted"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_signed_scales_stand_for_mirrored_codes(bits: int, symmetric: bool | str) -> None:
+    x, grid = blocks(), UniformGrid(bits, symmetric=symmetric, range="mse")
+    params = grid.fit(x)
+    codes = grid.encode(x, params)
+    stored, with_signs = signed(grid, codes, params)
+    assert stored.dtype == torch.uint8 and (with_signs.zero_point == 2 ** (bits - 1)).all()
+    assert torch.equal(grid.decode(stored, with_signs), grid.decode(codes, params))
+    assert torch.equal(with_signs.scale.abs(), params.scale)
+    assert bool((with_signs.scale < 0).any()) == (symmetric is True)
+
+
 def test_importance_moves_the_range() -> None:
     x = torch.cat([torch.randn(1, 31, generator=torch.Generator().manual_seed(1)), torch.tensor([[8.0]])], 1)
     grid = UniformGrid(3, range="mse")
@@ -104,9 +159,9 @@ def test_bits_are_checked(bits: object) -> None:
         UniformGrid(bits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("symmetric", ["no", 0, None])
+@pytest.mark.parametrize("symmetric", ["no", 0, 1, None])
 def test_symmetry_is_checked(symmetric: object) -> None:
-    with pytest.raises(ValueError, match="symmetric must be True or False, got"):
+    with pytest.raises(ValueError, match="symmetric must be True, False or 'restricted', got"):
         UniformGrid(4, symmetric=symmetric)  # type: ignore[arg-type]
 
 
@@ -136,6 +191,7 @@ def test_scales_are_what_their_dtype_holds(dtype: torch.dtype, range: str) -> No
     for grid in (
         UniformGrid(3, range=range, scale_dtype=dtype),
         UniformGrid(4, symmetric=True, range=range, scale_dtype=dtype),
+        UniformGrid(4, symmetric="restricted", range=range, scale_dtype=dtype),
         CodebookGrid(normal_float(4), range=range, scale_dtype=dtype),
     ):
         scales: Any = grid.fit(x)

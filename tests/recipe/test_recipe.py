@@ -54,6 +54,7 @@ def test_a_recipe_comes_back_from_its_file() -> None:
         Recipe(group_size=None),
         Recipe(bits=2, overrides=overrides),
         Recipe(symmetric=True, group_size=16, polish=False, overrides=back),
+        Recipe(symmetric="restricted", overrides={"*_proj": {"symmetric": "restricted"}, "*": {"symmetric": False}}),
     ):
         written = json.loads(json.dumps(recipe.to_dict()))
         assert Recipe.from_dict(written) == recipe
@@ -205,7 +206,7 @@ def test_options_are_changed_by_name() -> None:
         ({"bits": None}, "bits must be a whole number, got None"),
         ({"group_size": "all"}, "group_size must be a whole number, got 'all'"),
         ({"group_size": False}, "group_size must be a whole number, got False"),
-        ({"symmetric": 1}, "symmetric must be true or false, got 1"),
+        ({"symmetric": 1}, "symmetric must be true or false or 'restricted', got 1"),
         ({"outliers": -0.5}, r"outliers must be from 0 to 1, got -0\.5"),
         ({"method": "rtn", "outliers": 0.5}, "outliers are chosen by the inputs"),
         ({"method": GPTQ(), "polish": True}, "polish is that of method="),

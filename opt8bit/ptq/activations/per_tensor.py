@@ -25,7 +25,7 @@ class StaticPerTensor(InputQuantizer):
 
     def __init__(self, bits: int = 8, *, symmetric: bool = False) -> None:
         super().__init__()
-        self.grid = UniformGrid(bits, symmetric=symmetric)
+        self.grid = UniformGrid(bits, symmetric="restricted" if symmetric else False)
         self.register_buffer("low", torch.tensor(torch.inf))
         self.register_buffer("high", torch.tensor(-torch.inf))
 

@@ -98,7 +98,7 @@ def _packing(planned: Planned | None) -> Packing | None:
     if planned is None or not is_uniform(planned.scheme.grid):
         return None
     grid = planned.scheme.grid
-    return Packing(grid.bits, grid.symmetric, planned.scheme.group_size)
+    return Packing(grid.bits, bool(grid.symmetric), planned.scheme.group_size)
 
 
 def _planned(source: Source, plan: Plan) -> tuple[dict[str, Planned], list[str]]:

@@ -33,12 +33,15 @@ class StoredLayer:
     Attributes:
         shape: (out, in).
         bits: of a code, where the weight is packed.
+        grid: "asymmetric", "symmetric", or "signed" for symmetric ones some of whose scales are negative; None where
+            the weight is not packed, or its format does not say.
         stored_bytes: for the weight: codes, scales, zero points.
         bias: whether there is one.
     """
 
     shape: tuple[int, int]
     bits: int | None
+    grid: str | None
     stored_bytes: int
     bias: bool
 
@@ -109,6 +112,12 @@ class CheckpointFormat(ABC):
         Raises:
             ValueError: a part is missing.
         """
+
+    def grid_of(self, parts: Mapping[str, Header], read: Callable[[str], Tensor]) -> str | None:
+        """Returns what :class:`StoredLayer` calls the grid of a packed weight; the arguments are those of
+        :meth:`shape_and_bits`.
+        """
+        return None
 
     @abstractmethod
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.initialization import asks_for_weights, check_initialization, needs_weights
 from opt8bit.ptq.export.installed import not_loaded_here
-from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
+from opt8bit.ptq.export.uniform import check_uniform, kind_of, scheme_of, stored_part, uniform_grid
 from opt8bit.ptq.model.blocks import find_blocks, matrix, other_matrices
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
@@ -26,8 +26,9 @@ class CompressedTensors(HuggingFaceFormat):
     """Integers of 2 to 8 bits, symmetric or not, by group or by row.
 
     ``weight_packed``, int32 (out, ceil(in * bits / 32)), has the codes; ``weight_scale`` (out, groups) is of the
-    model's dtype; ``weight_zero_point``, int32 (ceil(out * bits / 32), groups), is there where the grid is not
-    symmetric; ``weight_shape`` is (out, in). A weight is ``(code - zero_point) * weight_scale``.
+    model's dtype, negative where a symmetric grid is mirrored; ``weight_zero_point``, int32 (ceil(out * bits / 32),
+    groups), is there where the grid is not symmetric; ``weight_shape`` is (out, in). A weight is
+    ``(code - zero_point) * weight_scale``.
     """
 
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -47,7 +48,7 @@ class CompressedTensors(HuggingFaceFormat):
         return not_loaded_here(uniform_grid(planned.scheme) for planned in layers.values())
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
-        part, grid = uniform_part(weight)
+        part, grid = stored_part(weight)
         tensors = {
             "weight_packed": pack(part.codes, grid.bits),
             "weight_scale": part.params.scale.to(matrix(module).dtype),
@@ -105,6 +106,9 @@ class CompressedTensors(HuggingFaceFormat):
             raise ValueError("weight_packed, but no weight_shape")
         rows, columns = read("weight_shape").tolist()
         return (rows, columns), WORD * parts["weight_packed"].shape[1] // columns
+
+    def grid_of(self, parts: Mapping[str, Header], read: Callable[[str], Tensor]) -> str | None:
+        return kind_of(read("weight_scale"), "weight_zero_point" not in parts) if "weight_scale" in parts else None
 
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if quantization is None or len(quantization["config_groups"]) > 1:
@@ -181,7 +185,7 @@ def _scheme(scheme: WeightScheme) -> dict[str, Any]:
     return {
         "num_bits": grid.bits,
         "type": "int",
-        "symmetric": grid.symmetric,
+        "symmetric": bool(grid.symmetric),
         "dynamic": False,
         "actorder": None,
         **(by_group if scheme.group_size else {"strategy": "channel", "group_size": None}),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
-from opt8bit.ptq.export.uniform import check_uniform, scheme_of, uniform_grid, uniform_part
+from opt8bit.ptq.export.uniform import check_uniform, kind_of, scheme_of, stored_part, uniform_grid
 from opt8bit.ptq.model.blocks import matrix
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
@@ -25,7 +25,7 @@ class GPTQFormat(HuggingFaceFormat):
 
     ``qweight``, int32 (in * bits / 32, out), has the codes of an output in a column; ``qzeros``, int32
     (groups, out * bits / 32), the zero points less one; ``scales`` (groups, out) are of the
-    model's dtype; ``g_idx``, int32 (in,), names each input's group.
+    model's dtype, negative where the grid is mirrored; ``g_idx``, int32 (in,), names each input's group.
     """
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
@@ -53,7 +53,7 @@ class GPTQFormat(HuggingFaceFormat):
             raise ValueError("gptq has one width and one group size for all layers: use format 'compressed-tensors'")
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
-        part, grid = uniform_part(weight)
+        part, grid = stored_part(weight)
         bits = grid.bits
         zeros = part.params.zero_point.T.to(torch.uint8) - 1
         columns, groups = part.codes.shape[1], part.params.scale.shape[1]
@@ -86,6 +86,9 @@ class GPTQFormat(HuggingFaceFormat):
         words, rows = parts["qweight"].shape
         (columns,) = parts["g_idx"].shape
         return (rows, columns), WORD * words // columns
+
+    def grid_of(self, parts: Mapping[str, Header], read: Callable[[str], Tensor]) -> str | None:
+        return kind_of(read("scales"), symmetric=True) if "scales" in parts else None  # the only ones written here
 
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None

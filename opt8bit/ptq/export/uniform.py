@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import replace
+
+from torch import Tensor, nn
 
 from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.result import Result
 from opt8bit.quant.described import described
-from opt8bit.quant.grid import SCALE_DTYPES
-from opt8bit.quant.uniform import UniformGrid, is_uniform
+from opt8bit.quant.grid import SCALE_DTYPES, at
+from opt8bit.quant.uniform import UniformGrid, UniformParams, is_uniform, signed
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
@@ -53,8 +55,23 @@ def uniform_grid(scheme: WeightScheme) -> UniformGrid:
     return scheme.grid
 
 
-def uniform_part(weight: QuantizedWeight) -> tuple[Part, UniformGrid]:
-    """Returns all there is of a weight of such a scheme, and its grid."""
+def stored_part(weight: QuantizedWeight) -> tuple[Part, UniformGrid]:
+    """Returns all there is of a weight of such a scheme, and its grid.
+
+    All zero points of a symmetric grid are in the middle; scales may be negative.
+    """
     (part,) = weight.parts
     assert is_uniform(part.grid)
-    return part, part.grid
+    if not part.grid.symmetric:
+        return part, part.grid
+    groups = part.codes.unflatten(1, (part.params.scale.shape[1], -1))
+    codes, params = signed(part.grid, groups, at(part.params, (..., None)))
+    stored = replace(part, codes=codes.flatten(1), params=UniformParams(*(each.squeeze(-1) for each in params)))
+    return stored, part.grid
+
+
+def kind_of(scale: Tensor, symmetric: bool) -> str:
+    """Returns what a stored grid is called: "asymmetric", "symmetric", or "signed" where scales have both signs."""
+    if not symmetric:
+        return "asymmetric"
+    return "signed" if bool((scale < 0).any()) else "symmetric"

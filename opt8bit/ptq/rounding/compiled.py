@@ -13,6 +13,8 @@ from opt8bit.ptq.rounding.engine import Engine
 from opt8bit.quant.grid import FRACTIONS
 from opt8bit.quant.uniform import UniformGrid, UniformParams
 
+ZERO_POINTS = (False, "restricted", True)  # what ``symmetric`` is, in the order of ZeroPoints in weight_rounding.h
+
 
 class CompiledEngine(Engine[UniformParams]):
     """The kernels of an instruction set.
@@ -78,7 +80,7 @@ class CompiledEngine(Engine[UniformParams]):
             scale=_address(params.scale),
             zero_point=_address(params.zero_point),
             largest=self._grid.largest,
-            is_symmetric=self._grid.symmetric,
+            zero_points=ZERO_POINTS.index(self._grid.symmetric),
             scale_dtype=DTYPES[self._grid.scale_dtype],
             fractions=_address(fractions),
             fraction_count=fractions.numel(),
