@@ -5,9 +5,10 @@
 
 Perplexity on windows of the test text, which nothing was chosen by; seconds of rounding and correcting; the peak memory
 of a process that does nothing else; bits per weight with scales and zero points counted, and the bytes of the biases.
-Grids are asymmetric. Methods are as their papers have them (ranges from the least to the largest weight, no error
-propagation), but for ``default``, which is what ``compress`` does when it is told nothing. Corrections are those of
-``compress``; "by position" has one bias for each position of a window. A run that has a row is not repeated.
+Grids are asymmetric where a recipe's name does not say otherwise. Methods are as their papers have them (ranges from
+the least to the largest weight, no error propagation), but for ``default``, which is what ``compress`` does when it is
+told nothing. Corrections are those of ``compress``; "by position" has one bias for each position of a window. A run
+that has a row is not repeated.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 RECIPES |= {
     f"{name}, bias local, by position": {**METHODS[name], "bias_correction": "local", "statistic": "position"}
     for name in ("rtn", "gptq", "quantease")
+}
+RECIPES |= {
+    "default, symmetric": {"symmetric": True},
+    "default, symmetric restricted": {"symmetric": "restricted"},
 }
 SIZES = {"samples": 64, "windows": 20, "length": 512}
 QUICK_SIZES = {"samples": 2, "windows": 2, "length": 64}

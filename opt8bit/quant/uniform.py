@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from opt8bit.quant.grid import FRACTIONS, Grid, best, checked_range
 
-SYMMETRIES = (False, True, "restricted")
+RESTRICTED = "restricted"
 
 
 class UniformParams(NamedTuple):
@@ -25,14 +26,15 @@ class UniformGrid(Grid[UniformParams]):
 
     Args:
         bits: 2 to 8.
-        symmetric: False for a zero point that is fitted and stored. True for none that is stored: it is ``2^(bits-1)``,
-            or one less in blocks whose values are mirrored, which a negative scale says where they are stored (see
-            :func:`signed`). The weight of largest magnitude is then a value of the grid, and no code is without use.
-            "restricted" for ``2^(bits-1)`` in every block, whose smallest value no positive weight has a match for.
-        range: "minmax" spans a block's smallest and largest weight (and zero), or, where ``symmetric`` is True, what
-            lies between the weight of largest magnitude and its mirror image, less one step at that end; "mse" tries
-            fractions of that range, mirrored and not where ``symmetric`` is True, and takes the one of least squared
-            error, clipping what lies beyond it.
+        symmetric: False for a zero point that is fitted and stored. True for none, and a scale that has the sign: codes
+            stand for ``-2^(bits-1)`` to ``2^(bits-1) - 1`` steps, or for the mirror image of these, so that the weight
+            of largest magnitude can be a value of the grid. ``scale`` stays positive here, and ``zero_point`` is
+            ``2^(bits-1)``, or one less in blocks that are mirrored; :func:`signed` has the form that is stored.
+            "restricted" for ``2^(bits-1)`` in every block.
+        range: "minmax" spans a block's smallest and largest weight (and zero). Where ``symmetric`` is True it reaches
+            to the weight of largest magnitude, and one step less far on the other side. "mse" tries fractions of that
+            range, where ``symmetric`` is True of both mirror images, and takes the one of least squared error, clipping
+            what lies beyond it.
         scale_dtype: see :class:`Grid`.
 
     Raises:
@@ -52,7 +54,7 @@ class UniformGrid(Grid[UniformParams]):
         super().__init__(scale_dtype)
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {bits!r}")
-        if not any(symmetric is each or symmetric == each == "restricted" for each in SYMMETRIES):
+        if not isinstance(symmetric, bool) and symmetric != RESTRICTED:
             raise ValueError(f"symmetric must be True, False or 'restricted', got {symmetric!r}")
         self._bits = bits
         self.symmetric = symmetric
@@ -60,7 +62,7 @@ class UniformGrid(Grid[UniformParams]):
 
     def __repr__(self) -> str:
         scales = "" if self.scale_dtype == torch.float32 else f", scale_dtype={self.scale_dtype}"
-        return f"UniformGrid({self._bits}, symmetric={self.symmetric}, range={self.range!r}{scales})"
+        return f"UniformGrid({self._bits}, symmetric={self.symmetric!r}, range={self.range!r}{scales})"
 
     @property
     def bits(self) -> int:
@@ -78,16 +80,9 @@ class UniformGrid(Grid[UniformParams]):
     def fit(self, block: Tensor, importance: Tensor | None = None) -> UniformParams:
         low = block.amin(-1, keepdim=True).clamp(max=0)
         high = block.amax(-1, keepdim=True).clamp(min=0)
-        if self.symmetric is True:
-            full, *others = self._either(low, high)
-            return full if self.range == "minmax" else best(self, block, importance, [full, *others], full)
-        if self.symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
-        full = self._spanning(low, high)
-        if self.range == "minmax":
-            return full
-        return best(self, block, importance, (self._spanning(low * part, high * part) for part in FRACTIONS), full)
+        candidates = self._either(low, high) if self.symmetric is True else self._spans(low, high)
+        full = next(candidates)
+        return full if self.range == "minmax" else best(self, block, importance, chain([full], candidates), full)
 
     def _either(self, low: Tensor, high: Tensor) -> Iterator[UniformParams]:
         """Each fraction of the range, with the weight of largest magnitude at the grid's end and mirrored."""
@@ -99,11 +94,17 @@ class UniformGrid(Grid[UniformParams]):
             yield UniformParams(scale, zero_point)
             yield UniformParams(scale, self.largest - zero_point)
 
-    def _spanning(self, low: Tensor, high: Tensor) -> UniformParams:
-        scale = self._scale((high - low) / self.largest)
-        middle = torch.full_like(scale, 2 ** (self._bits - 1))
-        # A scale that was rounded down would put it beyond the last code.
-        return UniformParams(scale, middle if self.symmetric else (-low / scale).round().clamp_(max=self.largest))
+    def _spans(self, low: Tensor, high: Tensor) -> Iterator[UniformParams]:
+        """Each fraction of the range from the smallest to the largest weight."""
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        for part in FRACTIONS:
+            scale = self._scale((high * part - low * part) / self.largest)
+            middle = torch.full_like(scale, 2 ** (self._bits - 1))
+            # A scale that was rounded down would put it beyond the last code.
+            fitted = (-low * part / scale).round().clamp_(max=self.largest)
+            yield UniformParams(scale, middle if self.symmetric else fitted)
 
     def _scale(self, step: Tensor) -> Tensor:
         return self.storable(torch.where(step > 0, step, 1))  # 1 for a block of zeros

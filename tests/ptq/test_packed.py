@@ -57,6 +57,16 @@ def test_compressed_tensors(bits: int, symmetric: bool, order: bool) -> None:
     assert torch.equal(of_bits(bits, symmetric).weight("a", parts), weight.values)
 
 
+def test_scales_may_be_negative() -> None:
+    weight = rounded(WEIGHT, symmetric=True)
+    negative = torch.rand(weight.scale.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight = weight._replace(scale=torch.where(negative, -weight.scale, weight.scale))
+    assert torch.equal(of_bits(4).weight("a", compressed_tensors(weight, 4)), weight.values)
+    assert torch.equal(AWQLayout().weight("a", awq(weight)), weight.values)
+    for shift in (0, 1):
+        assert torch.equal(GPTQLayout(shift).weight("a", gptq(weight, 4, shift=shift)), weight.values)
+
+
 def test_rows_and_tensors_have_one_scale() -> None:
     weight = rounded(WEIGHT, symmetric=True)
     parts = compressed_tensors(weight, 4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.activations.quantizer import InputQuantizer
-from opt8bit.quant.uniform import UniformGrid, UniformParams
+from opt8bit.quant.uniform import RESTRICTED, UniformGrid, UniformParams
 
 
 class StaticPerTensor(InputQuantizer):
@@ -25,7 +25,7 @@ class StaticPerTensor(InputQuantizer):
 
     def __init__(self, bits: int = 8, *, symmetric: bool = False) -> None:
         super().__init__()
-        self.grid = UniformGrid(bits, symmetric="restricted" if symmetric else False)
+        self.grid = UniformGrid(bits, symmetric=RESTRICTED if symmetric else False)
         self.register_buffer("low", torch.tensor(torch.inf))
         self.register_buffer("high", torch.tensor(-torch.inf))
 

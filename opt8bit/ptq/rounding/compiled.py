@@ -11,9 +11,9 @@ from opt8bit.backends.interface import DTYPES
 from opt8bit.backends.native import Native, WeightRounding
 from opt8bit.ptq.rounding.engine import Engine
 from opt8bit.quant.grid import FRACTIONS
-from opt8bit.quant.uniform import UniformGrid, UniformParams
+from opt8bit.quant.uniform import RESTRICTED, UniformGrid, UniformParams
 
-ZERO_POINTS = (False, "restricted", True)  # what ``symmetric`` is, in the order of ZeroPoints in weight_rounding.h
+ZERO_POINTS = (False, RESTRICTED, True)  # what ``symmetric`` is, in the order of ZeroPoints in weight_rounding.h
 
 
 class CompiledEngine(Engine[UniformParams]):
