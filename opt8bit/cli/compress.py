@@ -93,6 +93,7 @@ def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.R
         held_out=held_out,
         work=folder / WORK,
         checkpoint_format=options.format,
+        runtime=options.runtime,
         see=see,
     )
     return result, tokenizer

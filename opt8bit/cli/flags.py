@@ -28,22 +28,22 @@ def add_flags(parser: argparse.ArgumentParser, owner: type[Any], names: Containe
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, option: Option, default: Any) -> None:
-    flag, words = f"--{name.replace('_', '-')}", option.help
+    flag, words = f"--{option.flag or name.replace('_', '-')}", option.help
     if default and "(default:" not in words:
         words = f"{words} (default: {default})"
     about: dict[str, Any] = {"help": words, "default": argparse.SUPPRESS}
     if option.several:  # one for each flag: a list behind a flag would swallow what the command itself takes
         about |= {"action": "append", "help": f"{words}; may be given several times"}
     if option.kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **about)
+        parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, **about)
         for word, help in option.besides.items():
             parser.add_argument(
                 f"{flag}-{word}", dest=name, action="store_const", const=word, default=argparse.SUPPRESS, help=help
             )
     elif not isinstance(option.kind, type):
-        parser.add_argument(flag, choices=tuple(option.kind), **about)
+        parser.add_argument(flag, dest=name, choices=tuple(option.kind), **about)
     else:
-        parser.add_argument(flag, type=number(option), metavar=option.metavar, **about)
+        parser.add_argument(flag, dest=name, type=number(option), metavar=option.metavar, **about)
 
 
 def add_old_flags(parser: argparse.ArgumentParser, renamed: Mapping[str, str]) -> None:

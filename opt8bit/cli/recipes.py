@@ -38,9 +38,9 @@ def options_from(values: dict[str, Any]) -> tuple[Recipe, RunOptions]:
     beside = options_of(RunOptions)
     try:
         recipe = Recipe(**{name: value for name, value in values.items() if name not in beside})
+        return recipe, RunOptions(**{name: value for name, value in values.items() if name in beside})
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    return recipe, RunOptions(**{name: value for name, value in values.items() if name in beside})
 
 
 def recipe_file(recipe: Recipe, run: RunOptions) -> dict[str, Any]:

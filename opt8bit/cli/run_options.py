@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opt8bit.recipe.options import option
 from opt8bit.recipe.registry import FORMATS
+from opt8bit.recipe.runtimes import RUNTIMES, check_reads
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed")  # of RunOptions, those that choose the text
@@ -15,7 +16,11 @@ LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # that torch takes
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which text is learned from, and what is written."""
+    """Which text is learned from, and what is written.
+
+    Raises:
+        ValueError: the runtime does not read the format.
+    """
 
     samples: int = option(64, int, "windows of the calibration text", least=1, metavar="N")
     sequence_length: int = option(512, int, "tokens of a window", least=1, metavar="N")
@@ -23,6 +28,13 @@ class RunOptions:
         8, int, "windows of the rest of the calibration text that tell how good the result is", least=0, metavar="N"
     )
     format: str = option("compressed-tensors", FORMATS, "of the checkpoint")
+    runtime: str | None = option(
+        None,
+        RUNTIMES,
+        "what is to run the checkpoint: it gets the grids, group size and packing that it reads best, and what it does "
+        "not run is refused",
+        flag="for",
+    )
     seed: int = option(
         0, int, "of the choice of windows; 0 takes the first ones", least=LEAST_SEED, most=MOST_SEED, metavar="N"
     )
@@ -31,6 +43,9 @@ class RunOptions:
         DTYPES,
         "to compute the model in, and to name in the result's config.json (default: the model's own)",
     )
+
+    def __post_init__(self) -> None:
+        check_reads(self.runtime, self.format)
 
     @property
     def windows(self) -> dict[str, int]:

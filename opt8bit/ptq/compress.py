@@ -31,6 +31,7 @@ from opt8bit.quant.contract import check_grid
 from opt8bit.quant.described import described
 from opt8bit.recipe.recipe import Recipe, changed
 from opt8bit.recipe.registry import FORMATS
+from opt8bit.recipe.runtimes import PACKED, check_reads
 
 CAUSAL_LM = CausalLM()
 NAMED = 3  # of the weights that a warning is about
@@ -46,6 +47,7 @@ def compress(
     batch_size: int = 8,
     work: str | Path | None = None,
     checkpoint_format: str | None = None,
+    runtime: str | None = None,
     task: Task = CAUSAL_LM,
     see: Callable[[LayerReport, int], None] | None = None,
     **options: Any,
@@ -69,6 +71,9 @@ def compress(
             reads its layers from there: keep it until they are exported.
         checkpoint_format: of :func:`export`, if the result is meant for it: what it cannot hold is refused at once,
             and what servers will not run is said.
+        runtime: what is to run the result, a name of :data:`opt8bit.recipe.runtimes.RUNTIMES`. Grids, group size and
+            packing that the recipe leaves open are those that it reads best, and what it does not run is refused at
+            once. ``checkpoint_format`` is then "compressed-tensors" by default.
         task: what the model is for.
         see: called after each layer with its report and the number of layers.
         **options: fields of the recipe, in place of its own: ``compress(model, ids, bits=3)``.
@@ -80,7 +85,7 @@ def compress(
         TypeError, ValueError: an argument is none of these, or arguments contradict each other; ``group_size`` does not
             divide a layer; a weight, or what a layer sees, is not finite; a weight is not in memory; two layers share
             one weight; the model has PEFT's adapters; no blocks are found, or a model's use of them cannot be followed.
-            The message names the layer.
+            The message names the layer. Or the runtime does not read the format, or not run what it is to hold.
         RuntimeError: the model's own code raised an exception, which is the cause.
         ImportError: greenlet is not installed.
 
@@ -95,9 +100,12 @@ def compress(
     source = _source(model)
     refuse_quantized(getattr(source.model, "config", None))
     _check_loaded(source)
+    if runtime is not None and checkpoint_format is None:
+        checkpoint_format = PACKED
     if checkpoint_format is not None:
         FORMATS.check(checkpoint_format)
-    plan = plan_for(source.model, recipe, checkpoint_format)
+        check_reads(runtime, checkpoint_format)
+    plan = plan_for(source.model, recipe, checkpoint_format, runtime)
     batches = task.batches("calibration", calibration, batch_size, source.model)
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
     if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
@@ -109,7 +117,7 @@ def compress(
         _check_rewritable(source)
     if ranks.size() > 1:
         _check_ranks(plan, batches)
-    if checkpoint_format is not None and not ranks.rank():
+    if checkpoint_format is not None and runtime is None and not ranks.rank():
         warn_of_servers(checkpoint_format, source, plan)
     _warn_of_others(source.model)
     begun = None if work is None else Work(Path(work), _identity(source, plan, batches, kept))

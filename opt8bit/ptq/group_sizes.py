@@ -17,12 +17,13 @@ from opt8bit.recipe.recipe import GROUP_SIZES
 NAMED = 4  # layers that a warning is about
 
 
-def default_group_size(model: nn.Module, overrides: Sequence[Override]) -> int:
+def default_group_size(model: nn.Module, overrides: Sequence[Override], sizes: Sequence[int] = GROUP_SIZES) -> int:
     """Returns the largest of some sizes that divides the inputs of all layers; 0, for whole rows, where none does.
 
     Args:
         model: to be compressed.
         overrides: of the recipe. Layers that they leave, or give a group size of their own, have no say.
+        sizes: to choose from, the largest first.
 
     Warns:
         UserWarning: most layers would have larger groups if it were not for a few.
@@ -33,9 +34,9 @@ def default_group_size(model: nn.Module, overrides: Sequence[Override]) -> int:
         for name, layer in block_layers(model).items()
         if not any(fnmatchcase(name, pattern) for pattern in own)
     }
-    odd = {size: [name for name, length in inputs.items() if length % size] for size in GROUP_SIZES}
-    chosen = next((size for size in GROUP_SIZES if not odd[size]), 0)
-    wanted = next((size for size in GROUP_SIZES if 2 * len(odd[size]) < len(inputs)), 0)
+    odd = {size: [name for name, length in inputs.items() if length % size] for size in sizes}
+    chosen = next((size for size in sizes if not odd[size]), 0)
+    wanted = next((size for size in sizes if 2 * len(odd[size]) < len(inputs)), 0)
     if wanted > chosen and not ranks.rank():
         _warn(odd[wanted], chosen, wanted, model)
     return chosen

@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from opt8bit.ptq.export import format_of
-from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredLayer
+from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredCodes, StoredLayer
 from opt8bit.ptq.model import tensor_files
 from opt8bit.ptq.model.checkpoint_files import files_of
 from opt8bit.ptq.model.tensor_files import Header
@@ -58,14 +59,14 @@ def inspect(folder: str | Path) -> Contents:
         ValueError: a file is missing or damaged.
     """
     folder = Path(folder)
-    name, format = _format(folder / "config.json")
+    name, format, quantization = _format(folder / "config.json")
     files = files_of(folder)
     headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
     contents = Contents(name, headers)
     packed = any(name.rpartition(".")[2] == format.parts[0] for name in headers)
     for owner, parts in sorted(_by_owner(headers).items()):
         others = dict(parts)
-        layer = _layer(format, owner, parts, files) if packed else None
+        layer = _layer(format, owner, parts, files, quantization) if packed else None
         if layer is not None:
             contents.layers[owner] = layer
             for part in parts.keys() & set(format.parts):
@@ -75,7 +76,8 @@ def inspect(folder: str | Path) -> Contents:
     return contents
 
 
-def _format(path: Path) -> tuple[str, CheckpointFormat]:
+def _format(path: Path) -> tuple[str, CheckpointFormat, Any]:
+    """The name of a checkpoint's format, the format and the quantization header."""
     try:
         config = json.loads(path.read_text())
         format, quantization = format_of(config), config.get("quantization_config")
@@ -84,7 +86,7 @@ def _format(path: Path) -> tuple[str, CheckpointFormat]:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
     if format is None:
         raise UnknownFormat(f"{path} is of the format {name}: only {', '.join(FORMATS)} can be inspected")
-    return name, format
+    return name, format, quantization
 
 
 def _by_owner(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
@@ -96,7 +98,7 @@ def _by_owner(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
 
 
 def _layer(
-    format: CheckpointFormat, owner: str, parts: Mapping[str, Header], files: Mapping[str, Path]
+    format: CheckpointFormat, owner: str, parts: Mapping[str, Header], files: Mapping[str, Path], quantization: Any
 ) -> StoredLayer | None:
     """
     Raises:
@@ -116,4 +118,7 @@ def _layer(
         return None
     shape, bits = found
     stored = sum(parts[part].bytes for part in parts.keys() & set(format.parts))
-    return StoredLayer(shape, bits, format.grid_of(parts, read) if bits else None, stored, "bias" in parts)
+    if bits is None:
+        return StoredLayer(shape, None, None, stored, "bias" in parts)
+    codes = format.codes_of(owner, shape[1], parts, quantization) or StoredCodes(bits)
+    return StoredLayer(shape, codes.bits, format.grid_of(parts, read), stored, "bias" in parts, codes.whole_codes)

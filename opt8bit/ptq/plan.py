@@ -19,8 +19,9 @@ from opt8bit.ptq.transforms.transform import Transform
 from opt8bit.quant.grid import SCALE_DTYPES, Grid
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import WeightScheme
-from opt8bit.recipe.recipe import AUTO, ERROR_PROPAGATION, POLISH, SERVED_SYMMETRIC, Recipe
+from opt8bit.recipe.recipe import AUTO, ERROR_PROPAGATION, GROUP_SIZES, POLISH, SERVED_SYMMETRIC, Recipe
 from opt8bit.recipe.registry import FORMATS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
+from opt8bit.recipe.runtimes import Runs, runtime_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Plan:
         error_propagation: of layers that look at their inputs.
         transforms: of each block, before its layers are rounded.
         reconstruction: of each block afterwards; None for none.
+        runtime: that is to run the result, a name of :data:`RUNTIMES`; None for none in particular.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class Plan:
     error_propagation: float
     transforms: tuple[Transform, ...] = ()
     reconstruction: Reconstruction | None = None
+    runtime: str | None = None
 
     @property
     def bias_correction(self) -> str:
@@ -76,7 +79,9 @@ class Plan:
         return self.layers[name]
 
 
-def plan_for(model: nn.Module, recipe: Recipe, checkpoint_format: str | None = None) -> Plan:
+def plan_for(
+    model: nn.Module, recipe: Recipe, checkpoint_format: str | None = None, runtime: str | None = None
+) -> Plan:
     """Returns what a recipe comes to for a model.
 
     Scales are stored in the dtype of a layer's weight, as packed checkpoints have them.
@@ -85,12 +90,13 @@ def plan_for(model: nn.Module, recipe: Recipe, checkpoint_format: str | None = N
         model: to be compressed.
         recipe: for it.
         checkpoint_format: that the result is meant for, a name of :data:`FORMATS`; None for none.
+        runtime: that is to run it, a name of :data:`RUNTIMES`; None for none in particular.
 
     Raises:
         TypeError, ValueError: the recipe contradicts itself, or does not fit the model. The message names the layer.
     """
     layers = block_layers(model)
-    recipe = _settled(recipe, model, checkpoint_format)
+    recipe = _settled(recipe, model, checkpoint_format, _runs(runtime, checkpoint_format))
     for override in recipe.override_list:
         if not any(fnmatchcase(name, override.pattern) for name in layers):
             raise ValueError(f"overrides[{override.pattern!r}] fits no layer; there is {min(layers)}, for example")
@@ -113,17 +119,37 @@ def plan_for(model: nn.Module, recipe: Recipe, checkpoint_format: str | None = N
     if not any(found.values()):
         raise ValueError("overrides leave every layer as it is")
     transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
-    return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction))
+    return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction), runtime)
 
 
-def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None) -> Recipe:
-    """The recipe with what depends on the model and the checkpoint's format filled in."""
+def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
+    """What a runtime runs of a packed format; None where no runtime is named, or the format is not packed."""
+    named = runtime_of(runtime)
+    return None if named is None or checkpoint_format is None else named.formats.get(checkpoint_format)
+
+
+def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> Recipe:
+    """The recipe with what depends on the model, the checkpoint's format and its runtime filled in."""
+    if recipe.group_size == AUTO:
+        sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
+        recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
     if recipe.symmetric is None and recipe.grid is None:
         packed = checkpoint_format is not None and FORMATS[checkpoint_format].is_packed
-        recipe = replace(recipe, symmetric=packed and recipe.bits in SERVED_SYMMETRIC)
-    if recipe.group_size == AUTO:
-        recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list))
+        symmetric = recipe.bits in SERVED_SYMMETRIC if runs is None else _needs_symmetry(recipe, model, runs)
+        recipe = replace(recipe, symmetric=packed and symmetric)
     return recipe
+
+
+def _needs_symmetry(recipe: Recipe, model: nn.Module, runs: Runs) -> bool:
+    """Whether a runtime runs only symmetric grids of layers whose grids were left to it.
+
+    Where grids may have zero points they do: their error is the lowest. Layers of several widths or group sizes are
+    loaded with symmetric grids only; see the format compressed-tensors.
+    """
+    asymmetric = replace(recipe, symmetric=False)
+    layers = {own for name in block_layers(model) if (own := asymmetric.of(name)) is not None and own.grid is None}
+    kinds = {(own.bits, own.symmetric, own.group_size) for own in layers}
+    return len(kinds) > 1 or any(bits not in runs.asymmetric for bits, _, _ in kinds)
 
 
 def rounder_of(recipe: Recipe) -> Rounder:

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.export import format_of
+from opt8bit.ptq.export.installed import Codes, not_loaded_here
 from opt8bit.ptq.export.source_record import SourceRecord, differences, read_record
 from opt8bit.ptq.inspect import Contents, UnknownFormat, inspect
 from opt8bit.ptq.model import tensor_files
-from opt8bit.ptq.model.blocks import evaluating, find_blocks
+from opt8bit.ptq.model.blocks import evaluating
 from opt8bit.ptq.model.checkpoint_files import files_of
 from opt8bit.ptq.model.memory import machine_memory
-from opt8bit.ptq.model.skeleton import auto_class, parameters_on_meta
+from opt8bit.ptq.model.skeleton import auto_class, device_map, parameters_on_meta
+from opt8bit.ptq.model.source import Checkpoint
 from opt8bit.ptq.report import FOLDER, PROBE
 from opt8bit.recipe.registry import FORMATS
 
@@ -44,6 +46,7 @@ class Verification(NamedTuple):
         missing: parameters of the loaded model that the checkpoint does not have.
         differences: from the source, of tensors' names, dtypes and shapes, and of the tokenizer.
         in_parts: whether its blocks were left on disk until they were run, as a user's would not be.
+        unpacked: why it was not loaded by transformers but unpacked by this package; None where it was loaded.
     """
 
     error: float
@@ -52,6 +55,7 @@ class Verification(NamedTuple):
     missing: Sequence[str]
     differences: Sequence[str] = ()
     in_parts: bool = False
+    unpacked: str | None = None
 
     @property
     def is_right(self) -> bool:
@@ -63,6 +67,8 @@ class Verification(NamedTuple):
             lines = ["it cannot be run: parameters are missing"]
         if self.in_parts:
             lines[0] += " (run from disk, block by block, as it takes too much of this machine's memory)"
+        if self.unpacked is not None:
+            lines[0] += f" (unpacked by opt8bit: {self.unpacked})"
         lines += [f"dropped on loading: {name}" for name in self.dropped]
         lines += [f"missing: {name}" for name in self.missing]
         return "\n".join([*lines, *self.differences])
@@ -76,6 +82,8 @@ def verify(
     trust_remote_code: bool = False,
 ) -> Verification:
     """Loads a checkpoint by ``from_pretrained``, runs what it was written with, and compares it to its source.
+
+    What the installed packages do not load, as it is for others, is unpacked here in their place.
 
     Args:
         folder: that :func:`export` or ``opt8bit compress`` wrote.
@@ -94,6 +102,10 @@ def verify(
     tensors, expected = _read_probe(folder)
     record = read_record(folder) or SourceRecord()
     contents = _contents(folder)
+    why = [] if contents is None else _not_loaded_here(contents)
+    if why:
+        written = Checkpoint(folder, trust_remote_code=trust_remote_code, unpack=True)
+        return verify_unpacked(folder, written, trust_remote_code)._replace(unpacked="; ".join(why))
     found = _differences(folder, contents, record, trust_remote_code)
     if in_parts is None:  # by default where the weights, unpacked, would take more than half of the memory
         in_parts = contents is not None and contents.original_bytes > machine_memory() / 2
@@ -133,6 +145,29 @@ def verify_model(
     lost = sorted(set(dropped) - set(record.without_place))
     found = _differences(folder, _contents(folder), record, trust_remote_code)
     return Verification(_error(model, tensors, expected), _tolerance(folder, model), lost, [], found)
+
+
+def _not_loaded_here(contents: Contents) -> list[str]:
+    if contents.format != "compressed-tensors":
+        return []
+    packed = [layer for layer in contents.layers.values() if layer.bits]
+    return not_loaded_here(Codes(layer.bits or 0, layer.grid != "asymmetric", layer.whole_codes) for layer in packed)
+
+
+def verify_unpacked(folder: Path, written: Checkpoint, trust_remote_code: bool = False) -> Verification:
+    """Compares a checkpoint to its source as this package reads it.
+
+    Args:
+        folder: of the checkpoint.
+        written: the same, opened with ``unpack``.
+        trust_remote_code: as of :func:`verify`.
+
+    Raises:
+        ValueError: there is nothing to compare with.
+    """
+    coded, dropped = written.files.coded, written.without_place
+    parts = [part for name in dropped for part in ((name,) if coded is None else coded.parts(name))]
+    return verify_model(folder, written.copy(), parts, trust_remote_code)
 
 
 def _read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
@@ -239,18 +274,7 @@ def _offloading(config: Any, unpacked: str, trust_remote_code: bool) -> dict[str
         skeleton = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     for name, value in options.items():
         setattr(config, name, value)
-    return {"config": config, "device_map": _device_map(skeleton), "offload_folder": unpacked}
-
-
-def _device_map(model: Any) -> dict[str, str]:
-    """Where accelerate shall keep each part of a model: the blocks on disk, everything else in memory."""
-    prefix, blocks = find_blocks(model)
-    around = {
-        name
-        for name, module in model.named_modules()
-        if not f"{name}.".startswith(f"{prefix}.") and (module._parameters or module._buffers)
-    }
-    return {**dict.fromkeys(sorted(around), "cpu"), **{f"{prefix}.{i}": "disk" for i in range(len(blocks))}}
+    return {"config": config, "device_map": device_map(skeleton), "offload_folder": unpacked}
 
 
 @contextmanager

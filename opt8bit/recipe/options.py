@@ -23,6 +23,7 @@ class Option:
         several: whether it takes a list of such values.
         least, most: of a number; None for any.
         metavar: what stands for a value in the command's help.
+        flag: of the command, without its dashes, where it is not called as the field.
     """
 
     kind: type | Collection[str]
@@ -33,6 +34,7 @@ class Option:
     least: int | None = None
     most: int | None = None
     metavar: str | None = None
+    flag: str | None = None
 
     def check(self, where: str, value: Any) -> None:
         """

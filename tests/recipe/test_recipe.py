@@ -108,7 +108,7 @@ def test_flags_are_those_of_the_fields() -> None:
     assert given(parsed, options_of(Recipe)) == OTHERS and given(parsed, options_of(RunOptions)) == {}
     assert parser.parse_args([]) == argparse.Namespace()  # what is not given leaves the file's value, or the default
     assert {flag for action in parser._actions for flag in action.option_strings} >= {
-        f"--{each.name.replace('_', '-')}"
+        f"--{each.metadata['option'].flag or each.name.replace('_', '-')}"
         for each in (*fields(Recipe), *fields(RunOptions))
         if "option" in each.metadata
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from opt8bit.ptq.model.source import Checkpoint
-from opt8bit.ptq.verify import Verification, loads, verify, verify_model
+from opt8bit.ptq.verify import Verification, loads, verify, verify_unpacked
 
 
 def verify_corrected(folder: Path, source: Path, *, trust_remote_code: bool = False) -> tuple[Verification, str | None]:
@@ -23,7 +23,7 @@ def verify_corrected(folder: Path, source: Path, *, trust_remote_code: bool = Fa
         ValueError: the checkpoint cannot be loaded.
     """
     written = Checkpoint(folder, trust_remote_code=trust_remote_code, unpack=True)
-    coded, dropped = written.files.coded, written.without_place
+    coded = written.files.coded
     try:
         if coded is None or not coded.rounds_inputs:
             return verify(folder, trust_remote_code=trust_remote_code), None
@@ -34,5 +34,4 @@ def verify_corrected(folder: Path, source: Path, *, trust_remote_code: bool = Fa
         if loads(source, trust_remote_code=trust_remote_code):
             raise
         why = str(error).strip().splitlines()[0]  # nor does it load the source
-    parts = [part for name in dropped for part in ((name,) if coded is None else coded.parts(name))]
-    return verify_model(folder, written.copy(), parts, trust_remote_code=trust_remote_code), why
+    return verify_unpacked(folder, written, trust_remote_code), why

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.result import Result
 from opt8bit.quant.uniform import is_uniform
 from opt8bit.recipe.registry import FORMATS
+from opt8bit.recipe.runtimes import SERVERS, Runtime, check_reads, runtime_of
 
 
 def export(result: Result, path: str | Path, *, format: str = "compressed-tensors", tokenizer: Any = None) -> Path:
@@ -29,7 +30,8 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
         result: of :func:`compress`, of a model of transformers.
         path: the folder to make; it must not exist.
         format: "compressed-tensors" (pack-quantized) and "gptq" hold the codes; "dense" has the rounded weights in the
-            model's own dtype and layout, for anything that loads the original.
+            model's own dtype and layout, for anything that loads the original. Codes are packed as the ``runtime`` that
+            :func:`compress` was given reads them.
         tokenizer: saved beside the weights, if given.
 
     Returns:
@@ -38,7 +40,8 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
     Raises:
         FileExistsError: there is something at ``path``.
         TypeError: the model is not one of transformers.
-        ValueError: there is no such format, or it cannot hold a layer, which the message names.
+        ValueError: there is no such format, or it cannot hold a layer, which the message names, or the runtime does not
+            run it.
         OSError: it cannot be written; nothing is left.
     """
     with new_folder(Path(path)) as folder:
@@ -49,16 +52,17 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
 def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> None:
     """Writes the checkpoint's files into a folder, arguments as in :func:`export`."""
     check_format(format, result.source, result.plan)
-    FORMATS[format].write(result, folder, tokenizer)
+    FORMATS[format].for_runtime(runtime_of(result.plan.runtime)).write(result, folder, tokenizer)
 
 
 def check_format(format: str, source: Source, plan: Plan) -> None:
-    """Checks that a format can hold what a plan makes of a model, before it is made.
+    """Checks that a format can hold what a plan makes of a model, and its runtime run it, before it is made.
 
     Raises:
         TypeError, ValueError: as :func:`export`.
     """
     FORMATS.check(format)
+    check_reads(plan.runtime, format)
     if plan.statistic == "position":
         raise ValueError("no checkpoint can hold a bias for each position: use statistic='mean' or 'median'")
     planned, left = _planned(source, plan)
@@ -66,27 +70,36 @@ def check_format(format: str, source: Source, plan: Plan) -> None:
     if source.files is None:
         _check_configurations(source.model)
     FORMATS[format].check(source.model, planned, left)
+    runtime = runtime_of(plan.runtime)
+    refused = [] if runtime is None else _not_run(format, source, planned, [runtime])
+    if refused:
+        raise ValueError("\n  ".join([f"runtime {plan.runtime!r} does not run what would be written:", *refused]))
 
 
 def warn_of_servers(format: str, source: Source, plan: Plan) -> None:
-    """Warns of what servers will refuse, or get wrong, of what is to be written.
+    """Warns of what servers will refuse, or get wrong, of what is to be written for no runtime in particular.
 
     Args:
         format, source, plan: that :func:`check_format` has let through.
 
     Warns:
-        UserWarning: there is something. It says what to do.
+        UserWarning: there is something, or the packages that are installed do not load it. It says what to do.
     """
-    layers = block_layers(source.model)
     planned, _ = _planned(source, plan)
+    found = _not_run(format, source, planned, SERVERS)
+    found += [f"{line}: verify will unpack them itself" for line in FORMATS[format].not_loaded_here(planned)]
+    if found:
+        warn("\n  ".join(["not every server runs what will be written:", *found]))
+
+
+def _not_run(format: str, source: Source, planned: Mapping[str, Planned], runtimes: Sequence[Runtime]) -> list[str]:
+    """What runtimes refuse, or get wrong, of what is to be written, in sentences."""
+    layers = block_layers(source.model)
     stored = {name: Layer(_shape(layer), _packing(planned.get(name))) for name, layer in layers.items()}
     has_experts = any(".experts." in name for name in layers)
     has_experts = has_experts or any(param.dim() > 2 for param in other_matrices(source.model).values())
     prefix, blocks = find_blocks(source.model)
-    found = warnings_of(format, stored, prefix, len(blocks), has_experts=has_experts)
-    found += FORMATS[format].not_loaded_here(planned)
-    if found:
-        warn("\n  ".join(["not every server runs what will be written:", *found]))
+    return warnings_of(format, stored, prefix, len(blocks), has_experts=has_experts, runtimes=runtimes)
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.rounding import Rounder
 from opt8bit.quant.weight import WeightScheme
+from opt8bit.recipe.runtimes import Runtime
 
 
 class Planned(NamedTuple):
@@ -37,6 +38,7 @@ class StoredLayer:
             the weight is not packed, or its format does not say.
         stored_bytes: for the weight: codes, scales, zero points.
         bias: whether there is one.
+        whole_codes: whether no code stands in two words, where other packings of that width have such codes.
     """
 
     shape: tuple[int, int]
@@ -44,6 +46,7 @@ class StoredLayer:
     grid: str | None
     stored_bytes: int
     bias: bool
+    whole_codes: bool = False
 
     @property
     def weights(self) -> int:
@@ -52,6 +55,13 @@ class StoredLayer:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.stored_bytes / self.weights
+
+
+class StoredCodes(NamedTuple):
+    """How the codes of a matrix are stored; see :class:`StoredLayer`."""
+
+    bits: int
+    whole_codes: bool = False
 
 
 class CheckpointFormat(ABC):
@@ -66,6 +76,10 @@ class CheckpointFormat(ABC):
     parts: ClassVar[Sequence[str]]
     is_packed: ClassVar[bool]
     decoded_in: ClassVar[torch.dtype | None] = None
+
+    def for_runtime(self, runtime: Runtime | None) -> CheckpointFormat:
+        """Returns the format as a runtime reads it; None stands for none in particular."""
+        return self
 
     @abstractmethod
     def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
@@ -116,6 +130,17 @@ class CheckpointFormat(ABC):
     def grid_of(self, parts: Mapping[str, Header], read: Callable[[str], Tensor]) -> str | None:
         """Returns what :class:`StoredLayer` calls the grid of a packed weight; the arguments are those of
         :meth:`shape_and_bits`.
+        """
+        return None
+
+    def codes_of(self, layer: str, columns: int, parts: Mapping[str, Header], header: Any) -> StoredCodes | None:
+        """Returns how the codes of a packed weight are stored, where shapes do not tell; None where they do.
+
+        Args:
+            layer: its name in the checkpoint.
+            columns: inputs of the weight.
+            parts: all tensors under the name, by what stands behind it.
+            header: the checkpoint's quantization header.
         """
         return None
 

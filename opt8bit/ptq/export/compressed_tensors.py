@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.export.checkpoint_format import Planned
+from opt8bit.ptq.export.checkpoint_format import Planned, StoredCodes
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.initialization import asks_for_weights, check_initialization, needs_weights
-from opt8bit.ptq.export.installed import not_loaded_here
+from opt8bit.ptq.export.installed import Codes, not_loaded_here
 from opt8bit.ptq.export.uniform import check_uniform, kind_of, scheme_of, stored_part, uniform_grid
 from opt8bit.ptq.model.blocks import find_blocks, matrix, other_matrices
+from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout, bits_of, has_whole_codes
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
 from opt8bit.quant.packing import WORD, pack
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
+from opt8bit.recipe.runtimes import Runtime
 
 
+@dataclass(frozen=True)
 class CompressedTensors(HuggingFaceFormat):
     """Integers of 2 to 8 bits, symmetric or not, by group or by row.
 
-    ``weight_packed``, int32 (out, ceil(in * bits / 32)), has the codes; ``weight_scale`` (out, groups) is of the
-    model's dtype, negative where a symmetric grid is mirrored; ``weight_zero_point``, int32 (ceil(out * bits / 32),
-    groups), is there where the grid is not symmetric; ``weight_shape`` is (out, in). A weight is
+    ``weight_packed``, int32 (out, words of in codes), has the codes; ``weight_scale`` (out, groups) is of the model's
+    dtype, negative where a symmetric grid is mirrored; ``weight_zero_point``, int32 (words of out codes, groups), is
+    there where the grid is not symmetric; ``weight_shape`` is (out, in). A weight is
     ``(code - zero_point) * weight_scale``.
+
+    Attributes:
+        whole_codes: whether words hold whole codes only, as the package packed them before version 0.18; see
+            :func:`opt8bit.quant.packing.pack`.
     """
+
+    whole_codes: bool = False
 
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     is_packed = True
+
+    def for_runtime(self, runtime: Runtime | None) -> CompressedTensors:
+        return CompressedTensors(whole_codes=runtime is not None and runtime.whole_codes)
 
     def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
         grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
@@ -45,18 +58,22 @@ class CompressedTensors(HuggingFaceFormat):
         check_initialization(model, layers)
 
     def not_loaded_here(self, layers: Mapping[str, Planned]) -> list[str]:
-        return not_loaded_here(uniform_grid(planned.scheme) for planned in layers.values())
+        grids = [uniform_grid(planned.scheme) for planned in layers.values()]
+        return not_loaded_here(Codes(grid.bits, bool(grid.symmetric), self.whole_codes) for grid in grids)
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
         part, grid = stored_part(weight)
         tensors = {
-            "weight_packed": pack(part.codes, grid.bits),
+            "weight_packed": self._pack(part.codes, grid.bits),
             "weight_scale": part.params.scale.to(matrix(module).dtype),
             "weight_shape": torch.tensor(part.codes.shape, device="cpu"),
         }
         if not grid.symmetric:
-            tensors["weight_zero_point"] = pack(part.params.zero_point.T.to(torch.int64), grid.bits).T
+            tensors["weight_zero_point"] = self._pack(part.params.zero_point.T.to(torch.int64), grid.bits).T
         return tensors
+
+    def _pack(self, codes: Tensor, bits: int) -> Tensor:
+        return pack(codes, bits, whole_codes=self.whole_codes)
 
     def quantization(self, result: Result) -> dict[str, Any]:
         modules = dict(result.model.named_modules())
@@ -106,6 +123,13 @@ class CompressedTensors(HuggingFaceFormat):
             raise ValueError("weight_packed, but no weight_shape")
         rows, columns = read("weight_shape").tolist()
         return (rows, columns), WORD * parts["weight_packed"].shape[1] // columns
+
+    def codes_of(self, layer: str, columns: int, parts: Mapping[str, Header], header: Any) -> StoredCodes | None:
+        try:
+            bits = bits_of(CompressedTensorsLayout.of(header).weights_of(layer))
+        except ValueError:  # another program's, which the header does not name
+            return None
+        return StoredCodes(bits, has_whole_codes(parts["weight_packed"].shape[1], bits, columns))
 
     def grid_of(self, parts: Mapping[str, Header], read: Callable[[str], Tensor]) -> str | None:
         return kind_of(read("weight_scale"), "weight_zero_point" not in parts) if "weight_scale" in parts else None

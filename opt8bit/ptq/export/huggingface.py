@@ -23,6 +23,7 @@ from opt8bit.ptq.report import write_probe
 from opt8bit.ptq.result import Change, Result
 from opt8bit.quant.weight import QuantizedWeight
 from opt8bit.recipe.registry import FORMATS
+from opt8bit.recipe.runtimes import runtime_of
 
 
 class HuggingFaceFormat(CheckpointFormat):
@@ -89,7 +90,8 @@ class HuggingFaceFormat(CheckpointFormat):
         """
         header = self.quantization(result)
         registered = FORMATS.get(f"{(header or {}).get('quant_method')}")
-        if self.is_packed and registered is not self:
+        found = None if registered is None else registered.for_runtime(runtime_of(result.plan.runtime))
+        if self.is_packed and found != self:
             name = f"{type(self).__name__}.quantization"
             raise ValueError(f"{name} must have the format's name in FORMATS as quant_method, got {header!r}")
         return header

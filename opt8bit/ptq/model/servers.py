@@ -1,50 +1,20 @@
-"""What servers do with packed checkpoints, as tables, and the warnings that follow from them.
+"""What of a packed checkpoint its runtimes do not run, in sentences that say what to do about it.
 
-The rules were read in the source code of the versions named here. A later version may run more.
+What each runtime runs is in :mod:`opt8bit.recipe.runtimes`. The tables here were read in the same versions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from opt8bit.backends import first_of
 from opt8bit.ptq.model.blocks import by_pattern
+from opt8bit.recipe.runtimes import SERVERS, SGLANG, VLLM, Runs, Runtime
 
-VLLM, SGLANG = "vLLM 0.33.0", "SGLang 0.5.23"
 NAMED = 4  # patterns of layers in one warning
 SKIP = 'an override in a recipe with "skip": true'
-
-
-class Runs(NamedTuple):
-    """What a server runs of a format.
-
-    Attributes:
-        server: its name and version.
-        format: of checkpoints.
-        symmetric: widths in bits of symmetric grids.
-        asymmetric: widths in bits of the others.
-        group_sizes: None stands for whole rows.
-        multiple: that a weight's inputs and outputs have to be of.
-        otherwise: what it does with everything else.
-    """
-
-    server: str
-    format: str
-    symmetric: tuple[int, ...]
-    asymmetric: tuple[int, ...]
-    group_sizes: tuple[int | None, ...]
-    multiple: int
-    otherwise: str
-
-
-MARLIN = (32, 64, 128, None)  # the group sizes of the kernels that both servers have
-RUNS = (
-    Runs(VLLM, "compressed-tensors", (4, 8), (4,), MARLIN, 1, "runs on NVIDIA GPUs only, if at all (Humming kernels):"),
-    Runs(SGLANG, "compressed-tensors", (4, 8), (4,), MARLIN, 64, "does not run"),
-    Runs(VLLM, "gptq", (4, 8), (), MARLIN, 1, "refuses"),
-)
 # Layers that servers put into one matrix, which has one scheme.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -90,8 +60,16 @@ class Layer(NamedTuple):
     packing: Packing | None
 
 
-def warnings_of(format: str, layers: Mapping[str, Layer], prefix: str, blocks: int, *, has_experts: bool) -> list[str]:
-    """Returns what servers refuse, or get wrong, of a checkpoint that is to be written, and what to do about it.
+def warnings_of(
+    format: str,
+    layers: Mapping[str, Layer],
+    prefix: str,
+    blocks: int,
+    *,
+    has_experts: bool,
+    runtimes: Sequence[Runtime] = SERVERS,
+) -> list[str]:
+    """Returns what runtimes refuse, or get wrong, of a checkpoint that is to be written, and what to do about it.
 
     Args:
         format: of the checkpoint.
@@ -99,8 +77,9 @@ def warnings_of(format: str, layers: Mapping[str, Layer], prefix: str, blocks: i
         prefix: the name of the list of blocks.
         blocks: how many there are.
         has_experts: whether blocks have experts, as linear layers or as one tensor.
+        runtimes: that are meant to run it.
     """
-    if format not in {runs.format for runs in RUNS}:
+    if not any(format in runtime.formats for runtime in runtimes):
         return []
 
     def named(names: Iterable[str]) -> str:
@@ -110,17 +89,29 @@ def warnings_of(format: str, layers: Mapping[str, Layer], prefix: str, blocks: i
         return first_of(found, NAMED)
 
     packed = {name: layer for name, layer in layers.items() if layer.packing is not None}
-    found = [line for runs in RUNS if runs.format == format for line in _not_run(runs, packed, named)]
+    found = []
+    for runtime in runtimes:
+        if format in runtime.formats:
+            found += _not_run(runtime.title, runtime.formats[format], packed, named)
+    fusing = [runtime.title for runtime in runtimes if runtime.fuses]
+    return found + (_unlike_or_router(fusing, layers, named, has_experts) if fusing else [])
+
+
+def _unlike_or_router(
+    titles: Sequence[str], layers: Mapping[str, Layer], named: Callable[[Iterable[str]], str], has_experts: bool
+) -> list[str]:
+    """What runtimes that fuse layers get wrong of how layers are packed beside each other."""
+    found, who, s = [], " and ".join(titles), "" if len(titles) > 1 else "s"
     unlike = _unlike(layers)
     if unlike:
         found.append(
-            f"{VLLM} and {SGLANG} put these into one matrix, and refuse them, or get them wrong, where they are not "
+            f"{who} put{s} these into one matrix, and refuse{s} them, or get{s} them wrong, where they are not "
             f"packed alike: {named(unlike)}: give them the same bits, grids and group size, or leave all of them as "
             "they are, or use format 'dense'"
         )
-    routers = [name for name in packed if has_experts and ROUTER.fullmatch(name)]
+    routers = [name for name, layer in layers.items() if layer.packing and has_experts and ROUTER.fullmatch(name)]
     if routers:
-        found.append(f"{VLLM} and {SGLANG} look for unpacked routers: leave {named(routers)} as they are, by {SKIP}")
+        found.append(f"{who} look{s} for unpacked routers: leave {named(routers)} as they are, by {SKIP}")
     return found
 
 
@@ -139,7 +130,9 @@ def _shape(layer: Layer) -> str:
     return "({} × {})".format(*layer.shape)
 
 
-def _not_run(runs: Runs, layers: Mapping[str, Layer], named: Callable[[Iterable[str]], str]) -> Iterator[str]:
+def _not_run(
+    title: str, runs: Runs, layers: Mapping[str, Layer], named: Callable[[Iterable[str]], str]
+) -> Iterator[str]:
     by_packing: dict[Packing, list[str]] = {}
     for name, layer in layers.items():
         if layer.packing is not None and _remedies(runs, layer.packing):
@@ -147,22 +140,23 @@ def _not_run(runs: Runs, layers: Mapping[str, Layer], named: Callable[[Iterable[
     for packing, names in by_packing.items():
         where = "" if len(names) == len(layers) else f" ({named(names)})"
         todo = " and ".join(_remedies(runs, packing))
-        yield f"{runs.server} {runs.otherwise} {packing}{where}: use {todo}, or format 'dense'"
+        yield f"{title} {runs.otherwise} {packing}{where}: use {todo}, or format 'dense'"
     odd = _odd_shapes(layers, runs.multiple)
     if odd:
         yield (
-            f"{runs.server} {runs.otherwise} weights whose inputs or outputs are no multiple of {runs.multiple}: "
+            f"{title} {runs.otherwise} weights whose inputs or outputs are no multiple of {runs.multiple}: "
             f"{named(odd)}: leave them as they are, by {SKIP}, or use format 'dense'"
         )
 
 
 def _remedies(runs: Runs, packing: Packing) -> list[str]:
-    """What to ask for so that a server runs a packing; nothing where it does."""
+    """What to ask for so that a runtime runs a packing; nothing where it does."""
     found = []
     if packing.bits not in (runs.symmetric if packing.symmetric else runs.asymmetric):
         has_width = packing.bits in runs.symmetric
-        found.append("symmetric grids" if has_width else f"{_or(runs.symmetric)} bits, symmetric")
-    if packing.group_size not in runs.group_sizes:
+        grids = "" if runs.symmetric == runs.asymmetric else ", symmetric"
+        found.append("symmetric grids" if has_width else f"{_or(runs.symmetric)} bits{grids}")
+    if runs.group_sizes is not None and packing.group_size not in runs.group_sizes:
         found.append(f"groups of {_or(size for size in runs.group_sizes if size)} or whole rows")
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.model.blocks import find_blocks
 from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.model.origin import refuse_other_classes, refuse_quantized, remove_header
 
@@ -56,6 +57,17 @@ def auto_class(config: Any) -> Any:
     if type(config) in with_images and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+
+def device_map(model: Any) -> dict[str, str]:
+    """Returns where accelerate shall keep each part of a model: the blocks on disk, everything else in memory."""
+    prefix, blocks = find_blocks(model)
+    around = {
+        name
+        for name, module in model.named_modules()
+        if not f"{name}.".startswith(f"{prefix}.") and (module._parameters or module._buffers)
+    }
+    return {**dict.fromkeys(sorted(around), "cpu"), **{f"{prefix}.{i}": "disk" for i in range(len(blocks))}}
 
 
 def _first_dtype(files: CheckpointFiles) -> torch.dtype:

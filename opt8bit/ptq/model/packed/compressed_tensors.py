@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opt8bit.ptq.model.packed.layout import Layout, dequantized, groups_of_columns, part_of
 from opt8bit.ptq.model.quantization_header import refuse_transforms, weight_groups
-from opt8bit.quant.packing import WORD, unpack
+from opt8bit.quant.packing import unpack, words_of
 
 FORMAT = "pack-quantized"
 
@@ -53,10 +53,10 @@ class CompressedTensorsLayout(Layout):
     def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
         words, scale, shape = (part_of(parts, name) for name in ("weight_packed", "weight_scale", "weight_shape"))
         outputs, columns = shape.tolist()
-        weights = self._weights_of(layer)
-        bits = int(weights.get("num_bits", 8))
-        each = _whole_codes(words, bits, columns)
-        codes = _unpacked(words, bits, columns, each)
+        weights = self.weights_of(layer)
+        bits = bits_of(weights)
+        whole = has_whole_codes(words.shape[1], bits, columns)
+        codes = unpack(words, bits, columns, whole_codes=whole)
         if len(codes) != outputs:
             raise ValueError(f"weight_packed {tuple(words.shape)} does not fit a weight of {outputs} × {columns}")
         scale = scale.reshape(-1, scale.shape[-1]) if scale.dim() > 1 else scale.reshape(-1, 1)
@@ -65,11 +65,11 @@ class CompressedTensorsLayout(Layout):
         if group is None or bool((group < 0).any()):  # -1 stands for a group that is not named
             size = weights.get("group_size") or -1
             group = groups_of_columns(columns, scale.shape[1], size if size > 0 else None)
-        zero_point = _zero_point(parts.get("weight_zero_point"), bits, scale.shape, each)
+        zero_point = _zero_point(parts.get("weight_zero_point"), bits, scale.shape, whole)
         return dequantized(codes, scale, zero_point, group)
 
-    def _weights_of(self, layer: str) -> Mapping[str, Any]:
-        """What the header says of a layer's weight: by its name first, else by its class.
+    def weights_of(self, layer: str) -> Mapping[str, Any]:
+        """Returns what the header says of a layer's weight: by its name first, else by its class.
 
         Raises:
             ValueError: several groups may be meant.
@@ -92,37 +92,25 @@ def _is_meant(target: str, layer: str) -> bool:
     return target == layer
 
 
-def _zero_point(stored: Tensor | None, bits: int, shape: torch.Size, each: int | None) -> Tensor:
+def bits_of(weights: Mapping[str, Any]) -> int:
+    """Returns the bits of a code that a group of the header has."""
+    return int(weights.get("num_bits", 8))
+
+
+def has_whole_codes(words: int, bits: int, count: int) -> bool:
+    """Tells by the number of words of a row whether each holds whole codes only.
+
+    That is how versions before 0.18 of the package pack; since then codes stand bit to bit. Where both take the same
+    number of words, which for multiples of 32 codes they do only if they are the same, codes stand bit to bit.
+    """
+    return words == words_of(count, bits, whole_codes=True) != words_of(count, bits)
+
+
+def _zero_point(stored: Tensor | None, bits: int, shape: torch.Size, whole_codes: bool) -> Tensor:
     """Zero points as codes are counted, int32 (out, groups)."""
     middle = 2 ** (bits - 1)
     if stored is None:
         return torch.full(shape, middle, dtype=torch.int32)
     if stored.dtype == torch.int32 and stored.shape != shape:
-        return _unpacked(stored.T.contiguous(), bits, shape[0], each).T.to(torch.int32)
+        return unpack(stored.T.contiguous(), bits, shape[0], whole_codes=whole_codes).T.to(torch.int32)
     return stored.reshape(-1, shape[1]).expand(shape).to(torch.int32) + middle
-
-
-def _whole_codes(words: Tensor, bits: int, count: int) -> int | None:
-    """How many codes a word has; None where codes stand bit to bit.
-
-    They do since version 0.18. Before, words had whole codes only, which is the same for 2, 4 and 8 bits. The number of
-    words says which it is.
-    """
-    each = WORD // bits
-    return each if words.shape[1] == -(-count // each) != -(-count * bits // WORD) else None
-
-
-def _unpacked(
-    words: Tensor,  # int32 (rows, words)
-    bits: int,
-    count: int,
-    each: int | None,
-) -> Tensor:
-    """The first ``count`` codes of every row, uint8 (rows, count).
-
-    Raises:
-        ValueError: the words do not fit.
-    """
-    if each is None:
-        return unpack(words, bits, count)
-    return unpack(words.reshape(-1, 1), bits, each).reshape(len(words), -1)[:, :count]

@@ -1,0 +1,112 @@
+"""The programs that run checkpoints, and what each of them runs. Needs no torch.
+
+The rules were read in the source code of the versions named here. A later version may run more. A runtime is a record
+in :data:`RUNTIMES`, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DENSE = "dense"  # the format that everything reads
+PACKED = "compressed-tensors"  # and the one that all of them read codes in
+VLLM, SGLANG = "vLLM 0.33.0", "SGLang 0.5.23"
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+MARLIN = (32, 64, 128, None)  # the group sizes of the kernels that both servers have
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a runtime runs of a packed format.
+
+    Attributes:
+        symmetric: widths in bits of symmetric grids.
+        asymmetric: widths in bits of the others.
+        group_sizes: None among them stands for whole rows; None in their place for any.
+        multiple: that a weight's inputs and outputs have to be of.
+        otherwise: what it does with everything else.
+    """
+
+    symmetric: tuple[int, ...]
+    asymmetric: tuple[int, ...]
+    group_sizes: tuple[int | None, ...] | None
+    multiple: int = 1
+    otherwise: str = "does not run"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A program that runs checkpoints.
+
+    Attributes:
+        title: its name and version.
+        formats: what it runs of each packed format, by the format's name.
+        fuses: whether it puts layers such as q, k and v into one matrix, and looks for unpacked routers.
+        whole_codes: whether its words hold whole codes only; see :func:`opt8bit.quant.packing.pack`.
+    """
+
+    title: str
+    formats: Mapping[str, Runs]
+    fuses: bool = False
+    whole_codes: bool = False
+
+
+_GPTQ = Runs((4, 8), (), MARLIN, otherwise="refuses")
+RUNTIMES: Mapping[str, Runtime] = {
+    "vllm": Runtime(
+        f"{VLLM} on NVIDIA GPUs",
+        # Other widths and group sizes than Marlin's are run by Humming.
+        {PACKED: Runs(WIDTHS, WIDTHS, (16, *MARLIN)), "gptq": _GPTQ},
+        fuses=True,
+    ),
+    "vllm-cpu": Runtime(f"{VLLM} on CPUs", {PACKED: Runs((4,), (4,), (16, *MARLIN), multiple=32)}, fuses=True),
+    "sglang": Runtime(SGLANG, {PACKED: Runs((4, 8), (4,), MARLIN, multiple=64)}, fuses=True),
+    "transformers": Runtime(
+        "transformers 5 with compressed-tensors 0.18 or later",
+        {PACKED: Runs(WIDTHS, WIDTHS, None)},
+    ),
+    "compressed-tensors-0.17": Runtime(
+        "transformers with compressed-tensors 0.17",
+        # By multiples of 32 the number of words says how they are packed.
+        {PACKED: Runs(WIDTHS, WIDTHS, None, multiple=32)},
+        whole_codes=True,
+    ),
+}
+# What is warned of where no runtime is named: of vLLM what its kernels for all machines lack.
+SERVERS = (
+    Runtime(
+        VLLM,
+        {
+            PACKED: Runs((4, 8), (4,), MARLIN, otherwise="runs on NVIDIA GPUs only, if at all (Humming kernels):"),
+            "gptq": _GPTQ,
+        },
+        fuses=True,
+    ),
+    RUNTIMES["sglang"],
+)
+
+
+def runtime_of(name: str | None) -> Runtime | None:
+    """Returns a runtime by its name; None for none.
+
+    Raises:
+        ValueError: nothing has that name.
+    """
+    if name is None:
+        return None
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {name!r}")
+    return RUNTIMES[name]
+
+
+def check_reads(name: str | None, format: str) -> None:
+    """Checks that a runtime reads a format of checkpoints.
+
+    Raises:
+        ValueError: it does not, or nothing has its name.
+    """
+    runtime = runtime_of(name)
+    if runtime is None or format in (allowed := (*runtime.formats, DENSE)):
+        return
+    raise ValueError(f"runtime {name!r}, {runtime.title}, reads the formats {' and '.join(allowed)}, got {format!r}")
