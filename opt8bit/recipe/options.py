@@ -55,7 +55,7 @@ class Option:
             if value not in self.kind:
                 raise ValueError(f"{where} must be one of {', '.join(self.kind)}, got {value!r}")
             return
-        if isinstance(value, str) and value in self.besides:
+        if value in tuple(self.besides):  # compared, as what is given may have no hash
             return
         allowed = (int, float) if self.kind is float else (self.kind,)
         if type(value) not in allowed:
