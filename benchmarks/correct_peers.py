@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from opt8bit import ptq
 from opt8bit.cli.models import load, load_tokenizer, open_unpacked
 from opt8bit.cli.texts import choose_windows, find_text, first_windows
-from opt8bit.ptq.model.blocks import block_layers, evaluating
+from opt8bit.ptq.model.blocks import block_layers, evaluating, matrix
 from opt8bit.ptq.model.running import Running
 from opt8bit.ptq.pairs.batches import call, target_of
 from opt8bit.ptq.pairs.choice import LOSSES, HeldOut, Judge, choose
@@ -51,7 +51,7 @@ def fake_rtn(place: str) -> Any:
     """Rounds to nearest, 3 bits between the least and the largest weight of each group."""
     model, grid = load(place), UniformGrid(3)
     for layer in block_layers(model).values():
-        weight: Tensor = layer.weight.detach()  # type: ignore[union-attr]
+        weight = matrix(layer)
         groups = weight.unflatten(1, (-1, GROUP))
         weight.copy_(grid.nearest(groups, grid.fit(groups)).flatten(1))
     return model

@@ -143,8 +143,8 @@ def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, ru
 def _needs_symmetry(recipe: Recipe, model: nn.Module, runs: Runs) -> bool:
     """Whether a runtime runs only symmetric grids of layers whose grids were left to it.
 
-    Where grids may have zero points they do: their error is the lowest. Layers of several widths or group sizes are
-    loaded with symmetric grids only; see the format compressed-tensors.
+    Where grids may have zero points they do: their squared error is the lowest. Layers of several widths or group sizes
+    are loaded with symmetric grids only; see the format compressed-tensors.
     """
     asymmetric = replace(recipe, symmetric=False)
     layers = {own for name in block_layers(model) if (own := asymmetric.of(name)) is not None and own.grid is None}

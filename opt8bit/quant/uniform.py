@@ -101,10 +101,11 @@ class UniformGrid(Grid[UniformParams]):
             low = -high
         for part in FRACTIONS:
             scale = self._scale((high * part - low * part) / self.largest)
-            middle = torch.full_like(scale, 2 ** (self._bits - 1))
-            # A scale that was rounded down would put it beyond the last code.
-            fitted = (-low * part / scale).round().clamp_(max=self.largest)
-            yield UniformParams(scale, middle if self.symmetric else fitted)
+            if self.symmetric:
+                yield UniformParams(scale, torch.full_like(scale, 2 ** (self._bits - 1)))
+            else:
+                # A scale that was rounded down would put it beyond the last code.
+                yield UniformParams(scale, (-low * part / scale).round().clamp_(max=self.largest))
 
     def _scale(self, step: Tensor) -> Tensor:
         return self.storable(torch.where(step > 0, step, 1))  # 1 for a block of zeros

@@ -10,7 +10,7 @@ from opt8bit.ptq.export.checkpoint_format import Planned
 from opt8bit.ptq.result import Result
 from opt8bit.quant.described import described
 from opt8bit.quant.grid import SCALE_DTYPES, at
-from opt8bit.quant.uniform import UniformGrid, UniformParams, is_uniform, signed
+from opt8bit.quant.uniform import UniformGrid, is_uniform, signed
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
@@ -66,8 +66,7 @@ def stored_part(weight: QuantizedWeight) -> tuple[Part, UniformGrid]:
         return part, part.grid
     groups = part.codes.unflatten(1, (part.params.scale.shape[1], -1))
     codes, params = signed(part.grid, groups, at(part.params, (..., None)))
-    stored = replace(part, codes=codes.flatten(1), params=UniformParams(*(each.squeeze(-1) for each in params)))
-    return stored, part.grid
+    return replace(part, codes=codes.flatten(1), params=at(params, (..., 0))), part.grid
 
 
 def kind_of(scale: Tensor, symmetric: bool) -> str:
