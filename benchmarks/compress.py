@@ -3,8 +3,9 @@
     pip install ".[compress,demo]"
     python benchmarks/compress.py MODEL --calibration FILE --test FILE [--bits 4 3 2] [--groups 64 row]
 
-Perplexity on windows of the test text, which nothing was chosen by; seconds of rounding and correcting; the peak memory
-of a process that does nothing else; bits per weight with scales and zero points counted, and the bytes of the biases.
+Perplexity on windows of the test text, which nothing was chosen by, and the KL divergence of the predictions there from
+the model's own, in nats a token; seconds of rounding and correcting; the peak memory of a process that does nothing
+else; bits per weight with scales and zero points counted, and the bytes of the biases.
 Grids are asymmetric where a recipe's name does not say otherwise. Methods are as their papers have them (ranges from
 the least to the largest weight, no error propagation), but for ``default``, which is what ``compress`` does when it is
 told nothing. Corrections are those of ``compress``; "by position" has one bias for each position of a window. A run
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +30,7 @@ from opt8bit import ptq
 from opt8bit.cli.models import load, load_tokenizer
 from opt8bit.cli.texts import find_text, first_windows
 from opt8bit.ptq.model.source import digest
+from opt8bit.ptq.pairs.choice import kl_divergence
 from opt8bit.recipe.recipe import CORRECTIONS
 
 PAPER: dict[str, Any] = {"range": "minmax", "error_propagation": 0.0}
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help=f"windows of calibration (default {SIZES['samples']})")
     parser.add_argument("--windows", type=int, help=f"windows of the perplexity (default {SIZES['windows']})")
     parser.add_argument("--length", type=int, help=f"tokens of a window (default {SIZES['length']})")
+    parser.add_argument("--bos", action="store_true", help="begin each window with the token that begins a text")
     options = arguments(parser, "compress")
     usual = QUICK_SIZES if options.quick else SIZES
     recipes = options.recipes or (QUICK_RECIPES if options.quick else list(RECIPES))
@@ -79,11 +83,17 @@ def main() -> None:
         "calibration": first_windows(find_text(options.calibration), tokenizer, sizes["length"], sizes["samples"]),
         "test": first_windows(find_text(options.test), tokenizer, sizes["length"], sizes["windows"]),
     }
+    if options.bos:
+        if tokenizer.bos_token_id is None:
+            parser.error(f"the tokenizer of {options.model} has no token that begins a text")
+        for windows in texts.values():
+            windows[:, 0] = tokenizer.bos_token_id
 
     def measure(**about: Any) -> list[dict[str, Any]]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             found = pool.submit(compressed, options.model, texts, about).result()
-        figures = f"perplexity {found['test']:9.3f}, {found['seconds']:4.0f} s, {found['peak_bytes'] / 1e9:.2f} GB"
+        quality = f"perplexity {found['test']:9.3f}, KL divergence {found['divergence']:.4f}"
+        figures = f"{quality}, {found['seconds']:4.0f} s, {found['peak_bytes'] / 1e9:.2f} GB"
         print(f"{about['bits']} bits, group {about['group_size']}, {about['recipe']}: {figures}", flush=True)
         return [found]
 
@@ -110,12 +120,23 @@ def compressed(model_name: str, texts: dict[str, torch.Tensor], about: dict[str,
     peak = peak_bytes()
     return {
         "test": ptq.perplexity(model, texts["test"]),
+        "divergence": divergence(model, load(model_name), texts["test"]),
         "seconds": seconds,
         "peak_bytes": peak,
         "bits_per_weight": bits_per_weight,
         "bias_bytes": bias_bytes,
         "dtype": str(model.dtype),
     }
+
+
+@torch.no_grad()
+def divergence(model: Any, original: Any, windows: torch.Tensor) -> float:
+    """Returns the KL divergence of a model's predictions from the original's, in nats a token."""
+    each = [
+        kl_divergence(model(input_ids=window[None]).logits[0, :-1], original(input_ids=window[None]).logits[0, :-1])
+        for window in windows
+    ]
+    return float(torch.cat(each).mean())
 
 
 def show(rows: list[dict[str, Any]], path: Path) -> None:
@@ -126,11 +147,14 @@ def show(rows: list[dict[str, Any]], path: Path) -> None:
     found = {(row["recipe"], row["group_size"], row["bits"]): row for row in rows}
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     for width, head in zip(widths, heads, strict=True):
-        print(f"\n{head:<36}{'perplexity':>11}{'seconds':>9}{'peak GB':>9}{'bits/weight':>13}{'bias bytes':>12}")
+        print(
+            f"\n{head:<36}{'perplexity':>11}{'KL':>9}{'seconds':>9}{'peak GB':>9}{'bits/weight':>13}{'bias bytes':>12}"
+        )
         for recipe in recipes:
             row = found[(recipe, *width)]
             taken = f"{row['seconds']:>9.0f}{row['peak_bytes'] / 1e9:>9.2f}"
-            print(f"{recipe:<36}{row['test']:>11.2f}{taken}{row['bits_per_weight']:>13.2f}{row['bias_bytes']:>12,}")
+            quality = f"{row['test']:>11.2f}{row.get('divergence', math.nan):>9.4f}"
+            print(f"{recipe:<36}{quality}{taken}{row['bits_per_weight']:>13.2f}{row['bias_bytes']:>12,}")
     with plot(path, len(widths), height=5) as axes:
         for axis, width, head in zip(axes, widths, heads, strict=False):
             axis.barh(recipes, [found[(recipe, *width)]["test"] for recipe in recipes])

@@ -59,7 +59,6 @@ def run(settings: Settings) -> None:
         CommandError: something the user can mend; nothing has been written, or what is finished is kept to go on from.
     """
     started = time.perf_counter()
-    return_large_at_once()
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
         with _processes(), _folder(settings) as folder, _progress() as see:
@@ -86,6 +85,7 @@ def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.R
     tokenizer = load_tokenizer(settings.model, trust_remote_code=trusted)
     calibration, held_out = choose_windows(text, tokenizer, **options.windows)
     source = open_model(settings.model, trust_remote_code=trusted, dtype=options.dtype)
+    return_large_at_once(source.model)
     result = ptq.compress(
         source,
         calibration,

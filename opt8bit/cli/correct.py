@@ -50,7 +50,6 @@ def run(settings: Settings) -> None:
         CommandError: something the user can mend; nothing has been written.
     """
     started = time.perf_counter()
-    return_large_at_once()
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
         with new_folder(settings.output) as folder:
@@ -67,6 +66,7 @@ def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpo
     trusted, text = settings.trust_remote_code, settings.text
     found = find_text(settings.calibration, settings.text_column)
     source = open_unpacked(settings.checkpoint, trust_remote_code=trusted)
+    return_large_at_once(source.model)
     tokenizer = load_tokenizer(settings.tokenizer or settings.reference, trust_remote_code=trusted)
     calibration, held_out = choose_windows(found, tokenizer, **text.windows)
     done = correct_checkpoint(

@@ -12,6 +12,7 @@ from opt8bit.ptq.export.checkpoint_format import CheckpointFormat
 from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.ptq.model.folding import Link
 from opt8bit.ptq.model.source import Checkpoint
+from opt8bit.ptq.pairs.exported import with_modules
 from opt8bit.ptq.pairs.loading import prepare_corrected
 from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
@@ -62,4 +63,5 @@ __all__ = [
     "perplexity",
     "prepare_corrected",
     "verify",
+    "with_modules",
 ]

@@ -30,6 +30,7 @@ from opt8bit.ptq.result import Result, install
 from opt8bit.ptq.routed import are_enough, as_sequences, compress_routed, of_all_features, tokens_seen
 from opt8bit.ptq.stage import Stage, by_plan, compress_stage
 from opt8bit.ptq.stage_inputs import StageInputs
+from opt8bit.recipe.runtimes import runtime_of
 
 
 class Streams(NamedTuple):
@@ -91,7 +92,15 @@ class BlockTask:
         plan = self._plan(layer)
         if plan is None or plan.bias_correction == "none":
             return False
-        return why_uncorrected(f"{self.name}.{layer}", self.result.places) is None
+        return self._why_uncorrected(layer) is None
+
+    def _why_uncorrected(self, layer: str) -> str | None:
+        """Why the model gets no correction of a layer where it is asked for; None where it gets one."""
+        full, runtime = f"{self.name}.{layer}", runtime_of(self.result.plan.runtime)
+        why = why_uncorrected(full, self.result.places)
+        if why is None and runtime is not None:
+            return skipped_by_servers(self.result.model, full, self.result.places, [runtime])
+        return why
 
     def run(self, calls: Streams) -> Streams:
         """Returns the hidden states after the block."""
@@ -187,10 +196,10 @@ class BlockTask:
 
     def _note(self, layer: str, stage: Stage) -> str | None:
         """Why a layer was not corrected, or which servers drop its bias; None if there is nothing to say."""
-        why = why_uncorrected(f"{self.name}.{layer}", self.result.places)
+        why = self._why_uncorrected(layer)
         if why is None and stage.is_routed and stage.layers[layer].shift is None:
             return "it sees only some of the tokens"
-        if why is None:
+        if why is None and self.result.plan.runtime is None:
             return skipped_by_servers(self.result.model, f"{self.name}.{layer}", self.result.places)
         return why
 

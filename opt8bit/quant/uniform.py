@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple, TypeGuard
@@ -9,7 +10,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from opt8bit.quant.grid import FRACTIONS, Grid, best, checked_range
+from opt8bit.quant.grid import FRACTIONS, STEP, Grid, best, checked_range
 
 RESTRICTED = "restricted"
 
@@ -33,8 +34,9 @@ class UniformGrid(Grid[UniformParams]):
             "restricted" for ``2^(bits-1)`` in every block.
         range: "minmax" spans a block's smallest and largest weight (and zero). Where ``symmetric`` is True it reaches
             to the weight of largest magnitude, and one step less far on the other side. "mse" tries fractions of that
-            range, where ``symmetric`` is True of both mirror images, and takes the one of least squared error, clipping
-            what lies beyond it.
+            range and takes the one of least squared error, clipping what lies beyond it. Where ``symmetric`` is True it
+            tries both mirror images, and larger ranges, too: up to the one whose nearer end reaches the weight of
+            largest magnitude.
         scale_dtype: see :class:`Grid`.
 
     Raises:
@@ -77,6 +79,15 @@ class UniformGrid(Grid[UniformParams]):
         """The largest code."""
         return 2**self._bits - 1
 
+    @property
+    def fractions(self) -> list[float]:
+        """The fractions of a block's full range that "mse" tries, one after another."""
+        if self.symmetric is not True:
+            return FRACTIONS
+        middle = 2 ** (self._bits - 1)
+        steps = math.ceil(1 / (STEP * (middle - 1)))
+        return FRACTIONS + torch.linspace(1.0, middle / (middle - 1), steps + 1, dtype=torch.float64)[1:].tolist()
+
     def fit(self, block: Tensor, importance: Tensor | None = None) -> UniformParams:
         low = block.amin(-1, keepdim=True).clamp(max=0)
         high = block.amax(-1, keepdim=True).clamp(min=0)
@@ -89,7 +100,7 @@ class UniformGrid(Grid[UniformParams]):
         middle = 2 ** (self._bits - 1)
         magnitude = torch.maximum(high, -low)
         zero_point = torch.where(high > -low, middle - 1, middle).to(magnitude.dtype)
-        for part in FRACTIONS:
+        for part in self.fractions:
             scale = self._scale(magnitude * part / middle)
             yield UniformParams(scale, zero_point)
             yield UniformParams(scale, self.largest - zero_point)
@@ -99,7 +110,7 @@ class UniformGrid(Grid[UniformParams]):
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        for part in FRACTIONS:
+        for part in self.fractions:
             scale = self._scale((high * part - low * part) / self.largest)
             if self.symmetric:
                 yield UniformParams(scale, torch.full_like(scale, 2 ** (self._bits - 1)))

@@ -44,24 +44,43 @@ class Runtime:
         formats: what it runs of each packed format, by the format's name.
         fuses: whether it puts layers such as q, k and v into one matrix, and looks for unpacked routers.
         whole_codes: whether its words hold whole codes only; see :func:`opt8bit.quant.packing.pack`.
+        unused_biases: that it loads without a word: types of model, and own names of layers as a regular expression.
     """
 
     title: str
     formats: Mapping[str, Runs]
     fuses: bool = False
     whole_codes: bool = False
+    unused_biases: tuple[tuple[str, str], ...] = ()
 
 
 _GPTQ = Runs((4, 8), (), MARLIN, otherwise="refuses")
+_UNUSED_BY_VLLM = (("gemma", r".*"), ("cohere", r".*"), ("qwen3", r"o_proj"))
 RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime(
         f"{VLLM} on NVIDIA GPUs",
         # Other widths and group sizes than Marlin's are run by Humming.
         {PACKED: Runs(WIDTHS, WIDTHS, (16, *MARLIN)), "gptq": _GPTQ},
         fuses=True,
+        unused_biases=_UNUSED_BY_VLLM,
     ),
-    "vllm-cpu": Runtime(f"{VLLM} on CPUs", {PACKED: Runs((4,), (4,), (16, *MARLIN), multiple=32)}, fuses=True),
-    "sglang": Runtime(SGLANG, {PACKED: Runs((4, 8), (4,), MARLIN, multiple=64)}, fuses=True),
+    "vllm-cpu": Runtime(
+        f"{VLLM} on CPUs",
+        {PACKED: Runs((4,), (4,), (16, *MARLIN), multiple=32)},
+        fuses=True,
+        unused_biases=_UNUSED_BY_VLLM,
+    ),
+    "sglang": Runtime(
+        SGLANG,
+        {PACKED: Runs((4, 8), (4,), MARLIN, multiple=64)},
+        fuses=True,
+        unused_biases=(
+            ("gemma", r".*"),
+            ("cohere", r".*"),
+            ("granite", r".*"),
+            ("llama", r"gate_proj|up_proj|down_proj"),
+        ),
+    ),
     "transformers": Runtime(
         "transformers 5 with compressed-tensors 0.18 or later",
         {PACKED: Runs(WIDTHS, WIDTHS, None)},
@@ -82,6 +101,7 @@ SERVERS = (
             "gptq": _GPTQ,
         },
         fuses=True,
+        unused_biases=_UNUSED_BY_VLLM,
     ),
     RUNTIMES["sglang"],
 )

@@ -145,6 +145,22 @@ def test_a_result_is_exported_only_in_formats_that_its_runtime_reads(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("runtime", "unused"),
+    [("sglang", {"gate_proj", "up_proj", "down_proj"}), ("vllm", set()), ("transformers", set())],
+)
+def test_biases_that_a_runtime_does_not_use_are_not_made(runtime: str, unused: set[str], tmp_path: Path) -> None:
+    result = compressed(runtime, bias_correction="sequential")
+    rows = {row.name.rpartition(".")[2]: row for row in result.report}
+    noted = {name for name, row in rows.items() if "does not use it" in row.note}
+    assert noted == unused and all(rows[name].bias_place is None for name in unused)
+    assert {name for name, row in rows.items() if row.bias_place} == rows.keys() - unused - {"k_proj"}
+    stored = load_file(ptq.export(result, tmp_path / "out") / "model.safetensors")
+    assert {name.split(".")[-2] for name in stored if name.endswith(".bias")} >= {"o_proj"}
+    for name in unused:  # LLaMA's switch is for all layers of the block's part: those left are zero
+        assert all(not tensor.any() for full, tensor in stored.items() if full.endswith(f"{name}.bias"))
+
+
 def test_group_sizes_are_those_that_a_runtime_has() -> None:
     odd = {**WIDE, "intermediate_size": 192 + 16}  # 16 divides it, 32 does not
     for runtime, size in (("vllm", 16), ("transformers", 16)):

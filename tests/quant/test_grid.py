@@ -106,10 +106,20 @@ def test_the_search_finds_what_trying_all_fractions_of_both_signs_finds(bits: in
     assert torch.isin(params.zero_point, torch.tensor([half - 1.0, half], dtype=torch.float64)).all()
     assert 0.2 < (params.zero_point == half).double().mean() < 0.8
     found = error(all_values(grid, params))
-    tried = [error(sign * (codes - half) * magnitude * part / half) for part in FRACTIONS for sign in (1, -1)]
+    tried = [error(sign * (codes - half) * magnitude * part / half) for part in grid.fractions for sign in (1, -1)]
     torch.testing.assert_close(found, torch.stack(tried).amin(0), rtol=1e-9, atol=0)
     for other in (UniformGrid(bits, symmetric=True), UniformGrid(bits, symmetric="restricted", range="mse")):
         assert found.sum() < 0.95 * error(all_values(other, other.fit(x, importance))).sum()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_both_ends_of_a_symmetric_grid_may_reach_the_largest_magnitude(bits: int) -> None:
+    fractions, half = UniformGrid(bits, symmetric=True).fractions, 2 ** (bits - 1)
+    assert fractions[: len(FRACTIONS)] == FRACTIONS and fractions[-1] == half / (half - 1)
+    assert torch.tensor(sorted(fractions), dtype=torch.float64).diff().max() < 0.0200001
+    x = torch.tensor([-1.0, 1.0] * 8)
+    params = UniformGrid(bits, symmetric=True, range="mse").fit(x)
+    torch.testing.assert_close(UniformGrid(bits, symmetric=True).nearest(x, params), x)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from opt8bit.ptq.model.servers import who_skips
+from opt8bit.recipe.runtimes import SERVERS, Runtime
 
 KEYS, VALUES, OUTPUTS = "k_proj", "v_proj", ("o_proj", "out_proj")
 OF_KEYS = "a constant in the keys shifts all scores alike, or harms under rotary embedding"
@@ -71,14 +72,16 @@ def why_uncorrected(name: str, places: Places) -> str | None:
     return OF_KEYS if name.rpartition(".")[2] == KEYS else None
 
 
-def skipped_by_servers(model: nn.Module, name: str, places: Places) -> str | None:
+def skipped_by_servers(
+    model: nn.Module, name: str, places: Places, runtimes: Sequence[Runtime] = SERVERS
+) -> str | None:
     """Which servers load a layer's bias from the written checkpoint and do not use it; None where there are none."""
     place = places[name]
     holder = place.name if place is not None and place.kind == "through" else name
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if any(each is not None and each.kind == "llama" for each in places.values()):
         kind = "llama"  # as which it is written
-    return who_skips(kind, holder.rpartition(".")[2])
+    return who_skips(kind, holder.rpartition(".")[2], runtimes)
 
 
 def config_with_places(model: nn.Module, places: Iterable[Place | None]) -> Any:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from opt8bit.backends import first_of
 from opt8bit.ptq.model.blocks import by_pattern
-from opt8bit.recipe.runtimes import SERVERS, SGLANG, VLLM, Runs, Runtime
+from opt8bit.recipe.runtimes import SERVERS, Runs, Runtime
 
 NAMED = 4  # patterns of layers in one warning
 SKIP = 'an override in a recipe with "skip": true'
@@ -29,16 +29,6 @@ FUSED = (
 )
 EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\..+")  # a layer of one expert; all experts have one scheme
 ROUTER = re.compile(r".*\.(gate|router|shared_expert_gate)(\.(layer|proj|classifier))?")  # held unpacked beside experts
-# Biases that a server loads without a word and does not use: server, type of model, own names of layers.
-SKIPPED_BIASES = (
-    (VLLM, "gemma", r".*"),
-    (VLLM, "cohere", r".*"),
-    (VLLM, "qwen3", r"o_proj"),
-    (SGLANG, "gemma", r".*"),
-    (SGLANG, "cohere", r".*"),
-    (SGLANG, "granite", r".*"),
-    (SGLANG, "llama", r"gate_proj|up_proj|down_proj"),
-)
 
 
 class Packing(NamedTuple):
@@ -115,15 +105,20 @@ def _unlike_or_router(
     return found
 
 
-def who_skips(model_type: str | None, layer: str) -> str | None:
-    """Returns a sentence on the servers that do not use a layer's bias; None if all that are known do.
+def who_skips(model_type: str | None, layer: str, runtimes: Sequence[Runtime] = SERVERS) -> str | None:
+    """Returns a sentence on the runtimes that do not use a layer's bias; None if all of them do.
 
     Args:
         model_type: as the written configuration has it.
         layer: its own name, the last part of the whole.
+        runtimes: that are meant to run it.
     """
-    servers = [server for server, kind, own in SKIPPED_BIASES if kind == model_type and re.fullmatch(own, layer)]
-    return f"{' and '.join(servers)} loads this bias and does not use it" if servers else None
+    titles = [
+        runtime.title
+        for runtime in runtimes
+        if any(kind == model_type and re.fullmatch(own, layer) for kind, own in runtime.unused_biases)
+    ]
+    return f"{' and '.join(titles)} loads this bias and does not use it" if titles else None
 
 
 def _shape(layer: Layer) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 from opt8bit.backends.interface import DTYPES
 from opt8bit.backends.native import Native, WeightRounding
 from opt8bit.ptq.rounding.engine import Engine
-from opt8bit.quant.grid import FRACTIONS
 from opt8bit.quant.uniform import RESTRICTED, UniformGrid, UniformParams
 
 ZERO_POINTS = (False, RESTRICTED, True)  # what ``symmetric`` is, in the order of ZeroPoints in weight_rounding.h
@@ -68,7 +67,7 @@ class CompiledEngine(Engine[UniformParams]):
         rounded: Tensor | None = None,
     ) -> tuple[WeightRounding, list[Any]]:
         """What the kernels take, and the tensors that must outlive the call."""
-        fractions = weight.new_tensor(FRACTIONS if self._grid.range == "mse" else [])
+        fractions = weight.new_tensor(self._grid.fractions if self._grid.range == "mse" else [])
         weight, group_of = weight.contiguous(), group_of.contiguous()
         importance, matrix = (None if t is None else t.contiguous() for t in (importance, matrix))
         layer = WeightRounding(
