@@ -65,13 +65,26 @@ def test_an_exported_model_that_was_rounded_is_corrected(order: str) -> None:
     check(model, found, data, order)
 
 
+def outputs(model: Any, x: Tensor) -> list[Tensor]:
+    """What the first layer and the last one put out."""
+    seen: list[Tensor] = []
+    layers = [model.get_submodule(name) for name in ("stem", "head")]
+    handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 def check(model: Any, found: Any, data: list[Tensor], order: str) -> None:
-    """The mean error of the first layer, and in sequence of the output, is gone."""
+    """The mean error of the first layer, and in sequence of the last one, is gone."""
     x = torch.cat(data)
 
     def errors() -> tuple[float, float]:
-        first = model.stem(x) - found.get_submodule("stem")(x)
-        return float((model(x) - found(x)).mean(0).norm()), float(first.mean((0, 2, 3)).norm())
+        first, last = (y - y_hat for y, y_hat in zip(outputs(model, x), outputs(found, x), strict=True))
+        if order == "local":  # it sees the float model's inputs, which another operator rounds
+            first = model.stem(x) - found.get_submodule("stem")(x)
+        return float(last.mean(0).norm()), float(first.mean((0, 2, 3)).norm())
 
     with torch.no_grad():
         before = errors()
