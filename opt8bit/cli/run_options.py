@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opt8bit.recipe.corrections import ORDERS, STATISTICS
 from opt8bit.recipe.options import option
 from opt8bit.recipe.registry import FORMATS
 from opt8bit.recipe.runtimes import RUNTIMES, check_reads
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed")  # of RunOptions, those that choose the text
-ORDERS, STATISTICS = ("local", "sequential"), ("mean", "median")  # of corrections
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # that torch takes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opt8bit.ptq.correction.compensation import MAX_BYTES, STATISTICS
+from opt8bit.ptq.correction.compensation import MAX_BYTES
 from opt8bit.ptq.correction.placing import Placed
 from opt8bit.ptq.model.bias_places import KEYS
 from opt8bit.ptq.model.blocks import evaluating
@@ -30,9 +30,9 @@ from opt8bit.ptq.pairs.matching import (
 from opt8bit.ptq.pairs.outputs import Element
 from opt8bit.ptq.pairs.sequential import sequential_errors
 from opt8bit.recipe.arguments import check_one_of
+from opt8bit.recipe.corrections import ORDERS, STATISTICS
 from opt8bit.warning import first_of, first_reasons
 
-ORDERS = ("local", "sequential")
 UNMATCHED = ("refuse", "skip")
 UNIT, UNITS = 16, 16  # images or rows of one mean input at most, and means for which there should be samples
 LISTED = 8

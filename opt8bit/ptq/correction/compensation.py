@@ -13,8 +13,8 @@ from opt8bit.ptq.correction.folding import fold
 from opt8bit.ptq.correction.output_errors import axes_of, by_sample, check_output, counted, difference
 from opt8bit.ptq.correction.running import RunningMean, RunningMedian
 from opt8bit.recipe.arguments import check_one_of
+from opt8bit.recipe.corrections import STATISTICS
 
-STATISTICS = ("mean", "median")
 MAX_BYTES = 2**28  # of errors that a median keeps
 
 
