@@ -78,16 +78,11 @@ def main() -> None:
     all_bits = options.bits or ([3] if options.quick else [3, 4, 2])
     groups = options.groups or (["64"] if options.quick else ["64", "row"])
     sizes = {name: getattr(options, name) or size for name, size in usual.items()}
-    tokenizer = load_tokenizer(options.model)
+    tokenizer, length, bos = load_tokenizer(options.model), sizes["length"], options.bos
     texts = {
-        "calibration": first_windows(find_text(options.calibration), tokenizer, sizes["length"], sizes["samples"]),
-        "test": first_windows(find_text(options.test), tokenizer, sizes["length"], sizes["windows"]),
+        "calibration": first_windows(find_text(options.calibration), tokenizer, length, sizes["samples"], bos=bos),
+        "test": first_windows(find_text(options.test), tokenizer, length, sizes["windows"], bos=bos),
     }
-    if options.bos:
-        if tokenizer.bos_token_id is None:
-            parser.error(f"the tokenizer of {options.model} has no token that begins a text")
-        for windows in texts.values():
-            windows[:, 0] = tokenizer.bos_token_id
 
     def measure(**about: Any) -> list[dict[str, Any]]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from opt8bit.cli.progress import ShowLayer, compression
 from opt8bit.cli.recipes import recipe_file
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.cli.summary import summary
-from opt8bit.cli.texts import choose_windows, find_text
+from opt8bit.cli.texts import choose_windows, find_text, lacks_bos
 from opt8bit.ptq import ranks
 from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
@@ -84,6 +85,9 @@ def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.R
     text = find_text(settings.calibration, settings.text_column)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=trusted)
     calibration, held_out = choose_windows(text, tokenizer, **options.windows)
+    note = None if options.bos else lacks_bos(tokenizer)
+    if note is not None and ranks.rank() == 0:
+        print(note, file=sys.stderr)
     source = open_model(settings.model, trust_remote_code=trusted, dtype=options.dtype)
     return_large_at_once(source.model)
     result = ptq.compress(

@@ -11,7 +11,7 @@ from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.flags import HelpFormatter, add_flags, add_old_flags, at_least, given, number
 from opt8bit.cli.recipes import options_from, read_recipe
-from opt8bit.cli.run_options import DTYPES, TEXT_OPTIONS, CorrectionOptions, RunOptions
+from opt8bit.cli.run_options import BOS, DTYPES, TEXT_OPTIONS, CorrectionOptions, RunOptions
 from opt8bit.recipe import Recipe
 from opt8bit.recipe.names import RENAMED, renamed
 from opt8bit.recipe.options import options_of
@@ -106,6 +106,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--text-column", metavar="NAME", help=COLUMN)
     add("--sequence-length", type=at_least(1), default=512, help="tokens of a window; windows do not overlap")
     add("--samples", type=at_least(1), default=20, help="windows, from the start of the text")
+    add("--bos", action="store_true", help=BOS)
     add("--json", action="store_true", help="print one line of JSON")
     add("--trust-remote-code", action="store_true", help=TRUST)
 
@@ -192,7 +193,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
     length, samples = options.sequence_length, options.samples
     text = find_text(options.text, options.text_column)
-    print(evaluate.report(options.model, text, length, samples, options.json, options.trust_remote_code))
+    about = {"bos": options.bos, "as_json": options.json, "trust_remote_code": options.trust_remote_code}
+    print(evaluate.report(options.model, text, length, samples, **about))
 
 
 COMMANDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from opt8bit.recipe.corrections import ORDERS, STATISTICS
 from opt8bit.recipe.options import option
@@ -10,7 +11,8 @@ from opt8bit.recipe.registry import FORMATS
 from opt8bit.recipe.runtimes import RUNTIMES, check_reads
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
-TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed")  # of RunOptions, those that choose the text
+TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed", "bos")  # of RunOptions, those that choose the text
+BOS = "begin each window with the token that begins a text, in place of its first, as Gemma expects"
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # that torch takes
 
 
@@ -38,6 +40,7 @@ class RunOptions:
     seed: int = option(
         0, int, "of the choice of windows; 0 takes the first ones", least=LEAST_SEED, most=MOST_SEED, metavar="N"
     )
+    bos: bool = option(False, bool, BOS)
     dtype: str | None = option(
         None,
         DTYPES,
@@ -48,9 +51,9 @@ class RunOptions:
         check_reads(self.runtime, self.format)
 
     @property
-    def windows(self) -> dict[str, int]:
+    def windows(self) -> dict[str, Any]:
         """Returns how windows of the calibration text are chosen, as keyword arguments of ``choose_windows``."""
-        own = {name: getattr(self, name) for name in ("samples", "held_out", "seed")}
+        own = {name: getattr(self, name) for name in TEXT_OPTIONS if name != "sequence_length"}
         return {"length": self.sequence_length, **own}
 
 

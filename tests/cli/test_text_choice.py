@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.main import main
-from opt8bit.cli.texts import choice, choose_windows, find_text, first_windows, prefix
+from opt8bit.cli.texts import choice, choose_windows, find_text, first_windows, lacks_bos, prefix
 
 LENGTH, SAMPLES, HELD_OUT = 16, 8, 2
 
@@ -56,6 +56,39 @@ def test_without_a_seed_the_first_windows_are_taken(tmp_path: Path) -> None:
     assert held_out is not None and torch.equal(torch.cat([samples, held_out]), expected)
     text = find_text(str(tmp_path / "a.txt"))
     assert torch.equal(first_windows(text, Numbers(), LENGTH, SAMPLES), samples)
+
+
+class Beginning(Numbers):
+    """Puts a token before each text."""
+
+    bos_token_id, bos_token = 7, "<bos>"
+
+    def __call__(self, text: str, *, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id, *super().__call__(text, verbose=verbose)["input_ids"]]}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("count", [200, 50_000])
+def test_each_window_begins_with_the_token_that_begins_a_text(
+    count: int, seed: int, tmp_path: Path, small: None
+) -> None:
+    text, sizes = find_text(str(numbers(tmp_path / "a.txt", count))), {"length": LENGTH, "samples": 4, "held_out": 2}
+    plain = choose_windows(text, Beginning(), seed=seed, **sizes)
+    found = choose_windows(text, Beginning(), seed=seed, bos=True, **sizes)
+    for ids, begun in zip(plain, found, strict=True):
+        assert ids is not None and begun is not None
+        assert (begun[:, 0] == 7).all() and (ids[:, 0] == 7).sum() <= 1 and torch.equal(begun[:, 1:], ids[:, 1:])
+    if not seed:
+        assert torch.equal(first_windows(text, Beginning(), LENGTH, 4, bos=True), found[0])
+    for tokenizer in (Numbers(), type("Without", (Numbers,), {"bos_token_id": None})()):
+        with pytest.raises(CommandError, match="the tokenizer has no token that begins a text"):
+            choose_windows(text, tokenizer, seed=seed, bos=True, **sizes)
+
+
+def test_it_is_said_where_windows_lack_the_token_that_begins_a_text() -> None:
+    assert lacks_bos(Beginning()) == "the model expects <bos> before a text: with --bos, each window begins with it"
+    assert lacks_bos(Numbers()) is None
+    assert lacks_bos(type("Unused", (Numbers,), {"bos_token_id": 7})()) is None
 
 
 @pytest.mark.parametrize("left", [0, 1])

@@ -21,7 +21,7 @@ SPARE = 2  # times as long as windows are expected to be are blocks
 
 
 def choose_windows(
-    text: Text, tokenizer: Any, *, length: int, samples: int, held_out: int, seed: int
+    text: Text, tokenizer: Any, *, length: int, samples: int, held_out: int, seed: int, bos: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Chooses windows to calibrate on, and others that tell how good the result is.
 
@@ -37,30 +37,56 @@ def choose_windows(
         samples: windows to calibrate on, at least 1.
         held_out: other windows; fewer, if the text has no more.
         seed: of the draw, in the range of torch's.
+        bos: whether the token that begins a text takes the place of each window's first.
 
     Returns:
         Token ids, (samples, length) and (held_out, length); None in place of no held-out windows.
 
     Raises:
-        CommandError: the text cannot be read, or is too short.
+        CommandError: the text cannot be read, or is too short; or the tokenizer has no token that begins a text.
     """
     count = samples + held_out
     if seed:
         found = _drawn(text, tokenizer, length, samples, count, seed)
     else:
         found = _cut(text, first_tokens(text.pieces(tokenizer), tokenizer, count * length), length, samples)
+    found = _begun(found, tokenizer) if bos else found
     rest = found[samples:count]
     return found[:samples], rest if len(rest) else None
 
 
-def first_windows(text: Text, tokenizer: Any, length: int, samples: int) -> Tensor:
+def first_windows(text: Text, tokenizer: Any, length: int, samples: int, *, bos: bool = False) -> Tensor:
     """Returns the first windows of a text, one after another, (samples, length).
 
+    Args:
+        bos: whether the token that begins a text takes the place of each window's first.
+
     Raises:
-        CommandError: the text cannot be read.
+        CommandError: the text cannot be read, or the tokenizer has no token that begins a text.
         ValueError: it is too short.
     """
-    return windows(first_tokens(text.pieces(tokenizer), tokenizer, samples * length), length, samples)
+    found = windows(first_tokens(text.pieces(tokenizer), tokenizer, samples * length), length, samples)
+    return _begun(found, tokenizer) if bos else found
+
+
+def lacks_bos(tokenizer: Any) -> str | None:
+    """Returns a sentence on windows without the token that a tokenizer puts before a text; None if it puts none."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is None or tokens("", tokenizer)[:1].tolist() != [first]:
+        return None
+    return f"the model expects {tokenizer.bos_token} before a text: with --bos, each window begins with it"
+
+
+def _begun(ids: Tensor, tokenizer: Any) -> Tensor:
+    """Returns windows whose first token is the one that begins a text.
+
+    Raises:
+        CommandError: the tokenizer has none.
+    """
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is None:
+        raise CommandError("bos must be left out: the tokenizer has no token that begins a text")
+    return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], 1)
 
 
 def _cut(text: Text, ids: Tensor, length: int, samples: int) -> Tensor:
