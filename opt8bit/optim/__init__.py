@@ -12,6 +12,7 @@ from opt8bit.optim.lars import LARS8bit
 from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.memory import memory_report
 from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.muon_adamw import MuonAdamW8bit
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
 
@@ -24,6 +25,7 @@ __all__ = [
     "LARS8bit",
     "Lion8bit",
     "Muon8bit",
+    "MuonAdamW8bit",
     "RMSprop8bit",
     "SGD8bit",
     "check_distributed_checkpoint",

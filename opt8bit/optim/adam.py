@@ -81,13 +81,22 @@ VARIANTS = {  # by whether weight decay is decoupled, and amsgrad
 }
 
 
+def check_adam(group: dict[str, Any]) -> None:
+    """Checks the hyper-parameters of a group that Adam or AdamW steps.
+
+    Raises:
+        ValueError: one is out of range; the words are torch.optim's where it refuses it, too.
+    """
+    check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
+    check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+    check_betas(group["betas"])
+
+
 class _AdamBase(Optimizer8bit):
     rules = tuple(VARIANTS.values())
 
     def check_group(self, group: dict[str, Any]) -> None:
-        check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
-        check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
-        check_betas(group["betas"])
+        check_adam(group)
 
 
 class Adam8bit(_AdamBase):

@@ -84,7 +84,7 @@ class Optimizer8bit(Stepping):
             if param.requires_grad:
                 self._check_supported(param, group)
             else:  # may be of any kind, but where torch.optim, too, looks at its shape
-                self.check_param(param)
+                self.check_param(param, group)
         if group["offload"]:
             others = [of for group in self.param_groups if group["offload"] for of in group["params"]]
             refuse_shared([*others, *tensors])

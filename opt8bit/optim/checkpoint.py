@@ -89,6 +89,8 @@ def _read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
         try:
             hyper = dialect.hyper(optimizer.rule(group), saved)
             merged = merged_group(optimizer, group, hyper, dialect.unused, dialect.missing, policy)
+            for param in group["params"]:
+                optimizer.check_param(param, merged)
         except ValueError as error:
             raise ValueError(f"parameter group {number}: {error}") from None
         rule, others = optimizer.rule(merged), optimizer.every_state()

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import LAMB, LARS, AdEMAMix, Lion
+from oracles import LAMB, LARS, AdEMAMix, Lion, MuonAdamW
 from torch import Tensor, nn
 
 import opt8bit
@@ -116,11 +116,22 @@ VARIANTS: list[tuple[Callable[..., Optimizer8bit], type[torch.optim.Optimizer], 
             "tensor lr": {"lr": LR64},
         },
     ),
+    (
+        opt8bit.MuonAdamW8bit,
+        MuonAdamW,
+        {
+            "AdamW": {"use_muon": False},
+            "AdamW, betas": {"use_muon": False, "betas": (0.8, 0.95), "weight_decay": 0.05},
+            "AdamW, maximize": {"use_muon": False, "maximize": True},
+            "AdamW, tensor lr": {"use_muon": False, "lr": LR64},
+        },
+    ),
 ]
 # Its iterations run in bfloat16: see test_muon.py for how it is held against torch.optim.Muon.
 MUON = {
     "Muon8bit defaults": Case(opt8bit.Muon8bit, torch.optim.Muon, {}),
     "Muon8bit plain momentum": Case(opt8bit.Muon8bit, torch.optim.Muon, {"nesterov": False, "weight_decay": 0.0}),
+    "MuonAdamW8bit Muon": Case(opt8bit.MuonAdamW8bit, MuonAdamW, {"use_muon": True}),
 }
 CASES: dict[str, Case] = {
     f"{ours.__name__} {name}": Case(ours, oracle, hyper)
@@ -144,9 +155,11 @@ STATEFUL: dict[str, Case] = {
             "AdEMAMix8bit schedules",
         )
     },
+    "MuonAdamW8bit AdamW": CASES["MuonAdamW8bit AdamW"],
     "Muon8bit defaults": MUON["Muon8bit defaults"],
+    "MuonAdamW8bit Muon": MUON["MuonAdamW8bit Muon"],
 }
-ANY_SHAPE = {name: case for name, case in STATEFUL.items() if case.ours is not opt8bit.Muon8bit}
+ANY_SHAPE = {name: case for name, case in STATEFUL.items() if name not in MUON}
 
 
 def one_of_each_rule() -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import _muon
 
 
 class Oracle(torch.optim.Optimizer):
@@ -115,3 +116,34 @@ class AdEMAMix(Oracle):
         v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         update = (m1 / (1 - beta1**t) + alpha * m2) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
         p.sub_(group["lr"] * (update + group["weight_decay"] * p))
+
+
+class MuonAdamW(Oracle):
+    """Of all parameters by one of the two rules, Muon's iterations as torch has them, for one matrix after another."""
+
+    def __init__(self, params: Any, lr: Any = 1e-3, use_muon: bool = True, heads: int = 1, **rest: Any):
+        shared = {"weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.95, "nesterov": True}
+        super().__init__(params, lr=lr, use_muon=use_muon, heads=heads, **{**shared, **rest})
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["use_muon"] else ("exp_avg", "exp_avg_sq")
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["use_muon"]:
+            self.update_by_muon(p, g, state["momentum_buffer"], group)
+            return
+        (beta1, beta2), t = group["betas"], state["step"].item()
+        m = state["exp_avg"].mul_(beta1).add_(g, alpha=1 - beta1)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.sub_(group["lr"] * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + group["eps"]))
+
+    def update_by_muon(self, p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
+        buffer.lerp_(g, 1 - group["momentum"])
+        direction = g.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        columns = p.shape[-1]
+        matrices = p.shape[0] if p.dim() == 3 else group["heads"]
+        rows = p.numel() // (matrices * columns)
+        for mine, each in zip(p.view(matrices, rows, columns), direction.view(matrices, rows, columns), strict=True):
+            orthogonal = _muon._zeropower_via_newtonschulz(each, (3.4445, -4.775, 2.0315), 5, 1e-7)
+            mine.sub_(group["lr"] * 0.2 * math.sqrt(max(rows, columns)) * orthogonal.to(p.dtype))
