@@ -23,6 +23,7 @@ class Rule:
         update: the pure function that defines it: (param, grad, *states, step=, **hyper) -> (param, *states).
         family: name of the file that has its kernels, which rules of one optimizer share; its own name if left out.
         whole: whether it looks at a whole parameter, not at one element after another.
+        caution: whether it leaves out elements that it would move against their gradients.
         dim: how many dimensions a parameter must have; None for any number.
         torch_counts_steps: whether its counterpart in torch.optim keeps ``step``.
         bitsandbytes: what ``state1`` and ``state2`` hold there, stacked where it is several; empty where there are no
@@ -40,6 +41,7 @@ class Rule:
     update: Callable[..., tuple[Tensor, ...]]
     family: str = ""
     whole: bool = False
+    caution: bool = False
     dim: int | None = None
     torch_counts_steps: bool = True
     bitsandbytes: tuple[tuple[str, ...], ...] = ()

@@ -74,6 +74,8 @@ class Ruled(torch.optim.Optimizer):
         rule = self.rule(group)
         if group["maximize"] and "maximize" not in rule.hyper:
             raise ValueError(f"maximize must be False for {type(self).__name__}, whose rule does not have it, got True")
+        if group["caution"] and not rule.caution:
+            raise ValueError(f"caution must be False for {type(self).__name__}, whose rule does not have it, got True")
         return rule
 
     def check_param(self, param: Tensor, group: dict[str, Any]) -> None:

@@ -5,7 +5,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import LAMB, LARS, AdEMAMix, Lion, MuonAdamW
+from oracles import (
+    LAMB,
+    LARS,
+    AdEMAMix,
+    CautiousAdam,
+    CautiousAdamW,
+    CautiousLion,
+    CautiousSGD,
+    Lion,
+    MuonAdamW,
+)
 from torch import Tensor, nn
 
 import opt8bit
@@ -126,6 +136,40 @@ VARIANTS: list[tuple[Callable[..., Optimizer8bit], type[torch.optim.Optimizer], 
             "AdamW, tensor lr": {"use_muon": False, "lr": LR64},
         },
     ),
+    (
+        opt8bit.AdamW8bit,
+        CautiousAdamW,
+        {
+            "caution": {"caution": True, "weight_decay": 0.1},
+            "caution, amsgrad": {"caution": True, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
+        },
+    ),
+    (
+        opt8bit.Adam8bit,
+        CautiousAdam,
+        {
+            "caution": {"caution": True, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+            "caution, maximize": {"caution": True, "weight_decay": 0.1, "maximize": True},
+            "caution, amsgrad": {"caution": True, "weight_decay": 0.1, "amsgrad": True},
+        },
+    ),
+    (
+        opt8bit.Lion8bit,
+        CautiousLion,
+        {
+            "caution": {"caution": True, "weight_decay": 0.1, "lr": 1e-2},
+            "caution, maximize": {"caution": True, "maximize": True},
+        },
+    ),
+    (
+        opt8bit.SGD8bit,
+        CautiousSGD,
+        {
+            "caution": {"caution": True, "momentum": 0.9, "weight_decay": 0.1, "lr": 0.01},
+            "caution, nesterov": {"caution": True, "momentum": 0.9, "nesterov": True, "maximize": True},
+            "caution, dampening": {"caution": True, "momentum": 0.9, "dampening": 0.5},
+        },
+    ),
 ]
 # Its iterations run in bfloat16: see test_muon.py for how it is held against torch.optim.Muon.
 MUON = {
@@ -153,6 +197,9 @@ STATEFUL: dict[str, Case] = {
             "LAMB8bit defaults",
             "LARS8bit weight decay",
             "AdEMAMix8bit schedules",
+            "AdamW8bit caution",
+            "Lion8bit caution",
+            "SGD8bit caution",
         )
     },
     "MuonAdamW8bit AdamW": CASES["MuonAdamW8bit AdamW"],

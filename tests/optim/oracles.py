@@ -147,3 +147,60 @@ class MuonAdamW(Oracle):
         for mine, each in zip(p.view(matrices, rows, columns), direction.view(matrices, rows, columns), strict=True):
             orthogonal = _muon._zeropower_via_newtonschulz(each, (3.4445, -4.775, 2.0315), 5, 1e-7)
             mine.sub_(group["lr"] * 0.2 * math.sqrt(max(rows, columns)) * orthogonal.to(p.dtype))
+
+
+def cautiously(update: Tensor, g: Tensor) -> Tensor:
+    """As the code of Cautious Optimizers (Liang et al., 2024) has it."""
+    mask = (update * g > 0).to(g.dtype)
+    return update * (mask / mask.mean().clamp(min=1e-3))
+
+
+class CautiousAdam(Oracle):
+    decoupled = False
+
+    def __init__(self, params: Any, lr: Any = 1e-3, betas: Any = (0.9, 0.999), eps: float = 1e-8, **rest: Any):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **{"weight_decay": 0.0, "amsgrad": False, **rest})
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        if self.decoupled:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        else:
+            g = g + group["weight_decay"] * p
+        (beta1, beta2), t = group["betas"], state["step"].item()
+        m = state["exp_avg"].mul_(beta1).add_(g, alpha=1 - beta1)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if group["amsgrad"]:
+            v = state["max_exp_avg_sq"].copy_(state["max_exp_avg_sq"].maximum(v))
+        p.sub_(group["lr"] * cautiously(m / (1 - beta1**t), g) / ((v / (1 - beta2**t)).sqrt() + group["eps"]))
+
+
+class CautiousAdamW(CautiousAdam):
+    decoupled = True
+
+
+class CautiousLion(Lion):
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        m, (beta1, beta2) = state["exp_avg"], group["betas"]
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(group["lr"] * cautiously(torch.sign(m * beta1 + g * (1 - beta1)), g))
+        m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+class CautiousSGD(Oracle):
+    def __init__(self, params: Any, lr: Any = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0, **rest: Any):
+        others = {"dampening": 0.0, "nesterov": False, **rest}
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, **others)
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",)
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        g = g + group["weight_decay"] * p
+        is_first = state["step"].item() == 1
+        buffer = state["momentum_buffer"].mul_(group["momentum"])
+        buffer.add_(g, alpha=1 if is_first else 1 - group["dampening"])
+        update = g + group["momentum"] * buffer if group["nesterov"] else buffer
+        p.sub_(group["lr"] * cautiously(update, g))

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ANY_SHAPE, MUON, STATEFUL, Case, gradients, parameter, train, use
+from cases import ANY_SHAPE, MUON, STATEFUL, Case, gradients, parameter, rule_of, train, use
 from torch import nn
 
 import opt8bit
+from opt8bit.optim.ruled import RULES
 
-ELEMENTWISE = [name for name in ANY_SHAPE if not name.startswith(("LAMB", "LARS"))]  # these look at whole norms
+ELEMENTWISE = [name for name, case in ANY_SHAPE.items() if not RULES[rule_of(case)].whole]
 
 
 @pytest.mark.slow_interpreted
