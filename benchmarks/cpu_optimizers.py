@@ -88,7 +88,11 @@ def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimi
         makers[f"bitsandbytes.{question.bitsandbytes}"] = partial(
             getattr(bitsandbytes.optim, question.bitsandbytes), **momentum
         )
-    return {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
+    made = {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
+    for optimizer in made.values():
+        if isinstance(optimizer, opt8bit.AdamWScheduleFree8bit):
+            optimizer.train()
+    return made
 
 
 def main() -> None:

@@ -248,8 +248,8 @@ def _stored(
     compensated, block_size = is_compensated(param, group), group["block_size"]
     parts: dict[str, Tensor] = {}
     for name, value in found.items():
-        if coded and name in rule.states:
-            coded_parts = codes_of(where, name, value, block_size, rule.states[name])
+        if coded and name in rule.codable:
+            coded_parts = codes_of(where, name, value, block_size, rule.codable[name])
             parts |= zip(stored_as(name), coded_parts, strict=True)
         else:
             parts[name] = value.decoded() if isinstance(value, Coded) else value

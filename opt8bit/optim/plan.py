@@ -166,7 +166,8 @@ def _every(asked: Sequence[Asked], states: States) -> list[_Each]:
 def _names(asked: Asked, each: _Each) -> tuple[str, ...]:
     """Returns the names of what a step reads and writes among a parameter's states."""
     rule = asked.rule
-    stored = chain.from_iterable(map(stored_as, rule.states)) if is_coded(each.state, rule) else rule.states
+    coded = rule.codable if is_coded(each.state, rule) else {}
+    stored = chain.from_iterable(stored_as(name) if name in coded else (name,) for name in rule.states)
     return ("step", *stored, *([COMPENSATION] if is_compensated(each.param, asked.group) else []))
 
 

@@ -8,6 +8,7 @@ import torch
 from oracles import (
     LAMB,
     LARS,
+    AdamWScheduleFree,
     AdEMAMix,
     CautiousAdam,
     CautiousAdamW,
@@ -31,6 +32,15 @@ class Case(NamedTuple):
 
 
 LR64 = torch.tensor(0.01, dtype=torch.float64)
+
+
+def schedule_free(params: Any, **hyper: Any) -> opt8bit.AdamWScheduleFree8bit:
+    """In train mode, as it has to be for a step."""
+    optimizer = opt8bit.AdamWScheduleFree8bit(params, **hyper)
+    optimizer.train()
+    return optimizer
+
+
 ADAM: dict[str, dict[str, Any]] = {
     "defaults": {},
     "weight decay": {"weight_decay": 0.1},
@@ -168,6 +178,17 @@ VARIANTS: list[tuple[Callable[..., Optimizer8bit], type[torch.optim.Optimizer], 
             "caution": {"caution": True, "momentum": 0.9, "weight_decay": 0.1, "lr": 0.01},
             "caution, nesterov": {"caution": True, "momentum": 0.9, "nesterov": True, "maximize": True},
             "caution, dampening": {"caution": True, "momentum": 0.9, "dampening": 0.5},
+        },
+    ),
+    (
+        schedule_free,
+        AdamWScheduleFree,
+        {
+            "defaults": {},
+            "warmup": {"warmup_steps": 3, "weight_decay": 0.1},
+            "powers": {"r": 0.5, "weight_lr_power": 1.0, "betas": (0.95, 0.99), "eps": 1e-3},
+            "maximize": {"maximize": True, "weight_decay": 0.1},
+            "tensor lr": {"lr": LR64},
         },
     ),
 ]

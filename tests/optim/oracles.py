@@ -204,3 +204,31 @@ class CautiousSGD(Oracle):
         buffer.add_(g, alpha=1 if is_first else 1 - group["dampening"])
         update = g + group["momentum"] * buffer if group["nesterov"] else buffer
         p.sub_(group["lr"] * cautiously(update, g))
+
+
+class AdamWScheduleFree(Oracle):
+    """In train mode, where a parameter is y; every parameter has its own count of steps and sum of weights."""
+
+    def __init__(self, params: Any, lr: Any = 0.0025, betas: Any = (0.9, 0.999), eps: float = 1e-8, **rest: Any):
+        others = {"weight_decay": 0.0, "warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0, **rest}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **others)
+
+    def names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("z", "exp_avg_sq")
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        y, (beta1, beta2), t = p, group["betas"], state["step"].item()
+        if t == 1:
+            state["z"] = y.clone()
+            state["sums"] = 0.0, 0.0
+        lr = group["lr"] * min(1.0, t / group["warmup_steps"]) if group["warmup_steps"] else group["lr"]
+        weight_sum, lr_max = state["sums"]
+        lr_max = max(lr_max, lr)
+        weight = t ** group["r"] * lr_max ** group["weight_lr_power"]
+        state["sums"] = weight_sum + weight, lr_max
+        c = weight / (weight_sum + weight)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        d = g / ((v / (1 - beta2**t)).sqrt() + group["eps"]) + group["weight_decay"] * y
+        x = (y - (1 - beta1) * state["z"]) / beta1
+        z = state["z"].sub_(lr * d)
+        y.copy_((1 - beta1) * z + beta1 * ((1 - c) * x + c * z))

@@ -38,6 +38,8 @@ def step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.ones_like(param) if param.requires_grad else None
+    if isinstance(optimizer, opt8bit.AdamWScheduleFree8bit):
+        optimizer.train()
     optimizer.step()
 
 

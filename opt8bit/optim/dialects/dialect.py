@@ -39,6 +39,7 @@ OPTIMIZERS_OWN = (
         "square_avg",
         "variance",
         "grad_avg",
+        "z",
     ),
     *("sum", "exp_inf", "mu_product", "acc_delta", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"),
 )
