@@ -5,7 +5,7 @@
 One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
 round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
 optimizer, its foreach one where there is no fused one, its only one for Muon, and torch's fused AdamW, for scale, where
-torch has no such rule. Every optimizer of the package is asked about, some of them with more than one question.
+torch has no such rule. Every rule of the package is asked about, some of them with more than one question.
 bitsandbytes stands beside the rules that it has, for float32, where it is installed. Questions that have rows are not
 asked again.
 """
@@ -76,7 +76,8 @@ def question_of(ours: type[Optimizer8bit]) -> Question:
     return Question(title, (f"torch.optim.{theirs.__name__} {way}".strip(), base), partial(ours, **hyper), known)
 
 
-QUESTIONS = [*map(question_of, OPTIMIZERS), *SPECIAL]
+# MuonAdamW8bit takes names, and its steps are Muon's and AdamW's.
+QUESTIONS = [*map(question_of, (each for each in OPTIMIZERS if each is not opt8bit.MuonAdamW8bit)), *SPECIAL]
 
 
 def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimizer]:
@@ -87,7 +88,11 @@ def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimi
         makers[f"bitsandbytes.{question.bitsandbytes}"] = partial(
             getattr(bitsandbytes.optim, question.bitsandbytes), **momentum
         )
-    return {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
+    made = {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
+    for optimizer in made.values():
+        if isinstance(optimizer, opt8bit.AdamWScheduleFree8bit):
+            optimizer.train()
+    return made
 
 
 def main() -> None:

@@ -36,13 +36,15 @@ FORMS: dict[str, dict[str, Any]] = {  # of a parameter and its states, with the 
 }
 
 
-def digest(make: Callable[..., Any], hyper: dict[str, Any], form: dict[str, Any], steps: int) -> str:
+def digest(
+    make: Callable[..., Any], hyper: dict[str, Any], form: dict[str, Any], steps: int, *, is_of_matrices: bool
+) -> str:
     """Trains with the build of this process; returns a hash of parameters and states, or what was refused."""
     import torch
 
     options = {key: value for key, value in form.items() if key not in ("dtype", "scaled", "channels_last")}
     generator = torch.Generator().manual_seed(0)
-    shapes = [shape for shape in SHAPES if len(shape) == 2] if make.__name__ == "Muon8bit" else list(SHAPES)
+    shapes = [shape for shape in SHAPES if len(shape) == 2] if is_of_matrices else list(SHAPES)
     if form.get("channels_last"):
         shapes = [(8, 20, 5, 5), (3, 300, 4, 4)]
     powers = torch.tensor([2.0**k for k in range(-8, 8)])  # exp has other bits in some processes
@@ -82,7 +84,8 @@ def work() -> None:
     steps = STEPS_INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else STEPS
     for name, case in {**OF_ANY_SHAPE, **MUON}.items():
         for form_name, form in FORMS.items():
-            print(json.dumps([name, form_name, digest(case.ours, case.hyper, form, steps)]), flush=True)
+            found = digest(case.ours, case.hyper, form, steps, is_of_matrices=name in MUON)
+            print(json.dumps([name, form_name, found]), flush=True)
 
 
 def results(place: Path, backend: str) -> dict[tuple[str, ...], str]:

@@ -23,7 +23,8 @@ struct List {};
 // Every rule. Its place is its number.
 using UpdateRules =
     List<Adam, AdamAmsgrad, AdamW, AdamWAmsgrad, Sgd, SgdMomentum, RmsProp<false, false>, RmsProp<false, true>,
-         RmsProp<true, false>, RmsProp<true, true>, Adagrad, Lion, AdEMAMix, Lamb, Lars, LarsMomentum>;
+         RmsProp<true, false>, RmsProp<true, true>, Adagrad, Lion, AdEMAMix, Lamb, Lars, LarsMomentum, AdamCautious,
+         AdamAmsgradCautious, AdamWCautious, AdamWAmsgradCautious, LionCautious, SgdMomentumCautious>;
 
 }  // namespace
 }  // namespace opt8bit

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <utility>
 
-#include "rules/rule.h"
+#include "rules/caution.h"
 
 namespace opt8bit {
 namespace {
@@ -71,6 +71,51 @@ struct AdamAmsgrad : Adam {
   }
 };
 
+struct AdamCautious : Adam {
+  static constexpr const char* kName = "adam_cautious";
+  static constexpr bool kHasNorms = true;
+
+  Caution caution;
+
+  AdamCautious(const Hyper& hyper, double step, const double* norms)
+      : Adam(hyper, step, norms), caution(hyper.maximize, norms) {}
+
+  void measure(Floats param, Floats grad, Scaled exp_avg, Scaled, Floats (&measured)[2]) const {
+    grad = decayed(grad, param);
+    caution.measure(first_moment(grad, exp_avg), grad, measured);
+  }
+  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Floats& next_exp_avg,
+              Floats& next_exp_avg_sq) const {
+    grad = decayed(grad, param);
+    next_exp_avg = first_moment(grad, exp_avg);
+    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    param = descend(param, next_exp_avg * caution.mask(next_exp_avg, grad), next_exp_avg_sq);
+  }
+};
+
+struct AdamAmsgradCautious : AdamAmsgrad {
+  static constexpr const char* kName = "adam_amsgrad_cautious";
+  static constexpr bool kHasNorms = true;
+
+  Caution caution;
+
+  AdamAmsgradCautious(const Hyper& hyper, double step, const double* norms)
+      : AdamAmsgrad(hyper, step, norms), caution(hyper.maximize, norms) {}
+
+  void measure(Floats param, Floats grad, Scaled exp_avg, Scaled, Scaled, Floats (&measured)[2]) const {
+    grad = decayed(grad, param);
+    caution.measure(first_moment(grad, exp_avg), grad, measured);
+  }
+  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Scaled max_exp_avg_sq,
+              Floats& next_exp_avg, Floats& next_exp_avg_sq, Floats& next_max_exp_avg_sq) const {
+    grad = decayed(grad, param);
+    next_exp_avg = first_moment(grad, exp_avg);
+    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    next_max_exp_avg_sq = Simd::maximum(next_exp_avg_sq, max_exp_avg_sq);
+    param = descend(param, next_exp_avg * caution.mask(next_exp_avg, grad), next_max_exp_avg_sq);
+  }
+};
+
 // AdamW (Loshchilov & Hutter, 2019): weight decay beside the gradient.
 template <class Base>
 struct Decoupled : Base {
@@ -95,6 +140,16 @@ struct AdamW : Decoupled<Adam> {
 
 struct AdamWAmsgrad : Decoupled<AdamAmsgrad> {
   static constexpr const char* kName = "adamw_amsgrad";
+  using Decoupled::Decoupled;
+};
+
+struct AdamWCautious : Decoupled<AdamCautious> {
+  static constexpr const char* kName = "adamw_cautious";
+  using Decoupled::Decoupled;
+};
+
+struct AdamWAmsgradCautious : Decoupled<AdamAmsgradCautious> {
+  static constexpr const char* kName = "adamw_amsgrad_cautious";
   using Decoupled::Decoupled;
 };
 

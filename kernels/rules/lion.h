@@ -1,7 +1,7 @@
 // Lion (Chen et al., 2023).
 #pragma once
 
-#include "rules/rule.h"
+#include "rules/caution.h"
 
 namespace opt8bit {
 namespace {
@@ -24,10 +24,32 @@ struct Lion : WithoutNorms {
     decay = constant(1 - hyper.lr * hyper.weight_decay);
   }
 
+  Floats direction(Floats grad, Scaled exp_avg) const {
+    return sign_of(average_with(exp_avg, beta1, one_minus_beta1, grad));
+  }
   void update(Floats& param, Floats grad, Scaled exp_avg, Floats& next_exp_avg) const {
-    const Floats direction = sign_of(average_with(exp_avg, beta1, one_minus_beta1, grad));
+    const Floats step = direction(grad, exp_avg);
     next_exp_avg = average_with(exp_avg, beta2, one_minus_beta2, grad);
-    param = Simd::fma(negative_lr, direction, param * decay);
+    param = Simd::fma(negative_lr, step, param * decay);
+  }
+};
+
+struct LionCautious : Lion {
+  static constexpr const char* kName = "lion_cautious";
+  static constexpr bool kHasNorms = true;
+
+  Caution caution;
+
+  LionCautious(const Hyper& hyper, double step, const double* norms)
+      : Lion(hyper, step, norms), caution(hyper.maximize, norms) {}
+
+  void measure(Floats, Floats grad, Scaled exp_avg, Floats (&measured)[2]) const {
+    caution.measure(direction(grad, exp_avg), grad, measured);
+  }
+  void update(Floats& param, Floats grad, Scaled exp_avg, Floats& next_exp_avg) const {
+    const Floats step = direction(grad, exp_avg);
+    next_exp_avg = average_with(exp_avg, beta2, one_minus_beta2, grad);
+    param = Simd::fma(negative_lr, step * caution.mask(step, grad), param * decay);
   }
 };
 

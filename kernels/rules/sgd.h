@@ -1,7 +1,7 @@
 // Stochastic gradient descent.
 #pragma once
 
-#include "rules/rule.h"
+#include "rules/caution.h"
 
 namespace opt8bit {
 namespace {
@@ -45,13 +45,36 @@ struct SgdMomentum : Sgd {
         one_minus_dampening(constant(sign * (step == 1 ? 1 : 1 - hyper.dampening))),
         nesterov(hyper.nesterov != 0) {}
 
-  void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
-    grad = decayed(grad, param);
+  // Of the gradient with its decay.
+  Floats direction(Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
     next_momentum_buffer =
         Simd::fma(momentum * momentum_buffer.scale, momentum_buffer.value, one_minus_dampening * grad);
-    const Floats direction =
-        nesterov ? Simd::fma(momentum, next_momentum_buffer, constant(sign) * grad) : next_momentum_buffer;
-    param = Simd::fma(negative_lr, direction, param);
+    return nesterov ? Simd::fma(momentum, next_momentum_buffer, constant(sign) * grad) : next_momentum_buffer;
+  }
+  void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
+    grad = decayed(grad, param);
+    param = Simd::fma(negative_lr, direction(grad, momentum_buffer, next_momentum_buffer), param);
+  }
+};
+
+struct SgdMomentumCautious : SgdMomentum {
+  static constexpr const char* kName = "sgd_momentum_cautious";
+  static constexpr bool kHasNorms = true;
+
+  Caution caution;
+
+  SgdMomentumCautious(const Hyper& hyper, double step, const double* norms)
+      : SgdMomentum(hyper, step, norms), caution(hyper.maximize, norms) {}
+
+  void measure(Floats param, Floats grad, Scaled momentum_buffer, Floats (&measured)[2]) const {
+    Floats next_momentum_buffer;
+    grad = decayed(grad, param);
+    caution.measure(direction(grad, momentum_buffer, next_momentum_buffer), grad, measured);
+  }
+  void update(Floats& param, Floats grad, Scaled momentum_buffer, Floats& next_momentum_buffer) const {
+    grad = decayed(grad, param);
+    const Floats step = direction(grad, momentum_buffer, next_momentum_buffer);
+    param = Simd::fma(negative_lr, step * caution.mask(step, grad), param);
   }
 };
 

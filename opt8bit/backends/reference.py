@@ -74,15 +74,18 @@ def step_batch(batch_step: BatchStep, coder: Backend, grad_scale: float) -> None
 def _step_parameter(batch_step: BatchStep, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
     batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
     names, view = batch.rule.states, batch.views[i]
+    coded = batch.rule.codable if batch.coded else {}
     compensation = state[COMPENSATION].view(torch.int16)[..., 0] if batch.rounding == "compensated" else None
     books = [codebook.to(param.device) for codebook in batch.codebooks]
-    if batch.coded:
-        states = [torch.empty(param.shape, dtype=torch.float32, device=param.device) for _ in names]
-        for name, book, decoded in zip(names, books, states, strict=True):
+    states = []
+    for name, book in zip(names, books, strict=True):
+        if name in coded:
+            decoded = torch.empty(param.shape, dtype=torch.float32, device=param.device)
             codes, scale = (state[stored] for stored in stored_as(name))
             coder.dequantize_blockwise(codes, scale, book, view, decoded)
-    else:
-        states = [as_real(state[name]) for name in names]
+            states.append(decoded)
+        else:
+            states.append(as_real(state[name]))
     step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
     grad = as_real(batch_step.grads[i].to(compute))
@@ -101,7 +104,7 @@ def _step_parameter(batch_step: BatchStep, i: int, coder: Backend, hyper: Mappin
     if batch.coded and param.numel():
         new_states = _without_infinities(new_states)
     for (name, signed), book, new in zip(names.items(), books, new_states, strict=True):
-        if batch.coded:
+        if name in coded:
             codes, scale = (state[stored] for stored in stored_as(name))
             coder.encode_state(new.contiguous(), book, signed, view, codes, scale)
         else:

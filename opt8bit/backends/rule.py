@@ -22,7 +22,9 @@ class Rule:
         hyper: keywords of ``update`` besides ``step``, in the order in which the kernels declare them.
         update: the pure function that defines it: (param, grad, *states, step=, **hyper) -> (param, *states).
         family: name of the file that has its kernels, which rules of one optimizer share; its own name if left out.
+        iterates: states that are points as the parameter is: they begin where it is, and are always stored in full.
         whole: whether it looks at a whole parameter, not at one element after another.
+        caution: whether it leaves out elements that it would move against their gradients.
         dim: how many dimensions a parameter must have; None for any number.
         torch_counts_steps: whether its counterpart in torch.optim keeps ``step``.
         bitsandbytes: what ``state1`` and ``state2`` hold there, stacked where it is several; empty where there are no
@@ -39,7 +41,9 @@ class Rule:
     hyper: tuple[str, ...]
     update: Callable[..., tuple[Tensor, ...]]
     family: str = ""
+    iterates: tuple[str, ...] = ()
     whole: bool = False
+    caution: bool = False
     dim: int | None = None
     torch_counts_steps: bool = True
     bitsandbytes: tuple[tuple[str, ...], ...] = ()
@@ -49,6 +53,11 @@ class Rule:
         object.__setattr__(self, "family", self.family or self.name)
         if len(self.states) > MAX_STATES:
             raise ValueError(f"rule {self.name!r} must have at most {MAX_STATES} states, got {len(self.states)}")
+
+    @property
+    def codable(self) -> dict[str, bool]:
+        """The states that may be stored in 8 bits."""
+        return {name: signed for name, signed in self.states.items() if name not in self.iterates}
 
 
 def check_alike(rule: Rule, what: str, found: object, where: str) -> None:

@@ -12,7 +12,9 @@ from opt8bit.optim.lars import LARS8bit
 from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.memory import memory_report
 from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.muon_adamw import MuonAdamW8bit
 from opt8bit.optim.rmsprop import RMSprop8bit
+from opt8bit.optim.schedule_free import AdamWScheduleFree8bit
 from opt8bit.optim.sgd import SGD8bit
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "Adagrad8bit",
     "Adam8bit",
     "AdamW8bit",
+    "AdamWScheduleFree8bit",
     "LAMB8bit",
     "LARS8bit",
     "Lion8bit",
     "Muon8bit",
+    "MuonAdamW8bit",
     "RMSprop8bit",
     "SGD8bit",
     "check_distributed_checkpoint",

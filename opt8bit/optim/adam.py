@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.caution import caution_mask, cautious
 from opt8bit.optim.options import Options, check_betas, check_flags, check_not_negative
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def adam(
     eps: float,
     weight_decay: float,
     maximize: float,
+    caution: bool = False,
 ) -> tuple[Tensor, ...]:
     """One step of Adam, with weight decay added to the gradient; all tensors of one shape.
 
@@ -48,8 +50,10 @@ def adam(
     else:
         second = max_exp_avg_sq.maximum(exp_avg_sq)
         states = (exp_avg, exp_avg_sq, second)
-    denominator = second.sqrt() / math.sqrt(bias_correction2) + eps
-    return param - (lr / bias_correction1) * (exp_avg / denominator), *states
+    direction = exp_avg / (second.sqrt() / math.sqrt(bias_correction2) + eps)
+    if caution:
+        direction = direction * caution_mask(exp_avg, grad)
+    return param - (lr / bias_correction1) * direction, *states
 
 
 def adamw(param: Tensor, *tensors: Tensor, lr: float, weight_decay: float, **hyper: float) -> tuple[Tensor, ...]:
@@ -73,21 +77,31 @@ ADAM = Rule(
     bitsandbytes_hyper={"decoupled_weight_decay": lambda group: True},  # its Adam decays as its AdamW does
 )
 ADAMW = replace(ADAM, name="adamw", update=adamw, bitsandbytes_hyper={})
-VARIANTS = {  # by whether weight decay is decoupled, and amsgrad
+PLAIN = {  # by whether weight decay is decoupled, and amsgrad
     (False, False): ADAM,
     (False, True): replace(ADAM, name="adam_amsgrad", states=MOMENTS_AMSGRAD, bitsandbytes=()),
     (True, False): ADAMW,
     (True, True): replace(ADAMW, name="adamw_amsgrad", states=MOMENTS_AMSGRAD, bitsandbytes=()),
 }
+VARIANTS = {False: PLAIN, True: {key: cautious(rule) for key, rule in PLAIN.items()}}  # by caution, then as those
+
+
+def check_adam(group: dict[str, Any]) -> None:
+    """Checks the hyper-parameters of a group that Adam or AdamW steps.
+
+    Raises:
+        ValueError: one is out of range; the words are torch.optim's where it refuses it, too.
+    """
+    check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
+    check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+    check_betas(group["betas"])
 
 
 class _AdamBase(Optimizer8bit):
-    rules = tuple(VARIANTS.values())
+    rules = tuple(rule for variants in VARIANTS.values() for rule in variants.values())
 
     def check_group(self, group: dict[str, Any]) -> None:
-        check_flags(group, *({"amsgrad", "decoupled_weight_decay"} & group.keys()))
-        check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
-        check_betas(group["betas"])
+        check_adam(group)
 
 
 class Adam8bit(_AdamBase):
@@ -143,7 +157,7 @@ class Adam8bit(_AdamBase):
         super().__init__(params, defaults, options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return VARIANTS[group["decoupled_weight_decay"], group["amsgrad"]]
+        return VARIANTS[group["caution"]][group["decoupled_weight_decay"], group["amsgrad"]]
 
 
 class AdamW8bit(_AdamBase):
@@ -184,4 +198,4 @@ class AdamW8bit(_AdamBase):
         super().__init__(params, defaults, options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return VARIANTS[True, group["amsgrad"]]
+        return VARIANTS[group["caution"]][True, group["amsgrad"]]

@@ -84,7 +84,7 @@ class Optimizer8bit(Stepping):
             if param.requires_grad:
                 self._check_supported(param, group)
             else:  # may be of any kind, but where torch.optim, too, looks at its shape
-                self.check_param(param)
+                self.check_param(param, group)
         if group["offload"]:
             others = [of for group in self.param_groups if group["offload"] for of in group["params"]]
             refuse_shared([*others, *tensors])
@@ -141,8 +141,8 @@ class Optimizer8bit(Stepping):
         """Loads a state dict of this optimizer, of its counterpart in torch.optim, or of bitsandbytes.
 
         Hyper-parameters come from the state dict; the options that say how states are stored and computed (every
-        option but ``maximize``) stay as they are. States that are stored otherwise than those say, in blocks of
-        another size or with other bits, are converted; those that are stored alike are taken bit for bit, and
+        option but ``maximize`` and ``caution``) stay as they are. States that are stored otherwise than those say, in
+        blocks of another size or with other bits, are converted; those that are stored alike are taken bit for bit, and
         training continues bit for bit. The state dict is left alone, and shares no memory with the optimizer.
 
         Hyper-parameters that bitsandbytes' groups lack keep their values. Its Adam decays weights as AdamW does, so

@@ -89,6 +89,8 @@ def _read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
         try:
             hyper = dialect.hyper(optimizer.rule(group), saved)
             merged = merged_group(optimizer, group, hyper, dialect.unused, dialect.missing, policy)
+            for param in group["params"]:
+                optimizer.check_param(param, merged)
         except ValueError as error:
             raise ValueError(f"parameter group {number}: {error}") from None
         rule, others = optimizer.rule(merged), optimizer.every_state()
@@ -246,8 +248,8 @@ def _stored(
     compensated, block_size = is_compensated(param, group), group["block_size"]
     parts: dict[str, Tensor] = {}
     for name, value in found.items():
-        if coded and name in rule.states:
-            coded_parts = codes_of(where, name, value, block_size, rule.states[name])
+        if coded and name in rule.codable:
+            coded_parts = codes_of(where, name, value, block_size, rule.codable[name])
             parts |= zip(stored_as(name), coded_parts, strict=True)
         else:
             parts[name] = value.decoded() if isinstance(value, Coded) else value

@@ -126,7 +126,7 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
     for entry in _entries(optimizer):
         if all(name in entry.state for name in entry.rule.states):
             full += 1
-        elif not all(stored in entry.state for name in entry.rule.states for stored in stored_as(name)):
+        elif not all(stored in entry.state for name in entry.rule.codable for stored in stored_as(name)):
             skipped += 1
         elif exact is None and entry.grad is None:
             skipped += 1
@@ -134,7 +134,7 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
             pairs = _next_coding(optimizer, entry) if exact is None else _against(entry, exact)
             rows += [
                 measure(entry.name, name, pairs[name], signed, entry.group["block_size"])
-                for name, signed in entry.rule.states.items()
+                for name, signed in entry.rule.codable.items()
             ]
     if skipped and not rows:
         needed = "states" if exact is not None else "states and a gradient (zero_grad() sets gradients to None)"
@@ -215,16 +215,17 @@ def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
             f"{entry.name}: the gradient must be dense and of shape {tuple(param.shape)}, "
             f"got {grad.layout} and {tuple(grad.shape)}"
         )
-    stored = {name: [entry.state[each] for each in stored_as(name)] for name in entry.rule.states}
-    states = [
-        decode_state(codes, scale, entry.rule.states[name], block_size) for name, (codes, scale) in stored.items()
-    ]
+    rule, states = entry.rule, dict(entry.state)
+    for name, signed in rule.codable.items():
+        codes, scale = stored_as(name)
+        states[name] = decode_state(entry.state[codes], entry.state[scale], signed, block_size)
     step = entry.state["step"].item() + 1
     hyper = optimizer.hyper(entry.group)
-    _, *exact = entry.rule.update(param.float(), grad.float(), *states, step=step, **hyper)
+    _, *exact = rule.update(param.float(), grad.float(), *(states[name] for name in rule.states), step=step, **hyper)
     return {
-        name: _Pair(*encode_state(new, signed, block_size), new)
-        for (name, signed), new in zip(entry.rule.states.items(), exact, strict=True)
+        name: _Pair(*encode_state(new, rule.codable[name], block_size), new)
+        for name, new in zip(rule.states, exact, strict=True)
+        if name in rule.codable
     }
 
 
@@ -237,7 +238,7 @@ def _against(entry: _Entry, exact: torch.optim.Optimizer) -> dict[str, _Pair]:
     if len(set(steps)) > 1:
         raise ValueError(f"{entry.name}: exact must have taken {steps[0]:.0f} steps, too, got {steps[1]:.0f}")
     pairs = {}
-    for name in entry.rule.states:
+    for name in entry.rule.codable:
         if stored_as(name)[0] in state:
             raise ValueError(f"{entry.name}: exact has 8-bit states; give it state_bits=32")
         value = shards.everywhere(state.get(name))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.caution import caution_mask, cautious
 from opt8bit.optim.options import Options, check_betas, check_not_negative
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def lion(
     beta2: float,
     weight_decay: float,
     maximize: float,
+    caution: bool = False,
 ) -> tuple[Tensor, ...]:
     """One step of Lion; all tensors of one shape.
 
@@ -32,12 +34,15 @@ def lion(
     """
     grad = -grad if maximize else grad
     direction = (beta1 * exp_avg + (1 - beta1) * grad).sign()
+    if caution:
+        direction = direction * caution_mask(direction, grad)
     exp_avg = beta2 * exp_avg + (1 - beta2) * grad
     return param * (1 - lr * weight_decay) - lr * direction, exp_avg
 
 
 HYPER = ("lr", "beta1", "beta2", "weight_decay", "maximize")
 RULE = Rule("lion", {"exp_avg": True}, HYPER, lion, torch_counts_steps=False, bitsandbytes=(("exp_avg",),))
+CAUTIOUS = cautious(RULE)
 
 
 class Lion8bit(Optimizer8bit):
@@ -64,7 +69,7 @@ class Lion8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization; Symbolic Discovery of Optimization Algorithms.
     """
 
-    rules = (RULE,)
+    rules = (RULE, CAUTIOUS)
 
     def __init__(
         self,
@@ -79,3 +84,6 @@ class Lion8bit(Optimizer8bit):
     def check_group(self, group: dict[str, Any]) -> None:
         check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return CAUTIOUS if group["caution"] else self.rules[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opt8bit.backends import Rule
 from opt8bit.optim import every, shards
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.muon_adamw import MuonAdamW8bit
 from opt8bit.optim.options import Options
 from opt8bit.optim.states import specs, will_be_coded
 from opt8bit.optim.table import aligned
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Maker = Callable[..., "Optimizer8bit | None"]
+Named = Iterable[tuple[str, Tensor]]  # parameters with their names
 
 
 def _maker(kind: type[Optimizer8bit]) -> tuple[str, Maker]:
@@ -28,20 +30,25 @@ def _maker(kind: type[Optimizer8bit]) -> tuple[str, Maker]:
     make: Any = kind
     dims = {rule.dim for rule in kind.rules}
 
-    def made_for_some(params: Sequence[Tensor], **options: Unpack[Options]) -> Optimizer8bit | None:
-        taken = [param for param in params if param.dim() in dims and not param.is_complex()]
+    def made(named: Named, **options: Any) -> Optimizer8bit:
+        return make([param for _, param in named], **options)
+
+    def made_for_some(named: Named, **options: Unpack[Options]) -> Optimizer8bit | None:
+        taken = [param for _, param in named if param.dim() in dims and not param.is_complex()]
         return make(taken, **options) if taken else None
 
+    if kind is MuonAdamW8bit:  # which chooses by names
+        return kind.__name__, make
     if None not in dims:
         return f"{kind.__name__}, matrices only", made_for_some
     momentum = inspect.signature(kind).parameters.get("momentum")
     if momentum is not None and momentum.default == 0 and any(not rule.states for rule in kind.rules):
-        return f"{kind.__name__}, momentum", partial(make, momentum=0.9)
-    return kind.__name__, make
+        return f"{kind.__name__}, momentum", partial(made, momentum=0.9)
+    return kind.__name__, made
 
 
-# What a model's report compares, each called with the model's parameters and the options. Which states there are
-# is asked of the optimizer that comes back.
+# What a model's report compares, each called with the model's named parameters and the options. Which states there
+# are is asked of the optimizer that comes back.
 OPTIMIZERS: dict[str, Maker] = dict(map(_maker, every.OPTIMIZERS))
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -118,7 +125,7 @@ def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **optio
         kind = f"{type(subject).__module__}.{type(subject).__qualname__}"
         raise TypeError(f"memory_report takes a module or an optimizer of opt8bit, got {kind}")
     params = list(subject.parameters())
-    trained = [param for param in params if param.requires_grad]
+    trained = [(name, param) for name, param in subject.named_parameters() if param.requires_grad]
     if not trained:
         raise ValueError("the model has no parameter that requires a gradient: nothing to optimize")
     made = {name: make(trained, **options) for name, make in OPTIMIZERS.items()}

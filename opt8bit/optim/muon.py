@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,40 +21,44 @@ PANEL = 256  # rows of a symmetric product that are computed together
 
 
 def orthogonalized(
-    x: Tensor,  # (rows, columns)
+    x: Tensor,  # (rows, columns), or a batch of such matrices, (batch, rows, columns)
     coefficients: tuple[float, float, float],
     steps: int,
     eps: float,
 ) -> Tensor:
     """Newton-Schulz iterations towards the nearest matrix with orthonormal rows or columns, in bfloat16.
 
-    Two of an iteration's three products are symmetric.
+    Two of an iteration's three products are symmetric. The matrices of a batch are iterated together, each for itself.
 
     Source: Muon: An optimizer for hidden layers in neural networks (Jordan et al., 2024).
     """
     a, b, c = coefficients
-    is_tall = x.shape[0] > x.shape[1]
+    is_tall = x.shape[-2] > x.shape[-1]
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     x = x.bfloat16()
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=eps)
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = symmetric_product(x, x.T)
-        x = torch.addmm(x, symmetric_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = symmetric_product(x, x.mT)
+        x = add_product(x, symmetric_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 def symmetric_product(
-    left: Tensor,  # (n, m)
-    right: Tensor,  # (m, n)
-    added: Tensor | None = None,  # (n, n), symmetric
+    left: Tensor,  # (n, m) or (batch, n, m)
+    right: Tensor,  # (m, n) or (batch, m, n)
+    added: Tensor | None = None,  # (n, n) or (batch, n, n), symmetric
     *,
     beta: float = 1.0,
     alpha: float = 1.0,
 ) -> Tensor:
     """``beta * added + alpha * left @ right``, (n, n), known to be symmetric: half of it is computed, half copied.
 
-    By panels of rows, where the matrix is large enough for that to pay. (On GPUs that has not been measured.)
+    By panels of rows, where the matrix is large enough for that to pay. (On GPUs that has not been measured.) Products
+    of a batch are computed in full.
     """
+    if left.dim() == 3:
+        return left @ right if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
     n = len(left)
     panel = PANEL if left.device.type == "cpu" and n >= 2 * PANEL else max(n, 1)
     whole = left.new_empty(n, n)
@@ -92,8 +97,11 @@ def muon(
     eps: float,
     adjust_lr_fn: str | None,
     maximize: bool,
+    heads: int = 1,
 ) -> tuple[Tensor, ...]:
-    """One step of Muon; all tensors of one shape (rows, columns).
+    """One step of Muon; all tensors of one shape: (rows, columns), or a batch of matrices, (batch, rows, columns).
+
+    With several ``heads``, the rows of a matrix are that many matrices below each other. Each is stepped for itself.
 
     Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training; Deriving Muon
     (Bernstein, 2025).
@@ -101,8 +109,10 @@ def muon(
     grad = -grad if maximize else grad
     momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
-    direction = orthogonalized(direction, ns_coefficients, ns_steps, eps).to(param.dtype)
-    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*param.shape)
+    if heads > 1:
+        direction = direction.reshape(heads, len(param) // heads, param.shape[-1])
+    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*direction.shape[-2:])
+    direction = orthogonalized(direction, ns_coefficients, ns_steps, eps).to(param.dtype).reshape(param.shape)
     return (param * (1 - lr * weight_decay)).add(direction, alpha=-adjusted_lr), momentum_buffer
 
 
@@ -118,6 +128,30 @@ HYPER = (
     "maximize",
 )
 RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True, dim=2, torch_counts_steps=False)
+RULE_OF_BATCHES = replace(RULE, name="muon_of_batches", hyper=(*HYPER, "heads"), dim=None)
+
+
+def check_muon(group: dict[str, Any]) -> None:
+    """Checks the hyper-parameters of a group that Muon steps.
+
+    Raises:
+        ValueError: one is out of range; the words are torch.optim's where it refuses it, too.
+    """
+    check_flags(group, "nesterov")
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, label in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
+        if not LEAST.get(name, 0.0) <= group[name]:
+            raise ValueError(f"{label} should be >= 0 but is: {group[name]}")
+    check_not_negative(eps=group["eps"])
+    if len(group["ns_coefficients"]) != 3:
+        raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
+    if group["fused"]:
+        raise ValueError("fused=True, but Muon's matrix products are torch's; leave fused out")
+    if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:
+        raise ValueError(f"ns_steps must be an integer from 0 to 99, got {group['ns_steps']!r}")
+    if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUSTMENTS:
+        raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
 
 
 class Muon8bit(Optimizer8bit):
@@ -182,23 +216,9 @@ class Muon8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        check_flags(group, "nesterov")
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        for name, label in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
-            if not LEAST.get(name, 0.0) <= group[name]:
-                raise ValueError(f"{label} should be >= 0 but is: {group[name]}")
-        check_not_negative(eps=group["eps"])
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
-        if group["fused"]:
-            raise ValueError("fused=True, but Muon's matrix products are torch's; leave fused out")
-        if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:
-            raise ValueError(f"ns_steps must be an integer from 0 to 99, got {group['ns_steps']!r}")
-        if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUSTMENTS:
-            raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
+        check_muon(group)
 
-    def check_param(self, param: Tensor) -> None:
-        super().check_param(param)
+    def check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        super().check_param(param, group)
         if param.is_complex():
             raise RuntimeError("Muon does not support complex parameters")

@@ -19,6 +19,8 @@ class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes; each is an option of a parameter group, too.
 
     maximize: ascend instead of descend (default False).
+    caution: leave out of a step the elements that it would move against their gradients, and scale it by one over the
+        share of the others in the whole parameter (default False). AdamW, Adam, Lion and SGD with momentum have it.
     stochastic_rounding: round bfloat16 parameters up or down by chance, so that small updates are not lost but come
         through on average (default False). Other dtypes are not affected; float16 is refused.
     compensation: keep beside a bfloat16 parameter the 16 bits that it has no room for, so that it is trained as a
@@ -46,6 +48,7 @@ class Options(TypedDict, total=False):
     """
 
     maximize: bool
+    caution: bool
     stochastic_rounding: bool
     compensation: bool
     seed: int
@@ -61,6 +64,7 @@ class Options(TypedDict, total=False):
 
 DEFAULTS = Options(
     maximize=False,
+    caution=False,
     stochastic_rounding=False,
     compensation=False,
     seed=0,
@@ -74,7 +78,7 @@ DEFAULTS = Options(
     differentiable=False,
 )
 
-KEPT = tuple(name for name in DEFAULTS if name != "maximize")  # what loading a state dict does not change
+KEPT = tuple(name for name in DEFAULTS if name not in ("maximize", "caution"))  # what loading does not change
 
 
 def _is_integer(value: object, least: int, most: int) -> bool:
@@ -83,6 +87,7 @@ def _is_integer(value: object, least: int, most: int) -> bool:
 
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {  # whether an option may have a value, and which it may
     "maximize": (lambda value: isinstance(value, bool), "True or False"),
+    "caution": (lambda value: isinstance(value, bool), "True or False"),
     "stochastic_rounding": (lambda value: isinstance(value, bool), "True or False"),
     "compensation": (lambda value: isinstance(value, bool), "True or False"),
     "seed": (lambda value: _is_integer(value, 0, 2**63 - 1), "an integer from 0 to 2^63 - 1"),

@@ -166,14 +166,18 @@ def _every(asked: Sequence[Asked], states: States) -> list[_Each]:
 def _names(asked: Asked, each: _Each) -> tuple[str, ...]:
     """Returns the names of what a step reads and writes among a parameter's states."""
     rule = asked.rule
-    stored = chain.from_iterable(map(stored_as, rule.states)) if is_coded(each.state, rule) else rule.states
+    coded = rule.codable if is_coded(each.state, rule) else {}
+    stored = chain.from_iterable(stored_as(name) if name in coded else (name,) for name in rule.states)
     return ("step", *stored, *([COMPENSATION] if is_compensated(each.param, asked.group) else []))
 
 
 def _divided(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequence[str]]) -> list[_Share]:
-    """Divides parameters among the backends, each of which gets those of one kind together."""
+    """Divides parameters among the backends, each of which gets those of one kind together.
+
+    Those whose rule has a kernel are apart from those whose has none, as torch computes the whole share then.
+    """
     shared_within = [overlapping(each.params) for each in asked]
-    kinds: dict[Backend, dict[_Kind, list[int]]] = {}
+    kinds: dict[tuple[Backend, bool], dict[_Kind, list[int]]] = {}
     staged: set[int] = set()
     positions: list[int] = []
     for index, (group, i, param, grad, _, state) in enumerate(every):
@@ -186,10 +190,10 @@ def _divided(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Seq
             staged.add(index)
         coded, compensated = is_coded(state, of_group.rule), is_compensated(param, of_group.group)
         kind = _Kind(group, param.device, param.dtype, coded, compensated)
-        kinds.setdefault(backend, {}).setdefault(kind, []).append(index)
+        kinds.setdefault((backend, backend.has_kernel(of_group.rule)), {}).setdefault(kind, []).append(index)
     first = 2 * len(every) + numpy.cumsum([0, *map(len, names)])
     shares = []
-    for backend, members in kinds.items():
+    for (backend, _), members in kinds.items():
         indices = list(chain.from_iterable(members.values()))
         batches = [_batch(kind, asked[kind.group], mine, every, positions) for kind, mine in members.items()]
         places = _places(indices, first, names, [asked[every[i].group].rule for i in indices])

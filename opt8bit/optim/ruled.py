@@ -74,14 +74,16 @@ class Ruled(torch.optim.Optimizer):
         rule = self.rule(group)
         if group["maximize"] and "maximize" not in rule.hyper:
             raise ValueError(f"maximize must be False for {type(self).__name__}, whose rule does not have it, got True")
+        if group["caution"] and not rule.caution:
+            raise ValueError(f"caution must be False for {type(self).__name__}, whose rule does not have it, got True")
         return rule
 
-    def check_param(self, param: Tensor) -> None:
-        """Raises where the rules cannot take a parameter."""
-        for rule in self.rules:
-            if rule.dim not in (None, param.dim()):
-                taken = f"{type(self).__name__.removesuffix('8bit')} only supports {rule.dim}D parameters"
-                raise ValueError(f"{taken} whereas we found a parameter with size: {param.size()}")
+    def check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Raises where the rule of a group cannot take a parameter."""
+        rule = self.rule(group)
+        if rule.dim not in (None, param.dim()):
+            taken = f"{type(self).__name__.removesuffix('8bit')} only supports {rule.dim}D parameters"
+            raise ValueError(f"{taken} whereas we found a parameter with size: {param.size()}")
 
     @abstractmethod
     def check_group(self, group: dict[str, Any]) -> None:

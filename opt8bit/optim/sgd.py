@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
+from opt8bit.optim.caution import caution_mask, cautious
 from opt8bit.optim.options import Options, check_flags, check_not_negative, check_number
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def sgd(
     weight_decay: float,
     nesterov: float,
     maximize: float,
+    caution: bool = False,
 ) -> tuple[Tensor, ...]:
     """One step of SGD, with momentum where a ``momentum_buffer`` is given; all tensors of one shape.
 
@@ -41,6 +43,8 @@ def sgd(
         return (param - lr * grad,)
     momentum_buffer = momentum * momentum_buffer + (1 if step == 1 else 1 - dampening) * grad
     direction = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+    if caution:
+        direction = direction * caution_mask(direction, grad)
     return param - lr * direction, momentum_buffer
 
 
@@ -54,10 +58,8 @@ SGD = Rule(
     torch_counts_steps=False,
     bitsandbytes_hyper={"momentum": lambda group: group["betas"][0]},
 )
-VARIANTS = {  # by whether there is momentum
-    False: SGD,
-    True: replace(SGD, name="sgd_momentum", states={"momentum_buffer": True}, bitsandbytes=(("momentum_buffer",),)),
-}
+MOMENTUM = replace(SGD, name="sgd_momentum", states={"momentum_buffer": True}, bitsandbytes=(("momentum_buffer",),))
+CAUTIOUS = cautious(MOMENTUM)
 
 
 class SGD8bit(Optimizer8bit):
@@ -87,7 +89,7 @@ class SGD8bit(Optimizer8bit):
     Source: 8-bit Optimizers via Block-wise Quantization.
     """
 
-    rules = tuple(VARIANTS.values())
+    rules = (SGD, MOMENTUM, CAUTIOUS)
     counterpart = "SGD"
 
     def __init__(
@@ -115,6 +117,10 @@ class SGD8bit(Optimizer8bit):
         check_not_negative(lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if group["caution"] and group["momentum"] == 0:
+            raise ValueError("caution=True takes momentum, as a gradient never moves against itself, got momentum=0")
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return VARIANTS[bool(group["momentum"] != 0)]
+        if group["momentum"] == 0:
+            return SGD
+        return CAUTIOUS if group["caution"] else MOMENTUM

@@ -94,9 +94,9 @@ def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Ma
 
     Where someone has put all of them in full beside their codes, it is decided again, as for new ones.
     """
-    in_full = [name for name in rule.states if name in state]
+    in_full = [name for name in rule.codable if name in state]
     if is_coded(state, rule):
-        return len(in_full) < len(rule.states) or is_8bit(param, group)
+        return len(in_full) < len(rule.codable) or is_8bit(param, group)
     return not in_full and is_8bit(param, group)
 
 
@@ -111,7 +111,7 @@ def specs(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> d
     is_counted_there = group["fused"] is not False and counts_on_device(param, rule)
     result = {"step": Spec(torch.Size(), torch.float32, param.device if is_counted_there else torch.device("cpu"))}
     for name in rule.states:
-        if coded:
+        if coded and name in rule.codable:
             codes, scale = stored_as(name)
             shape = torch.Size(block_view(param.shape, group["block_size"]).absmax_shape)
             result[codes] = Spec(param.shape, torch.uint8, param.device)
@@ -148,7 +148,9 @@ def initialized(
     first_values = _first_values(rule, coded, initial, param.is_complex())
     result = {}
     for name, spec in specs(param, rule, group, coded).items():
-        if name not in present:
+        if name not in present and name in rule.iterates:
+            result[name] = param.detach().to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
+        elif name not in present:
             value = first_values.get(name, 0)
             result[name] = torch.full(spec.shape, value, dtype=spec.dtype, device=spec.device)
         elif isinstance(present[name], Tensor) and (name == "step" or group["offload"]):
@@ -192,7 +194,7 @@ def _coded_again(
         ValueError: one is not dense, finite, and of the parameter's shape; or is negative where it cannot be.
     """
     result = {}
-    for name, signed in rule.states.items():
+    for name, signed in rule.codable.items():
         if name not in state:
             continue
         value = state[name]

@@ -280,7 +280,7 @@ class Stepping(Ruled):
             )
         if group["capturable"] and group["offload"]:
             raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
-        self.check_param(param)
+        self.check_param(param, group)
 
 
 def _leave_to_python() -> None:

@@ -4,6 +4,7 @@ processes, and leaves in the file what went wrong in each of them."""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 import traceback
@@ -126,6 +127,14 @@ def rules_that_look_at_whole_parameters() -> None:
     for kind in (opt8bit.LAMB8bit, opt8bit.LARS8bit, opt8bit.Muon8bit):
         for shape, placement in cases:
             assert_same(*train(kind, shape, mesh(), [placement]))
+    for kind in (opt8bit.AdamW8bit, opt8bit.Lion8bit, functools.partial(opt8bit.SGD8bit, momentum=0.9)):
+        for shape, placement in cases:
+            assert_same(*train(kind, shape, mesh(), [placement], caution=True))
+    for use_muon in (True, False):
+        for shape, placement in cases:
+            assert_same(*train(opt8bit.MuonAdamW8bit, shape, mesh(), [placement], use_muon=use_muon))
+    assert_same(*train(opt8bit.MuonAdamW8bit, (64, 1024), mesh(), [Shard(0)], use_muon=True, heads=8))
+    assert_same(*train(opt8bit.MuonAdamW8bit, (6, 64, 96), mesh(), [Shard(0)], use_muon=True))
     options: dict[str, Any] = {"stochastic_rounding": True, "dtype": torch.bfloat16}
     assert_same(*train(opt8bit.LAMB8bit, (18, 512), mesh(), [Shard(0)], **options))
 

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[..., opt8bit.optim.base.Optimizer8bit], torch.dt
     "RMSprop": (opt8bit.RMSprop8bit, torch.float32, {"lr": 1e-3, "centered": True, "momentum": 0.9}),
     "Adagrad": (opt8bit.Adagrad8bit, torch.float32, {"lr": 1e-2, "initial_accumulator_value": 0.1}),
     "AdEMAMix": (opt8bit.AdEMAMix8bit, torch.float32, {"lr": 1e-3}),
+    "MuonAdamW": (opt8bit.MuonAdamW8bit, torch.float32, {"lr": 1e-3}),
     "AdamW, bfloat16": (opt8bit.AdamW8bit, torch.bfloat16, {"lr": 1e-2}),
     "AdamW, stochastic": (opt8bit.AdamW8bit, torch.bfloat16, {"lr": 1e-4, "stochastic_rounding": True, "seed": 3}),
     "AdamW, compensation": (opt8bit.AdamW8bit, torch.bfloat16, {"lr": 1e-4, "compensation": True}),
@@ -65,7 +66,7 @@ def made(case: str) -> tuple[nn.Module, opt8bit.optim.base.Optimizer8bit]:
     model: nn.Module = Tensors(dtype)
     if dist.is_initialized():
         fully_shard(model)
-    return model, kind(model.parameters(), **options)
+    return model, kind(model if kind is opt8bit.MuonAdamW8bit else model.parameters(), **options)
 
 
 def placed_as(whole: Tensor, param: Tensor) -> Tensor:

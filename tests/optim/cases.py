@@ -5,7 +5,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import LAMB, LARS, AdEMAMix, Lion
+from oracles import (
+    LAMB,
+    LARS,
+    AdamWScheduleFree,
+    AdEMAMix,
+    CautiousAdam,
+    CautiousAdamW,
+    CautiousLion,
+    CautiousSGD,
+    Lion,
+    MuonAdamW,
+)
 from torch import Tensor, nn
 
 import opt8bit
@@ -21,6 +32,15 @@ class Case(NamedTuple):
 
 
 LR64 = torch.tensor(0.01, dtype=torch.float64)
+
+
+def schedule_free(params: Any, **hyper: Any) -> opt8bit.AdamWScheduleFree8bit:
+    """In train mode, as it has to be for a step."""
+    optimizer = opt8bit.AdamWScheduleFree8bit(params, **hyper)
+    optimizer.train()
+    return optimizer
+
+
 ADAM: dict[str, dict[str, Any]] = {
     "defaults": {},
     "weight decay": {"weight_decay": 0.1},
@@ -116,11 +136,67 @@ VARIANTS: list[tuple[Callable[..., Optimizer8bit], type[torch.optim.Optimizer], 
             "tensor lr": {"lr": LR64},
         },
     ),
+    (
+        opt8bit.MuonAdamW8bit,
+        MuonAdamW,
+        {
+            "AdamW": {"use_muon": False},
+            "AdamW, betas": {"use_muon": False, "betas": (0.8, 0.95), "weight_decay": 0.05},
+            "AdamW, maximize": {"use_muon": False, "maximize": True},
+            "AdamW, tensor lr": {"use_muon": False, "lr": LR64},
+        },
+    ),
+    (
+        opt8bit.AdamW8bit,
+        CautiousAdamW,
+        {
+            "caution": {"caution": True, "weight_decay": 0.1},
+            "caution, amsgrad": {"caution": True, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
+        },
+    ),
+    (
+        opt8bit.Adam8bit,
+        CautiousAdam,
+        {
+            "caution": {"caution": True, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+            "caution, maximize": {"caution": True, "weight_decay": 0.1, "maximize": True},
+            "caution, amsgrad": {"caution": True, "weight_decay": 0.1, "amsgrad": True},
+        },
+    ),
+    (
+        opt8bit.Lion8bit,
+        CautiousLion,
+        {
+            "caution": {"caution": True, "weight_decay": 0.1, "lr": 1e-2},
+            "caution, maximize": {"caution": True, "maximize": True},
+        },
+    ),
+    (
+        opt8bit.SGD8bit,
+        CautiousSGD,
+        {
+            "caution": {"caution": True, "momentum": 0.9, "weight_decay": 0.1, "lr": 0.01},
+            "caution, nesterov": {"caution": True, "momentum": 0.9, "nesterov": True, "maximize": True},
+            "caution, dampening": {"caution": True, "momentum": 0.9, "dampening": 0.5},
+        },
+    ),
+    (
+        schedule_free,
+        AdamWScheduleFree,
+        {
+            "defaults": {},
+            "warmup": {"warmup_steps": 3, "weight_decay": 0.1},
+            "powers": {"r": 0.5, "weight_lr_power": 1.0, "betas": (0.95, 0.99), "eps": 1e-3},
+            "maximize": {"maximize": True, "weight_decay": 0.1},
+            "tensor lr": {"lr": LR64},
+        },
+    ),
 ]
 # Its iterations run in bfloat16: see test_muon.py for how it is held against torch.optim.Muon.
 MUON = {
     "Muon8bit defaults": Case(opt8bit.Muon8bit, torch.optim.Muon, {}),
     "Muon8bit plain momentum": Case(opt8bit.Muon8bit, torch.optim.Muon, {"nesterov": False, "weight_decay": 0.0}),
+    "MuonAdamW8bit Muon": Case(opt8bit.MuonAdamW8bit, MuonAdamW, {"use_muon": True}),
 }
 CASES: dict[str, Case] = {
     f"{ours.__name__} {name}": Case(ours, oracle, hyper)
@@ -142,11 +218,16 @@ STATEFUL: dict[str, Case] = {
             "LAMB8bit defaults",
             "LARS8bit weight decay",
             "AdEMAMix8bit schedules",
+            "AdamW8bit caution",
+            "Lion8bit caution",
+            "SGD8bit caution",
         )
     },
+    "MuonAdamW8bit AdamW": CASES["MuonAdamW8bit AdamW"],
     "Muon8bit defaults": MUON["Muon8bit defaults"],
+    "MuonAdamW8bit Muon": MUON["MuonAdamW8bit Muon"],
 }
-ANY_SHAPE = {name: case for name, case in STATEFUL.items() if case.ours is not opt8bit.Muon8bit}
+ANY_SHAPE = {name: case for name, case in STATEFUL.items() if name not in MUON}
 
 
 def one_of_each_rule() -> dict[str, str]:

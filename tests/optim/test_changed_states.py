@@ -80,7 +80,7 @@ ZEROED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("way", ZEROED)
-@pytest.mark.parametrize("name", [name for name in STATEFUL if name != "Muon8bit defaults"])
+@pytest.mark.parametrize("name", ANY_SHAPE)
 def test_a_zeroed_state_is_zero(name: str, way: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the states by itself, signed or not, and all together."""
     use(monkeypatch, backend)

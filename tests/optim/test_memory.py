@@ -38,6 +38,8 @@ def step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.ones_like(param) if param.requires_grad else None
+    if isinstance(optimizer, opt8bit.AdamWScheduleFree8bit):
+        optimizer.train()
     optimizer.step()
 
 
@@ -58,13 +60,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_states_are_counted_as_they_are_allocated(name: str, options: dict[str, Any]) -> None:
-    optimizer = memory.OPTIMIZERS[name](model().parameters(), **options)
+    optimizer = memory.OPTIMIZERS[name](model().named_parameters(), **options)
     assert optimizer is not None
     before = row(optimizer)
     step(optimizer)
     assert before == row(optimizer)
     assert before.state_bytes == allocated(optimizer)
-    full = memory.OPTIMIZERS[name](model().parameters(), **{**options, "state_bits": 32})
+    full = memory.OPTIMIZERS[name](model().named_parameters(), **{**options, "state_bits": 32})
     assert full is not None
     step(full)
     assert before.state_bytes_32 == allocated(full)
@@ -74,7 +76,7 @@ def test_states_are_counted_as_they_are_allocated(name: str, options: dict[str, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_every_dtype_is_counted(name: str, dtype: torch.dtype) -> None:
     network = model(dtype)
-    optimizer = memory.OPTIMIZERS[name](network.parameters())
+    optimizer = memory.OPTIMIZERS[name](network.named_parameters())
     assert optimizer is not None
     report = row(optimizer)
     step(optimizer)
@@ -141,7 +143,7 @@ def test_sgd_without_momentum_keeps_its_step_count() -> None:
 def test_a_model_is_reported_under_every_optimizer_and_needs_no_memory() -> None:
     classes = {getattr(opt8bit.optim, exported) for exported in opt8bit.optim.__all__}
     expected = {each for each in classes if isinstance(each, type) and issubclass(each, Optimizer8bit)}
-    assert {type(make(model().parameters())) for make in memory.OPTIMIZERS.values()} == expected
+    assert {type(make(model().named_parameters())) for make in memory.OPTIMIZERS.values()} == expected
     on_meta = opt8bit.memory_report(model().to("meta"), block_size=64)
     assert on_meta == opt8bit.memory_report(model(), block_size=64)
     assert on_meta != opt8bit.memory_report(model())

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ANY_SHAPE, STATEFUL, Case, gradients, parameter, train, use
+from cases import ANY_SHAPE, MUON, STATEFUL, Case, gradients, parameter, rule_of, train, use
 from torch import nn
 
 import opt8bit
+from opt8bit.optim.ruled import RULES
 
-ELEMENTWISE = [name for name in ANY_SHAPE if not name.startswith(("LAMB", "LARS"))]  # these look at whole norms
+ELEMENTWISE = [name for name, case in ANY_SHAPE.items() if not RULES[rule_of(case)].whole]
 
 
 @pytest.mark.slow_interpreted
@@ -53,7 +54,7 @@ def test_the_element_itself_becomes_what_the_oracle_makes_of_it(name: str, value
 
 
 def skip_without_kernels(case: Case, backend: str, fused: bool | None) -> None:
-    if fused and (case.ours is opt8bit.Muon8bit or backend == "reference"):
+    if fused and (case in MUON.values() or backend == "reference"):
         pytest.skip("fused=True takes compiled kernels of the rule")
 
 
@@ -130,7 +131,7 @@ def test_unscaling_is_left_to_the_step_if_every_group_says_so() -> None:
 def test_zero_gradients_never_move_a_parameter() -> None:
     """In 1,000 steps, whatever the neighbours do. Bins of equal width would code an exact 0 as a small number."""
     for case in STATEFUL.values():
-        if case.ours is opt8bit.Muon8bit:  # which mixes the elements of a matrix
+        if case in MUON.values():  # which mixes the elements of a matrix
             continue
         param = parameter(shape=(16, 512))
         before = param.detach().clone()

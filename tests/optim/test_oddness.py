@@ -74,7 +74,7 @@ def skip_unless_products_repeat(case: Case) -> None:
     hyper = {"momentum": 0.95, "lr": 1e-3, "weight_decay": 0.1, "nesterov": True}
     for shape in SHAPES[:2]:
         param, grad = parameter(0, shape).detach(), gradients(1, shape)[0]
-        optimizer = case.ours([nn.Parameter(param)])
+        optimizer = case.ours([nn.Parameter(param)], **case.hyper)
         full = {**optimizer.hyper(optimizer.param_groups[0]), **hyper}
         results = [muon(param, grad, torch.zeros(shape), step=1, **full)[0] for _ in range(3)]
         if not all(torch.equal(result, results[0]) for result in results):

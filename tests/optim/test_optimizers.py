@@ -399,9 +399,9 @@ def test_training_continues_bit_for_bit(stateful: Case, dtype: torch.dtype) -> N
 )
 def test_bad_hyper_parameters_are_refused(any_shape: Case, hyper: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        any_shape.ours([parameter()], **hyper)
+        any_shape.ours([parameter()], **{**any_shape.hyper, **hyper})
     with pytest.raises(ValueError, match=message):
-        any_shape.ours([parameter()]).add_param_group({"params": [parameter(1)], **hyper})
+        any_shape.ours([parameter()], **any_shape.hyper).add_param_group({"params": [parameter(1)], **hyper})
 
 
 @pytest.mark.parametrize(

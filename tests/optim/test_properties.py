@@ -15,7 +15,7 @@ import opt8bit
 HALF_ULP = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 2**-53}
 SMALLEST = {torch.float32: 2**-149, torch.bfloat16: 2**-133, torch.float16: 2**-24, torch.float64: 2**-1074}
 
-OURS = {ours.__name__: (ours, oracle, variants) for ours, oracle, variants in VARIANTS}
+OURS = {f"{ours.__name__} {oracle.__name__}": (ours, oracle, variants) for ours, oracle, variants in VARIANTS}
 
 
 @st.composite

@@ -118,7 +118,7 @@ BITSANDBYTES = Dialect(
     _states,
     unused=("betas", "eps", "weight_decay", "alpha", "t_alpha", "t_beta3"),
     missing=(
-        *("maximize", "amsgrad", "decoupled_weight_decay", "dampening", "nesterov", "momentum", "centered"),
+        *("maximize", "caution", "amsgrad", "decoupled_weight_decay", "dampening", "nesterov", "momentum", "centered"),
         *("lr_decay", "initial_accumulator_value", "bias_correction", "adapt", "trust_coefficient"),
     ),
     keeps_others=False,

@@ -24,8 +24,8 @@ class Place(NamedTuple):
     others: Collection[str]  # states that the optimizer has with other hyper-parameters: they may lie about
 
 
-# Hyper-parameters that torch.optim's state dicts of some time lack: torch, too, takes the optimizer's own then.
-ADDED_LATER = ("amsgrad", "maximize", "decoupled_weight_decay", "nesterov", "momentum", "centered")
+# Hyper-parameters that state dicts of some time lack: the optimizer's own are taken then, as torch does.
+ADDED_LATER = ("amsgrad", "maximize", "decoupled_weight_decay", "nesterov", "momentum", "centered", "caution")
 
 # The states of every optimizer whose state dicts are told apart. What has another name is not an optimizer's, but of
 # something around it, such as the slow weights of Lookahead.
@@ -39,6 +39,7 @@ OPTIMIZERS_OWN = (
         "square_avg",
         "variance",
         "grad_avg",
+        "z",
     ),
     *("sum", "exp_inf", "mu_product", "acc_delta", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"),
 )

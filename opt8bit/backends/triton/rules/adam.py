@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from opt8bit.backends.triton.rules.rule import Functions, decayed, power, quotient, sign_of_grad
+from opt8bit.backends.triton.rules.rule import (
+    Functions,
+    agreement,
+    caution_measure,
+    caution_scale,
+    decayed,
+    power,
+    quotient,
+    sign_of_grad,
+)
 
 
 class AdamConstants(NamedTuple):
@@ -19,6 +28,7 @@ class AdamConstants(NamedTuple):
     inverse_root2: Any
     eps: Any
     step_size: Any
+    caution: Any
 
 
 @triton.jit
@@ -34,6 +44,7 @@ def adam_constants(lr, beta1, beta2, eps, weight_decay, maximize, step, norms):
         inverse_root2=1 / tl.sqrt(1 - power(beta2, step)),
         eps=eps,
         step_size=lr / (1 - power(beta1, step)),
+        caution=caution_scale(norms),
     )
 
 
@@ -87,9 +98,73 @@ def adamw_amsgrad(param, grad, states, constants):
     return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
+@triton.jit
+def cautious(exp_avg, grad, constants):
+    return exp_avg * (agreement(exp_avg, grad) * constants.caution)
+
+
+@triton.jit
+def adam_cautious(param, grad, states, constants):
+    constants = AdamConstants(*constants)
+    exp_avg, exp_avg_sq = states
+    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
+    return adam_descend(param, cautious(exp_avg, grad, constants), exp_avg_sq, constants), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def adam_amsgrad_cautious(param, grad, states, constants):
+    constants = AdamConstants(*constants)
+    exp_avg, exp_avg_sq, max_exp_avg_sq = states
+    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
+    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+    param = adam_descend(param, cautious(exp_avg, grad, constants), max_exp_avg_sq, constants)
+    return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+
+@triton.jit
+def adamw_cautious(param, grad, states, constants):
+    constants = AdamConstants(*constants)
+    exp_avg, exp_avg_sq = states
+    grad = constants.sign * grad
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
+    param = adam_descend(param * constants.decay, cautious(exp_avg, grad, constants), exp_avg_sq, constants)
+    return param, (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def adamw_amsgrad_cautious(param, grad, states, constants):
+    constants = AdamConstants(*constants)
+    exp_avg, exp_avg_sq, max_exp_avg_sq = states
+    grad = constants.sign * grad
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
+    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+    param = adam_descend(param * constants.decay, cautious(exp_avg, grad, constants), max_exp_avg_sq, constants)
+    return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+
+@triton.jit
+def adam_measure(param, grad, states, constants):
+    constants = AdamConstants(*constants)
+    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    return caution_measure(constants.beta1 * states[0] + constants.rest1 * grad, grad)
+
+
+@triton.jit
+def adamw_measure(param, grad, states, constants):
+    constants = AdamConstants(*constants)
+    grad = constants.sign * grad
+    return caution_measure(constants.beta1 * states[0] + constants.rest1 * grad, grad)
+
+
 RULES = {
     "adam": Functions(adam_constants, AdamConstants, adam),
     "adam_amsgrad": Functions(adam_constants, AdamConstants, adam_amsgrad),
     "adamw": Functions(adam_constants, AdamConstants, adamw),
     "adamw_amsgrad": Functions(adam_constants, AdamConstants, adamw_amsgrad),
+    "adam_cautious": Functions(adam_constants, AdamConstants, adam_cautious, adam_measure),
+    "adam_amsgrad_cautious": Functions(adam_constants, AdamConstants, adam_amsgrad_cautious, adam_measure),
+    "adamw_cautious": Functions(adam_constants, AdamConstants, adamw_cautious, adamw_measure),
+    "adamw_amsgrad_cautious": Functions(adam_constants, AdamConstants, adamw_amsgrad_cautious, adamw_measure),
 }

@@ -44,3 +44,22 @@ def decayed(grad, param, weight_decay):
 @triton.jit
 def quotient(x, root, eps):
     return tl.div_rn(x, root + eps)
+
+
+@triton.jit
+def caution_scale(norms):
+    """One over the share of the elements that agree; see kernels/rules/caution.h."""
+    elements = tl.where(norms[1] > 0, norms[1] * norms[1], 1.0)
+    return 1 / tl.maximum(norms[0] * norms[0] / elements, 1e-3)
+
+
+@triton.jit
+def agreement(direction, grad):
+    """1 where a direction and the gradient have the same sign, else 0."""
+    return (((direction > 0) & (grad > 0)) | ((direction < 0) & (grad < 0))).to(tl.float32)
+
+
+@triton.jit
+def caution_measure(direction, grad):
+    """What the norms are of: their squares are how many elements agree, and how many there are."""
+    return agreement(direction, grad), tl.full(grad.shape, 1.0, tl.float32)

@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from opt8bit.backends.triton.rules.rule import Functions, decayed, sign_of_grad
+from opt8bit.backends.triton.rules.rule import (
+    Functions,
+    agreement,
+    caution_measure,
+    caution_scale,
+    decayed,
+    sign_of_grad,
+)
 
 
 class SgdConstants(NamedTuple):
@@ -15,6 +22,7 @@ class SgdConstants(NamedTuple):
     weight_decay: Any
     nesterov: Any
     sign: Any
+    caution: Any
 
 
 @triton.jit
@@ -26,6 +34,7 @@ def sgd_constants(lr, momentum, dampening, weight_decay, nesterov, maximize, ste
         weight_decay=weight_decay,
         nesterov=nesterov,
         sign=sign_of_grad(maximize),
+        caution=caution_scale(norms),
     )
 
 
@@ -36,16 +45,39 @@ def sgd(param, grad, states, constants):
 
 
 @triton.jit
+def sgd_momentum_direction(grad, momentum_buffer, constants):
+    momentum_buffer = constants.momentum * momentum_buffer + constants.undampened * grad
+    ahead = grad + constants.momentum * momentum_buffer
+    return tl.where(constants.nesterov != 0, ahead, momentum_buffer), momentum_buffer
+
+
+@triton.jit
 def sgd_momentum(param, grad, states, constants):
     constants = SgdConstants(*constants)
     grad = decayed(constants.sign * grad, param, constants.weight_decay)
-    momentum_buffer = constants.momentum * states[0] + constants.undampened * grad
-    ahead = grad + constants.momentum * momentum_buffer
-    direction = tl.where(constants.nesterov != 0, ahead, momentum_buffer)
+    direction, momentum_buffer = sgd_momentum_direction(grad, states[0], constants)
     return param - constants.lr * direction, (momentum_buffer,)
+
+
+@triton.jit
+def sgd_momentum_cautious(param, grad, states, constants):
+    constants = SgdConstants(*constants)
+    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    direction, momentum_buffer = sgd_momentum_direction(grad, states[0], constants)
+    direction = direction * (agreement(direction, grad) * constants.caution)
+    return param - constants.lr * direction, (momentum_buffer,)
+
+
+@triton.jit
+def sgd_momentum_measure(param, grad, states, constants):
+    constants = SgdConstants(*constants)
+    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    direction, _ = sgd_momentum_direction(grad, states[0], constants)
+    return caution_measure(direction, grad)
 
 
 RULES = {
     "sgd": Functions(sgd_constants, SgdConstants, sgd),
     "sgd_momentum": Functions(sgd_constants, SgdConstants, sgd_momentum),
+    "sgd_momentum_cautious": Functions(sgd_constants, SgdConstants, sgd_momentum_cautious, sgd_momentum_measure),
 }

@@ -1,0 +1,138 @@
+"""Schedule-free AdamW: its modes, and what they make of parameters, states and checkpoints."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import gradients, parameter, schedule_free, train, use
+from torch import nn
+
+import opt8bit
+
+
+def test_modes_are_those_of_the_package() -> None:
+    """With 32-bit states, through steps, both modes and a change of the learning rate."""
+    package = pytest.importorskip("schedulefree")
+    ours, theirs = parameter(), parameter()
+    hyper: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 4, "r": 0.5}
+    mine = opt8bit.AdamWScheduleFree8bit([ours], state_bits=32, **hyper)
+    reference = package.AdamWScheduleFree([theirs], **hyper)
+    for part in range(3):
+        for optimizer, param in ((mine, ours), (reference, theirs)):
+            optimizer.train()
+            optimizer.param_groups[0]["lr"] = 0.01 / (part + 1)
+            train(optimizer, param, [grad.clone() for grad in gradients(3, seed=part)])
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        mine.eval()
+        reference.eval()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name in ("k", "weight_sum", "lr_max"):
+        assert mine.param_groups[0][name] == pytest.approx(reference.param_groups[0][name])
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_in_eval_mode_a_parameter_is_the_average_of_z(bits: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are equal, as lr is. That z is not coded shows in how exact that is."""
+    use(monkeypatch, backend)
+    param = parameter()
+    optimizer = opt8bit.AdamWScheduleFree8bit([param], lr=0.01, state_bits=bits)
+    optimizer.train()
+    points = []
+    for grad in gradients(6):
+        train(optimizer, param, [grad])
+        points.append(optimizer.state[param]["z"].double())
+    y = param.detach().clone()
+    optimizer.eval()
+    torch.testing.assert_close(param.double(), torch.stack(points).mean(0), rtol=1e-5, atol=1e-6)
+    optimizer.train()
+    torch.testing.assert_close(param.detach(), y, rtol=1e-6, atol=1e-6)
+    assert ("exp_avg_sq_codes" in optimizer.state[param]) == (bits == 8)
+    assert optimizer.state[param]["z"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": True}, {"compensation": True}])
+def test_modes_go_round_with_every_option(options: dict[str, Any]) -> None:
+    dtype = torch.bfloat16 if "compensation" in options else torch.float32
+    param, plain = parameter(dtype=dtype), nn.Parameter(parameter(dtype=dtype).detach().float())
+    optimizer, exact = schedule_free([param], **options), schedule_free([plain])
+    for grad in gradients(4):
+        grad = grad.to(dtype)
+        train(optimizer, param, [grad])
+        train(exact, plain, [grad])
+        for each in (optimizer, exact):
+            each.eval()
+        torch.testing.assert_close(param.float(), plain, rtol=2**-8 if options.get("compensation") else 0, atol=0)
+        for each in (optimizer, exact):
+            each.train()
+    assert torch.equal(optimizer.state[param]["z"], exact.state[plain]["z"])
+
+
+def test_a_step_in_eval_mode_is_refused_and_changes_nothing() -> None:
+    param = parameter()
+    optimizer = opt8bit.AdamWScheduleFree8bit([param])
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match=r"is in eval mode: call optimizer.train\(\) before training"):
+        train(optimizer, param, gradients(1))
+    assert torch.equal(param, before) and not optimizer.state and optimizer.param_groups[0]["k"] == 0
+
+
+def test_a_step_that_fails_is_not_counted() -> None:
+    param = parameter()
+    optimizer = schedule_free([param])
+    train(optimizer, param, gradients(1))
+    before = {name: optimizer.param_groups[0][name] for name in ("k", "weight_sum", "lr_max")}
+    param.grad = torch.ones(param.shape).to_sparse()
+    with pytest.raises(RuntimeError, match="gradients must be dense"):
+        optimizer.step()
+    assert {name: optimizer.param_groups[0][name] for name in before} == before
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state dict"])
+def test_checkpoints_carry_the_mode_and_go_on_bit_for_bit(way: str, train_mode: bool) -> None:
+    param = parameter()
+    optimizer = schedule_free([param], warmup_steps=3)
+    train(optimizer, param, gradients(2))
+    if not train_mode:
+        optimizer.eval()
+    if way == "state dict":
+        other_param = nn.Parameter(param.detach().clone())
+        other = opt8bit.AdamWScheduleFree8bit([other_param])
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        both = (optimizer, param)
+        other, other_param = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert other.param_groups[0]["train_mode"] is train_mode
+    for each, its in ((optimizer, param), (other, other_param)):
+        each.train()
+        train(each, its, gradients(2, seed=5))
+        each.eval()
+    assert torch.equal(param, other_param)
+    assert all(torch.equal(value, other.state[other_param][name]) for name, value in optimizer.state[param].items())
+
+
+def test_states_are_reported_as_they_are() -> None:
+    param = parameter(shape=(64, 256))
+    optimizer = schedule_free([param])
+    train(optimizer, param, gradients(2, (64, 256)))
+    (row,) = opt8bit.memory_report(optimizer).rows
+    assert row.state_bytes == 64 * 256 * 5 + 64 * 4 + 4
+    assert [each.state for each in opt8bit.state_error(optimizer).rows] == ["exp_avg_sq"]
+    exact = schedule_free([nn.Parameter(param.detach().clone())], state_bits=32)
+    assert "z" in optimizer.dequantized_state(param) and exact.state == {}
+
+
+@pytest.mark.parametrize(
+    ("hyper", "message"),
+    [
+        ({"betas": (0.0, 0.9)}, r"betas\[0\] must be above 0"),
+        ({"warmup_steps": -1}, "Invalid warmup_steps value: -1"),
+        ({"offload": "backward"}, "offload='backward' steps before the step's weight is known"),
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+    ],
+)
+def test_bad_arguments_are_refused(hyper: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opt8bit.AdamWScheduleFree8bit([parameter()], **hyper)
