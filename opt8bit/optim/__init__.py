@@ -12,18 +12,29 @@ from opt8bit.optim.lars import LARS8bit
 from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.memory import memory_report
 from opt8bit.optim.muon import Muon8bit
+from opt8bit.optim.plain import LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, Muon, RMSprop
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.sgd import SGD8bit
 
 __all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "AdEMAMix",
     "AdEMAMix8bit",
+    "Adagrad",
     "Adagrad8bit",
+    "Adam",
     "Adam8bit",
+    "AdamW",
     "AdamW8bit",
     "LAMB8bit",
     "LARS8bit",
+    "Lion",
     "Lion8bit",
+    "Muon",
     "Muon8bit",
+    "RMSprop",
     "RMSprop8bit",
     "SGD8bit",
     "check_distributed_checkpoint",
