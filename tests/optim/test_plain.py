@@ -23,8 +23,9 @@ def test_every_optimizer_has_one() -> None:
 @pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.__name__)
 def test_it_steps_saves_and_prints_as_the_other(kind: Any) -> None:
     of: Any = next(each for each in OPTIMIZERS if issubclass(kind, each))
+    kinds: tuple[Any, Any] = (kind, of)
     weights = []
-    for each in (kind, of):
+    for each in kinds:
         weight = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
         optimizer = each([weight], lr=1e-2)
         weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
