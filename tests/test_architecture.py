@@ -14,7 +14,8 @@ import opt8bit
 PACKAGE = Path(opt8bit.__file__).parent
 KERNELS, CPP = Path(__file__).parents[1] / "kernels", (".h", ".cpp")
 LAYERS = {  # each may import itself and what it names
-    "cli": {"ptq", "recipe", "optim", "nn", "quant", "backends"},
+    "cli": {"integrations", "ptq", "recipe", "optim", "nn", "quant", "backends"},
+    "integrations": {"optim"},
     "ptq": {"recipe", "quant", "backends"},
     "optim": {"quant", "backends"},
     "nn": {"quant", "backends"},

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", help="print what is inside a checkpoint")
     look.add_argument("folder", type=Path, metavar="DIR", help="with a config.json and weights in safetensors")
     _add_evaluate(commands)
+    _add_run(commands)
     return top
 
 
@@ -109,6 +110,15 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--bos", action="store_true", help=BOS)
     add("--json", action="store_true", help="print one line of JSON")
     add("--trust-remote-code", action="store_true", help=TRUST)
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    words = "run a script or a module with opt8bit's optimizers in place of bitsandbytes'"
+    usage = "opt8bit run SCRIPT [ARGUMENT ...]\n       opt8bit run -m MODULE [ARGUMENT ...]"
+    command = commands.add_parser("run", help=words, usage=usage)
+    command.add_argument("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
+    command.add_argument("target", metavar="SCRIPT", help="file, or name of a module after -m")
+    command.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="of the script or module")
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -197,6 +207,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
     print(evaluate.report(options.model, text, length, samples, **about))
 
 
+def run_run(options: argparse.Namespace) -> None:
+    from opt8bit.cli import run
+
+    run.run(options.target, options.arguments, options.is_module)
+
+
 COMMANDS = {
     "info": run_info,
     "demo": run_demo,
@@ -206,6 +222,7 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "verify": run_verify,
     "inspect": run_inspect,
+    "run": run_run,
 }
 
 

@@ -13,21 +13,47 @@ from opt8bit.optim.lion import Lion8bit
 from opt8bit.optim.memory import memory_report
 from opt8bit.optim.muon import Muon8bit
 from opt8bit.optim.muon_adamw import MuonAdamW8bit
+from opt8bit.optim.plain import (
+    LAMB,
+    LARS,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    AdEMAMix,
+    Lion,
+    Muon,
+    MuonAdamW,
+    RMSprop,
+)
 from opt8bit.optim.rmsprop import RMSprop8bit
 from opt8bit.optim.schedule_free import AdamWScheduleFree8bit
 from opt8bit.optim.sgd import SGD8bit
 
 __all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "AdEMAMix",
     "AdEMAMix8bit",
+    "Adagrad",
     "Adagrad8bit",
+    "Adam",
     "Adam8bit",
+    "AdamW",
     "AdamW8bit",
+    "AdamWScheduleFree",
     "AdamWScheduleFree8bit",
     "LAMB8bit",
     "LARS8bit",
+    "Lion",
     "Lion8bit",
+    "Muon",
     "Muon8bit",
+    "MuonAdamW",
     "MuonAdamW8bit",
+    "RMSprop",
     "RMSprop8bit",
     "SGD8bit",
     "check_distributed_checkpoint",

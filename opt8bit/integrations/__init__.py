@@ -1,0 +1,1 @@
+"""Doors into other people's trainers. Each is imported by whoever wants it; ``import opt8bit`` opens none."""
