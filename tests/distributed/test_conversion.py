@@ -511,7 +511,7 @@ def test_every_state_of_the_package_has_a_sign() -> None:
     expected |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum"), False)
     assert expected.items() <= signs().items()  # others' optimizers may have more
     for kind in kinds:
-        optimizer = kind([torch.zeros(1, 1)])
+        optimizer = kind([("weight", torch.zeros(1, 1))])
         rule = optimizer.rule(optimizer.param_groups[0])
         assert rule.states.items() <= signs().items()
 

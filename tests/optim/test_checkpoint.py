@@ -196,7 +196,7 @@ def test_hyper_parameters_are_loaded_and_options_of_storage_are_not() -> None:
     assert group == {
         **{"lr": 0.5, "betas": (0.1, 0.2), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": True, "maximize": True},
         **{"initial_lr": 0.7, "block_size": 256, "min_8bit_size": 7, "state_bits": 32, "fused": False, "seed": 0},
-        **{"stochastic_rounding": False, "compensation": False, "foreach": None},
+        **{"stochastic_rounding": False, "compensation": False, "foreach": None, "caution": False},
         **{"capturable": False, "offload": False, "differentiable": False},
     }
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import opt8bit.optim
 from opt8bit.optim.every import OPTIMIZERS
-from opt8bit.optim.plain import PLAIN
+from opt8bit.optim.plain import PLAIN, AdamWScheduleFree
 
 
 def test_every_optimizer_has_one() -> None:
@@ -28,6 +28,8 @@ def test_it_steps_saves_and_prints_as_the_other(kind: Any) -> None:
     for each in kinds:
         weight = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
         optimizer = each([("layer.weight", weight)], lr=1e-2)
+        if kind is AdamWScheduleFree:
+            optimizer.train()
         weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
         optimizer.step()
         weights.append((weight, optimizer))
