@@ -12,7 +12,7 @@ from opt8bit.optim.adam import ADAMW, check_adam
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.choice import Choice, is_heads, listed_group, vocabulary_of
 from opt8bit.optim.muon import RULE_OF_BATCHES, check_muon
-from opt8bit.optim.options import Options, check_betas, check_flags
+from opt8bit.optim.options import Options, check_betas, check_finite, check_flags
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -122,8 +122,10 @@ class MuonAdamW8bit(Optimizer8bit):
             vocabulary=vocabulary_of(params) if isinstance(params, nn.Module) else frozenset(),
             adamw_hyper={name: value for name, value in given.items() if value is not None},
         )
-        check_muon({**defaults, "fused": None})
-        check_adam({**defaults, **self._choice.adamw_hyper})
+        of_muon = {**defaults, "use_muon": True, "fused": None}
+        of_adamw = {**defaults, **self._choice.adamw_hyper, "use_muon": False}
+        for group in (of_adamw, of_muon) if use_muon is False else (of_muon, of_adamw):
+            _check_hyper(group)
         super().__init__(self._listed(params), defaults, options)
 
     def _listed(self, params: Any) -> Any:
@@ -161,15 +163,11 @@ class MuonAdamW8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "use_muon")
-        check_betas(group["betas"])
         heads = group["heads"]
         if not is_heads(heads):
             raise ValueError(f"heads must be a positive integer, got {heads!r}")
-        if group["use_muon"]:
-            check_muon(group)
-            return
-        check_adam(group)
-        if heads != 1:
+        _check_hyper(group)
+        if heads != 1 and not group["use_muon"]:
             raise ValueError(f"heads must be 1 in a group that AdamW steps, got {heads}")
 
     def check_param(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -183,6 +181,17 @@ class MuonAdamW8bit(Optimizer8bit):
             )
         if heads > 1 and (param.dim() == 3 or len(param) % heads):
             raise ValueError(f"heads must divide the rows of a matrix, got {heads} for a parameter of shape {shape}")
+
+
+def _check_hyper(group: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a hyper-parameter is one that the group's rule cannot have.
+    """
+    check_finite(group, "lr", "weight_decay", "momentum", "eps")
+    check_betas(group["betas"])
+    check = check_muon if group["use_muon"] else check_adam
+    check(group)
 
 
 def _patterns(argument: str, value: Sequence[str]) -> tuple[str, ...]:

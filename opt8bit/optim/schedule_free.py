@@ -13,7 +13,7 @@ from opt8bit.backends.rounding import compensated, set_compensated
 from opt8bit.optim import shards
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.offload import BACKWARD
-from opt8bit.optim.options import Options, check_betas, check_flags, check_not_negative, check_number
+from opt8bit.optim.options import Options, check_betas, check_finite, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -141,10 +141,9 @@ class AdamWScheduleFree8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "train_mode")
-        for name in ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", *RUNNING):
-            if not isinstance(group[name], Tensor):
-                check_number(name, group[name])
-            check_not_negative(**{name: group[name]})
+        names = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", *RUNNING)
+        check_finite(group, *names)
+        check_not_negative(**{name: group[name] for name in names})
         check_betas(group["betas"])
         if group["betas"][0] == 0:
             raise ValueError("betas[0] must be above 0, as the average cannot be told from y and z otherwise, got 0")

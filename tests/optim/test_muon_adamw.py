@@ -393,6 +393,8 @@ def test_a_state_dict_that_divides_parameters_otherwise_is_refused() -> None:
         ({"adamw_lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"adamw_lr": -1.0, "use_muon": True, "muon": ["*"]}, "Invalid learning rate: -1.0"),
         ({"ns_steps": 100, "use_muon": False}, "ns_steps must be an integer from 0 to 99, got 100"),
+        ({"lr": "a"}, "lr must be a finite number, got 'a'"),
+        ({"momentum": None, "use_muon": False}, "momentum must be a finite number, got None"),
         ({"lr": -1.0}, "Learning rate should be >= 0 but is: -1.0"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"adjust_lr_fn": "other"}, "Adjust learning rate function other is not supported"),
