@@ -112,10 +112,10 @@ class Holder(nn.Module):
         self.model = model
 
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "": lambda model: model,
     "module.": nn.DataParallel,
-    "_orig_mod.": lambda model: torch.compile(model, backend="eager"),  # pyright: ignore[reportReturnType]
+    "_orig_mod.": lambda model: torch.compile(model, backend="eager"),
     "model.": Holder,
     "module._orig_mod.": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # pyright: ignore[reportArgumentType]
 }
