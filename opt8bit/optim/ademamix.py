@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.options import Options, check_betas, check_not_negative
+from opt8bit.optim.options import Options, check_betas, check_finite, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,5 +128,6 @@ class AdEMAMix8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         names = ("lr", "alpha", "t_alpha", "t_beta3", "eps", "weight_decay")
+        check_finite(group, *names)
         check_not_negative(**{name: group[name] for name in names})
         check_betas(group["betas"], count=3)

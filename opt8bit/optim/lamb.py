@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.options import Options, check_betas, check_flags, check_not_negative
+from opt8bit.optim.options import Options, check_betas, check_finite, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,5 +117,6 @@ class LAMB8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "bias_correction", "adapt")
+        check_finite(group, "lr", "eps", "weight_decay")
         check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.options import Options, check_flags, check_not_negative
+from opt8bit.optim.options import Options, check_finite, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,6 +115,7 @@ class LARS8bit(Optimizer8bit):
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "nesterov", "adapt")
         names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
+        check_finite(group, *names)
         check_not_negative(**{name: group[name] for name in names})
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("Nesterov momentum requires a momentum")

@@ -9,7 +9,7 @@ from torch import Tensor
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.caution import caution_mask, cautious
-from opt8bit.optim.options import Options, check_betas, check_not_negative
+from opt8bit.optim.options import Options, check_betas, check_finite, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,6 +82,7 @@ class Lion8bit(Optimizer8bit):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, options)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        check_finite(group, "lr", "weight_decay")
         check_not_negative(lr=group["lr"], weight_decay=group["weight_decay"])
         check_betas(group["betas"])
 

@@ -14,7 +14,7 @@ from opt8bit.backends import Rule
 from opt8bit.optim import every, shards
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.muon_adamw import MuonAdamW8bit
-from opt8bit.optim.options import Options
+from opt8bit.optim.options import DEFAULTS, Options, check_options
 from opt8bit.optim.states import specs, will_be_coded
 from opt8bit.optim.table import aligned
 
@@ -50,6 +50,8 @@ def _maker(kind: type[Optimizer8bit]) -> tuple[str, Maker]:
 # What a model's report compares, each called with the model's named parameters and the options. Which states there
 # are is asked of the optimizer that comes back.
 OPTIMIZERS: dict[str, Maker] = dict(map(_maker, every.OPTIMIZERS))
+# Options that some optimizers refuse, and that change no state. Of a model's report they are left out.
+STATELESS = Options(caution=False, fused=None, capturable=False, offload=False)
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -102,7 +104,9 @@ def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **optio
             each optimizer of the package, SGD with momentum. Of DTensors the shards on this process are counted.
         ranks: processes that share the parameters as FSDP2 does, along dimension 0: the report is of the first, which
             has most.
-        options: for a model, the options that its optimizers get; see :class:`opt8bit.optim.options.Options`.
+        options: for a model, the options that its optimizers get; see :class:`opt8bit.optim.options.Options`. Those
+            that not every optimizer has, but that change no state, may be given: ``caution``, ``fused``,
+            ``capturable`` and ``offload``.
 
     Returns:
         A report of one row per optimizer. An optimizer's ``state_bytes`` are the bytes of the tensors in its
@@ -128,7 +132,8 @@ def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **optio
     trained = [(name, param) for name, param in subject.named_parameters() if param.requires_grad]
     if not trained:
         raise ValueError("the model has no parameter that requires a gradient: nothing to optimize")
-    made = {name: make(trained, **options) for name, make in OPTIMIZERS.items()}
+    check_options({**DEFAULTS, **options})
+    made = {name: make(trained, **{**options, **STATELESS}) for name, make in OPTIMIZERS.items()}
     return MemoryReport(tuple(_memory(name, optimizer, params, ranks) for name, optimizer in made.items() if optimizer))
 
 

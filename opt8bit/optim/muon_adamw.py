@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from opt8bit.backends import Rule
 from opt8bit.optim.adam import ADAMW, check_adam
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.choice import Choice, embeddings_of, listed
+from opt8bit.optim.choice import Choice, is_heads, listed_group, vocabulary_of
 from opt8bit.optim.muon import RULE_OF_BATCHES, check_muon
-from opt8bit.optim.options import Options, check_betas, check_flags
+from opt8bit.optim.options import Options, check_betas, check_finite, check_flags
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,10 +25,14 @@ class MuonAdamW8bit(Optimizer8bit):
     that does not say which is divided by names and shapes. In this order:
 
     1. What fits a pattern of ``muon`` or ``adamw`` is stepped by that rule.
-    2. Embeddings, heads, norms and biases are stepped by AdamW. Given a module, embeddings are known by its type; else
-       all are known by the names in ``opt8bit.optim.choice.ADAMW_NAMES``, such as ``*embed*`` and ``*head.weight``.
+    2. Embeddings, heads, norms and biases are stepped by AdamW. All are known by the names in
+       ``opt8bit.optim.choice``, such as ``*embed*`` and ``*head.weight``. Given a module, embeddings are known by its
+       type, too, and a head by its shape: it is the only ``nn.Linear`` with that of an embedding.
     3. Matrices are stepped by Muon, and so are batches of matrices, (batch, rows, columns), whose name has "expert".
     4. All else is stepped by AdamW.
+
+    Names are compared as they are, and without what DataParallel, torch.compile, FSDP1 and PEFT put into them. A group
+    that says ``use_muon`` is refused where a pattern says otherwise.
 
     ``print`` shows each group with its rule and the names of its parameters. Schedulers see the ``lr`` of each group.
 
@@ -52,8 +56,9 @@ class MuonAdamW8bit(Optimizer8bit):
             moves the elements of a matrix about as far as AdamW does, so that one lr serves both.
         betas: decay rates of AdamW's first and second moment, each in [0, 1).
         heads: matrices that the rows of a matrix consist of, each orthogonalized for itself: for projections to the
-            queries, keys and values of attention. A number for every parameter, or numbers by patterns of names.
-        use_muon: True or False for all parameters of groups that do not say it; None to choose by name and shape.
+            queries, keys and values of attention. A number for all that Muon steps, or numbers by patterns of names.
+        use_muon: True or False for all parameters that neither a group nor a pattern decides; None to choose by name
+            and shape.
         muon: patterns of names that Muon steps, in the manner of :mod:`fnmatch`.
         adamw: patterns of names that AdamW steps.
         adamw_lr: learning rate of AdamW; None for ``lr``.
@@ -62,8 +67,9 @@ class MuonAdamW8bit(Optimizer8bit):
         options: see :class:`opt8bit.optim.options.Options`.
 
     Raises:
-        ValueError: a hyper-parameter is out of range; a pattern fits no parameter; a parameter without a name is to
-            be chosen by it; or one that Muon is to step is not a matrix or a batch of them, or has no such heads.
+        ValueError: a hyper-parameter of either rule is out of range; a pattern fits no parameter; a parameter without
+            a name is to be chosen by it; or one that Muon is to step is not a matrix or a batch of them, or has no
+            such heads.
         TypeError: an unknown option, or a parameter of an unsupported dtype.
 
     Source: 8-bit Optimizers via Block-wise Quantization; Muon: An optimizer for hidden layers in neural networks; Muon
@@ -104,7 +110,7 @@ class MuonAdamW8bit(Optimizer8bit):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "betas": betas,
-            "heads": 1 if isinstance(heads, Mapping) else heads,
+            "heads": 1,
             "use_muon": use_muon is not False,
         }
         given = {"lr": adamw_lr, "weight_decay": adamw_weight_decay, "eps": adamw_eps}
@@ -113,9 +119,13 @@ class MuonAdamW8bit(Optimizer8bit):
             muon=_patterns("muon", muon),
             adamw=_patterns("adamw", adamw),
             heads=heads,
-            embeddings=embeddings_of(params) if isinstance(params, nn.Module) else frozenset(),
+            vocabulary=vocabulary_of(params) if isinstance(params, nn.Module) else frozenset(),
             adamw_hyper={name: value for name, value in given.items() if value is not None},
         )
+        of_muon = {**defaults, "use_muon": True, "fused": None}
+        of_adamw = {**defaults, **self._choice.adamw_hyper, "use_muon": False}
+        for group in (of_adamw, of_muon) if use_muon is False else (of_muon, of_adamw):
+            _check_hyper(group)
         super().__init__(self._listed(params), defaults, options)
 
     def _listed(self, params: Any) -> Any:
@@ -126,8 +136,8 @@ class MuonAdamW8bit(Optimizer8bit):
         if not params:
             return params  # which it refuses, too
         groups = params if isinstance(params[0], dict) else [{"params": params}]
-        groups = [{**group, "params": listed(group)} for group in groups]
-        self._choice.check([name for group in groups for name, _ in group["params"] if name is not None])
+        groups = [listed_group(group) for group in groups]
+        self._choice.check(groups)
         return groups
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,11 +150,9 @@ class MuonAdamW8bit(Optimizer8bit):
             ValueError: an option has a value it cannot have, or a parameter cannot be stepped by the rule chosen.
             TypeError: a parameter is of a dtype that cannot be optimized, or a DTensor whose shards cannot be.
         """
-        if not isinstance(param_group, dict):
-            super().add_param_group(param_group)  # which refuses it
         count = len(self.param_groups)
         try:
-            for group in self._choice.divided({**param_group, "params": listed(param_group)}):
+            for group in self._choice.divided(listed_group(param_group)):
                 super().add_param_group(group)
         except Exception:
             del self.param_groups[count:]  # all of it, or nothing
@@ -155,15 +163,11 @@ class MuonAdamW8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "use_muon")
-        check_betas(group["betas"])
         heads = group["heads"]
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        if not is_heads(heads):
             raise ValueError(f"heads must be a positive integer, got {heads!r}")
-        if group["use_muon"]:
-            check_muon(group)
-            return
-        check_adam(group)
-        if heads != 1:
+        _check_hyper(group)
+        if heads != 1 and not group["use_muon"]:
             raise ValueError(f"heads must be 1 in a group that AdamW steps, got {heads}")
 
     def check_param(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -179,11 +183,23 @@ class MuonAdamW8bit(Optimizer8bit):
             raise ValueError(f"heads must divide the rows of a matrix, got {heads} for a parameter of shape {shape}")
 
 
+def _check_hyper(group: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a hyper-parameter is one that the group's rule cannot have.
+    """
+    check_finite(group, "lr", "weight_decay", "momentum", "eps")
+    check_betas(group["betas"])
+    check = check_muon if group["use_muon"] else check_adam
+    check(group)
+
+
 def _patterns(argument: str, value: Sequence[str]) -> tuple[str, ...]:
     """
     Raises:
         ValueError: they are not several strings.
     """
-    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+    is_several = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
+    if not is_several or not all(isinstance(pattern, str) for pattern in value):
         raise ValueError(f"{argument} must be a list of patterns of names, got {value!r}")
     return tuple(value)

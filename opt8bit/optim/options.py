@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -144,6 +145,21 @@ def check_number(name: str, value: object) -> None:
     """
     if not is_number(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_finite(group: Mapping[str, Any], *names: str) -> None:
+    """Refuses what is not a finite number, but for tensors, which may lie on a device.
+
+    NaN is left to :func:`check_not_negative`, which has torch.optim's words for it.
+
+    Raises:
+        ValueError: a hyper-parameter is of another kind, or infinite.
+    """
+    for name in names:
+        value = group[name]
+        is_nan = isinstance(value, float) and math.isnan(value)
+        if not is_nan and not isinstance(value, Tensor):
+            check_number(name, value)
 
 
 def check_flags(group: Mapping[str, Any], *names: str) -> None:

@@ -13,7 +13,7 @@ from opt8bit.backends.rounding import compensated, set_compensated
 from opt8bit.optim import shards
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.offload import BACKWARD
-from opt8bit.optim.options import Options, check_betas, check_flags, check_not_negative
+from opt8bit.optim.options import Options, check_betas, check_finite, check_flags, check_not_negative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +52,10 @@ def adamw_schedule_free(
 
 HYPER = ("scheduled_lr", "beta1", "beta2", "eps", "weight_decay", "averaging", "k", "maximize")
 RULE = Rule("adamw_schedule_free", {"z": True, "exp_avg_sq": False}, HYPER, adamw_schedule_free, iterates=("z",))
-RUNNING = {"k": 0, "scheduled_lr": 0.0, "lr_max": 0.0, "weight_sum": 0.0, "averaging": 0.0}  # of a group, as they begin
+RUNNING = {  # of a group, as they begin
+    **{"k": 0, "scheduled_lr": 0.0, "lr_max": 0.0, "weight_sum": 0.0, "averaging": 0.0},
+    "beta1_of_y": 0.0,  # that y has been computed with, once it has been
+}
 
 
 def advanced(group: Mapping[str, Any]) -> dict[str, float]:
@@ -67,7 +70,14 @@ def advanced(group: Mapping[str, Any]) -> dict[str, float]:
     weight = k ** group["r"] * lr_max ** group["weight_lr_power"]
     weight_sum = group["weight_sum"] + weight
     averaging = weight / weight_sum if weight_sum else 0.0
-    return {"k": k, "scheduled_lr": lr, "lr_max": lr_max, "weight_sum": weight_sum, "averaging": averaging}
+    return {
+        **{"k": k, "scheduled_lr": lr, "lr_max": lr_max, "weight_sum": weight_sum, "averaging": averaging},
+        "beta1_of_y": _beta1_of_y(group),
+    }
+
+
+def _beta1_of_y(group: Mapping[str, Any]) -> float:
+    return group["beta1_of_y"] or float(group["betas"][0])
 
 
 class AdamWScheduleFree8bit(Optimizer8bit):
@@ -87,7 +97,7 @@ class AdamWScheduleFree8bit(Optimizer8bit):
     Args:
         params: parameters, named parameters or parameter groups, as torch.optim takes them.
         lr: learning rate, a float or a tensor of one element.
-        betas: part of x in y, in (0, 1), and decay rate of v, in [0, 1).
+        betas: part of x in y, in (0, 1), and decay rate of v, in [0, 1). The first changes in eval mode only.
         eps: added to the denominator.
         weight_decay: decay per step, in units of lr, computed at y.
         warmup_steps: steps over which lr rises linearly.
@@ -131,8 +141,9 @@ class AdamWScheduleFree8bit(Optimizer8bit):
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_flags(group, "train_mode")
-        check_not_negative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
-        check_not_negative(r=group["r"], weight_lr_power=group["weight_lr_power"], warmup_steps=group["warmup_steps"])
+        names = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", *RUNNING)
+        check_finite(group, *names)
+        check_not_negative(**{name: group[name] for name in names})
         check_betas(group["betas"])
         if group["betas"][0] == 0:
             raise ValueError("betas[0] must be above 0, as the average cannot be told from y and z otherwise, got 0")
@@ -144,12 +155,15 @@ class AdamWScheduleFree8bit(Optimizer8bit):
 
         Raises:
             RuntimeError: the optimizer is in eval mode. Nothing has been updated then.
+            ValueError: ``betas[0]`` has changed in train mode. Nothing has been updated then.
         """
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__} is in eval mode: call optimizer.train() before training, and optimizer.eval() "
                 "before the model is evaluated or saved"
             )
+        for group in self.param_groups:
+            _check_beta1(group)
         before = [{name: group[name] for name in RUNNING} for group in self.param_groups]
         for group in self.param_groups:
             group.update(advanced(group))
@@ -173,13 +187,26 @@ class AdamWScheduleFree8bit(Optimizer8bit):
         for group in self.param_groups:
             if group["train_mode"] == train_mode:
                 continue
-            beta1 = float(group["betas"][0])
+            beta1 = float(group["betas"][0]) if train_mode else _beta1_of_y(group)
             weight = 1 - beta1 if train_mode else 1 - 1 / beta1
             for param in group["params"]:
                 state = shards.local_states(self.state.get(param, {}))
                 if "z" in state:
                     _move_towards(shards.local(param), state, weight)
-            group["train_mode"] = train_mode
+            group.update(train_mode=train_mode, beta1_of_y=beta1)
+
+
+def _check_beta1(group: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: it is not the one that y has been computed with, by which x follows from y and z.
+    """
+    beta1, of_y = float(group["betas"][0]), _beta1_of_y(group)
+    if beta1 != of_y:
+        raise ValueError(
+            f"betas[0] must not change in train mode, from {of_y} to {beta1}: change it in eval mode; OneCycleLR and "
+            "CyclicLR take cycle_momentum=False"
+        )
 
 
 def _move_towards(param: Tensor, state: Mapping[str, Tensor], weight: float) -> None:

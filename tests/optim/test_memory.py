@@ -73,6 +73,14 @@ def test_states_are_counted_as_they_are_allocated(name: str, options: dict[str, 
     assert before.saved_bytes == allocated(full) - allocated(optimizer)
 
 
+@pytest.mark.parametrize(
+    "options", [{"caution": True}, {"fused": True}, {"capturable": True}, {"offload": True}, {"offload": "backward"}]
+)
+def test_options_that_change_no_state_change_no_report(options: dict[str, Any]) -> None:
+    """Though each is refused by an optimizer of the report."""
+    assert opt8bit.memory_report(model(), **options) == opt8bit.memory_report(model())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_every_dtype_is_counted(name: str, dtype: torch.dtype) -> None:
     network = model(dtype)
@@ -141,7 +149,7 @@ def test_sgd_without_momentum_keeps_its_step_count() -> None:
 
 
 def test_a_model_is_reported_under_every_optimizer_and_needs_no_memory() -> None:
-    classes = {getattr(opt8bit.optim, exported) for exported in opt8bit.optim.__all__}
+    classes = {getattr(opt8bit.optim, exported) for exported in opt8bit.optim.__all__ if exported.endswith("8bit")}
     expected = {each for each in classes if isinstance(each, type) and issubclass(each, Optimizer8bit)}
     assert {type(make(model().named_parameters())) for make in memory.OPTIMIZERS.values()} == expected
     on_meta = opt8bit.memory_report(model().to("meta"), block_size=64)
@@ -181,5 +189,9 @@ def test_what_cannot_be_reported_is_said() -> None:
         opt8bit.memory_report(opt8bit.AdamW8bit(network.parameters()), block_size=64)
     with pytest.raises(ValueError, match="block_size must be an integer from 16 to 16384, got 8"):
         opt8bit.memory_report(network, block_size=8)
+    with pytest.raises(ValueError, match="caution must be True or False, got 'yes'"):
+        opt8bit.memory_report(network, caution="yes")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'block'"):
+        opt8bit.memory_report(network, block=64)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         opt8bit.memory_report(network.requires_grad_(False))

@@ -95,10 +95,98 @@ def test_of_a_module_embeddings_are_known_by_type() -> None:
     assert set(by_muon(opt8bit.MuonAdamW8bit(Model(), muon=["words.*"]))) == {"inner.weight", "words.weight"}
 
 
-def test_patterns_come_before_all_else() -> None:
+class WithHead(nn.Module):
+    """A model whose head has the name ``output`` and, unless it is of another size, the shape of its embedding."""
+
+    def __init__(self, outputs: int = 50) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(50, 64)
+        self.q_proj = nn.Linear(64, 64, bias=False)
+        self.norm = nn.LayerNorm(64)
+        self.output = nn.Linear(64, outputs, bias=False)
+
+
+class Holder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "": lambda model: model,
+    "module.": nn.DataParallel,
+    "_orig_mod.": lambda model: torch.compile(model, backend="eager"),
+    "model.": Holder,
+    "module._orig_mod.": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # pyright: ignore[reportArgumentType]
+}
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("as_names", [True, False])
+@pytest.mark.parametrize("outputs", [50, 10])
+def test_wrapped_models_are_divided_as_they_are_bare(prefix: str, as_names: bool, outputs: int) -> None:
+    model = WRAPPERS[prefix](WithHead(outputs))
+    optimizer = opt8bit.MuonAdamW8bit(model.named_parameters() if as_names else model, heads={"*q_proj.weight": 4})
+    assert by_muon(optimizer) == {prefix + "q_proj.weight": 4}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "modules_to_save.new."]
+)
+def test_patterns_fit_names_with_and_without_what_wrappers_put_in(prefix: str) -> None:
+    params = {f"{prefix}layer.{prefix}{name}.weight": nn.Parameter(torch.zeros(8, 8)) for name in "abc"}
+    first, second, third = params
+    for patterns in (["layer.b.weight"], [second]):
+        assert set(by_muon(opt8bit.MuonAdamW8bit(params.items(), adamw=patterns))) == {first, third}
+        assert by_muon(opt8bit.MuonAdamW8bit(params.items(), heads=dict.fromkeys(patterns, 4)))[second] == 4
+    head = f"lm_head.{prefix}weight"
+    assert not by_muon(opt8bit.MuonAdamW8bit([(head, nn.Parameter(torch.zeros(8, 8)))]))
+
+
+@pytest.mark.parametrize("name", ["layers.0.output.weight", "attention.output.weight", "attention.output.dense.weight"])
+def test_outputs_of_hidden_layers_are_no_heads(name: str) -> None:
+    assert by_muon(opt8bit.MuonAdamW8bit([(name, nn.Parameter(torch.zeros(8, 8)))]))
+
+
+def test_of_a_module_a_head_is_the_only_linear_of_the_shape_of_an_embedding() -> None:
+    layers = [nn.Embedding(50, 64), nn.Embedding(256, 64), nn.Linear(64, 256), nn.Linear(64, 256), nn.Linear(64, 50)]
+    optimizer = opt8bit.MuonAdamW8bit(nn.Sequential(*layers))
+    assert set(by_muon(optimizer)) == {"2.weight", "3.weight"}
+
+
+def test_patterns_come_before_all_but_what_groups_say() -> None:
     params = named(**MODEL)
     optimizer = opt8bit.MuonAdamW8bit(params.items(), muon=["lm_head*"], adamw=["*experts.up"])
     assert set(by_muon(optimizer)) == {"layer.attention.q.weight", "lm_head.weight"}
+    matrices = {name: param for name, param in params.items() if param.dim() == 2}
+    optimizer = opt8bit.MuonAdamW8bit(matrices.items(), use_muon=True, adamw=["tokens*", "lm_head*"])
+    assert set(by_muon(optimizer)) == {"layer.attention.q.weight", "layer.experts.up_bias"}
+    optimizer = opt8bit.MuonAdamW8bit(matrices.items(), use_muon=False, muon=["lm_head*"])
+    assert set(by_muon(optimizer)) == {"lm_head.weight"}
+    with pytest.raises(ValueError, match=r"adamw must not fit 'lm_head.weight', whose group says use_muon=True"):
+        opt8bit.MuonAdamW8bit([{"params": matrices.items(), "use_muon": True}], adamw=["lm_head*"])
+
+
+def test_heads_of_a_group_are_its_own() -> None:
+    params = named(q__weight=(64, 64), q__bias=(64,), k__weight=(32, 64))
+    for heads in (4, {"*.weight": 4}):
+        optimizer = opt8bit.MuonAdamW8bit([{"params": list(params.items()), "heads": heads}], heads={"k.*": 2})
+        assert by_muon(optimizer) == {"q.weight": 4, "k.weight": 4}
+        assert [group["heads"] for group in optimizer.param_groups if not group["use_muon"]] == [1]
+    with pytest.raises(ValueError, match=r"heads must have patterns that fit .* that Muon steps, got 'q.bias'"):
+        opt8bit.MuonAdamW8bit([{"params": list(params.items()), "heads": {"q.bias": 4}}])
+
+
+def test_groups_that_are_none_are_refused() -> None:
+    param = nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(TypeError, match="param_group must be a dict, but got <class 'tuple'>"):
+        opt8bit.MuonAdamW8bit([{"params": [("b", param)]}, ("a", param)])
+    with pytest.raises(TypeError, match="param_group must be a dict, but got <class 'list'>"):
+        opt8bit.MuonAdamW8bit([param], use_muon=True).add_param_group([param])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="param_names must be as many as params, got 2 for 1"):
+        opt8bit.MuonAdamW8bit([{"params": [param], "param_names": ["a", "b"]}])
+    with pytest.raises(TypeError, match="names of parameters must be strings, got 5"):
+        opt8bit.MuonAdamW8bit([(5, param)])
 
 
 def test_each_kind_has_its_hyper_parameters_and_schedulers_see_both() -> None:
@@ -285,16 +373,28 @@ def test_a_state_dict_that_divides_parameters_otherwise_is_refused() -> None:
     [
         ({"muon": ["conv*"]}, r"muon must have patterns that fit names of parameters, got 'conv\*'"),
         ({"adamw": ["weight"]}, "adamw must have patterns that fit names of parameters, got 'weight'"),
-        ({"heads": {"q": 2}}, "heads must have patterns that fit names of parameters, got 'q'"),
+        ({"heads": {"q": 2}}, "heads must have patterns that fit names of parameters that Muon steps, got 'q'"),
         ({"muon": "*"}, r"muon must be a list of patterns of names, got '\*'"),
         ({"muon": ["a"], "adamw": ["*"]}, "must not have patterns that fit the same parameter, got 'a'"),
         ({"heads": {"a": 2, "*": 4}}, r"heads must be one number for 'a', got \[2, 4\]"),
         ({"heads": {"a": 5}}, r"heads must divide the rows of a matrix, got 5 for a parameter of shape \(64, 32\)"),
-        ({"heads": 0}, "heads must be a positive integer, got 0"),
-        ({"heads": True}, "heads must be a positive integer, got True"),
+        ({"heads": {"bias": 4}}, "heads must have patterns that fit names of parameters that Muon steps, got 'bias'"),
+        ({"heads": 0}, "heads must be a positive integer, or such integers by patterns of names, got 0"),
+        ({"heads": True}, "heads must be a positive integer, .* got True"),
+        ({"heads": 1.5}, "heads must be a positive integer, .* got 1.5"),
+        ({"heads": None}, "heads must be a positive integer, .* got None"),
+        ({"heads": [4]}, r"heads must be a positive integer, .* got \[4\]"),
+        ({"heads": {"a": "4"}}, "heads must be a positive integer, .* got {'a': '4'}"),
+        ({"muon": None}, "muon must be a list of patterns of names, got None"),
+        ({"muon": 5}, "muon must be a list of patterns of names, got 5"),
+        ({"adamw": [5]}, r"adamw must be a list of patterns of names, got \[5\]"),
         ({"muon": ["bias"]}, r"Muon takes matrices .* of shape \(32,\) and torch.float32"),
         ({"use_muon": "yes"}, "use_muon must be True or False, got 'yes'"),
         ({"adamw_lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"adamw_lr": -1.0, "use_muon": True, "muon": ["*"]}, "Invalid learning rate: -1.0"),
+        ({"ns_steps": 100, "use_muon": False}, "ns_steps must be an integer from 0 to 99, got 100"),
+        ({"lr": "a"}, "lr must be a finite number, got 'a'"),
+        ({"momentum": None, "use_muon": False}, "momentum must be a finite number, got None"),
         ({"lr": -1.0}, "Learning rate should be >= 0 but is: -1.0"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"adjust_lr_fn": "other"}, "Adjust learning rate function other is not supported"),

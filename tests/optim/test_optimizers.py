@@ -404,6 +404,20 @@ def test_bad_hyper_parameters_are_refused(any_shape: Case, hyper: dict[str, Any]
         any_shape.ours([parameter()], **any_shape.hyper).add_param_group({"params": [parameter(1)], **hyper})
 
 
+@pytest.mark.parametrize("value", ["a", None, True, float("inf")])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((opt8bit.AdEMAMix8bit, "alpha"), (opt8bit.LARS8bit, "trust_coefficient"), (opt8bit.LAMB8bit, "eps")),
+        *((opt8bit.Lion8bit, "weight_decay"), (opt8bit.AdamWScheduleFree8bit, "r")),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(make: Any, name: str, value: Any) -> None:
+    """By the optimizers that torch.optim lacks: it accepts infinity and True, and so do its counterparts here."""
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, got {value!r}"):
+        make([parameter()], **{name: value})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

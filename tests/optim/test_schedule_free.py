@@ -131,8 +131,79 @@ def test_states_are_reported_as_they_are() -> None:
         ({"warmup_steps": -1}, "Invalid warmup_steps value: -1"),
         ({"offload": "backward"}, "offload='backward' steps before the step's weight is known"),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": "a"}, "lr must be a finite number, got 'a'"),
+        ({"eps": None}, "eps must be a finite number, got None"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
+        ({"warmup_steps": "a"}, "warmup_steps must be a finite number, got 'a'"),
+        ({"warmup_steps": float("inf")}, "warmup_steps must be a finite number, got inf"),
+        ({"weight_lr_power": None}, "weight_lr_power must be a finite number, got None"),
+        ({"r": True}, "r must be a finite number, got True"),
     ],
 )
 def test_bad_arguments_are_refused(hyper: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         opt8bit.AdamWScheduleFree8bit([parameter()], **hyper)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"k": -5}, "Invalid k value: -5"),
+        ({"weight_sum": -3.0}, r"Invalid weight_sum value: -3\.0"),
+        ({"k": "a"}, "k must be a finite number, got 'a'"),
+        ({"lr_max": None}, "lr_max must be a finite number, got None"),
+        ({"beta1_of_y": "a"}, "beta1_of_y must be a finite number, got 'a'"),
+    ],
+)
+def test_bad_entries_of_groups_are_refused(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opt8bit.AdamWScheduleFree8bit([{"params": [parameter()], **entry}])
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_beta1_changes_in_eval_mode_only(is_loaded: bool) -> None:
+    """The average survives a change that is refused, and one in eval mode."""
+    param = parameter()
+    optimizer = schedule_free([param], lr=0.01)
+    points = []
+    for grad in gradients(4):
+        train(optimizer, param, [grad])
+        points.append(optimizer.state[param]["z"].double())
+    before, running = param.detach().clone(), dict(optimizer.param_groups[0])
+    optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+    if is_loaded:
+        saved, optimizer = optimizer.state_dict(), opt8bit.AdamWScheduleFree8bit([param])
+        optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"betas\[0\] must not change in train mode, from 0\.9 to 0\.8"):
+        train(optimizer, param, gradients(1))
+    assert torch.equal(param, before) and optimizer.param_groups[0]["k"] == running["k"]
+    for switch in (optimizer.eval, optimizer.train):
+        switch()
+    for grad in gradients(4, seed=1):
+        train(optimizer, param, [grad])
+        points.append(optimizer.state[param]["z"].double())
+    optimizer.eval()
+    torch.testing.assert_close(param.double(), torch.stack(points).mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cycle_momentum", [True, False])
+def test_one_cycle_leaves_the_momentum_alone_or_is_refused(cycle_momentum: bool) -> None:
+    param = parameter()
+    optimizer = schedule_free([param])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=4, cycle_momentum=cycle_momentum)
+    if cycle_momentum:
+        with pytest.raises(ValueError, match="OneCycleLR and CyclicLR take cycle_momentum=False"):
+            train(optimizer, param, gradients(1))
+    else:
+        train(optimizer, param, gradients(1))
+        schedule.step()
+        train(optimizer, param, gradients(1))
+
+
+def test_groups_that_begin_in_train_mode_are_stepped() -> None:
+    param = parameter()
+    optimizer = opt8bit.AdamWScheduleFree8bit([{"params": [param], "train_mode": True}])
+    train(optimizer, param, gradients(1))
+    optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+    with pytest.raises(ValueError, match=r"from 0\.9 to 0\.8"):
+        train(optimizer, param, gradients(1))
