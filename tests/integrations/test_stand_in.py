@@ -129,7 +129,9 @@ def test_a_step_is_that_of_this_package(name: str, bits: int) -> None:
         ("LAMB", {"max_unorm": 0.5}, "max_unorm must be 1.0 for the trust ratio or 0.0 for none, got 0.5"),
         ("LAMB8bit", {"amsgrad": True}, "amsgrad must be False, got True. AdamW has it"),
         ("LAMB", {"adam_w_mode": False}, "adam_w_mode must be True, got False"),
+        ("LAMB", {"adam_w_mode": "False"}, "adam_w_mode must be True, got False"),
         ("LARS", {"dampening": 0.1}, "dampening must be 0, got 0.1. SGD has it"),
+        ("AdamW", {"is_paged": "yes"}, "is_paged must be True or False, got 'yes'"),
     ],
 )
 def test_what_is_not_honoured_is_refused_with_what_to_do(name: str, arguments: dict[str, Any], message: str) -> None:
@@ -156,6 +158,31 @@ def test_options_of_this_package_are_taken_and_strings_are_read() -> None:
     _, state = stepped("AdamW8bit", block_size="64", min_8bit_size="1024")
     assert state["exp_avg_scale"].shape == (64, 1) and is_8bit(state)
     assert not is_8bit(stepped("AdamW8bit", min_8bit_size="8192")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "option", "value"),
+    [
+        ("LARS", {"max_unorm": "0"}, "adapt", False),
+        ("LARS", {"args": {"max_unorm": "0.5"}}, "trust_coefficient", 0.5),
+        ("LARS8bit", {"dampening": "0"}, "adapt", True),
+        ("LAMB", {"max_unorm": "1.0"}, "adapt", True),
+        ("LAMB", {"args": SimpleNamespace(max_unorm="0.0")}, "adapt", False),
+        ("LAMB8bit", {"amsgrad": "False", "adam_w_mode": "True"}, "adapt", True),
+        ("AdEMAMix8bit", {"t_alpha": "None", "t_beta3": "100"}, "t_alpha", 0),
+        ("AdamW", {"is_paged": "False"}, "offload", False),
+        ("PagedAdam", {"is_paged": "False"}, "offload", True),
+        ("SGD8bit", {"nesterov": "True"}, "nesterov", True),
+        ("Adagrad8bit", {"optim_bits": "8", "initial_accumulator_value": "0.1"}, "initial_accumulator_value", 0.1),
+    ],
+)
+def test_strings_are_read_before_anything_is_decided(
+    name: str, arguments: dict[str, Any], option: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    optimizer = getattr(optim, name)([parameter(64, 64)], **required(name), **arguments)
+    found = optimizer.param_groups[0][option]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
