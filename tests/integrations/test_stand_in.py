@@ -142,6 +142,8 @@ def test_what_is_not_honoured_is_refused_with_what_to_do(name: str, arguments: d
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="AdamW8bit got an unexpected keyword argument 'blocksize'"):
         stepped("AdamW8bit", blocksize=64)
+    with pytest.raises(ValueError, match=r"args may have optim_bits, min_8bit_size, .*, got lr, zz"):
+        stepped("AdamW8bit", args={"zz": 8, "lr": 1})
     with pytest.raises(TypeError, match="AdamW takes optim_bits for state_bits"):
         stepped("AdamW", state_bits=8)
 
@@ -215,6 +217,26 @@ def test_overrides_hold_for_states_that_are_made_after_them() -> None:
     again.step()
     assert is_8bit(again.state[other])
     manager.initialize()
+
+
+def test_taking_overrides_back_leaves_what_was_there_before() -> None:
+    manager = GlobalOptimManager.get_instance()
+    marked, bare = parameter(4, 4), parameter(4, 4)
+    marked.state_bits = 32  # type: ignore[attr-defined]
+    for bits in (8, "32", "8"):
+        manager.override_config([marked, bare], "optim_bits", bits)
+        assert marked.state_bits == bare.state_bits == int(bits)  # type: ignore[attr-defined]
+    manager.initialize()
+    assert marked.state_bits == 32 and not hasattr(bare, "state_bits")  # type: ignore[attr-defined]
+
+
+def test_overrides_are_refused_before_anything_is_changed() -> None:
+    manager, param = GlobalOptimManager.get_instance(), parameter(4, 4)
+    with pytest.raises(TypeError, match="parameters must be tensors, got 'x'"):
+        manager.override_config([param, "x"], "optim_bits", 8)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="give key and value, or key_value_dict, got 'optim_bits' and "):
+        manager.override_config(param, "optim_bits", 8, {"optim_bits": 32})
+    assert not hasattr(param, "state_bits")
 
 
 @pytest.mark.parametrize(

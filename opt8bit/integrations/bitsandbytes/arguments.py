@@ -23,8 +23,15 @@ def of_args(args: Any) -> dict[str, Any]:
     """Returns what the object ``args`` says, strings read; in bitsandbytes it replaces all arguments of these names.
 
     Args:
-        args: None, an object with some of ``OF_ARGS`` as attributes, or a mapping.
+        args: None, an object with some of ``OF_ARGS`` as attributes and any others, as a command line's arguments are,
+            or a mapping with keys from ``OF_ARGS``.
+
+    Raises:
+        ValueError: the mapping has another key.
     """
+    others = sorted(set(args) - set(OF_ARGS)) if isinstance(args, Mapping) else []
+    if others:
+        raise ValueError(f"args may have {', '.join(OF_ARGS)}, got {', '.join(others)}")
     said = args if isinstance(args, Mapping) else {name: getattr(args, name) for name in OF_ARGS if hasattr(args, name)}
     return {name: read(said[name]) for name in OF_ARGS if name in said}
 
