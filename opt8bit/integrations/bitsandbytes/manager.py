@@ -69,7 +69,7 @@ class GlobalOptimManager:
                 raise TypeError(f"parameters must be tensors, got {param!r}")
         for param in params:
             if param not in self._before:
-                self._before[param] = {name: bits for name, bits in vars(param).items() if name == "state_bits"}
+                self._before[param] = {name: old for name, old in vars(param).items() if name == "state_bits"}
             param.state_bits = bits  # type: ignore[attr-defined]
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from opt8bit.integrations.bitsandbytes.manager import GlobalOptimManager
 from opt8bit.integrations.bitsandbytes.variants import StandIn, strings_read, variant
 from opt8bit.optim import adagrad, adam, ademamix, lamb, lars, lion, rmsprop, sgd
 
-Betas = tuple[float, ...] | str  # bitsandbytes reads "(0.9, 0.999)", too
+Betas = Any  # numbers, or a string that writes them: bitsandbytes reads "(0.9, 0.999)", too
 
 
 class Adam(StandIn, adam.Adam8bit):
