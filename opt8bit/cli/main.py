@@ -115,10 +115,18 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 def _add_run(commands: argparse._SubParsersAction) -> None:
     words = "run a script or a module with opt8bit's optimizers in place of bitsandbytes'"
     usage = "opt8bit run SCRIPT [ARGUMENT ...]\n       opt8bit run -m MODULE [ARGUMENT ...]"
-    command = commands.add_parser("run", help=words, usage=usage)
-    command.add_argument("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
-    command.add_argument("target", metavar="SCRIPT", help="file, or name of a module after -m")
-    command.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="of the script or module")
+    command = commands.add_parser("run", help=words, usage=usage, epilog="ARGUMENTs are those of the script or module.")
+    target = command.add_mutually_exclusive_group(required=True)
+    target.add_argument("-m", dest="module", metavar="MODULE", help="name of a module, run as python -m does")
+    target.add_argument("script", metavar="SCRIPT", nargs="?", help="file, or folder or zip file with a __main__.py")
+
+
+def split_run(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments of opt8bit, and those of what ``opt8bit run`` runs, which are handed on as they are."""
+    own = len(arguments)
+    if arguments[:1] == ["run"]:
+        own = 3 if arguments[1:2] == ["-m"] else 2
+    return arguments[:own], arguments[own:]
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -210,7 +218,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def run_run(options: argparse.Namespace) -> None:
     from opt8bit.cli import run
 
-    run.run(options.target, options.arguments, options.is_module)
+    run.run(options.module or options.script, options.arguments, options.module is not None)
 
 
 COMMANDS = {
@@ -228,7 +236,8 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    own, handed_on = split_run(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(own, argparse.Namespace(arguments=handed_on))
     try:
         COMMANDS[options.command](options)
     except CommandError as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
+from math import inf, nan
+from typing import Any, TypeGuard
 
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.plain import PLAIN
 
-WORDS = {"true": True, "false": False, "none": None, "null": None}
+WORDS = {"true": True, "false": False, "none": None, "null": None, "nan": nan, "inf": inf, "-inf": -inf}
 NAMED = {kind.__name__.lower(): kind for kind in PLAIN}
 
 
@@ -16,11 +17,12 @@ def read(value: Any) -> Any:
     """Returns the number, the flag or the numbers that a string writes.
 
     Args:
-        value: anything; what is not a string is returned as it is.
+        value: anything. What is neither a string nor a list is returned as it is.
 
     Returns:
-        The value of a Python literal, lists as tuples, or of ``true``, ``false``, ``none`` and ``null`` in any case.
-        Other strings are returned as they are: options have strings among their values, too.
+        The value of a Python literal, or of ``true``, ``false``, ``none``, ``null``, ``nan``, ``inf`` and ``-inf`` in
+        any case; a list as a tuple. Other strings are returned as they are: options have strings among their values,
+        too.
 
     Example:
         >>> read("256"), read("(0.9, 0.95)"), read("1e-3"), read("true"), read("backward")
@@ -32,7 +34,7 @@ def read(value: Any) -> Any:
             return WORDS[word.lower()]
         try:
             value = ast.literal_eval(word)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return value
     return tuple(value) if isinstance(value, list) else value
 
@@ -44,19 +46,28 @@ def read_options(text: str) -> dict[str, Any]:
         text: ``name=value`` pairs between commas; commas inside of brackets belong to a value.
 
     Raises:
-        ValueError: the string is not of that form.
+        ValueError: the string is not of that form, or has a name twice.
 
     Example:
         >>> read_options("block_size=128, betas=(0.9, 0.95), stochastic_rounding=true")
         {'block_size': 128, 'betas': (0.9, 0.95), 'stochastic_rounding': True}
     """
+    source = f"options({text})"
     try:
-        call = ast.parse(f"options({text})", mode="eval").body
-    except SyntaxError:
+        call = ast.parse(source, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         call = None
-    if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+    if not _names_each_once(call) or ast.get_source_segment(source, call) != source:
         raise ValueError(f"options must be written as name=value, name=value, got {text!r}")
-    return {str(keyword.arg): read(ast.unparse(keyword.value)) for keyword in call.keywords}
+    return {str(each.arg): read(ast.get_source_segment(source, each.value)) for each in call.keywords}
+
+
+def _names_each_once(call: ast.expr | None) -> TypeGuard[ast.Call]:
+    """Whether it is a call of a function by name, whose arguments all have names that differ."""
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        return False
+    names = [keyword.arg for keyword in call.keywords]
+    return None not in names and len(set(names)) == len(names)
 
 
 def optimizer_named(name: str) -> type[Optimizer8bit]:

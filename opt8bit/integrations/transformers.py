@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from opt8bit.integrations.reading import optimizer_named, read, read_options
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.error import state_error
+from opt8bit.optim.plain import Muon, MuonAdamW
 
 
 def optimizer_cls_and_kwargs(
@@ -25,12 +26,13 @@ def optimizer_cls_and_kwargs(
     is in the groups that the Trainer makes.
 
     Args:
-        name: ``"AdamW"``, ``"Lion"`` ...: of :mod:`opt8bit.optim.plain`, in any case.
+        name: ``"AdamW"``, ``"Lion"`` ...: of :mod:`opt8bit.optim.plain`, in any case, but for Muon and MuonAdamW: the
+            Trainer's groups hold vectors, too, and have no names.
         arguments: whose ``optim_args`` may have further options, as ``"block_size=128,stochastic_rounding=true"``.
         options: of the optimizer; they go before those of ``arguments``. Strings are read as numbers.
 
     Raises:
-        ValueError: there is no such optimizer, or ``optim_args`` cannot be read.
+        ValueError: there is no such optimizer, the Trainer's groups are not for it, or ``optim_args`` cannot be read.
 
     Example::
 
@@ -38,6 +40,11 @@ def optimizer_cls_and_kwargs(
         trainer = Trainer(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=chosen)
     """
     kind = optimizer_named(name)
+    if kind in (Muon, MuonAdamW):
+        raise ValueError(
+            f"{kind.__name__} cannot be had so: the Trainer's groups hold vectors, too, and have no names to choose "
+            "matrices by. Give Trainer(optimizers=(MuonAdamW(model), None)) instead"
+        )
     taken = signature(kind).parameters
     kwargs: dict[str, Any] = {"lr": arguments.learning_rate}
     if "betas" in taken:

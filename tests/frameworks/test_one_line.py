@@ -191,6 +191,9 @@ def test_the_factory_leaves_out_what_an_optimizer_lacks(tmp_path: Path) -> None:
     assert ours.optimizer_cls_and_kwargs("Lion", settings)[1] == {"lr": 1e-2, "betas": (0.9, 0.999)}
     assert ours.optimizer_cls_and_kwargs("SGD", settings)[1] == {"lr": 1e-2}
     assert ours.optimizer_cls_and_kwargs("AdEMAMix", settings)[1]["betas"] == (0.9, 0.999, 0.9999)
+    for name in ("Muon", "muonadamw8bit"):
+        with pytest.raises(ValueError, match=r"cannot be had so: the Trainer's groups .* have no names"):
+            ours.optimizer_cls_and_kwargs(name, settings)
     with pytest.raises(ValueError, match="every must be a positive number"):
         ours.StateErrorCallback(print, every=0)
 

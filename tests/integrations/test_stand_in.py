@@ -129,7 +129,9 @@ def test_a_step_is_that_of_this_package(name: str, bits: int) -> None:
         ("LAMB", {"max_unorm": 0.5}, "max_unorm must be 1.0 for the trust ratio or 0.0 for none, got 0.5"),
         ("LAMB8bit", {"amsgrad": True}, "amsgrad must be False, got True. AdamW has it"),
         ("LAMB", {"adam_w_mode": False}, "adam_w_mode must be True, got False"),
+        ("LAMB", {"adam_w_mode": "False"}, "adam_w_mode must be True, got False"),
         ("LARS", {"dampening": 0.1}, "dampening must be 0, got 0.1. SGD has it"),
+        ("AdamW", {"is_paged": "yes"}, "is_paged must be True or False, got 'yes'"),
     ],
 )
 def test_what_is_not_honoured_is_refused_with_what_to_do(name: str, arguments: dict[str, Any], message: str) -> None:
@@ -140,6 +142,8 @@ def test_what_is_not_honoured_is_refused_with_what_to_do(name: str, arguments: d
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="AdamW8bit got an unexpected keyword argument 'blocksize'"):
         stepped("AdamW8bit", blocksize=64)
+    with pytest.raises(ValueError, match=r"args may have optim_bits, min_8bit_size, .*, got lr, zz"):
+        stepped("AdamW8bit", args={"zz": 8, "lr": 1})
     with pytest.raises(TypeError, match="AdamW takes optim_bits for state_bits"):
         stepped("AdamW", state_bits=8)
 
@@ -156,6 +160,31 @@ def test_options_of_this_package_are_taken_and_strings_are_read() -> None:
     _, state = stepped("AdamW8bit", block_size="64", min_8bit_size="1024")
     assert state["exp_avg_scale"].shape == (64, 1) and is_8bit(state)
     assert not is_8bit(stepped("AdamW8bit", min_8bit_size="8192")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "option", "value"),
+    [
+        ("LARS", {"max_unorm": "0"}, "adapt", False),
+        ("LARS", {"args": {"max_unorm": "0.5"}}, "trust_coefficient", 0.5),
+        ("LARS8bit", {"dampening": "0"}, "adapt", True),
+        ("LAMB", {"max_unorm": "1.0"}, "adapt", True),
+        ("LAMB", {"args": SimpleNamespace(max_unorm="0.0")}, "adapt", False),
+        ("LAMB8bit", {"amsgrad": "False", "adam_w_mode": "True"}, "adapt", True),
+        ("AdEMAMix8bit", {"t_alpha": "None", "t_beta3": "100"}, "t_alpha", 0),
+        ("AdamW", {"is_paged": "False"}, "offload", False),
+        ("PagedAdam", {"is_paged": "False"}, "offload", True),
+        ("SGD8bit", {"nesterov": "True"}, "nesterov", True),
+        ("Adagrad8bit", {"optim_bits": "8", "initial_accumulator_value": "0.1"}, "initial_accumulator_value", 0.1),
+    ],
+)
+def test_strings_are_read_before_anything_is_decided(
+    name: str, arguments: dict[str, Any], option: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    optimizer = getattr(optim, name)([parameter(64, 64)], **required(name), **arguments)
+    found = optimizer.param_groups[0][option]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -188,6 +217,26 @@ def test_overrides_hold_for_states_that_are_made_after_them() -> None:
     again.step()
     assert is_8bit(again.state[other])
     manager.initialize()
+
+
+def test_taking_overrides_back_leaves_what_was_there_before() -> None:
+    manager = GlobalOptimManager.get_instance()
+    marked, bare = parameter(4, 4), parameter(4, 4)
+    marked.state_bits = 32  # type: ignore[attr-defined]
+    for bits in (8, "32", "8"):
+        manager.override_config([marked, bare], "optim_bits", bits)
+        assert marked.state_bits == bare.state_bits == int(bits)  # type: ignore[attr-defined]
+    manager.initialize()
+    assert marked.state_bits == 32 and not hasattr(bare, "state_bits")  # type: ignore[attr-defined]
+
+
+def test_overrides_are_refused_before_anything_is_changed() -> None:
+    manager, param = GlobalOptimManager.get_instance(), parameter(4, 4)
+    with pytest.raises(TypeError, match="parameters must be tensors, got 'x'"):
+        manager.override_config([param, "x"], "optim_bits", 8)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="give key and value, or key_value_dict, got 'optim_bits' and "):
+        manager.override_config(param, "optim_bits", 8, {"optim_bits": 32})
+    assert not hasattr(param, "state_bits")
 
 
 @pytest.mark.parametrize(

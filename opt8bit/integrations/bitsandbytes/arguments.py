@@ -20,14 +20,20 @@ OF_ARGS = ("optim_bits", "min_8bit_size", *FIXED)
 
 
 def of_args(args: Any) -> dict[str, Any]:
-    """Returns what the object ``args`` says; in bitsandbytes it replaces all arguments of these names.
+    """Returns what the object ``args`` says, strings read; in bitsandbytes it replaces all arguments of these names.
 
     Args:
-        args: None, an object with some of ``OF_ARGS`` as attributes, or a mapping.
+        args: None, an object with some of ``OF_ARGS`` as attributes and any others, as a command line's arguments are,
+            or a mapping with keys from ``OF_ARGS``.
+
+    Raises:
+        ValueError: the mapping has another key.
     """
-    if isinstance(args, Mapping):
-        return {name: args[name] for name in OF_ARGS if name in args}
-    return {name: getattr(args, name) for name in OF_ARGS if hasattr(args, name)}
+    others = sorted(set(args) - set(OF_ARGS)) if isinstance(args, Mapping) else []
+    if others:
+        raise ValueError(f"args may have {', '.join(OF_ARGS)}, got {', '.join(others)}")
+    said = args if isinstance(args, Mapping) else {name: getattr(args, name) for name in OF_ARGS if hasattr(args, name)}
+    return {name: read(said[name]) for name in OF_ARGS if name in said}
 
 
 def refuse_others(name: str, said: dict[str, Any]) -> None:
@@ -92,7 +98,8 @@ def storage(
         TypeError: options say ``state_bits``, which is ``optim_bits`` here.
     """
     said = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size, **options, **of_args(args)}
-    said = {argument: read(value) for argument, value in said.items()}
+    if not isinstance(is_paged, bool):
+        raise ValueError(f"{name}: is_paged must be True or False, got {is_paged!r}")
     if "state_bits" in said:
         raise TypeError(f"{name} takes optim_bits for state_bits")
     refuse_others(name, said)

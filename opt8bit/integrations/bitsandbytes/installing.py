@@ -25,7 +25,8 @@ def install() -> None:
 
     If bitsandbytes is installed, it is imported. Its other modules stay as they are, as do optimizers that have been
     made. If it is not installed, there is a module of its name with ``optim``. Its ``nn`` has two classes of layers
-    that cannot be made, for libraries that ask whether a layer is one. Everything else raises an AttributeError.
+    that cannot be made, for libraries that ask whether a layer is one. Every other attribute is an AttributeError that
+    says to install bitsandbytes, every other module a ModuleNotFoundError.
 
     Call it before others write ``from bitsandbytes.optim import ...``. A second call does nothing.
 
@@ -38,7 +39,7 @@ def install() -> None:
     """
     if _put_back:
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if _is_missing():
         _put_back.append(_put_modules())
     else:
         _put_back.append(_put_classes(importlib.import_module("bitsandbytes.optim")))
@@ -50,6 +51,14 @@ def uninstall() -> None:
     while _put_back:
         _put_back.pop()()
         _ask_again()
+
+
+def _is_missing() -> bool:
+    """Whether bitsandbytes cannot be imported: it is not installed, or someone has put something else in its place."""
+    try:
+        return importlib.util.find_spec("bitsandbytes") is None
+    except ValueError:  # a module without a spec, as tests put there
+        return True
 
 
 def _put_classes(theirs: ModuleType) -> Callable[[], None]:
@@ -74,11 +83,13 @@ def _put_modules() -> Callable[[], None]:
     package.__dict__.update(__version__=VERSION, __path__=[], optim=optim, nn=layers)
     layers.__dict__.update(Linear8bitLt=Linear8bitLt, Linear4bit=Linear4bit)
     modules = {"bitsandbytes": package, "bitsandbytes.nn": layers, "bitsandbytes.optim": optim}
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
 
     def put_back() -> None:
         for name in modules:
             sys.modules.pop(name, None)
+        sys.modules.update(before)
 
     return put_back
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from opt8bit.integrations.reading import read
+
 
 class GlobalOptimManager:
     """Stands in for ``bitsandbytes.optim.GlobalOptimManager``, of which there is one.
@@ -17,7 +19,7 @@ class GlobalOptimManager:
     """
 
     _instance: ClassVar[GlobalOptimManager | None] = None
-    _marked: WeakIdKeyDictionary  # whose keys are the parameters with an override
+    _before: WeakIdKeyDictionary  # by parameter with an override: its attributes named state_bits before it
 
     def __init__(self) -> None:
         raise RuntimeError("call GlobalOptimManager.get_instance() instead: there is one for all optimizers")
@@ -27,14 +29,15 @@ class GlobalOptimManager:
         """Returns the one that there is."""
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
-            cls._instance._marked = WeakIdKeyDictionary()
+            cls._instance._before = WeakIdKeyDictionary()
         return cls._instance
 
     def initialize(self) -> None:
         """Takes back every override; states that are there stay as they are."""
-        for param in list(self._marked.keys()):
+        for param, before in list(self._before.items()):
             vars(param).pop("state_bits", None)
-        self._marked.clear()
+            vars(param).update(before)
+        self._before.clear()
 
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Does nothing: overrides are on the parameters themselves, which need not be known beforehand."""
@@ -50,19 +53,24 @@ class GlobalOptimManager:
 
         Args:
             parameters: one or several.
-            key, value: ``"optim_bits"``, and 8 or 32.
+            key, value: ``"optim_bits"``, and 8 or 32; strings are read as numbers.
             key_value_dict: the same as a mapping, instead.
 
         Raises:
-            ValueError: another key, or a value that it cannot have. Nothing has been changed then.
+            ValueError: another key, a value that it cannot have, or both a key and a mapping.
+            TypeError: one of the parameters is no tensor. In either case nothing has been changed.
         """
-        config = dict(key_value_dict or {})
-        if key is not None:
-            config[key] = value
-        bits = checked_config(config)
-        for param in [parameters] if isinstance(parameters, Tensor) else parameters:
+        if key is not None and key_value_dict is not None:
+            raise ValueError(f"give key and value, or key_value_dict, got {key!r} and {key_value_dict!r}")
+        bits = checked_config({key: value} if key is not None else key_value_dict or {})
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for param in params:
+            if not isinstance(param, Tensor):
+                raise TypeError(f"parameters must be tensors, got {param!r}")
+        for param in params:
+            if param not in self._before:
+                self._before[param] = {name: old for name, old in vars(param).items() if name == "state_bits"}
             param.state_bits = bits  # type: ignore[attr-defined]
-            self._marked[param] = None
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """Does as :meth:`override_config` with a module's parameter.
@@ -84,7 +92,7 @@ def checked_config(config: Mapping[str, Any]) -> int:
     others = sorted(set(config) - {"optim_bits"})
     if others:
         raise ValueError(f"only optim_bits can be overridden, got {', '.join(others)}: give those in a parameter group")
-    bits = config.get("optim_bits")
+    bits = read(config.get("optim_bits"))
     if bits not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {bits!r}")
     return bits

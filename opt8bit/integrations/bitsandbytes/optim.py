@@ -11,15 +11,16 @@ from typing import Any
 
 from opt8bit.integrations.bitsandbytes.arguments import of_args
 from opt8bit.integrations.bitsandbytes.manager import GlobalOptimManager
-from opt8bit.integrations.bitsandbytes.variants import StandIn, variant
+from opt8bit.integrations.bitsandbytes.variants import StandIn, strings_read, variant
 from opt8bit.optim import adagrad, adam, ademamix, lamb, lars, lion, rmsprop, sgd
 
-Betas = tuple[float, ...] | str  # bitsandbytes reads "(0.9, 0.999)", too
+Betas = Any  # numbers, or a string that writes them: bitsandbytes reads "(0.9, 0.999)", too
 
 
 class Adam(StandIn, adam.Adam8bit):
     """Stands in for ``bitsandbytes.optim.Adam``, which decays weights as AdamW does."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -41,6 +42,7 @@ class Adam(StandIn, adam.Adam8bit):
 class AdamW(StandIn, adam.AdamW8bit):
     """Stands in for ``bitsandbytes.optim.AdamW``."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -62,6 +64,7 @@ class AdamW(StandIn, adam.AdamW8bit):
 class Lion(StandIn, lion.Lion8bit):
     """Stands in for ``bitsandbytes.optim.Lion``, whose weight decay is decoupled with all bits since 0.50."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -81,6 +84,7 @@ class Lion(StandIn, lion.Lion8bit):
 class AdEMAMix(StandIn, ademamix.AdEMAMix8bit):
     """Stands in for ``bitsandbytes.optim.AdEMAMix``."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -103,6 +107,7 @@ class AdEMAMix(StandIn, ademamix.AdEMAMix8bit):
 class SGD(StandIn, sgd.SGD8bit):
     """Stands in for ``bitsandbytes.optim.SGD``; without momentum, too, which bitsandbytes refuses."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -123,6 +128,7 @@ class SGD(StandIn, sgd.SGD8bit):
 class RMSprop(StandIn, rmsprop.RMSprop8bit):
     """Stands in for ``bitsandbytes.optim.RMSprop``; centered, too, which bitsandbytes refuses."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -144,6 +150,7 @@ class RMSprop(StandIn, rmsprop.RMSprop8bit):
 class Adagrad(StandIn, adagrad.Adagrad8bit):
     """Stands in for ``bitsandbytes.optim.Adagrad``; with a decay of the rate and a first sum, which that refuses."""
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -168,6 +175,7 @@ class LAMB(StandIn, lamb.LAMB8bit):
     parameter. Here 1.0 takes the paper's trust ratio, 0.0 none; other values are refused.
     """
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -188,9 +196,9 @@ class LAMB(StandIn, lamb.LAMB8bit):
         norm = said.pop("max_unorm", max_unorm)
         if norm not in (0.0, 1.0):
             raise ValueError(f"{name}: max_unorm must be 1.0 for the trust ratio or 0.0 for none, got {norm!r}")
-        if amsgrad:
+        if amsgrad is not False:
             raise ValueError(f"{name}: amsgrad must be False, got {amsgrad!r}. AdamW has it")
-        if not adam_w_mode:
+        if adam_w_mode is not True:
             raise ValueError(
                 f"{name}: adam_w_mode must be True, got {adam_w_mode!r}. The paper's decay is no L2 penalty"
             )
@@ -205,6 +213,7 @@ class LARS(StandIn, lars.LARS8bit):
     ``max_unorm`` times that of the parameter, with 32 bits only.
     """
 
+    @strings_read
     def __init__(
         self,
         params: Any,
@@ -221,7 +230,7 @@ class LARS(StandIn, lars.LARS8bit):
     ) -> None:
         said = of_args(args)
         norm = said.pop("max_unorm", max_unorm)
-        if dampening:
+        if dampening != 0:
             raise ValueError(f"{type(self).__name__}: dampening must be 0, got {dampening!r}. SGD has it")
         stored = self._storage(optim_bits, said, min_8bit_size, options)
         super().__init__(params, lr, momentum, weight_decay, norm, nesterov=nesterov, adapt=norm != 0, **stored)

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from typing import Any, ClassVar, TypeVar, cast
 
 from opt8bit.integrations.bitsandbytes.arguments import storage
 from opt8bit.integrations.reading import read
 from opt8bit.optim.base import Optimizer8bit
 
+Init = TypeVar("Init", bound=Callable[..., None])
 Bare = TypeVar("Bare", bound="StandIn")
 
 
+def strings_read(init: Init) -> Init:
+    """Decorates an ``__init__`` that is given numbers and flags for the strings that write them.
+
+    The Trainer hands on some arguments as strings, as do those who write for bitsandbytes.
+    """
+
+    @wraps(init)
+    def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, params, *map(read, args), **{name: read(value) for name, value in kwargs.items()})
+
+    return cast("Init", __init__)
+
+
 class StandIn(Optimizer8bit):
-    """What the classes that stand in for bitsandbytes' have in common: how states are stored, and strings are read.
+    """What the classes that stand in for bitsandbytes' have in common: how states are stored.
 
     Attributes:
         bits: of the states, where the name says it.
@@ -25,10 +40,6 @@ class StandIn(Optimizer8bit):
     bits: ClassVar[int | None] = None
     paged: ClassVar[bool] = False
     default_bits: ClassVar[int] = 32
-
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Hands arguments on; the Trainer writes some of them as strings, as do those who write for bitsandbytes."""
-        super().__init__(params, *map(read, args), **{name: read(value) for name, value in kwargs.items()})
 
     def _storage(
         self, optim_bits: Any, args: Any, min_8bit_size: int, options: Mapping[str, Any], is_paged: bool = False
