@@ -53,7 +53,7 @@ def taken(model: str, file: Path, seed: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     tokenizer("Once, so that everything is loaded.")
     before, started = peak_bytes(), time.perf_counter()
-    sizes = {"length": LENGTH, "samples": SAMPLES, "held_out": HELD_OUT}
+    sizes: dict[str, Any] = {"length": LENGTH, "samples": SAMPLES, "held_out": HELD_OUT}
     windows, _ = choose_windows(find_text(str(file)), tokenizer, **sizes, seed=seed)
     seconds = time.perf_counter() - started
     return {

@@ -188,7 +188,7 @@ class Run:
 
     def batches(self, seed: int) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
         """Batches of the calibration, and those held out."""
-        sizes = {name: self.sizes[name] for name in ("length", "samples", "held_out")}
+        sizes: dict[str, Any] = {name: self.sizes[name] for name in ("length", "samples", "held_out")}
         calibration, held_out = choose_windows(self.calibration, self.tokenizer, seed=seed, **sizes)
         assert held_out is not None and len(held_out) == sizes["held_out"]
         first, second = ([{"input_ids": part} for part in ids.split(BATCH)] for ids in (calibration, held_out))

@@ -72,7 +72,8 @@ class Beginning(Numbers):
 def test_each_window_begins_with_the_token_that_begins_a_text(
     count: int, seed: int, tmp_path: Path, small: None
 ) -> None:
-    text, sizes = find_text(str(numbers(tmp_path / "a.txt", count))), {"length": LENGTH, "samples": 4, "held_out": 2}
+    text = find_text(str(numbers(tmp_path / "a.txt", count)))
+    sizes: dict[str, Any] = {"length": LENGTH, "samples": 4, "held_out": 2}
     plain = choose_windows(text, Beginning(), seed=seed, **sizes)
     found = choose_windows(text, Beginning(), seed=seed, bos=True, **sizes)
     for ids, begun in zip(plain, found, strict=True):
