@@ -44,7 +44,8 @@ def _of_symmetry(rows: list[ptq.LayerReport]) -> list[str]:
     if not costs:
         return []
     mean = sum(costs) / len(costs)
-    return [f"symmetric grids, which servers ask for, raise the error of rounding to nearest by {mean:.0%}"]
+    change = "lower" if mean < 0 else "raise"  # few bits gain more by the sign of the scale than by a zero point
+    return [f"symmetric grids, which servers ask for, {change} the error of rounding to nearest by {abs(mean):.0%}"]
 
 
 def _of_biases(result: ptq.Result) -> list[str]:

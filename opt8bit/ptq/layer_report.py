@@ -30,7 +30,8 @@ class LayerReport:
         bias_norm: of what Bias Compensation added.
         bias_bytes: that it takes beyond what the layer had, at the model's dtype; 0 where another layer holds it.
         bias_place: what holds it: "own", a switch of the configuration, "through NAME"; None if there is none.
-        symmetry_cost: by how much the grid's symmetry raises the squared error of rounding to nearest; None without it.
+        symmetry_cost: by how much the grid's symmetry raises the squared error of rounding to nearest; negative where
+            it lowers it; None without it.
         note: why there is no correction where one was asked for, or which servers do not use the bias.
         seconds: of the layer's stage, shared among its layers.
     """

@@ -86,7 +86,8 @@ class UniformGrid(Grid[UniformParams]):
             return FRACTIONS
         middle = 2 ** (self._bits - 1)
         steps = math.ceil(1 / (STEP * (middle - 1)))
-        return FRACTIONS + torch.linspace(1.0, middle / (middle - 1), steps + 1, dtype=torch.float64)[1:].tolist()
+        wider = torch.linspace(1.0, middle / (middle - 1), steps + 1, dtype=torch.float64, device="cpu")
+        return FRACTIONS + wider[1:].tolist()
 
     def fit(self, block: Tensor, importance: Tensor | None = None) -> UniformParams:
         low = block.amin(-1, keepdim=True).clamp(max=0)
