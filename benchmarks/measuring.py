@@ -121,6 +121,13 @@ def complete(
     return [row for about in asked for row in rows if about.items() <= row.items()]
 
 
+def show_machine() -> None:
+    """Prints the machine and the versions."""
+    about = machine()
+    print(f"{about['processor']}, {about['threads']} threads, kernels {about['kernels']}")
+    print(", ".join(f"{package} {version}" for package, version in about["versions"].items() if version), flush=True)
+
+
 def arguments(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     """Adds ``--quick`` and ``--rows`` and parses; quick rows go to a new folder unless told otherwise."""
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it runs")
@@ -128,9 +135,7 @@ def arguments(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     options = parser.parse_args()
     if options.rows is None:
         options.rows = Path(tempfile.mkdtemp() if options.quick else "") / f"{name}.jsonl"
-    about = machine()
-    print(f"{about['processor']}, {about['threads']} threads, kernels {about['kernels']}")
-    print(", ".join(f"{package} {version}" for package, version in about["versions"].items() if version), flush=True)
+    show_machine()
     return options
 
 

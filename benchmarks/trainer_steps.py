@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import machine
+from measuring import show_machine
 from torch import nn
 
 import opt8bit
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two short rounds, to see that it runs")
     options = parser.parse_args()
     steps, rounds = (5, 2) if options.quick else (options.steps, options.rounds)
-    print(machine())
+    show_machine()
     seconds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     install()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,8 +12,8 @@ from torch import Tensor
 RANGES = ("minmax", "mse")
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The fractions of a block's full range that the search tries. Below a fifth, clipping costs more than it gains.
-STEP = 0.02
 FRACTIONS = torch.linspace(1.0, 0.2, 41, dtype=torch.float64).tolist()
+STEP = 0.02  # from one to the next
 
 
 # What a grid keeps per block: a NamedTuple of tensors of a shape that broadcasts against the block, (..., 1).

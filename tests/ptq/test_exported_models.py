@@ -54,6 +54,29 @@ def test_layers_become_modules_and_compute_the_same() -> None:
     assert not isinstance(graph.get_submodule("stem"), torch.fx.GraphModule)  # it was a copy
 
 
+class Mixing(nn.Module):
+    """Takes a weight from its input, by way of many sums: each doubles the ways back to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = x
+        for _ in range(60):
+            weight = weight + weight.sin()
+        return nn.functional.linear(self.head(x), weight)
+
+
+def test_each_operator_behind_a_weight_is_looked_at_once() -> None:
+    model = Mixing().eval()
+    x = torch.randn(4, 4)
+    found = ptq.with_modules(torch.export.export(model, (x,)).module())  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.equal(found(x), model(x))
+    assert isinstance(found.head, torch.fx.GraphModule)
+
+
 @pytest.mark.parametrize("order", ["local", "sequential"])
 def test_an_exported_model_that_was_rounded_is_corrected(order: str) -> None:
     model, found = Net(), ptq.with_modules(exported(Net(), images(0)))

@@ -45,8 +45,9 @@ def with_modules(model: fx.GraphModule) -> fx.GraphModule:
     model = copy.deepcopy(model)
     made: dict[str, _Made] = {}
     for node in list(model.graph.nodes):
-        name, constants = _name(node), _constants(node)
-        if not name or constants is None:
+        name = _name(node)
+        constants = _constants(node) if name else None
+        if constants is None:
             continue
         if name not in made:
             made[name] = _Made(_layer(model, node, constants), node.args[1:])
@@ -95,7 +96,8 @@ def _constants(node: fx.Node) -> list[fx.Node] | None:
 
     def visit(each: fx.Node) -> None:
         for before in each.all_input_nodes:
-            visit(before)
+            if before not in found:
+                visit(before)
         found[each] = None
 
     for each in node.all_input_nodes:
