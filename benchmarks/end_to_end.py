@@ -83,12 +83,18 @@ def anonymous_bytes(process: subprocess.Popen[Any]) -> int:
     return 1024 * int(found[0].split()[1]) if found else 0
 
 
-def run(name: str, *words: str) -> dict[str, Any]:
-    """Runs a command of opt8bit, and returns its seconds, its peak of memory and what it printed last."""
+def run(place: str, name: str, *words: str) -> dict[str, Any]:
+    """Runs a command of opt8bit, and returns its seconds, its peak of memory and what it printed last.
+
+    Args:
+        place: folder to run in: not a clone's, whose source without kernels Python would find first.
+        name: of the command.
+        words: its arguments.
+    """
     started, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
         command = [sys.executable, "-m", "opt8bit", name, *words]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=place, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process))
             time.sleep(INTERVAL)
@@ -118,7 +124,7 @@ def main() -> None:
         commands = (("compress", *paths, *windows, "--no-verify"), ("verify", str(out)), ("inspect", str(out)))
         rows = []
         for words in commands:
-            rows.append(run(*words))
+            rows.append(run(place, *words))
             print(f"{words[0]:<9} {rows[-1]['seconds']:8.1f} s {rows[-1]['peak_anonymous_bytes'] / 1e9:6.2f} GB")
             print("\n".join(f"    {line}" for line in rows[-1]["last_lines"]), flush=True)
     figures = [{name: value for name, value in row.items() if name != "last_lines"} for row in rows]

@@ -57,8 +57,8 @@ def _batches(settings: Settings, inputs: list[OnnxInput]) -> tuple[Batches, Batc
     files = array_files(settings.calibration)
     if files:
         _refuse_text_options(settings)
-        own = {name: value for name, value in settings.text.windows.items() if name != "length"}
-        parts = choose_rows(read_arrays(files), **own)
+        how = settings.text
+        parts = choose_rows(read_arrays(files), samples=how.samples, held_out=how.held_out, seed=how.seed)
         calibration, held_out = (None if part is None else batches_of(part, size or BATCH) for part in parts)
     else:
         calibration, held_out = (_of_text(part, inputs, size or BATCH) for part in _windows(settings))
@@ -99,6 +99,7 @@ def _refuse_text_options(settings: Settings) -> None:
         "--tokenizer": settings.tokenizer,
         "--trust-remote-code": settings.trust_remote_code,
         "--sequence-length": settings.text.sequence_length != RunOptions.sequence_length,
+        "--bos": settings.text.bos,
     }
     for flag, value in about.items():
         if value:

@@ -53,12 +53,15 @@ class Choice(NamedTuple):
             groups: all of them, with ``params`` as :func:`listed_group` has them.
 
         Raises:
-            ValueError: a pattern fits no parameter, or one of heads none that Muon steps.
+            ValueError: a pattern fits no parameter, or one of heads none that Muon steps; or there are heads, and Muon
+                steps nothing.
         """
         names = [name for group in groups for name, _ in group["params"] if name is not None]
         _check_patterns("muon", self.muon, names)
         _check_patterns("adamw", self.adamw, names)
         _check_heads(self.heads, [name for group in groups for name in self._names_of_muon(group)])
+        if self.heads != 1 and not any(self._is_for_muon(group, *each) for group in groups for each in group["params"]):
+            raise ValueError(f"heads must be 1 where AdamW steps all parameters, got {self.heads!r}")
 
     def divided(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns the groups that a group becomes: one for each rule and number of heads in it.

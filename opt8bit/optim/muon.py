@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opt8bit.backends import Rule
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.options import LEAST, Options, check_flags, check_not_negative
+from opt8bit.optim.options import LEAST, Options, check_count, check_flags, check_not_negative, check_real
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -141,11 +141,13 @@ def check_muon(group: dict[str, Any]) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     for name, label in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
+        check_real(name, group[name])
         if not LEAST.get(name, 0.0) <= group[name]:
             raise ValueError(f"{label} should be >= 0 but is: {group[name]}")
     check_not_negative(eps=group["eps"])
-    if len(group["ns_coefficients"]) != 3:
-        raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
+    check_count("ns_coefficients", group["ns_coefficients"], 3)
+    for index, coefficient in enumerate(group["ns_coefficients"]):
+        check_real(f"ns_coefficients[{index}]", coefficient)
     if group["fused"]:
         raise ValueError("fused=True, but Muon's matrix products are torch's; leave fused out")
     if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from numbers import Real
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -128,14 +129,25 @@ def check_not_negative(**values: float | Tensor) -> None:
     """Raises as torch.optim does, with its words.
 
     Raises:
-        ValueError: a value is negative or NaN; an ``lr`` tensor has more than one element.
+        ValueError: a value is negative, NaN or no number; an ``lr`` tensor has more than one element.
     """
     for name, value in values.items():
+        check_real(name, value)
         label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
         if not is_on_device(value) and not LEAST.get(name, 0.0) <= value:
             raise ValueError(f"Invalid {label}: {value}")
+
+
+def check_real(name: str, value: object) -> None:
+    """Refuses what cannot be compared with a number, such as a string, which a configuration may hold.
+
+    Raises:
+        ValueError: it is neither a number nor a tensor.
+    """
+    if not isinstance(value, (Real, Tensor)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def check_number(name: str, value: object) -> None:
@@ -173,6 +185,15 @@ def check_flags(group: Mapping[str, Any], *names: str) -> None:
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
 
 
+def check_count(name: str, values: Any, count: int) -> None:
+    """
+    Raises:
+        ValueError: they are not ``count`` values in their order.
+    """
+    if isinstance(values, (str, Mapping, Set)) or not isinstance(values, Sized) or len(values) != count:
+        raise ValueError(f"{name} must be {count} numbers, got {values!r}")
+
+
 def check_betas(betas: Sequence[float | Tensor], count: int = 2) -> None:
     """Raises as torch.optim does, with its words.
 
@@ -180,11 +201,11 @@ def check_betas(betas: Sequence[float | Tensor], count: int = 2) -> None:
         ValueError: there are not ``count`` betas, one is not in [0, 1), or a tensor is not of one element or
             beside a float.
     """
-    if len(betas) != count:
-        raise ValueError(f"betas must be {count} numbers, got {betas!r}")
+    check_count("betas", betas, count)
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
     for index, beta in enumerate(betas):
+        check_real(f"betas[{index}]", beta)
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{index}] must be 1-element")
         if not is_on_device(beta) and not 0.0 <= beta < 1.0:

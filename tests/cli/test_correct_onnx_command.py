@@ -109,6 +109,7 @@ def test_a_text(language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (("--tokenizer", "folder"), "--tokenizer is about a text, and "),
         (("--sequence-length", "16"), "--sequence-length is about a text, and "),
+        (("--bos",), "--bos is about a text, and "),
         (("--held-out", "40"), "40 samples are held out, and there are 40: use a smaller --held-out"),
     ],
 )

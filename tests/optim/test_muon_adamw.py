@@ -385,6 +385,7 @@ def test_a_state_dict_that_divides_parameters_otherwise_is_refused() -> None:
         ({"heads": None}, "heads must be a positive integer, .* got None"),
         ({"heads": [4]}, r"heads must be a positive integer, .* got \[4\]"),
         ({"heads": {"a": "4"}}, "heads must be a positive integer, .* got {'a': '4'}"),
+        ({"heads": 4, "use_muon": False}, "heads must be 1 where AdamW steps all parameters, got 4"),
         ({"muon": None}, "muon must be a list of patterns of names, got None"),
         ({"muon": 5}, "muon must be a list of patterns of names, got 5"),
         ({"adamw": [5]}, r"adamw must be a list of patterns of names, got \[5\]"),
