@@ -1,7 +1,6 @@
 """Who adds an optimizer is told here what else wants its name."""
 
 import inspect
-import re
 from numbers import Real
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def test_hyper_parameters_of_another_kind_are_refused_by_name(kind: type[Optimiz
         wrong: list[object] = []
         if isinstance(default, Real) and not isinstance(default, bool):
             wrong = ["1e-3", [1e-3]]
-        elif isinstance(default, tuple):
+        elif isinstance(default, tuple) and default:
             wrong = ["0.9, 0.999", 0.9, dict.fromkeys(default), tuple(map(str, default)), default[1:]]
         for value in wrong:
-            with pytest.raises(ValueError, match=rf"^{name}\b.* must be .*got .*{re.escape(repr(value))[1:-1]}|^{name}\[0\]"):
+            with pytest.raises(ValueError, match=rf"^{name.removeprefix('adamw_')}\b.* must be .*, got "):
                 kind([("matrix", matrix)], **{name: value})  # type: ignore[arg-type]
