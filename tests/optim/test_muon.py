@@ -6,6 +6,7 @@ from cases import gradients, parameter, train
 from torch.optim import _muon
 
 import opt8bit
+from opt8bit.optim import muon as rules
 from opt8bit.optim.muon import PANEL, orthogonalized, symmetric_product
 
 
@@ -25,6 +26,36 @@ def test_iterations_by_panels_are_torchs(shape: tuple[int, int]) -> None:
     coefficients = (3.4445, -4.775, 2.0315)
     theirs = _muon._zeropower_via_newtonschulz(matrix, coefficients, 5, 1e-7)
     torch.testing.assert_close(orthogonalized(matrix, coefficients, 5, 1e-7), theirs, rtol=0.02, atol=1e-3)
+
+
+def decaying(shape: tuple[int, int], smallest: float) -> torch.Tensor:
+    """A matrix whose singular values fall from 1."""
+    generator = torch.Generator().manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    return (left * torch.logspace(0, math.log10(smallest), len(right), dtype=torch.float64) @ right).float()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6])
+@pytest.mark.parametrize("smallest", [0.1, 1e-3, 1e-5])
+@pytest.mark.parametrize("shape", [(128, 256), (300, 130)])
+def test_iterations_on_one_gram_matrix_are_as_exact_as_torchs(
+    shape: tuple[int, int], smallest: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far from those in float64 as torch's, and with singular values in the same range."""
+    monkeypatch.setattr(rules, "PANEL", 64)  # which makes these matrices large ones
+    matrix, coefficients = decaying(shape, smallest), (3.4445, -4.775, 2.0315)
+    exact = matrix.double() / matrix.norm()
+    for _ in range(steps):
+        gram = exact @ exact.mT
+        exact = 3.4445 * exact + (-4.775 * gram + 2.0315 * gram @ gram) @ exact
+    theirs = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, 1e-7)
+    ours = orthogonalized(matrix, coefficients, steps, 1e-7)
+    batch = orthogonalized(torch.stack([matrix, -matrix]), coefficients, steps, 1e-7)
+    error = (theirs - exact).norm()
+    for each in (ours, batch[0], -batch[1]):
+        assert (each - exact).norm() < max(1.1 * error, 0.03 * exact.norm())
+        assert torch.linalg.matrix_norm(each.float(), 2) < 1.01 * torch.linalg.matrix_norm(theirs.float(), 2)
+    assert steps == 1 or not torch.equal(ours, theirs)  # it is another way
 
 
 @pytest.mark.parametrize("n", [0, 1, PANEL, 2 * PANEL, 2 * PANEL + 1])
