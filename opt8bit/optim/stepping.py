@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import chain, islice
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim import optimizer as torch_optimizer
 
 from opt8bit.backends import Backend, Step, can_capture, note_writes, wanted_backend
 from opt8bit.optim import shards
@@ -36,6 +38,20 @@ class Stepping(Ruled):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _leave_to_python()
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns ``func``, which is a step, as torch.optim has it: noted by profilers, and with hooks around it.
+
+        Where neither is there it is called alone: noting takes longer than all else in a step of a small parameter.
+        """
+        noted = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: Stepping, *args: Any, **kwargs: Any) -> Any:
+            return (noted if _is_noted(self) else func)(self, *args, **kwargs)
+
+        return step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one call per device.
@@ -281,6 +297,15 @@ class Stepping(Ruled):
         if group["capturable"] and group["offload"]:
             raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
         self.check_param(param, group)
+
+
+def _is_noted(optimizer: Stepping) -> bool:
+    """Whether a profiler, a compiler or a hook wants to see the steps of an optimizer."""
+    hooks = (
+        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+        *(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
+    )
+    return any(hooks) or profiler._is_profiler_enabled or torch.compiler.is_compiling()
 
 
 def _leave_to_python() -> None:

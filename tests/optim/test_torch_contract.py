@@ -13,6 +13,7 @@ import torch
 from cases import STATEFUL, VARIANTS
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import opt8bit
@@ -274,6 +275,35 @@ def test_hooks_run_in_their_order() -> None:
         handle.remove()
     run(optimizer, loss, 1)
     assert calls == expected
+
+
+def test_hooks_of_all_optimizers_run() -> None:
+    params, loss = problem()
+    optimizer = opt8bit.AdamW8bit(params)
+    calls: list[str] = []
+    run(optimizer, loss, 1)
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("post")),
+    ]
+    run(optimizer, loss, 1)
+    assert calls == ["pre", "post"]
+    handles[0].remove()
+    run(optimizer, loss, 1)
+    assert calls == ["pre", "post", "post"]
+    handles[1].remove()
+    run(optimizer, loss, 1)
+    assert calls == ["pre", "post", "post"]
+
+
+def test_profilers_see_steps() -> None:
+    params, loss = problem()
+    optimizer = opt8bit.AdamW8bit(params)
+    run(optimizer, loss, 1)
+    with torch.profiler.profile() as profile:
+        run(optimizer, loss, 2)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["Optimizer.step#AdamW8bit.step"] == 2
 
 
 def test_a_hook_may_change_what_is_saved_and_loaded() -> None:
