@@ -59,14 +59,14 @@ const Kernels* opt8bit_kernels(const char* instruction_set) { return find_kernel
 
 void opt8bit_use_torch_threads(TorchParallelFor parallel_for) { use_torch_threads(parallel_for); }
 
-void opt8bit_describe(const void* const* functions, const void* const* tensors, int64_t count, int64_t max_dim,
+void opt8bit_describe(const void* const* functions, const Objects* objects, int64_t count, int64_t max_dim,
                       int64_t* rows) {
-  describe(torch_functions(functions), tensors, count, max_dim, rows);
+  describe(torch_functions(functions), *objects, count, max_dim, rows);
 }
 
-int64_t opt8bit_addresses(const void* const* functions, const void* const* tensors, int64_t count, int64_t max_dim,
+int64_t opt8bit_addresses(const void* const* functions, const Objects* objects, int64_t count, int64_t max_dim,
                           const int64_t* rows, int64_t* result, int64_t threads) {
-  return addresses(torch_functions(functions), tensors, count, max_dim, rows, result, static_cast<int>(threads));
+  return addresses(torch_functions(functions), *objects, count, max_dim, rows, result, static_cast<int>(threads));
 }
 
 void opt8bit_sizes(int64_t* sizes) {

@@ -19,9 +19,9 @@ OPT8BIT_EXPORT const char* opt8bit_instruction_sets();
 OPT8BIT_EXPORT const opt8bit::Kernels* opt8bit_kernels(const char* instruction_set);
 OPT8BIT_EXPORT void opt8bit_use_torch_threads(opt8bit::TorchParallelFor parallel_for);
 // See torch_tensors.h; `functions` are the addresses in a TorchFunctions.
-OPT8BIT_EXPORT void opt8bit_describe(const void* const* functions, const void* const* tensors, int64_t count,
+OPT8BIT_EXPORT void opt8bit_describe(const void* const* functions, const opt8bit::Objects* objects, int64_t count,
                                      int64_t max_dim, int64_t* rows);
-OPT8BIT_EXPORT int64_t opt8bit_addresses(const void* const* functions, const void* const* tensors, int64_t count,
+OPT8BIT_EXPORT int64_t opt8bit_addresses(const void* const* functions, const opt8bit::Objects* objects, int64_t count,
                                          int64_t max_dim, const int64_t* rows, int64_t* addresses, int64_t threads);
 
 OPT8BIT_EXPORT void opt8bit_sizes(int64_t* sizes);  // of a Tensor and of a Group, in bytes

@@ -20,14 +20,26 @@ struct TorchFunctions {
   int32_t (*strided)();  // the layout of dense tensors
 };
 
-constexpr int64_t kDescribed = 4;  // dtype, device type, device index, dim; then sizes and strides
+// Objects of Python's that stand for tensors. A tensor in C++ is one pointer, and its object holds that pointer.
+struct Objects {
+  const char* const* at;
+  int64_t pointer;  // bytes from an object to what it holds
+  int64_t type;     // bytes from an object to the address of its type; -1 where it has none
 
-// Row i of `rows`, kDescribed + 2 * max_dim numbers, describes the tensor whose only pointer is tensors[i]. Sizes and
-// strides beyond its own are 0. All are -1 for a tensor that is not strided or has more than max_dim dimensions.
-void describe(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim, int64_t* rows);
+  // What torch's functions take: the place of the pointer.
+  const void* tensor(int64_t i) const { return at[i] + pointer; }
+  int64_t type_of(int64_t i) const { return type < 0 ? 0 : *reinterpret_cast<const int64_t*>(at[i] + type); }
+};
 
-// Where the data of each tensor lie; false if some tensor is not as `rows` describe it.
-bool addresses(const TorchFunctions& torch, const void* const* tensors, int64_t count, int64_t max_dim,
-               const int64_t* rows, int64_t* addresses, int threads);
+constexpr int64_t kDescribed = 5;  // type, dtype, device type, device index, dim; then sizes and strides
+
+// Row i of `rows`, kDescribed + 2 * max_dim numbers, describes tensor i. Sizes and strides beyond its own are 0. All
+// are -1 for a tensor that is not strided or has more than max_dim dimensions.
+void describe(const TorchFunctions& torch, const Objects& objects, int64_t count, int64_t max_dim, int64_t* rows);
+
+// Where the data of each tensor lie; false if some tensor is not as `rows` describe it. An object of another type than
+// described may be no tensor: no more than its type is looked at.
+bool addresses(const TorchFunctions& torch, const Objects& objects, int64_t count, int64_t max_dim, const int64_t* rows,
+               int64_t* addresses, int threads);
 
 }  // namespace opt8bit

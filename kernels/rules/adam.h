@@ -1,4 +1,4 @@
-// Adam and AdamW, each with AMSGrad or without.
+// Adam and AdamW, each with AMSGrad or without, and cautious or not.
 #pragma once
 
 #include <cmath>
@@ -9,18 +9,15 @@
 namespace opt8bit {
 namespace {
 
-// Adam (Kingma & Ba, 2015), with weight decay added to the gradient.
-struct Adam : WithoutNorms {
-  static constexpr const char* kName = "adam";
+// What the forms of Adam (Kingma & Ba, 2015) share.
+struct AdamMoments : WithoutNorms {
   OPT8BIT_HYPER(lr, beta1, beta2, eps, weight_decay, maximize);
-  static constexpr int kStates = 2;  // exp_avg, exp_avg_sq
-  static constexpr bool kSigned[] = {true, false};
 
   Floats weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps,
       negative_step_size;
   bool has_weight_decay;
 
-  Adam(const Hyper& hyper, double step, const double*) {
+  AdamMoments(const Hyper& hyper, double step, const double*) {
     const double lr = hyper.lr, b1 = hyper.beta1, b2 = hyper.beta2;
     const double sign = hyper.maximize != 0 ? -1 : 1;  // of the gradient, multiplied into whatever it meets
     weight_decay = constant(sign * hyper.weight_decay);
@@ -34,6 +31,7 @@ struct Adam : WithoutNorms {
     negative_step_size = constant(-lr / (1 - std::pow(b1, step)));
   }
 
+  // Weight decay is added to the gradient.
   Floats decayed(Floats grad, Floats param) const {
     return has_weight_decay ? Simd::fma(weight_decay, param, grad) : grad;
   }
@@ -41,79 +39,85 @@ struct Adam : WithoutNorms {
   Floats second_moment(Floats grad, Scaled exp_avg_sq) const {
     return Simd::fma(beta2 * exp_avg_sq.scale, exp_avg_sq.value, one_minus_beta2 * grad * grad);
   }
-  Floats descend(Floats param, Floats exp_avg, Floats exp_avg_sq) const {
+  Floats direction(Floats exp_avg, Floats) const { return exp_avg; }
+  Floats descend(Floats param, Floats direction, Floats exp_avg_sq) const {
     const Floats denominator = Simd::fma(Simd::sqrt(exp_avg_sq), inverse_root_correction2, eps);
-    return Simd::fma(negative_step_size, exp_avg / denominator, param);
-  }
-
-  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Floats& next_exp_avg,
-              Floats& next_exp_avg_sq) const {
-    grad = decayed(grad, param);
-    next_exp_avg = first_moment(grad, exp_avg);
-    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
-    param = descend(param, next_exp_avg, next_exp_avg_sq);
+    return Simd::fma(negative_step_size, direction / denominator, param);
   }
 };
 
-struct AdamAmsgrad : Adam {
-  static constexpr const char* kName = "adam_amsgrad";
-  static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
-  static constexpr bool kSigned[] = {true, false, false};
-  using Adam::Adam;
-
-  void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Scaled max_exp_avg_sq,
-              Floats& next_exp_avg, Floats& next_exp_avg_sq, Floats& next_max_exp_avg_sq) const {
-    grad = decayed(grad, param);
-    next_exp_avg = first_moment(grad, exp_avg);
-    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
-    next_max_exp_avg_sq = Simd::maximum(next_exp_avg_sq, max_exp_avg_sq);
-    param = descend(param, next_exp_avg, next_max_exp_avg_sq);
-  }
-};
-
-struct AdamCautious : Adam {
-  static constexpr const char* kName = "adam_cautious";
+struct CautiousMoments : AdamMoments {
   static constexpr bool kHasNorms = true;
 
   Caution caution;
 
-  AdamCautious(const Hyper& hyper, double step, const double* norms)
-      : Adam(hyper, step, norms), caution(hyper.maximize, norms) {}
+  CautiousMoments(const Hyper& hyper, double step, const double* norms)
+      : AdamMoments(hyper, step, norms), caution(hyper.maximize, norms) {}
+
+  Floats direction(Floats exp_avg, Floats grad) const { return exp_avg * caution.mask(exp_avg, grad); }
+
+  void measure_agreement(Floats param, Floats grad, Scaled exp_avg, Floats (&measured)[2]) const {
+    grad = decayed(grad, param);
+    caution.measure(first_moment(grad, exp_avg), grad, measured);
+  }
+};
+
+template <class Moments>
+struct AdamOf : Moments {
+  static constexpr int kStates = 2;  // exp_avg, exp_avg_sq
+  static constexpr bool kSigned[] = {true, false};
+  using Moments::Moments;
 
   void measure(Floats param, Floats grad, Scaled exp_avg, Scaled, Floats (&measured)[2]) const {
-    grad = decayed(grad, param);
-    caution.measure(first_moment(grad, exp_avg), grad, measured);
+    this->measure_agreement(param, grad, exp_avg, measured);
   }
   void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Floats& next_exp_avg,
               Floats& next_exp_avg_sq) const {
-    grad = decayed(grad, param);
-    next_exp_avg = first_moment(grad, exp_avg);
-    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
-    param = descend(param, next_exp_avg * caution.mask(next_exp_avg, grad), next_exp_avg_sq);
+    grad = this->decayed(grad, param);
+    next_exp_avg = this->first_moment(grad, exp_avg);
+    next_exp_avg_sq = this->second_moment(grad, exp_avg_sq);
+    param = this->descend(param, this->direction(next_exp_avg, grad), next_exp_avg_sq);
   }
 };
 
-struct AdamAmsgradCautious : AdamAmsgrad {
-  static constexpr const char* kName = "adam_amsgrad_cautious";
-  static constexpr bool kHasNorms = true;
-
-  Caution caution;
-
-  AdamAmsgradCautious(const Hyper& hyper, double step, const double* norms)
-      : AdamAmsgrad(hyper, step, norms), caution(hyper.maximize, norms) {}
+// AMSGrad (Reddi et al., 2018): divides by the largest second moment so far.
+template <class Moments>
+struct AmsgradOf : Moments {
+  static constexpr int kStates = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr bool kSigned[] = {true, false, false};
+  using Moments::Moments;
 
   void measure(Floats param, Floats grad, Scaled exp_avg, Scaled, Scaled, Floats (&measured)[2]) const {
-    grad = decayed(grad, param);
-    caution.measure(first_moment(grad, exp_avg), grad, measured);
+    this->measure_agreement(param, grad, exp_avg, measured);
   }
   void update(Floats& param, Floats grad, Scaled exp_avg, Scaled exp_avg_sq, Scaled max_exp_avg_sq,
               Floats& next_exp_avg, Floats& next_exp_avg_sq, Floats& next_max_exp_avg_sq) const {
-    grad = decayed(grad, param);
-    next_exp_avg = first_moment(grad, exp_avg);
-    next_exp_avg_sq = second_moment(grad, exp_avg_sq);
+    grad = this->decayed(grad, param);
+    next_exp_avg = this->first_moment(grad, exp_avg);
+    next_exp_avg_sq = this->second_moment(grad, exp_avg_sq);
     next_max_exp_avg_sq = Simd::maximum(next_exp_avg_sq, max_exp_avg_sq);
-    param = descend(param, next_exp_avg * caution.mask(next_exp_avg, grad), next_max_exp_avg_sq);
+    param = this->descend(param, this->direction(next_exp_avg, grad), next_max_exp_avg_sq);
   }
+};
+
+struct Adam : AdamOf<AdamMoments> {
+  static constexpr const char* kName = "adam";
+  using AdamOf::AdamOf;
+};
+
+struct AdamAmsgrad : AmsgradOf<AdamMoments> {
+  static constexpr const char* kName = "adam_amsgrad";
+  using AmsgradOf::AmsgradOf;
+};
+
+struct AdamCautious : AdamOf<CautiousMoments> {
+  static constexpr const char* kName = "adam_cautious";
+  using AdamOf::AdamOf;
+};
+
+struct AdamAmsgradCautious : AmsgradOf<CautiousMoments> {
+  static constexpr const char* kName = "adam_amsgrad_cautious";
+  using AmsgradOf::AmsgradOf;
 };
 
 // AdamW (Loshchilov & Hutter, 2019): weight decay beside the gradient.

@@ -6,6 +6,8 @@ the memory, so that asking each of them through Python takes longer than updatin
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from operator import attrgetter
@@ -21,7 +23,10 @@ from opt8bit.backends import native
 Rows = NDArray[numpy.int64]
 HANDLE = attrgetter("_cdata")
 
-FIXED_COLUMNS = 4  # of a description: dtype, device type, device index, dim; then sizes and strides
+WORD = 8  # bytes
+ITEMS = list.__basicsize__ - 2 * WORD  # from a list in CPython to the address of its items
+TYPE = object.__basicsize__ - WORD  # from an object in CPython to its type
+FIXED_COLUMNS = 5  # of a description: type, dtype, device type, device index, dim; then sizes and strides
 TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
     "aoti_torch_get_layout",
     "aoti_torch_get_data_ptr",
@@ -36,17 +41,17 @@ TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
 
 
 class Description:
-    """How tensors lie: dtype, device type and index, dim, sizes and strides, each as a number.
+    """How tensors lie: type, dtype, device type and index, dim, sizes and strides, each as a number.
 
     Args:
         tensors: that are described.
 
     Attributes:
-        rows: (n, 4 + 2 * largest dim). Two are equal only if the tensors are alike in all of that. -1 throughout where
+        rows: (n, 5 + 2 * largest dim). Two are equal only if the tensors are alike in all of that. -1 throughout where
             a tensor is not strided.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor]) -> None:
         # A tensor that gets more dimensions than there are now is noticed as a change.
         max_dim = max((tensor.dim() for tensor in tensors), default=0)
         self._functions = _torch_functions()
@@ -54,15 +59,15 @@ class Description:
         if self._functions is None:
             self.rows = describe_in_python(tensors, max_dim)
         else:
-            self.rows = _describe(self._functions, tensors, max_dim)
+            self._objects = _Objects(len(tensors))
+            self.rows = _describe(self._functions, self._objects, tensors, max_dim)
             # What takes longer to ask for than a small parameter does to step.
-            self._handles = numpy.zeros(len(tensors), numpy.int64)
-            functions, handles, rows, found = (
-                array.ctypes.data for array in (self._functions, self._handles, self.rows, self._found)
+            functions, objects, rows, found = (
+                array.ctypes.data for array in (self._functions, self._objects.words, self.rows, self._found)
             )
-            self._read = partial(_library().opt8bit_addresses, functions, handles, len(tensors), max_dim, rows, found)
+            self._read = partial(_library().opt8bit_addresses, functions, objects, len(tensors), max_dim, rows, found)
 
-    def addresses(self, tensors: Sequence[Tensor]) -> Rows | None:
+    def addresses(self, tensors: list[Tensor]) -> Rows | None:
         """(n + 1,): where the data of as many tensors lie, then a zero; None if they are not as those described.
 
         The array is the same every time.
@@ -75,12 +80,12 @@ class Description:
                 return None
             self._found[:-1] = found
             return self._found
-        self._handles[:] = _handles(tensors)
+        self._objects.hold(tensors)
         return self._found if self._read(torch.get_num_threads()) else None
 
 
 def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """(n, 4 + 2 * max_dim). A row is -1 throughout where the tensor is not strided or has more dimensions."""
+    """(n, 5 + 2 * max_dim). A row is -1 throughout where the tensor is not strided or has more dimensions."""
     rows = numpy.zeros((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
     for row, tensor in zip(rows, tensors, strict=True):
         if tensor.layout != torch.strided or tensor.dim() > max_dim:
@@ -88,7 +93,7 @@ def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
             continue
         device = tensor.device
         index = -1 if device.index is None else device.index
-        row[:FIXED_COLUMNS] = id(tensor.dtype), hash(device.type), index, tensor.dim()
+        row[:FIXED_COLUMNS] = id(type(tensor)), id(tensor.dtype), hash(device.type), index, tensor.dim()
         row[FIXED_COLUMNS : FIXED_COLUMNS + tensor.dim()] = tensor.shape
         row[FIXED_COLUMNS + max_dim : FIXED_COLUMNS + max_dim + tensor.dim()] = tensor.stride()
     return rows
@@ -111,16 +116,63 @@ def _max_dim(described: Rows) -> int:
     return (described.shape[1] - FIXED_COLUMNS) // 2
 
 
-def _handles(tensors: Sequence[Tensor]) -> Rows:
-    """The tensors in C++ that those in Python stand for; torch.utils.swap_tensors changes them."""
-    return numpy.fromiter(map(HANDLE, tensors), numpy.int64, len(tensors))
+class _Objects:
+    """``Objects`` of kernels/torch_tensors.h: a list of tensors as the kernels read it.
+
+    The kernels look into the list and its objects, where that is possible: asking each object for its tensor in C++,
+    which torch.utils.swap_tensors can change, takes a fifth of a step of small parameters.
+
+    Args:
+        count: of tensors.
+
+    Attributes:
+        words: (3,), the structure.
+    """
+
+    def __init__(self, count: int) -> None:
+        pointer = _offset_of_pointer()
+        self._handles = None if pointer else numpy.zeros(count, numpy.int64)
+        if self._handles is None:
+            self.words = numpy.array([0, pointer, TYPE], numpy.int64)
+        else:
+            self._places = self._handles.ctypes.data + WORD * numpy.arange(count, dtype=numpy.int64)
+            self.words = numpy.array([self._places.ctypes.data, 0, -1], numpy.int64)
+
+    def hold(self, tensors: list[Tensor]) -> None:
+        """Points to the tensors of a list, for as long as the list is not changed."""
+        if self._handles is None:
+            self.words[0] = _word(id(tensors) + ITEMS)
+        else:
+            self._handles[:] = numpy.fromiter(map(HANDLE, tensors), numpy.int64, len(tensors))
 
 
-def _describe(functions: Rows, tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """What :func:`describe_in_python` returns, but for the numbers of dtypes and kinds of device."""
-    handles = _handles(tensors)
+@cache
+def _offset_of_pointer() -> int | None:
+    """Bytes from a tensor's object to the pointer to its tensor in C++; None where it is not found in there."""
+    if sys.implementation.name != "cpython":
+        return None
+    probes = [torch.zeros(2, device="cpu"), torch.nn.Parameter(torch.zeros((), device="cpu"))]
+    items = _word(id(probes) + ITEMS)
+    is_known = all(
+        _word(items + WORD * i) == id(probe) and _word(id(probe) + TYPE) == id(type(probe))
+        for i, probe in enumerate(probes)
+    )
+    offsets = range(object.__basicsize__, Tensor.__basicsize__, WORD) if is_known else ()
+    found = [offset for offset in offsets if all(_word(id(probe) + offset) == HANDLE(probe) for probe in probes)]
+    return found[0] if found else None
+
+
+def _word(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
+def _describe(functions: Rows, objects: _Objects, tensors: list[Tensor], max_dim: int) -> Rows:
+    """What :func:`describe_in_python` returns, but for the numbers of types, dtypes and kinds of device."""
+    objects.hold(tensors)
     rows = numpy.empty((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
-    _library().opt8bit_describe(functions.ctypes.data, handles.ctypes.data, len(tensors), max_dim, rows.ctypes.data)
+    at = (array.ctypes.data for array in (functions, objects.words, rows))
+    functions_at, objects_at, rows_at = at
+    _library().opt8bit_describe(functions_at, objects_at, len(tensors), max_dim, rows_at)
     return rows
 
 
@@ -139,5 +191,6 @@ def _torch_functions() -> Rows | None:
     functions = numpy.array(found, numpy.int64)
     zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
     probes = [zeros(2, 3, 5).permute(2, 0, 1)[1:], zeros((), dtype=torch.uint8), zeros(7)[::2]]
-    is_same = numpy.array_equal(_describe(functions, probes, 3)[:, 3:], describe_in_python(probes, 3)[:, 3:])
+    found, expected = _describe(functions, _Objects(len(probes)), probes, 3), describe_in_python(probes, 3)
+    is_same = numpy.array_equal(found[:, FIXED_COLUMNS - 1 :], expected[:, FIXED_COLUMNS - 1 :])
     return functions if is_same else None

@@ -232,12 +232,22 @@ void test_describe() {
   const FakeTensor kinds[] = {
       {2, 3, {4, 5}, {5, 1}}, {1, 3, {7, 0}, {2, 0}}, {0, 3, {}, {}}, {1, 0, {7, 0}, {1, 0}}, {3, 3, {}, {}}};
   const int64_t count = 1000, width = kDescribed + 2 * 2;
-  Exact<const FakeTensor*> tensors(count);
-  for (int64_t i = 0; i < count; ++i) tensors.data[i] = &kinds[i % 5];
+  struct FakeObject {
+    int64_t references;
+    const char* type;
+    const FakeTensor* tensor;
+  };
+  Exact<FakeObject> tensors(count);
+  Exact<const char*> at(count);
+  for (int64_t i = 0; i < count; ++i) {
+    tensors.data[i] = {1, reinterpret_cast<const char*>(i + 1), &kinds[i % 5]};
+    at.data[i] = reinterpret_cast<const char*>(tensors.data + i);
+  }
+  const Objects objects = {at.data, 16, 8};
   Exact<int64_t> rows(count * width);
   const void* functions[9];
   std::memcpy(functions, &torch, sizeof torch);
-  opt8bit_describe(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data);
+  opt8bit_describe(functions, &objects, count, 2, rows.data);
   for (int64_t i = 0; i < count; ++i) {
     const FakeTensor& kind = kinds[i % 5];
     const int64_t* const row = rows.data + i * width;
@@ -245,21 +255,24 @@ void test_describe() {
       for (int64_t k = 0; k < width; ++k) check(row[k] == -1, "a tensor that cannot be described");
       continue;
     }
-    check(row[0] == 6 && row[1] == 0 && row[2] == -1 && row[3] == kind.dim, "what it is");
+    check(row[0] == i + 1 && row[1] == 6 && row[2] == 0 && row[3] == -1 && row[4] == kind.dim, "what it is");
     for (int64_t k = 0; k < kind.dim; ++k)
-      check(row[4 + k] == kind.sizes[k] && row[6 + k] == kind.strides[k], "sizes and strides");
+      check(row[5 + k] == kind.sizes[k] && row[7 + k] == kind.strides[k], "sizes and strides");
   }
-  for (bool is_alike : {true, false}) {
-    for (int64_t i = 0; i < count; ++i) tensors.data[i] = &kinds[i % 3];
-    opt8bit_describe(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data);
-    if (!is_alike) rows.data[count * width - 1] += 1;
-    Exact<int64_t> found(count);
-    check(opt8bit_addresses(functions, reinterpret_cast<const void* const*>(tensors.data), count, 2, rows.data,
-                            found.data, 2) == is_alike,
-          "whether tensors are as they were");
-    for (int64_t i = 0; is_alike && i < count; ++i)
-      check(found.data[i] == reinterpret_cast<int64_t>(&kinds[i % 3]), "where data lie");
-  }
+  for (int64_t i = 0; i < count; ++i) tensors.data[i].tensor = &kinds[i % 3];
+  opt8bit_describe(functions, &objects, count, 2, rows.data);
+  Exact<int64_t> found(count);
+  const auto are_alike = [&] {
+    return opt8bit_addresses(functions, &objects, count, 2, rows.data, found.data, 2) != 0;
+  };
+  check(are_alike(), "tensors are as they were");
+  for (int64_t i = 0; i < count; ++i)
+    check(found.data[i] == reinterpret_cast<int64_t>(&kinds[i % 3]), "where data lie");
+  rows.data[count * width - 1] += 1;
+  check(!are_alike(), "a tensor has another stride");
+  rows.data[count * width - 1] -= 1;
+  tensors.data[count - 1] = {1, nullptr, nullptr};
+  check(!are_alike(), "an object of another type, in which there is no tensor");
 }
 
 }  // namespace

@@ -49,112 +49,89 @@ def adam_constants(lr, beta1, beta2, eps, weight_decay, maximize, step, norms):
 
 
 @triton.jit
-def adam_moments(grad, exp_avg, exp_avg_sq, constants):
-    exp_avg = constants.beta1 * exp_avg + constants.rest1 * grad
-    exp_avg_sq = constants.beta2 * exp_avg_sq + constants.rest2 * grad * grad
-    return exp_avg, exp_avg_sq
+def adam_grad(param, grad, constants, is_decoupled: tl.constexpr):
+    grad = constants.sign * grad
+    return grad if is_decoupled else decayed(grad, param, constants.weight_decay)
 
 
 @triton.jit
-def adam_descend(param, exp_avg, exp_avg_sq, constants):
-    root = tl.sqrt_rn(exp_avg_sq) * constants.inverse_root2
-    return param - constants.step_size * quotient(exp_avg, root, constants.eps)
+def adam_step(
+    param,
+    grad,
+    states,
+    constants,
+    is_decoupled: tl.constexpr,
+    has_amsgrad: tl.constexpr,
+    is_cautious: tl.constexpr,
+):
+    constants = AdamConstants(*constants)
+    grad = adam_grad(param, grad, constants, is_decoupled)
+    if is_decoupled:
+        param = param * constants.decay
+    exp_avg = constants.beta1 * states[0] + constants.rest1 * grad
+    exp_avg_sq = constants.beta2 * states[1] + constants.rest2 * grad * grad
+    direction, largest = exp_avg, exp_avg_sq
+    if is_cautious:
+        direction = exp_avg * (agreement(exp_avg, grad) * constants.caution)
+    if has_amsgrad:
+        largest = tl.maximum(states[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+    root = tl.sqrt_rn(largest) * constants.inverse_root2
+    param = param - constants.step_size * quotient(direction, root, constants.eps)
+    states = (exp_avg, exp_avg_sq, largest) if has_amsgrad else (exp_avg, exp_avg_sq)
+    return param, states
 
 
 @triton.jit
 def adam(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq = states
-    grad = decayed(constants.sign * grad, param, constants.weight_decay)
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
-    return adam_descend(param, exp_avg, exp_avg_sq, constants), (exp_avg, exp_avg_sq)
+    return adam_step(param, grad, states, constants, False, False, False)
 
 
 @triton.jit
 def adam_amsgrad(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq, max_exp_avg_sq = states
-    grad = decayed(constants.sign * grad, param, constants.weight_decay)
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
-    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-    return adam_descend(param, exp_avg, max_exp_avg_sq, constants), (exp_avg, exp_avg_sq, max_exp_avg_sq)
-
-
-@triton.jit
-def adamw(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq = states
-    exp_avg, exp_avg_sq = adam_moments(constants.sign * grad, exp_avg, exp_avg_sq, constants)
-    return adam_descend(param * constants.decay, exp_avg, exp_avg_sq, constants), (exp_avg, exp_avg_sq)
-
-
-@triton.jit
-def adamw_amsgrad(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq, max_exp_avg_sq = states
-    exp_avg, exp_avg_sq = adam_moments(constants.sign * grad, exp_avg, exp_avg_sq, constants)
-    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-    param = adam_descend(param * constants.decay, exp_avg, max_exp_avg_sq, constants)
-    return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
-
-
-@triton.jit
-def cautious(exp_avg, grad, constants):
-    return exp_avg * (agreement(exp_avg, grad) * constants.caution)
+    return adam_step(param, grad, states, constants, False, True, False)
 
 
 @triton.jit
 def adam_cautious(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq = states
-    grad = decayed(constants.sign * grad, param, constants.weight_decay)
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
-    return adam_descend(param, cautious(exp_avg, grad, constants), exp_avg_sq, constants), (exp_avg, exp_avg_sq)
+    return adam_step(param, grad, states, constants, False, False, True)
 
 
 @triton.jit
 def adam_amsgrad_cautious(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq, max_exp_avg_sq = states
-    grad = decayed(constants.sign * grad, param, constants.weight_decay)
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
-    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-    param = adam_descend(param, cautious(exp_avg, grad, constants), max_exp_avg_sq, constants)
-    return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+    return adam_step(param, grad, states, constants, False, True, True)
+
+
+@triton.jit
+def adamw(param, grad, states, constants):
+    return adam_step(param, grad, states, constants, True, False, False)
+
+
+@triton.jit
+def adamw_amsgrad(param, grad, states, constants):
+    return adam_step(param, grad, states, constants, True, True, False)
 
 
 @triton.jit
 def adamw_cautious(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq = states
-    grad = constants.sign * grad
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
-    param = adam_descend(param * constants.decay, cautious(exp_avg, grad, constants), exp_avg_sq, constants)
-    return param, (exp_avg, exp_avg_sq)
+    return adam_step(param, grad, states, constants, True, False, True)
 
 
 @triton.jit
 def adamw_amsgrad_cautious(param, grad, states, constants):
-    constants = AdamConstants(*constants)
-    exp_avg, exp_avg_sq, max_exp_avg_sq = states
-    grad = constants.sign * grad
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, constants)
-    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-    param = adam_descend(param * constants.decay, cautious(exp_avg, grad, constants), max_exp_avg_sq, constants)
-    return param, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+    return adam_step(param, grad, states, constants, True, True, True)
 
 
 @triton.jit
 def adam_measure(param, grad, states, constants):
     constants = AdamConstants(*constants)
-    grad = decayed(constants.sign * grad, param, constants.weight_decay)
+    grad = adam_grad(param, grad, constants, False)
     return caution_measure(constants.beta1 * states[0] + constants.rest1 * grad, grad)
 
 
 @triton.jit
 def adamw_measure(param, grad, states, constants):
     constants = AdamConstants(*constants)
-    grad = constants.sign * grad
+    grad = adam_grad(param, grad, constants, True)
     return caution_measure(constants.beta1 * states[0] + constants.rest1 * grad, grad)
 
 
