@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from opt8bit.backends.interface import COMPENSATION, Backend, Batch, BatchStep, Rule, Step, View, stored_as
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
+
+STACKED = 5 << 20  # elements that are stepped together: more would take more memory, and save little time
 
 
 def to_blocks(x: Tensor, view: View) -> Tensor:
@@ -65,57 +67,93 @@ def encode_state(x: Tensor, table: Tensor, signed: bool, view: View) -> tuple[Te
 
 @torch.no_grad()
 def step_batch(batch_step: BatchStep, coder: Backend, grad_scale: float) -> None:
-    """Steps parameter by parameter, by the pure rule; ``coder`` decodes and encodes the states."""
+    """Steps parameters one by one, or equal ones together, by the pure rule; ``coder`` decodes and encodes states."""
     hyper = batch_step.hyper_on_host()
-    for i in range(len(batch_step.params)):
-        _step_parameter(batch_step, i, coder, hyper, grad_scale)
+    for indices in _together(batch_step):
+        _step_parameters(batch_step, indices, coder, hyper, grad_scale)
 
 
-def _step_parameter(batch_step: BatchStep, i: int, coder: Backend, hyper: Mapping[str, Any], grad_scale: float) -> None:
+def _together(batch_step: BatchStep) -> Iterator[list[int]]:
+    """Divides the parameters of a batch: each alone, or several of one shape where the rule takes those stacked."""
+    alike: dict[Any, list[int]] = {}
+    for i, (param, state) in enumerate(zip(batch_step.params, batch_step.states, strict=True)):
+        key = (param.shape, state["step"].item()) if batch_step.batch.rule.stacked else i
+        alike.setdefault(key, []).append(i)
+    for indices in alike.values():
+        at_once = max(1, STACKED // max(1, batch_step.params[indices[0]].numel()))
+        for first in range(0, len(indices), at_once):
+            yield indices[first : first + at_once]
+
+
+def _step_parameters(
+    batch_step: BatchStep, indices: Sequence[int], coder: Backend, hyper: Mapping[str, Any], grad_scale: float
+) -> None:
+    update, step = batch_step.batch.rule.update, batch_step.states[indices[0]]["step"].item() + 1
+    read = [_read(batch_step, i, coder, grad_scale) for i in indices]
+    if len(read) == 1:
+        made = [update(*read[0], step=step, **hyper)]
+    else:
+        made = list(zip(*update(*map(torch.stack, zip(*read, strict=True)), step=step, **hyper), strict=True))
+    # All that may fail has been done: from here on, tensors are written.
+    for i, (new_param, *new_states) in zip(indices, made, strict=True):
+        _write(batch_step, i, coder, int(step), new_param, new_states)
+
+
+def _read(batch_step: BatchStep, i: int, coder: Backend, grad_scale: float) -> list[Tensor]:
+    """A parameter, its gradient and its states, as a rule takes them."""
     batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
-    names, view = batch.rule.states, batch.views[i]
     coded = batch.rule.codable if batch.coded else {}
-    compensation = state[COMPENSATION].view(torch.int16)[..., 0] if batch.rounding == "compensated" else None
-    books = [codebook.to(param.device) for codebook in batch.codebooks]
     states = []
-    for name, book in zip(names, books, strict=True):
+    for name, codebook in zip(batch.rule.states, batch.codebooks, strict=True):
         if name in coded:
             decoded = torch.empty(param.shape, dtype=torch.float32, device=param.device)
             codes, scale = (state[stored] for stored in stored_as(name))
-            coder.dequantize_blockwise(codes, scale, book, view, decoded)
+            coder.dequantize_blockwise(codes, scale, codebook.to(param.device), batch.views[i], decoded)
             states.append(decoded)
         else:
             states.append(as_real(state[name]))
-    step = state["step"].item() + 1
     compute = torch.promote_types(param.dtype, torch.float32)
     grad = as_real(batch_step.grads[i].to(compute))
     grad = grad if grad_scale == 1 else grad * (1 / grad_scale)
-    value = as_real(param.to(compute)) if compensation is None else compensated(param, compensation)
-    new_param, *new_states = batch.rule.update(value, grad, *states, step=step, **hyper)
+    kept = _compensation(batch_step, i)
+    return [as_real(param.to(compute)) if kept is None else compensated(param, kept), grad, *states]
 
-    # All that may fail has been done: from here on, tensors are written.
-    if compensation is not None:
-        set_compensated(param, compensation, new_param)
+
+def _write(
+    batch_step: BatchStep, i: int, coder: Backend, step: int, new_param: Tensor, new_states: Sequence[Tensor]
+) -> None:
+    """Rounds a parameter and its states to what they are stored as."""
+    batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
+    coded = batch.rule.codable if batch.coded else {}
+    kept = _compensation(batch_step, i)
+    if kept is not None:
+        set_compensated(param, kept, new_param)
     elif batch.rounding == "stochastic" and param.dtype == torch.bfloat16:
         number, first = int(batch.numbers[i]), int(batch.firsts[i])
-        param.copy_(stochastically_rounded(new_param, batch.seed, int(step), number, first))
+        param.copy_(stochastically_rounded(new_param, batch.seed, step, number, first))
     else:
         param.copy_(torch.view_as_complex(new_param.contiguous()) if param.is_complex() else new_param)
     if batch.coded and param.numel():
         new_states = _without_infinities(new_states)
-    for (name, signed), book, new in zip(names.items(), books, new_states, strict=True):
+    for (name, signed), codebook, new in zip(batch.rule.states.items(), batch.codebooks, new_states, strict=True):
         if name in coded:
             codes, scale = (state[stored] for stored in stored_as(name))
-            coder.encode_state(new.contiguous(), book, signed, view, codes, scale)
+            coder.encode_state(new.contiguous(), codebook.to(param.device), signed, batch.views[i], codes, scale)
         else:
             as_real(state[name]).copy_(new)
     state["step"].add_(1)
 
 
+def _compensation(batch_step: BatchStep, i: int) -> Tensor | None:
+    """The bits that a bfloat16 parameter has no room for, if they are kept."""
+    is_kept = batch_step.batch.rounding == "compensated"
+    return batch_step.states[i][COMPENSATION].view(torch.int16)[..., 0] if is_kept else None
+
+
 def _without_infinities(states: Sequence[Tensor]) -> Sequence[Tensor]:
     """States of which an element begins anew, with zeros, where one of them is infinite: an infinity, as the largest of
     its block, would weigh on the others from then on."""
-    if all(bool(state.abs().amax().isfinite()) for state in states):
+    if all(bool(torch.stack(state.aminmax()).isfinite().all()) for state in states):
         return states
     is_infinite = torch.stack([state.isinf() for state in states]).any(0)
     return [torch.where(is_infinite, 0, state) for state in states]

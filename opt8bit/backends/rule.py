@@ -24,6 +24,7 @@ class Rule:
         family: name of the file that has its kernels, which rules of one optimizer share; its own name if left out.
         iterates: states that are points as the parameter is: they begin where it is, and are always stored in full.
         whole: whether it looks at a whole parameter, not at one element after another.
+        stacked: whether ``update`` takes parameters of one shape stacked, too: the first dimension then counts them.
         caution: whether it leaves out elements that it would move against their gradients.
         dim: how many dimensions a parameter must have; None for any number.
         torch_counts_steps: whether its counterpart in torch.optim keeps ``step``.
@@ -43,6 +44,7 @@ class Rule:
     family: str = ""
     iterates: tuple[str, ...] = ()
     whole: bool = False
+    stacked: bool = False
     caution: bool = False
     dim: int | None = None
     torch_counts_steps: bool = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+LARGE = 512  # rows from which on it pays to do with fewer or smaller products
+LARGE_WITH_AMX = 4096  # and where a processor multiplies tiles, so that products take little beside copies
 PANEL = 256  # rows of a symmetric product that are computed together
 WIDE = 1.5  # columns for each row, from which on polynomials of the Gram matrix take fewer products
 # Iterations that bfloat16 allows on one Gram matrix, of the first and of later ones: with one more, singular values of
@@ -34,18 +38,21 @@ def orthogonalized(
 ) -> Tensor:
     """Newton-Schulz iterations towards the nearest matrix with orthonormal rows or columns, in bfloat16.
 
-    Two of an iteration's three products are symmetric. Where one side of a large matrix is much the longer one, several
-    iterations become one product with a polynomial of the Gram matrix, whose sides are as short as the other. The
-    matrices of a batch are iterated together, each for itself.
+    In float32 on processors that have no arithmetic for bfloat16. Two of an iteration's three products are symmetric.
+    Where one side of a large matrix is much the longer one, several iterations become one product with a polynomial of
+    the Gram matrix, whose sides are as short as the other. The matrices of a batch are iterated together, each for
+    itself.
 
     Source: Muon: An optimizer for hidden layers in neural networks (Jordan et al., 2024).
     """
+    if x.dim() == 3 and len(x) == 1:  # products of batches of one are slower
+        return orthogonalized(x[0], coefficients, steps, eps)[None]
     is_tall = x.shape[-2] > x.shape[-1]
-    x = x.bfloat16()
+    x = x.to(torch.bfloat16 if x.device.type != "cpu" or has_bfloat16() else torch.float32)
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     rows, columns = x.shape[-2:]
-    first, later = ON_GRAM if rows >= 2 * PANEL and columns >= WIDE * rows else (1, 1)
+    first, later = ON_GRAM if rows >= LARGE and columns >= WIDE * rows else (1, 1)
     while steps:
         at_once = min(first, steps)
         x, steps, first = _iterated(x, coefficients, at_once), steps - at_once, later
@@ -83,13 +90,16 @@ def symmetric_product(
     By panels of rows, where the matrix is large enough for that to pay. (On GPUs that has not been measured.) Products
     of a batch are computed in full.
     """
-    if left.dim() == 3:
-        return left @ right if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
-    n = len(left)
-    panel = PANEL if left.device.type == "cpu" and n >= 2 * PANEL else max(n, 1)
+    n = left.shape[-2]
+    large = LARGE_WITH_AMX if left.dtype == torch.bfloat16 and has_amx() else LARGE
+    if left.dim() == 3 or left.device.type != "cpu" or n < large:
+        if added is None:
+            return left @ right
+        add_product = torch.addmm if left.dim() == 2 else torch.baddbmm
+        return add_product(added, left, right, beta=beta, alpha=alpha)
     whole = left.new_empty(n, n)
-    for start in range(0, n, panel):
-        end = min(start + panel, n)
+    for start in range(0, n, PANEL):
+        end = min(start + PANEL, n)
         rows, columns = left[start:end], right[:, :end]
         if added is None:
             part = rows @ columns
@@ -99,6 +109,24 @@ def symmetric_product(
             whole[:start, start:end] = part.T.contiguous()[:start]  # transposed whole, as torch does it fast
         whole[start:end, :end] = part
     return whole
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has arithmetic for bfloat16, or torch cannot tell."""
+    known = _capabilities()
+    found = [known[name] for name in ("avx512_bf16", "amx_bf16", "bf16") if name in known]
+    return any(found) or not found
+
+
+def has_amx() -> bool:
+    """Whether this processor has instructions that multiply tiles of bfloat16."""
+    return _capabilities().get("amx_bf16", False)
+
+
+@functools.cache
+def _capabilities() -> Mapping[str, Any]:
+    """What this processor has, which torch 2.10 and later tell; empty with others."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 ADJUSTMENTS = {  # of lr, by the number of rows and columns
@@ -125,9 +153,9 @@ def muon(
     maximize: bool,
     heads: int = 1,
 ) -> tuple[Tensor, ...]:
-    """One step of Muon; all tensors of one shape: (rows, columns), or a batch of matrices, (batch, rows, columns).
+    """One step of Muon; all tensors of one shape: (rows, columns), or several such matrices, (..., rows, columns).
 
-    With several ``heads``, the rows of a matrix are that many matrices below each other. Each is stepped for itself.
+    Each is stepped for itself. With several ``heads``, the rows of a matrix are that many matrices below each other.
 
     Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training; Deriving Muon
     (Bernstein, 2025).
@@ -135,11 +163,12 @@ def muon(
     grad = -grad if maximize else grad
     momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
-    if heads > 1:
-        direction = direction.reshape(heads, len(param) // heads, param.shape[-1])
-    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](*direction.shape[-2:])
+    rows, columns = param.shape[-2:]
+    if heads > 1 or param.dim() > 2:
+        direction = direction.reshape(-1, rows // heads, columns)
+    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](rows // heads, columns)
     direction = orthogonalized(direction, ns_coefficients, ns_steps, eps).to(param.dtype).reshape(param.shape)
-    return (param * (1 - lr * weight_decay)).add(direction, alpha=-adjusted_lr), momentum_buffer
+    return (param * (1 - lr * weight_decay)).add_(direction, alpha=-adjusted_lr), momentum_buffer
 
 
 HYPER = (
@@ -153,7 +182,7 @@ HYPER = (
     "adjust_lr_fn",
     "maximize",
 )
-RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True, dim=2, torch_counts_steps=False)
+RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True, stacked=True, dim=2, torch_counts_steps=False)
 RULE_OF_BATCHES = replace(RULE, name="muon_of_batches", hyper=(*HYPER, "heads"), dim=None)
 
 

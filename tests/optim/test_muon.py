@@ -6,8 +6,16 @@ from cases import gradients, parameter, train
 from torch.optim import _muon
 
 import opt8bit
+from opt8bit.backends import reference
 from opt8bit.optim import muon as rules
-from opt8bit.optim.muon import PANEL, orthogonalized, symmetric_product
+from opt8bit.optim.muon import LARGE, PANEL, orthogonalized, symmetric_product
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that computes in bfloat16, as torch's Muon does on every one, and has no AMX."""
+    monkeypatch.setattr(rules, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(rules, "has_amx", lambda: False)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (32, 32)])
@@ -35,6 +43,15 @@ def decaying(shape: tuple[int, int], smallest: float) -> torch.Tensor:
     return (left * torch.logspace(0, math.log10(smallest), len(right), dtype=torch.float64) @ right).float()
 
 
+def iterated(matrix: torch.Tensor, steps: int) -> torch.Tensor:
+    """The iterations in float64."""
+    x = matrix.double() / matrix.norm()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 6])
 @pytest.mark.parametrize("smallest", [0.1, 1e-3, 1e-5])
 @pytest.mark.parametrize("shape", [(128, 256), (300, 130)])
@@ -42,12 +59,10 @@ def test_iterations_on_one_gram_matrix_are_as_exact_as_torchs(
     shape: tuple[int, int], smallest: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far from those in float64 as torch's, and with singular values in the same range."""
-    monkeypatch.setattr(rules, "PANEL", 64)  # which makes these matrices large ones
+    monkeypatch.setattr(rules, "LARGE", 64)
+    monkeypatch.setattr(rules, "PANEL", 50)
     matrix, coefficients = decaying(shape, smallest), (3.4445, -4.775, 2.0315)
-    exact = matrix.double() / matrix.norm()
-    for _ in range(steps):
-        gram = exact @ exact.mT
-        exact = 3.4445 * exact + (-4.775 * gram + 2.0315 * gram @ gram) @ exact
+    exact = iterated(matrix, steps)
     theirs = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, 1e-7)
     ours = orthogonalized(matrix, coefficients, steps, 1e-7)
     batch = orthogonalized(torch.stack([matrix, -matrix]), coefficients, steps, 1e-7)
@@ -56,6 +71,36 @@ def test_iterations_on_one_gram_matrix_are_as_exact_as_torchs(
         assert (each - exact).norm() < max(1.1 * error, 0.03 * exact.norm())
         assert torch.linalg.matrix_norm(each.float(), 2) < 1.01 * torch.linalg.matrix_norm(theirs.float(), 2)
     assert steps == 1 or not torch.equal(ours, theirs)  # it is another way
+
+
+@pytest.mark.parametrize("large", [16, 512])
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (40, 40), (3, 40, 100)])
+def test_processors_without_bfloat16_compute_in_float32(
+    shape: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(rules, "LARGE", large)
+    matrices = gradients(1, shape)[0]
+    found = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert found.dtype == torch.float32
+    for each, expected in zip(found.view(-1, *shape[-2:]), matrices.view(-1, *shape[-2:]), strict=True):
+        torch.testing.assert_close(each.double(), iterated(expected, 5), rtol=1e-3, atol=1e-4)
+
+
+def test_products_are_halved_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tiles it does only for very large ones. All have the same bits, as each element is one sum."""
+    made: list[int] = []
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size: made.append(len(x)) or original(x, *size))
+    matrix = gradients(1, (LARGE, 8))[0].bfloat16()
+    halved = symmetric_product(matrix, matrix.mT)
+    assert made == [LARGE]
+    monkeypatch.setattr(rules, "has_amx", lambda: True)
+    torch.testing.assert_close(symmetric_product(matrix, matrix.mT), halved, rtol=0.01, atol=1e-3)
+    assert made == [LARGE]
+    monkeypatch.setattr(rules, "LARGE_WITH_AMX", LARGE)
+    symmetric_product(matrix, matrix.mT)
+    assert made == [LARGE, LARGE]
 
 
 @pytest.mark.parametrize("n", [0, 1, PANEL, 2 * PANEL, 2 * PANEL + 1])
@@ -114,6 +159,36 @@ def test_spectral_unclamped_scales_lr_by_the_root_of_rows_over_columns(shape: tu
         train(mine, ours, [grad])
         train(torchs, theirs, [grad])
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("shape", [(64, 100), (100, 64)])
+def test_equal_matrices_are_stepped_together_each_for_itself(
+    shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the rounding of bfloat16, whose products a library may add in another order; the momentum is exact."""
+    monkeypatch.setattr(reference, "STACKED", 2 * shape[0] * shape[1])
+    sizes: list[int] = []
+    original = rules.orthogonalized
+    monkeypatch.setattr(rules, "orthogonalized", lambda x, *rest: sizes.append(x.dim()) or original(x, *rest))
+    params = [parameter(seed, shape) for seed in (0, 1, 2)]
+    alone = [param.detach().clone().requires_grad_() for param in params]
+    params.insert(1, parameter(9, (48, 64)))
+    alone.insert(1, params[1].detach().clone().requires_grad_())
+    optimizer = opt8bit.Muon8bit(params, state_bits=bits)
+    others = [opt8bit.Muon8bit([param], state_bits=bits) for param in alone]
+    for seed in range(3):
+        for number, (param, other) in enumerate(zip(params, alone, strict=True)):
+            param.grad = other.grad = gradients(1, param.shape, 10 * seed + number)[0]
+        optimizer.step()
+        for each in others:
+            each.step()
+    assert sizes[:3] == [3, 2, 2]  # two together, the third, and the one of another shape
+    for param, other, each in zip(params, alone, others, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-3, atol=1e-4)
+        assert optimizer.state[param].keys() == each.state[other].keys()
+        for name, value in optimizer.state[param].items():
+            assert torch.equal(value, each.state[other][name])
 
 
 def test_8_bit_momentum_points_where_torchs_does() -> None:
