@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import profiler
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from opt8bit.backends import Backend, Step, can_capture, note_writes, wanted_backend
 from opt8bit.optim import shards
@@ -21,6 +21,7 @@ from opt8bit.optim.ruled import Ruled
 from opt8bit.optim.running import Place, Running
 from opt8bit.optim.states import CODED_DTYPES, check, initialized, others, will_be_coded
 
+GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 Scaling = tuple["Tensor | None", "Tensor | None"]  # what GradScaler hands over: grad_scale and found_inf
 Shares = list[tuple[Backend, Step]]  # of the backends in a step
@@ -301,11 +302,8 @@ class Stepping(Ruled):
 
 def _is_noted(optimizer: Stepping) -> bool:
     """Whether a profiler, a compiler or a hook wants to see the steps of an optimizer."""
-    hooks = (
-        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
-        *(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
-    )
-    return any(hooks) or profiler._is_profiler_enabled or torch.compiler.is_compiling()
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return any(own) or any(GLOBAL_HOOKS) or profiler._is_profiler_enabled or torch.compiler.is_compiling()
 
 
 def _leave_to_python() -> None:
