@@ -170,9 +170,9 @@ def _describe(functions: Rows, objects: _Objects, tensors: list[Tensor], max_dim
     """What :func:`describe_in_python` returns, but for the numbers of types, dtypes and kinds of device."""
     objects.hold(tensors)
     rows = numpy.empty((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
-    at = (array.ctypes.data for array in (functions, objects.words, rows))
-    functions_at, objects_at, rows_at = at
-    _library().opt8bit_describe(functions_at, objects_at, len(tensors), max_dim, rows_at)
+    _library().opt8bit_describe(
+        functions.ctypes.data, objects.words.ctypes.data, len(tensors), max_dim, rows.ctypes.data
+    )
     return rows
 
 
