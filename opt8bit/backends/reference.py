@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from opt8bit.backends.interface import COMPENSATION, Backend, Batch, BatchStep, Rule, Step, View, stored_as
 from opt8bit.backends.rounding import compensated, set_compensated, stochastically_rounded
 
-STACKED = 5 << 20  # elements that are stepped together: more would take more memory, and save little time
+TOGETHER = 8 << 20  # elements that are stepped together: more would take more memory, and save little time
 
 
 def to_blocks(x: Tensor, view: View) -> Tensor:
@@ -67,61 +67,75 @@ def encode_state(x: Tensor, table: Tensor, signed: bool, view: View) -> tuple[Te
 
 @torch.no_grad()
 def step_batch(batch_step: BatchStep, coder: Backend, grad_scale: float) -> None:
-    """Steps parameters one by one, or equal ones together, by the pure rule; ``coder`` decodes and encodes states."""
-    hyper = batch_step.hyper_on_host()
-    for indices in _together(batch_step):
-        _step_parameters(batch_step, indices, coder, hyper, grad_scale)
+    """Steps one parameter after another by the pure rule; ``coder`` decodes and encodes the states."""
+    hyper, parts = batch_step.hyper_on_host(), batch_step.batch.rule.parts
+    if parts:
+        for indices in _equal(batch_step.params):
+            _step_together(batch_step, indices, coder, hyper, grad_scale, parts)
+        return
+    for i in range(len(batch_step.params)):
+        read = *_param_and_grad(batch_step, i, grad_scale), *_decoded(batch_step, i, coder)
+        step = batch_step.states[i]["step"].item() + 1
+        new_param, *new_states = batch_step.batch.rule.update(*read, step=step, **hyper)
+        # All that may fail has been done: from here on, tensors are written.
+        _write(batch_step, i, coder, new_param, new_states)
 
 
-def _together(batch_step: BatchStep) -> Iterator[list[int]]:
-    """Divides the parameters of a batch: each alone, or several of one shape where the rule takes those stacked."""
-    alike: dict[Any, list[int]] = {}
-    for i, (param, state) in enumerate(zip(batch_step.params, batch_step.states, strict=True)):
-        key = (param.shape, state["step"].item()) if batch_step.batch.rule.stacked else i
-        alike.setdefault(key, []).append(i)
-    for indices in alike.values():
-        at_once = max(1, STACKED // max(1, batch_step.params[indices[0]].numel()))
+def _equal(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Divides parameters into runs of one shape, of no more elements than are stepped together."""
+    alike: dict[torch.Size, list[int]] = {}
+    for i, param in enumerate(params):
+        alike.setdefault(param.shape, []).append(i)
+    for shape, indices in alike.items():
+        at_once = max(1, TOGETHER // max(1, shape.numel()))
         for first in range(0, len(indices), at_once):
             yield indices[first : first + at_once]
 
 
-def _step_parameters(
-    batch_step: BatchStep, indices: Sequence[int], coder: Backend, hyper: Mapping[str, Any], grad_scale: float
+def _step_together(
+    batch_step: BatchStep,
+    indices: Sequence[int],
+    coder: Backend,
+    hyper: Mapping[str, Any],
+    grad_scale: float,
+    parts: tuple[Callable[..., Any], ...],
 ) -> None:
-    update, step = batch_step.batch.rule.update, batch_step.states[indices[0]]["step"].item() + 1
-    read = [_read(batch_step, i, coder, grad_scale) for i in indices]
-    if len(read) == 1:
-        made = [update(*read[0], step=step, **hyper)]
-    else:
-        made = list(zip(*update(*map(torch.stack, zip(*read, strict=True)), step=step, **hyper), strict=True))
-    # All that may fail has been done: from here on, tensors are written.
-    for i, (new_param, *new_states) in zip(indices, made, strict=True):
-        _write(batch_step, i, coder, int(step), new_param, new_states)
+    begin, go_on, end = parts
+    params, grads = zip(*(_param_and_grad(batch_step, i, grad_scale) for i in indices), strict=True)
+    decoded = (_decoded(batch_step, i, coder) for i in indices)
+    x, *new_states = zip(*(begin(grad, *mine, **hyper) for grad, mine in zip(grads, decoded, strict=True)), strict=True)
+    x = [go_on(x[0], **hyper)] if len(x) == 1 else go_on(torch.stack(x), **hyper)
+    new_params = [end(param, mine, **hyper) for param, mine in zip(params, x, strict=True)]
+    for i, new_param, *states in zip(indices, new_params, *new_states, strict=True):
+        _write(batch_step, i, coder, new_param, states)
 
 
-def _read(batch_step: BatchStep, i: int, coder: Backend, grad_scale: float) -> list[Tensor]:
-    """A parameter, its gradient and its states, as a rule takes them."""
-    batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
-    coded = batch.rule.codable if batch.coded else {}
-    states = []
-    for name, codebook in zip(batch.rule.states, batch.codebooks, strict=True):
-        if name in coded:
-            decoded = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-            codes, scale = (state[stored] for stored in stored_as(name))
-            coder.dequantize_blockwise(codes, scale, codebook.to(param.device), batch.views[i], decoded)
-            states.append(decoded)
-        else:
-            states.append(as_real(state[name]))
+def _param_and_grad(batch_step: BatchStep, i: int, grad_scale: float) -> tuple[Tensor, Tensor]:
+    """In at least float32, complex numbers as pairs."""
+    param, kept = batch_step.params[i], _compensation(batch_step, i)
     compute = torch.promote_types(param.dtype, torch.float32)
     grad = as_real(batch_step.grads[i].to(compute))
     grad = grad if grad_scale == 1 else grad * (1 / grad_scale)
-    kept = _compensation(batch_step, i)
-    return [as_real(param.to(compute)) if kept is None else compensated(param, kept), grad, *states]
+    return as_real(param.to(compute)) if kept is None else compensated(param, kept), grad
 
 
-def _write(
-    batch_step: BatchStep, i: int, coder: Backend, step: int, new_param: Tensor, new_states: Sequence[Tensor]
-) -> None:
+def _decoded(batch_step: BatchStep, i: int, coder: Backend) -> list[Tensor]:
+    """The states of a parameter."""
+    batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
+    coded = batch.rule.codable if batch.coded else {}
+    result = []
+    for name, codebook in zip(batch.rule.states, batch.codebooks, strict=True):
+        if name in coded:
+            values = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+            codes, scale = (state[stored] for stored in stored_as(name))
+            coder.dequantize_blockwise(codes, scale, codebook.to(param.device), batch.views[i], values)
+            result.append(values)
+        else:
+            result.append(as_real(state[name]))
+    return result
+
+
+def _write(batch_step: BatchStep, i: int, coder: Backend, new_param: Tensor, new_states: Sequence[Tensor]) -> None:
     """Rounds a parameter and its states to what they are stored as."""
     batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
     coded = batch.rule.codable if batch.coded else {}
@@ -129,7 +143,7 @@ def _write(
     if kept is not None:
         set_compensated(param, kept, new_param)
     elif batch.rounding == "stochastic" and param.dtype == torch.bfloat16:
-        number, first = int(batch.numbers[i]), int(batch.firsts[i])
+        number, first, step = int(batch.numbers[i]), int(batch.firsts[i]), int(state["step"].item() + 1)
         param.copy_(stochastically_rounded(new_param, batch.seed, step, number, first))
     else:
         param.copy_(torch.view_as_complex(new_param.contiguous()) if param.is_complex() else new_param)

@@ -24,7 +24,9 @@ class Rule:
         family: name of the file that has its kernels, which rules of one optimizer share; its own name if left out.
         iterates: states that are points as the parameter is: they begin where it is, and are always stored in full.
         whole: whether it looks at a whole parameter, not at one element after another.
-        stacked: whether ``update`` takes parameters of one shape stacked, too: the first dimension then counts them.
+        parts: ``update`` as three functions, where the second is faster for several parameters of one shape at once:
+            (grad, *states, **hyper) -> (x, *states); (x, or several of them stacked, **hyper) -> as many;
+            (param, x, **hyper) -> param.
         caution: whether it leaves out elements that it would move against their gradients.
         dim: how many dimensions a parameter must have; None for any number.
         torch_counts_steps: whether its counterpart in torch.optim keeps ``step``.
@@ -44,7 +46,7 @@ class Rule:
     family: str = ""
     iterates: tuple[str, ...] = ()
     whole: bool = False
-    stacked: bool = False
+    parts: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor], Callable[..., Tensor]] | None = None
     caution: bool = False
     dim: int | None = None
     torch_counts_steps: bool = True

@@ -48,7 +48,7 @@ def orthogonalized(
     if x.dim() == 3 and len(x) == 1:  # products of batches of one are slower
         return orthogonalized(x[0], coefficients, steps, eps)[None]
     is_tall = x.shape[-2] > x.shape[-1]
-    x = x.to(torch.bfloat16 if x.device.type != "cpu" or has_bfloat16() else torch.float32)
+    x = x.to(product_dtype(x))
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     rows, columns = x.shape[-2:]
@@ -111,6 +111,11 @@ def symmetric_product(
     return whole
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products on a tensor's device."""
+    return torch.bfloat16 if x.device.type != "cpu" or has_bfloat16() else torch.float32
+
+
 def has_bfloat16() -> bool:
     """Whether this processor has arithmetic for bfloat16, or torch cannot tell."""
     known = _capabilities()
@@ -136,39 +141,53 @@ ADJUSTMENTS = {  # of lr, by the number of rows and columns
 }
 
 
-def muon(
+def direction_of(
+    grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, maximize: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """What is to be orthogonalized, in the dtype of the products, and the next momentum."""
+    grad = -grad if maximize else grad
+    momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
+    direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+    return direction.to(product_dtype(direction)), momentum_buffer
+
+
+def orthogonalized_by_heads(
+    direction: Tensor, *, ns_coefficients: Coefficients, ns_steps: int, eps: float, heads: int = 1, **_: Any
+) -> Tensor:
+    """With several ``heads``, the rows of a matrix are that many matrices below each other, each one for itself."""
+    rows, columns = direction.shape[-2:]
+    matrices = direction
+    if heads > 1 or direction.dim() > 2:
+        matrices = direction.reshape(-1, rows // heads, columns)
+    return orthogonalized(matrices, ns_coefficients, ns_steps, eps).reshape(direction.shape)
+
+
+def moved(
     param: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
+    direction: Tensor,
     *,
-    step: float,
     lr: float,
-    momentum: float,
-    nesterov: bool,
     weight_decay: float,
-    ns_coefficients: Coefficients,
-    ns_steps: int,
-    eps: float,
     adjust_lr_fn: str | None,
-    maximize: bool,
     heads: int = 1,
-) -> tuple[Tensor, ...]:
+    **_: Any,
+) -> Tensor:
+    """The parameter after a step in an orthogonal direction."""
+    rows, columns = param.shape[-2:]
+    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](rows // heads, columns)
+    return (param * (1 - lr * weight_decay)).add_(direction.to(param.dtype), alpha=-adjusted_lr)
+
+
+def muon(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, step: float, **hyper: Any) -> tuple[Tensor, ...]:
     """One step of Muon; all tensors of one shape: (rows, columns), or several such matrices, (..., rows, columns).
 
-    Each is stepped for itself. With several ``heads``, the rows of a matrix are that many matrices below each other.
+    Each is stepped for itself.
 
     Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training; Deriving Muon
     (Bernstein, 2025).
     """
-    grad = -grad if maximize else grad
-    momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
-    direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
-    rows, columns = param.shape[-2:]
-    if heads > 1 or param.dim() > 2:
-        direction = direction.reshape(-1, rows // heads, columns)
-    adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](rows // heads, columns)
-    direction = orthogonalized(direction, ns_coefficients, ns_steps, eps).to(param.dtype).reshape(param.shape)
-    return (param * (1 - lr * weight_decay)).add_(direction, alpha=-adjusted_lr), momentum_buffer
+    direction, momentum_buffer = direction_of(grad, momentum_buffer, **hyper)
+    return moved(param, orthogonalized_by_heads(direction, **hyper), **hyper), momentum_buffer
 
 
 HYPER = (
@@ -182,7 +201,16 @@ HYPER = (
     "adjust_lr_fn",
     "maximize",
 )
-RULE = Rule("muon", {"momentum_buffer": True}, HYPER, muon, whole=True, stacked=True, dim=2, torch_counts_steps=False)
+RULE = Rule(
+    "muon",
+    {"momentum_buffer": True},
+    HYPER,
+    muon,
+    parts=(direction_of, orthogonalized_by_heads, moved),
+    whole=True,
+    dim=2,
+    torch_counts_steps=False,
+)
 RULE_OF_BATCHES = replace(RULE, name="muon_of_batches", hyper=(*HYPER, "heads"), dim=None)
 
 

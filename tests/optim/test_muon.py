@@ -167,7 +167,7 @@ def test_equal_matrices_are_stepped_together_each_for_itself(
     shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the rounding of bfloat16, whose products a library may add in another order; the momentum is exact."""
-    monkeypatch.setattr(reference, "STACKED", 2 * shape[0] * shape[1])
+    monkeypatch.setattr(reference, "TOGETHER", 2 * shape[0] * shape[1])
     sizes: list[int] = []
     original = rules.orthogonalized
     monkeypatch.setattr(rules, "orthogonalized", lambda x, *rest: sizes.append(x.dim()) or original(x, *rest))
