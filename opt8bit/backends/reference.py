@@ -101,13 +101,16 @@ def _step_together(
     parts: tuple[Callable[..., Any], ...],
 ) -> None:
     begin, go_on, end = parts
+
+    def begun(i: int, grad: Tensor) -> tuple[Tensor, ...]:
+        states = _decoded(batch_step, i, coder)
+        return begin(grad, *(states if batch_step.batch.coded else map(torch.clone, states)), **hyper)
+
     params, grads = zip(*(_param_and_grad(batch_step, i, grad_scale) for i in indices), strict=True)
-    decoded = (_decoded(batch_step, i, coder) for i in indices)
-    x, *new_states = zip(*(begin(grad, *mine, **hyper) for grad, mine in zip(grads, decoded, strict=True)), strict=True)
+    x, *new_states = zip(*map(begun, indices, grads), strict=True)
     x = [go_on(x[0], **hyper)] if len(x) == 1 else go_on(torch.stack(x), **hyper)
-    new_params = [end(param, mine, **hyper) for param, mine in zip(params, x, strict=True)]
-    for i, new_param, *states in zip(indices, new_params, *new_states, strict=True):
-        _write(batch_step, i, coder, new_param, states)
+    for i, param, mine, *states in zip(indices, params, x, *new_states, strict=True):
+        _write(batch_step, i, coder, end(param, mine, **hyper), states)
 
 
 def _param_and_grad(batch_step: BatchStep, i: int, grad_scale: float) -> tuple[Tensor, Tensor]:

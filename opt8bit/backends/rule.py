@@ -25,8 +25,8 @@ class Rule:
         iterates: states that are points as the parameter is: they begin where it is, and are always stored in full.
         whole: whether it looks at a whole parameter, not at one element after another.
         parts: ``update`` as three functions, where the second is faster for several parameters of one shape at once:
-            (grad, *states, **hyper) -> (x, *states); (x, or several of them stacked, **hyper) -> as many;
-            (param, x, **hyper) -> param.
+            (grad, *states, **hyper) -> (x, *states), which may overwrite the states; (x, or several of them stacked,
+            **hyper) -> as many; (param, x, **hyper) -> param.
         caution: whether it leaves out elements that it would move against their gradients.
         dim: how many dimensions a parameter must have; None for any number.
         torch_counts_steps: whether its counterpart in torch.optim keeps ``step``.

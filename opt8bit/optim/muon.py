@@ -50,23 +50,34 @@ def orthogonalized(
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.to(product_dtype(x))
     x = x.mT if is_tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)).contiguous()
     rows, columns = x.shape[-2:]
-    first, later = ON_GRAM if rows >= LARGE and columns >= WIDE * rows else (1, 1)
-    while steps:
-        at_once = min(first, steps)
-        x, steps, first = _iterated(x, coefficients, at_once), steps - at_once, later
+    if rows >= LARGE and columns >= WIDE * rows:
+        first, later = ON_GRAM
+        for done in (0, *range(first, steps, later)):
+            x = _iterated_on_gram(x, coefficients, min(later if done else first, steps - done))
+    else:
+        x = _iterated(x, coefficients, steps)
     return x.mT if is_tall else x
 
 
 def _iterated(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
+    """Iterations one by one, x being overwritten. What the first has allocated serves the others."""
+    a, b, c = coefficients
+    gram = added = spare = None
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    for _ in range(steps):
+        gram = symmetric_product(x, x.mT, out=gram)
+        added = symmetric_product(gram, gram, gram, beta=b, alpha=c, out=added)
+        x, spare = add_product(x, added, x, beta=a, out=spare), x
+    return x
+
+
+def _iterated_on_gram(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
     """Iterations on one Gram matrix G: each takes x to Px and G to PGP, where P = a + bG + cG²."""
     a, b, c = coefficients
     gram = symmetric_product(x, x.mT)
     added = symmetric_product(gram, gram, gram, beta=b, alpha=c)  # P - a
-    if steps == 1:
-        add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-        return add_product(x, added, x, beta=a)
     product = added.clone()  # of all P
     product.diagonal(dim1=-2, dim2=-1).add_(a)
     for _ in range(steps - 1):
@@ -84,6 +95,7 @@ def symmetric_product(
     *,
     beta: float = 1.0,
     alpha: float = 1.0,
+    out: Tensor | None = None,  # (n, n) or (batch, n, n), none of the others
 ) -> Tensor:
     """``beta * added + alpha * left @ right``, (n, n), known to be symmetric: half of it is computed, half copied.
 
@@ -94,10 +106,10 @@ def symmetric_product(
     large = LARGE_WITH_AMX if left.dtype == torch.bfloat16 and has_amx() else LARGE
     if left.dim() == 3 or left.device.type != "cpu" or n < large:
         if added is None:
-            return left @ right
+            return torch.matmul(left, right, out=out)
         add_product = torch.addmm if left.dim() == 2 else torch.baddbmm
-        return add_product(added, left, right, beta=beta, alpha=alpha)
-    whole = left.new_empty(n, n)
+        return add_product(added, left, right, beta=beta, alpha=alpha, out=out)
+    whole = left.new_empty(n, n) if out is None else out
     for start in range(0, n, PANEL):
         end = min(start + PANEL, n)
         rows, columns = left[start:end], right[:, :end]
@@ -144,9 +156,9 @@ ADJUSTMENTS = {  # of lr, by the number of rows and columns
 def direction_of(
     grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, maximize: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """What is to be orthogonalized, in the dtype of the products, and the next momentum."""
+    """What is to be orthogonalized, in the dtype of the products, and the momentum, which is updated where it is."""
     grad = -grad if maximize else grad
-    momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
+    momentum_buffer.lerp_(grad, 1 - momentum)
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
     return direction.to(product_dtype(direction)), momentum_buffer
 
@@ -186,7 +198,7 @@ def muon(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, step: float, *
     Source: Muon: An optimizer for hidden layers in neural networks; Muon is Scalable for LLM Training; Deriving Muon
     (Bernstein, 2025).
     """
-    direction, momentum_buffer = direction_of(grad, momentum_buffer, **hyper)
+    direction, momentum_buffer = direction_of(grad, momentum_buffer.clone(), **hyper)
     return moved(param, orthogonalized_by_heads(direction, **hyper), **hyper), momentum_buffer
 
 
