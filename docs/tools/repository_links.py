@@ -1,6 +1,6 @@
-"""A hook of mkdocs: what pages link to outside of docs/ becomes a page, so that links work here as in the repository.
+"""A hook of mkdocs: what pages link to outside of docs/ is put on the site, so that links work as in the repository.
 
-The pages are under ``repository/``. Markdown is rendered as it is, everything else as code.
+It is under ``repository/``. Markdown and source code become pages; all other files are copied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CODE = "---\nsearch:\n  exclude: true\n---\n# {path}\n\n````{language}\n{text}\n
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for each file outside of docs/ that a page leads to, and so on from there."""
+    """Adds each file outside of docs/ that a page leads to, and what that leads to."""
     todo = [DOCS + file.src_uri for file in files.documentation_pages()]
     known = {*todo, *(DOCS + file.src_uri for file in files)}
     while todo:
@@ -29,13 +29,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for target in {resolved(path, link) for link in LINK.findall((ROOT / path).read_text())} - known:
             if not target.startswith(DOCS) and (ROOT / target).is_file():
                 known.add(target)
-                files.append(page_of(target, config))
+                files.append(added(target, config))
                 todo += [target] if target.endswith(".md") else []
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Has the links of a page lead to those pages."""
+    """Has the links of a page lead to those files."""
     here = page.file.src_uri
     path = here.removeprefix(OUTSIDE) if here.startswith(OUTSIDE) else DOCS + here
 
@@ -57,12 +57,13 @@ def place_of(path: str) -> str:
     """Returns where a file of the repository is among the sources of the site."""
     if path.startswith(DOCS):
         return path.removeprefix(DOCS)
-    return OUTSIDE + path if path.endswith(".md") else f"{OUTSIDE}{path}.md"
+    return f"{OUTSIDE}{path}.md" if Path(path).suffix in LANGUAGES else OUTSIDE + path
 
 
-def page_of(path: str, config: MkDocsConfig) -> File:
-    """Returns the page of a file outside of docs/."""
-    text = (ROOT / path).read_text()
-    if not path.endswith(".md"):
-        text = CODE.format(path=path, language=LANGUAGES[Path(path).suffix], text=text)
-    return File.generated(config, place_of(path), content=text, inclusion=InclusionLevel.NOT_IN_NAV)
+def added(path: str, config: MkDocsConfig) -> File:
+    """Returns a file outside of docs/ as a file of the site."""
+    language, file = LANGUAGES.get(Path(path).suffix), ROOT / path
+    source: dict[str, str] = {"abs_src_path": str(file)}
+    if language is not None:
+        source = {"content": CODE.format(path=path, language=language, text=file.read_text())}
+    return File.generated(config, place_of(path), inclusion=InclusionLevel.NOT_IN_NAV, **source)
