@@ -1,6 +1,6 @@
-"""Draws the pictures of docs/how-it-works.md by the library's own functions.
+"""Draws the pictures of docs/how-it-works.md by the library's own functions; run it to draw them again.
 
-pip install ".[demo]" && python docs/tools/pictures.py
+It needs matplotlib, which ``pip install ".[demo]"`` installs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ CODE = "---\nsearch:\n  exclude: true\n---\n# {path}\n\n````{language}\n{text}\n
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds each file outside of docs/ that a page leads to, and what that leads to."""
     todo = [DOCS + file.src_uri for file in files.documentation_pages()]
-    known = {*todo, *(DOCS + file.src_uri for file in files)}
+    known: set[str] = set()
     while todo:
         path = todo.pop()
         for target in {resolved(path, link) for link in LINK.findall((ROOT / path).read_text())} - known:
