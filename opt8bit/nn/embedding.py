@@ -18,12 +18,10 @@ class StableEmbedding(nn.Embedding):
     The weight carries ``state_bits = 32``, which every optimizer of this package honours; the mark survives
     ``copy.deepcopy``, pickling, ``.to()`` and the loading of a state dict.
 
-    Args:
-        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
-        _freeze, device, dtype: as for ``nn.Embedding``. A given ``_weight`` is taken as it is.
+    The arguments are those of ``nn.Embedding``. A given ``_weight`` is taken as it is.
 
     Shape:
-        input: (*), integers below ``num_embeddings``; output: (*, embedding_dim).
+        input: ``(*)``, integers below ``num_embeddings``; output: ``(*, embedding_dim)``.
 
     Source: 8-bit Optimizers via Block-wise Quantization, section 2.3.
     """

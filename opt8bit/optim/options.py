@@ -20,33 +20,36 @@ LEAST = {"lr": -1e-12}  # where it is not 0: torch's schedulers that end at zero
 class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes; each is an option of a parameter group, too.
 
-    maximize: ascend instead of descend (default False).
-    caution: leave out of a step the elements that it would move against their gradients, and scale it by one over the
-        share of the others in the whole parameter (default False). AdamW, Adam, Lion and SGD with momentum have it.
-    stochastic_rounding: round bfloat16 parameters up or down by chance, so that small updates are not lost but come
-        through on average (default False). Other dtypes are not affected; float16 is refused.
-    compensation: keep beside a bfloat16 parameter the 16 bits that it has no room for, so that it is trained as a
-        float32 one (default False). Two bytes a parameter, as the state ``compensation``; they belong to the value that
-        the optimizer wrote last.
-    seed: of stochastic rounding, an integer from 0 to 2^63 - 1 (default 0). Equal seeds round alike, on every rank.
-    block_size: elements per block of an 8-bit state, 16 to 16384 (default 256).
-    min_8bit_size: tensors of fewer elements keep 32-bit states (default 4096).
-    state_bits: 8, or 32 for float32 states throughout (default 8). A parameter that has an attribute
-        ``state_bits`` goes by that, whatever its group says. ``copy.deepcopy``, ``fully_shard`` and
-        ``load_state_dict(assign=True)`` make new parameters without it: set it on those, or give them a group with
-        ``state_bits``. Like ``min_8bit_size``, it is asked for when states are made, and does not change those that
-        are there.
-    fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
-    capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves; with
-        ``lr`` a tensor there, the graph reads it anew at each replay. Take a step like it before, and keep the
-        gradients and the group as they are as long as the graph is replayed. A graph holds at most four steps.
-    offload: True keeps the states on the CPU and takes the step there, for parameters that are on a GPU (default
-        False): each step copies them and their gradients over and the parameters back. "backward" has each parameter
-        stepped while the backward pass goes on to the next: it takes one backward pass for each step, and gradients
-        that nobody changes in between (no clipping, no GradScaler). Parameters change when :meth:`step` is called; an
-        error in it leaves states ahead of them.
-    foreach: as in torch.optim, for its callers' sake; it changes nothing, as the step is one call for all parameters.
-    differentiable: likewise; True is refused.
+    Attributes:
+        maximize: ascend instead of descend (default False).
+        caution: leave out of a step the elements that it would move against their gradients, and scale it by one over
+            the share of the others in the whole parameter (default False). AdamW, Adam, Lion and SGD with momentum have
+            it.
+        stochastic_rounding: round bfloat16 parameters up or down by chance, so that small updates are not lost but come
+            through on average (default False). Other dtypes are not affected; float16 is refused.
+        compensation: keep beside a bfloat16 parameter the 16 bits that it has no room for, so that it is trained as a
+            float32 one (default False). Two bytes a parameter, as the state ``compensation``; they belong to the value
+            that the optimizer wrote last.
+        seed: of stochastic rounding, an integer from 0 to 2^63 - 1 (default 0). Equal seeds round alike, on every rank.
+        block_size: elements per block of an 8-bit state, 16 to 16384 (default 256).
+        min_8bit_size: tensors of fewer elements keep 32-bit states (default 4096).
+        state_bits: 8, or 32 for float32 states throughout (default 8). A parameter that has an attribute ``state_bits``
+            goes by that, whatever its group says. ``copy.deepcopy``, ``fully_shard`` and
+            ``load_state_dict(assign=True)`` make new parameters without it: set it on those, or give them a group with
+            ``state_bits``. Like ``min_8bit_size``, it is asked for when states are made, and does not change those that
+            are there.
+        fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
+        capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves;
+            with ``lr`` a tensor there, the graph reads it anew at each replay. Take a step like it before, and keep the
+            gradients and the group as they are as long as the graph is replayed. A graph holds at most four steps.
+        offload: True keeps the states on the CPU and takes the step there, for parameters that are on a GPU (default
+            False): each step copies them and their gradients over and the parameters back. "backward" has each
+            parameter stepped while the backward pass goes on to the next: it takes one backward pass for each step, and
+            gradients that nobody changes in between (no clipping, no GradScaler). Parameters change when :meth:`step`
+            is called; an error in it leaves states ahead of them.
+        foreach: as in torch.optim, for its callers' sake; it changes nothing, as the step is one call for all
+            parameters.
+        differentiable: likewise; True is refused.
     """
 
     maximize: bool
