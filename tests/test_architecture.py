@@ -168,6 +168,10 @@ def test_optimizers_load_nothing_that_they_do_not_need() -> None:
     assert run(code) == "set()\n"
 
 
+def test_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
 def test_what_the_package_offers_is_there() -> None:
     assert run("import opt8bit; print({getattr(opt8bit, name) is None for name in opt8bit.__all__})") == "{False}\n"
     assert run("import opt8bit; print(set(opt8bit.__all__) <= set(dir(opt8bit)))") == "True\n"

@@ -216,7 +216,7 @@ def table(runs: list[Run]) -> str:
         f"{ours.state_bytes / base.state_bytes:.3f}",
         f"{ours.step_seconds / base.step_seconds:.2f}",
     )
-    return aligned(["", "validation loss", "state", "optimizer step"], [*rows, ["ratio", *ratios]])
+    return aligned(["optimizer", "validation loss", "state", "optimizer step"], [*rows, ["ratio", *ratios]])
 
 
 def draw(runs: list[Run]) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,11 +47,12 @@ def test_the_first_steps_are_commands_that_there_are() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["compress", "--help"], ["completion", "bash"]], ids=" ".join
 )
-def test_what_only_prints_words_imports_no_torch(arguments: list[str]) -> None:
+def test_what_only_prints_words_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import atexit, sys; from opt8bit.cli.main import main; "
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
         f"main({arguments})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Elsewhere than here, where Python would find the sources before the package.
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout and done.stderr == "False\n"
