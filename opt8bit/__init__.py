@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     )
     from opt8bit.ptq import BiasCompensation
 
-__version__ = version("opt8bit")
+    __version__: str
 
 __all__ = [
     "AdEMAMix8bit",
@@ -55,6 +54,10 @@ _FOLDERS = {"StableEmbedding": "nn", "replace_embeddings": "nn", "BiasCompensati
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for, and torch with it: the command's help needs neither."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("opt8bit")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "ptq":
@@ -65,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

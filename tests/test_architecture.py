@@ -36,7 +36,7 @@ ORDER = (
     {"correction", "plan", "tasks"},
     {"layer_report", "need", "pairs", "stage"},
     {"result", "routed", "allocation"},
-    {"report", "resume"},
+    {"progress", "report", "resume"},
     {"block", "export"},
     {"inspect", "pipeline"},
     {"compress", "correct", "verify"},
@@ -128,6 +128,14 @@ def test_functions_are_short() -> None:
             assert lines <= LONGEST_FUNCTION, f"{path}: {name} has {lines}"
 
 
+def test_only_the_command_prints() -> None:
+    """The library warns, logs or raises."""
+    for name, path in MODULES.items():
+        if place(name, 1) != "cli":
+            calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}, name
+
+
 def run(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
@@ -142,7 +150,7 @@ def test_importing_loads_no_kernels_and_starts_no_warnings() -> None:
 def test_importing_takes_only_the_dependencies() -> None:
     code = (
         "import sys, torch; torchs = set(sys.modules); import opt8bit.ptq, opt8bit.optim, opt8bit.cli.compress; "
-        "print({'rich', 'matplotlib', 'tqdm', 'transformers', 'onnx', 'onnxruntime'} & (set(sys.modules) - torchs))"
+        "print({'matplotlib', 'tqdm', 'transformers', 'onnx', 'onnxruntime'} & (set(sys.modules) - torchs))"
     )
     assert run(code) == "set()\n"
 
@@ -158,6 +166,10 @@ def test_optimizers_load_nothing_that_they_do_not_need() -> None:
         "print({'opt8bit.ptq', 'torch.distributed.nn', 'torch.distributed.tensor'} & (set(sys.modules) - torchs))"
     )
     assert run(code) == "set()\n"
+
+
+def test_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
 
 
 def test_what_the_package_offers_is_there() -> None:

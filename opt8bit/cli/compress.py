@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from opt8bit import ptq
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.models import load_tokenizer, open_model
-from opt8bit.cli.progress import ShowLayer, compression
+from opt8bit.cli.progress import ShowLayer, compression, logged
 from opt8bit.cli.recipes import recipe_file
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.cli.summary import summary
@@ -31,6 +31,7 @@ from opt8bit.ptq.report import write_report
 from opt8bit.recipe import Recipe
 
 RECIPE = "recipe.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(settings: Settings) -> None:
     started = time.perf_counter()
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
-        with _processes(), _folder(settings) as folder, _progress() as see:
+        with logged(), _processes(), _folder(settings) as folder, _progress() as see:
             result, tokenizer = _compressed(settings, folder, see)
             is_first = ranks.rank() == 0
             _part()  # what loads checkpoints would have all processes at it
@@ -151,6 +152,7 @@ def _verified(settings: Settings, folder: Path) -> str:
     """
     if not settings.verify:
         return "not verified"
+    logger.info("loading what was written, to compare it with what was made")
     try:
         verification = ptq.verify(folder, scratch=folder / WORK, trust_remote_code=settings.trust_remote_code)
     except ImportError as error:
@@ -160,19 +162,6 @@ def _verified(settings: Settings, folder: Path) -> str:
     return f"loaded back: {verification}"
 
 
-@contextmanager
-def _progress() -> Iterator[ShowLayer]:
-    """Shows the layers that are finished, if this is the first process.
-
-    Raises:
-        CommandError: rich is not installed.
-    """
-    if ranks.rank():
-        yield lambda report, layers: None
-        return
-    try:
-        console = importlib.import_module("rich.console").Console()
-    except ImportError as error:
-        raise CommandError(f"{error.name} is missing: pip install 'opt8bit[compress]'") from error
-    with compression(console) as see:
-        yield see
+def _progress() -> AbstractContextManager[ShowLayer]:
+    """Shows the layers that are finished, if this is the first process."""
+    return nullcontext(lambda report, layers: None) if ranks.rank() else compression()

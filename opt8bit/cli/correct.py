@@ -12,6 +12,7 @@ from typing import Any
 
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.models import load_tokenizer, open_model, open_unpacked
+from opt8bit.cli.progress import logged
 from opt8bit.cli.run_options import TEXT_OPTIONS, CorrectionOptions, RunOptions
 from opt8bit.cli.texts import choose_windows, find_text
 from opt8bit.ptq.corrected_checkpoint.correction import CorrectedCheckpoint, correct_checkpoint
@@ -52,7 +53,7 @@ def run(settings: Settings) -> None:
     started = time.perf_counter()
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
-        with new_folder(settings.output) as folder:
+        with logged(), new_folder(settings.output) as folder:
             source, done = _corrected(settings, folder)
             verified = _verified(settings, folder, source)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from opt8bit.cli.errors import CommandError
 from opt8bit.cli.progress import ShowStep, training
 from opt8bit.nn import StableEmbedding
 from opt8bit.optim import AdamW8bit
+from opt8bit.optim.table import aligned
 
 MAX_TEXT = 20_000_000  # bytes of text read at most
 
@@ -178,7 +179,6 @@ def run(settings: DemoSettings, text: Path | None, plot: Path) -> list[Run]:
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
-        from rich.console import Console
     except ImportError as error:
         raise CommandError(f"{error.name} is missing: pip install 'opt8bit[demo]'") from error
     if not plot.parent.is_dir():
@@ -188,46 +188,35 @@ def run(settings: DemoSettings, text: Path | None, plot: Path) -> list[Run]:
         raise CommandError(f"cannot write --plot {plot}: its ending must be one of {', '.join(sorted(formats))}")
     train_data, valid_data = split(load_text(text), settings)
     size = sum(parameter.numel() for parameter in GPT(settings).parameters())
-    console = Console()
-    console.print(
+    print(
         f"A GPT of {size / 1e6:.1f}M parameters learns {'the standard library' if text is None else text} "
         f"({len(train_data) / 1e6:.1f} MB, byte by byte), twice from the same seed: {settings.steps} steps of "
-        f"{settings.batch} x {settings.context} bytes on {torch.get_num_threads()} threads."
+        f"{settings.batch} x {settings.context} bytes on {torch.get_num_threads()} threads.",
+        flush=True,  # before what stderr gets
     )
-    with training(console, settings.steps) as start:
-        runs = [
-            train(name, make_optimizer, train_data, valid_data, settings, start(name))
-            for name, make_optimizer in OPTIMIZERS.items()
-        ]
-    console.print(table(runs))
+    runs = []
+    for name, make_optimizer in OPTIMIZERS.items():
+        with training(name, settings.steps) as show:
+            runs.append(train(name, make_optimizer, train_data, valid_data, settings, show))
+    print(f"\nSame model, same data, same hyper-parameters:\n\n{table(runs)}\n")
     save_plot(runs, plot)
-    console.print(f"Loss curves: {plot}", markup=False, soft_wrap=True)
+    print(f"Loss curves: {plot}")
     return runs
 
 
-def table(runs: list[Run]) -> Any:
-    """The comparison, as a rich table; the last row holds the ratios to the first run."""
-    from rich.table import Table
-
-    result = Table("optimizer", title="Same model, same data, same hyper-parameters")
-    for heading in ("validation loss", "state", "optimizer step"):
-        result.add_column(heading, justify="right")
-    for run in runs:
-        result.add_row(
-            run.name,
-            f"{run.final_loss:.4f}",
-            f"{run.state_bytes / 1e6:.2f} MB",
-            f"{run.step_seconds * 1e3:.2f} ms",
-        )
+def table(runs: list[Run]) -> str:
+    """The comparison; the last row holds the ratios to the first run."""
     base, ours = runs[0], runs[-1]
-    result.add_section()
-    result.add_row(
-        "ratio",
+    rows = [
+        [run.name, f"{run.final_loss:.4f}", f"{run.state_bytes / 1e6:.2f} MB", f"{run.step_seconds * 1e3:.2f} ms"]
+        for run in runs
+    ]
+    ratios = (
         f"{ours.final_loss / base.final_loss:.4f}",
         f"{ours.state_bytes / base.state_bytes:.3f}",
         f"{ours.step_seconds / base.step_seconds:.2f}",
     )
-    return result
+    return aligned(["optimizer", "validation loss", "state", "optimizer step"], [*rows, ["ratio", *ratios]])
 
 
 def draw(runs: list[Run]) -> Any:

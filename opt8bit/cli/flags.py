@@ -17,7 +17,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def add_flags(parser: argparse.ArgumentParser, owner: type[Any], names: Container[str] | None = None) -> None:
+def add_flags(parser: argparse._ActionsContainer, owner: type[Any], names: Container[str] | None = None) -> None:
     """Adds a flag for each option of a dataclass, or for those of some names.
 
     Flags that are not given leave no attribute behind.
@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser, owner: type[Any], names: Containe
             _add_flag(parser, name, option, getattr(owner, name))
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, option: Option, default: Any) -> None:
+def _add_flag(parser: argparse._ActionsContainer, name: str, option: Option, default: Any) -> None:
     flag, words = f"--{option.flag or name.replace('_', '-')}", option.help
     if default and "(default:" not in words:
         words = f"{words} (default: {default})"

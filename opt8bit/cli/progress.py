@@ -1,81 +1,69 @@
-"""The progress of commands that take long: bars on a terminal, lines in a pipe or a file."""
+"""The progress of commands that take long, on stderr: bars on a terminal, lines in a pipe or a file."""
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from itertools import count
-from typing import TYPE_CHECKING, Any
 
 from opt8bit.ptq import LayerReport
-
-if TYPE_CHECKING:  # an extra brings it
-    from rich.console import Console
+from opt8bit.ptq.progress import LayerBar, described
 
 ShowStep = Callable[[int, float, "float | None"], None]  # step, training loss, validation loss if it was measured
 ShowLayer = Callable[[LayerReport, int], None]  # the layer just finished, number of layers
 
 
+def has_bars() -> bool:
+    """Tells whether stderr is a terminal that can move its cursor, and tqdm is installed."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and find_spec("tqdm") is not None
+
+
 @contextmanager
-def training(console: Console, steps: int) -> Iterator[Callable[[str], ShowStep]]:
-    """Yields what starts to show a run of so many steps under its name."""
-    if not console.is_interactive:
-        yield lambda name: _step_lines(console, name, steps)
+def training(name: str, steps: int) -> Iterator[ShowStep]:
+    """Yields what shows the steps of a training run."""
+    if not has_bars():
+        yield lambda step, loss, measured: _show_step_line(f"{name}: step {step} of {steps}", measured)
         return
-    from rich import progress
+    from tqdm import tqdm
 
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[loss]}"),
-    )
-    with progress.Progress(*columns, console=console) as bars:
-        yield lambda name: _step_bar(bars, name, steps)
+    with tqdm(desc=name, total=steps, unit="step") as bar:
+
+        def show(step: int, loss: float, measured: float | None) -> None:
+            bar.set_postfix_str(f"training loss {loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        yield show
 
 
-def _step_bar(bars: Any, name: str, steps: int) -> ShowStep:
-    task = bars.add_task(name, total=steps, loss="")
-
-    def show(step: int, loss: float, measured: float | None) -> None:
-        bars.update(task, completed=step, loss=f"training loss {loss:.3f}")
-
-    return show
-
-
-def _step_lines(console: Console, name: str, steps: int) -> ShowStep:
-    def show(step: int, loss: float, measured: float | None) -> None:
-        if measured is not None:
-            console.print(f"{name}: step {step} of {steps}, validation loss {measured:.4f}", soft_wrap=True)
-
-    return show
+def _show_step_line(where: str, measured: float | None) -> None:
+    if measured is not None:
+        print(f"{where}, validation loss {measured:.4f}", file=sys.stderr)
 
 
 @contextmanager
-def compression(console: Console) -> Iterator[ShowLayer]:
+def compression() -> Iterator[ShowLayer]:
     """Yields what shows each layer with its error before and after correction; a bar has the time left, too."""
-    if not console.is_interactive:
-        numbers = count(1)
-        yield lambda report, layers: console.print(
-            f"layer {next(numbers)} of {layers}: {_described(report)}", soft_wrap=True
-        )
+    if has_bars():
+        with closing(LayerBar()) as bar:
+            yield bar
         return
-    from rich import progress
-
-    columns = (
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.description}"),
-    )
-    with progress.Progress(*columns, console=console) as bars:
-        task = bars.add_task("calibrating", total=None)
-        yield lambda report, layers: bars.update(task, advance=1, total=layers, description=_described(report))
+    numbers = count(1)
+    yield lambda report, layers: print(f"layer {next(numbers)} of {layers}: {described(report)}", file=sys.stderr)
 
 
-def _described(report: LayerReport) -> str:
-    error = f"{report.name} error {report.error_rounded:.2%}"
-    if report.error_corrected == report.error_rounded:
-        return error
-    return f"{error}, corrected {report.error_corrected:.2%}"
+@contextmanager
+def logged() -> Iterator[None]:
+    """Shows on stderr what the library logs while it works."""
+    logger, handler = logging.getLogger("opt8bit"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -75,7 +75,8 @@ def compress(
             packing that the recipe leaves open are those that it reads best, and what it does not run is refused at
             once. ``checkpoint_format`` is then "compressed-tensors" by default.
         task: what the model is for.
-        see: called after each layer with its report and the number of layers.
+        see: called after each layer with its report and the number of layers, such as
+            :class:`opt8bit.ptq.progress.LayerBar`, which shows a bar.
         **options: fields of the recipe, in place of its own: ``compress(model, ids, bits=3)``.
 
     Returns:

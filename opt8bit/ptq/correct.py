@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ from opt8bit.recipe.arguments import check_one_of
 from opt8bit.recipe.corrections import ORDERS, STATISTICS
 from opt8bit.warning import first_of, first_reasons
 
+logger = logging.getLogger(__name__)
 UNMATCHED = ("refuse", "skip")
 UNIT, UNITS = 16, 16  # images or rows of one mean input at most, and means for which there should be samples
 LISTED = 8
@@ -160,6 +162,7 @@ def correct(
             run.correct(matches, order)
             chosen = None
             if others is not None and run.placed:
+                logger.info("choosing among %d corrections on held-out data", len(run.placed))
                 measure = LOSSES[loss] if isinstance(loss, str) else loss
                 chosen = choose(run.placed, Judge(quantized, reference, others, measure, element, target))
         except BaseException:
@@ -189,6 +192,7 @@ class _Run:
             self._correct(pairs, is_sequential=False)
 
     def _correct(self, pairs: list[Pair], is_sequential: bool) -> None:
+        logger.info("comparing %d modules on %d batches", len(pairs), len(self.batches))
         errors = [LayerError(pair, self.options) for pair in pairs]
         if is_sequential:
             models = self.quantized.model, self.reference.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from opt8bit.ptq.resume import Work
 from opt8bit.ptq.tasks.task import Task
 from opt8bit.ptq.transforms.transform import transformed
 
+logger = logging.getLogger(__name__)
 NAMED = 8  # layers that a warning is about
 
 
@@ -121,6 +123,8 @@ def _started(
 
 def _gone_on(work: Work, device: torch.device, result: Result, see: Callable[[LayerReport], None]) -> Streams:
     """The streams behind the blocks that are finished; their layers' reports are the result's."""
+    if not ranks.rank():
+        logger.info("%d blocks are finished already", work.finished)
     saved = [stream.to(device) for stream in work.streams()]
     for report in work.reports():
         result.report.append(report)
@@ -224,6 +228,8 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
         found = by_pattern(stay, prefix, len(known.parts))
         names = [f"{pattern} {why}" for pattern, why in found]
         warn(f"layers that stay as they are ({len(stay)}): {first_of(names, NAMED, '; ')}")
+    if not ranks.rank():
+        logger.info("compressing %d layers of %d blocks", len(compressed), len(known.parts))
     return len(compressed)
 
 

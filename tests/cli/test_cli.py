@@ -1,5 +1,5 @@
 import dataclasses
-import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,10 +7,9 @@ import torch
 
 import opt8bit
 from opt8bit.backends import available
-from opt8bit.cli import demo
+from opt8bit.cli import demo, progress
 from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.cli.main import main
-from opt8bit.cli.progress import training
 
 TINY = DemoSettings(
     steps=6,
@@ -74,25 +73,33 @@ def test_table_and_picture_tell_the_same(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_lines_tell_the_progress_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = demo.run(TINY, None, tmp_path / "plot.png")
-    printed = capsys.readouterr().out.splitlines()
     expected = [
         f"{run.name}: step {step} of 6, validation loss {loss:.4f}" for run in runs for step, loss in run.losses
     ]
-    assert [line for line in printed if "step " in line and " of 6" in line] == expected
+    assert capsys.readouterr().err.splitlines() == expected
     assert len(expected) == 4
 
 
-def test_a_bar_shows_no_loss_before_there_is_one() -> None:
-    from rich.console import Console
+def test_a_bar_shows_no_loss_before_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "has_bars", lambda: True)
+    with progress.training("AdamW", 6):
+        pass
+    shown = capsys.readouterr().err
+    assert "AdamW" in shown and "0/6" in shown and "nan" not in shown and "loss" not in shown
+    with progress.training("AdamW", 6) as show:
+        show(6, 2.5, None)
+    assert "6/6" in (shown := capsys.readouterr().err) and "training loss 2.500" in shown
 
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, force_interactive=True, width=120)
-    with training(console, 6) as start:
-        start("AdamW")
-    assert "nan" not in file.getvalue() and "loss" not in file.getvalue()
-    with training(console, 6) as start:
-        start("AdamW")(1, 2.5, None)
-    assert "training loss 2.500" in file.getvalue()
+
+@pytest.mark.parametrize(
+    ("is_terminal", "term", "expected"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
+def test_bars_are_for_terminals(is_terminal: bool, term: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("TERM", term)
+    assert progress.has_bars() == expected
 
 
 def test_a_run_repeats_itself() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from toys import MODELS
 
 from opt8bit import ptq
+from opt8bit.cli import progress
 from opt8bit.cli.main import main
 from opt8bit.ptq.model.source import InMemory
 from opt8bit.ptq.plan import polished
@@ -76,11 +77,34 @@ def test_lines_tell_the_progress_where_there_is_no_terminal(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compress(folder, tmp_path / "out", "--bias-correction", "sequential", "--no-verify") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if " of 14: " in line]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if " of 14: " in line]
     report = json.loads((tmp_path / "out" / "opt8bit" / "report.json").read_text())
     expected = [f"layer {i} of 14: {layer['name']} error " for i, layer in enumerate(report["layers"], 1)]
     assert len(lines) == 14 and all(map(str.startswith, lines, expected))
     assert f"error {report['layers'][-1]['error_rounded']:.2%}, corrected " in lines[-1]
+    assert " of 14: " not in printed.out
+
+
+def test_a_bar_tells_it_on_a_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "has_bars", lambda: True)
+    assert compress(folder, tmp_path / "out", "--no-verify") == 0
+    shown = capsys.readouterr().err
+    assert "14/14" in shown and " of 14: " not in shown
+
+
+def test_what_the_library_logs_is_shown_and_only_then(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ["compressing 14 layers of 2 blocks", "writing the checkpoint in the format dense"]
+    assert compress(folder, tmp_path / "out", "--no-verify") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if " of 14: " not in line] == said
+    result = ptq.compress(loaded(folder / "llama"), torch.arange(64).view(4, 16), group_size=16)
+    ptq.export(result, tmp_path / "other", format="dense")
+    assert not any(line in capsys.readouterr().err for line in said)
 
 
 def test_a_seed_chooses_other_windows(folder: Path, tmp_path: Path) -> None:

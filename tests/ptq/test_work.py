@@ -1,5 +1,6 @@
 """Runs that were ended go on from their last finished block, to the same bits; what has changed is noticed."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def test_another_codebook_or_configuration_is_noticed(tmp_path: Path) -> None:
     model.config.rms_norm_eps = 1e-3
     with pytest.raises(ValueError, match="differs in: model"):
         ptq.compress(model, token_ids(), **options, work=tmp_path)
+
+
+def test_another_version_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Ended):
+        ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path, see=ending_after(8))
+    monkeypatch.setattr(importlib.import_module("opt8bit.ptq.compress"), "version", lambda package: "0.0.1")
+    with pytest.raises(ValueError, match="differs in: version"):
+        ptq.compress(MODELS["llama"](), token_ids(), **OPTIONS, work=tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["", "[]"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ from opt8bit.ptq.result import Result
 from opt8bit.quant.uniform import is_uniform
 from opt8bit.recipe.registry import FORMATS
 from opt8bit.recipe.runtimes import SERVERS, Runtime, check_reads, runtime_of
+
+logger = logging.getLogger(__name__)
 
 
 def export(result: Result, path: str | Path, *, format: str = "compressed-tensors", tokenizer: Any = None) -> Path:
@@ -52,6 +55,7 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
 def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> None:
     """Writes the checkpoint's files into a folder, arguments as in :func:`export`."""
     check_format(format, result.source, result.plan)
+    logger.info("writing the checkpoint in the format %s", format)
     FORMATS[format].for_runtime(runtime_of(result.plan.runtime)).write(result, folder, tokenizer)
 
 

@@ -1,0 +1,57 @@
+"""A bar that shows how far a compression is, on a terminal or in a notebook."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from opt8bit.ptq.layer_report import LayerReport
+
+SMOOTHING = 0.1  # of the rate that the time left is computed from: layers come in bursts, those of one input together
+
+
+class LayerBar:
+    """A bar of tqdm's with the layers that are done, the time left and the error of the last layer.
+
+    It appears with the first layer and is for one compression.
+
+    Raises:
+        ImportError: tqdm is not installed.
+
+    Example:
+        >>> result = ptq.compress(model, token_ids, see=LayerBar())  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self._make, self._started = tqdm, time.time()
+        self._bar: Any = None
+
+    def __call__(self, report: LayerReport, layers: int) -> None:
+        """Counts a layer.
+
+        Args:
+            report: on the layer.
+            layers: how many there are.
+        """
+        if self._bar is None:
+            self._bar = self._make(total=layers, unit="layer", smoothing=SMOOTHING)
+            self._bar.start_t = self._started  # so that the time of the first layer counts
+        self._bar.set_postfix_str(described(report), refresh=False)
+        self._bar.update()
+        if self._bar.n == layers:
+            self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and ends its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def described(report: LayerReport) -> str:
+    """Returns a layer's name and its error, before and after correction if there is one."""
+    error = f"{report.name} error {report.error_rounded:.2%}"
+    if report.error_corrected == report.error_rounded:
+        return error
+    return f"{error}, corrected {report.error_corrected:.2%}"
