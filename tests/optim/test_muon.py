@@ -8,14 +8,15 @@ from torch.optim import _muon
 import opt8bit
 from opt8bit.backends import reference
 from opt8bit.optim import muon as rules
-from opt8bit.optim.muon import LARGE, PANEL, orthogonalized, symmetric_product
+from opt8bit.optim import newton_schulz
+from opt8bit.optim.newton_schulz import LARGE, PANEL, orthogonalized, symmetric_product
 
 
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that computes in bfloat16, as torch's Muon does on every one, and has no AMX."""
-    monkeypatch.setattr(rules, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(rules, "has_amx", lambda: False)
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(newton_schulz, "has_amx", lambda: False)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (32, 32)])
@@ -59,8 +60,8 @@ def test_iterations_on_one_gram_matrix_are_as_exact_as_torchs(
     shape: tuple[int, int], smallest: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far from those in float64 as torch's, and with singular values in the same range."""
-    monkeypatch.setattr(rules, "LARGE", 64)
-    monkeypatch.setattr(rules, "PANEL", 50)
+    monkeypatch.setattr(newton_schulz, "LARGE", 64)
+    monkeypatch.setattr(newton_schulz, "PANEL", 50)
     matrix, coefficients = decaying(shape, smallest), (3.4445, -4.775, 2.0315)
     exact = iterated(matrix, steps)
     theirs = _muon._zeropower_via_newtonschulz(matrix, coefficients, steps, 1e-7)
@@ -78,8 +79,8 @@ def test_iterations_on_one_gram_matrix_are_as_exact_as_torchs(
 def test_processors_without_bfloat16_compute_in_float32(
     shape: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "has_bfloat16", lambda: False)
-    monkeypatch.setattr(rules, "LARGE", large)
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(newton_schulz, "LARGE", large)
     matrices = gradients(1, shape)[0]
     found = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
     assert found.dtype == torch.float32
@@ -95,10 +96,10 @@ def test_products_are_halved_where_that_pays(monkeypatch: pytest.MonkeyPatch) ->
     matrix = gradients(1, (LARGE, 8))[0].bfloat16()
     halved = symmetric_product(matrix, matrix.mT)
     assert made == [LARGE]
-    monkeypatch.setattr(rules, "has_amx", lambda: True)
+    monkeypatch.setattr(newton_schulz, "has_amx", lambda: True)
     torch.testing.assert_close(symmetric_product(matrix, matrix.mT), halved, rtol=0.01, atol=1e-3)
     assert made == [LARGE]
-    monkeypatch.setattr(rules, "LARGE_WITH_AMX", LARGE)
+    monkeypatch.setattr(newton_schulz, "LARGE_WITH_AMX", LARGE)
     symmetric_product(matrix, matrix.mT)
     assert made == [LARGE, LARGE]
 

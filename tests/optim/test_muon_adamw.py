@@ -15,7 +15,8 @@ import opt8bit
 from opt8bit.backends import native
 from opt8bit.backends.interface import BatchStep
 from opt8bit.optim import muon_adamw
-from opt8bit.optim.muon import PANEL, muon, orthogonalized
+from opt8bit.optim.muon import muon
+from opt8bit.optim.newton_schulz import PANEL, orthogonalized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
