@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     look = commands.add_parser("inspect", help="print what is inside a checkpoint")
     look.add_argument("folder", type=Path, metavar="DIR", help="with a config.json and weights in safetensors")
+    _add_report(commands)
     _add_evaluate(commands)
     _add_run(commands)
     return top
@@ -97,6 +98,13 @@ def _add_correct(commands: argparse._SubParsersAction) -> None:
     add("--again", action="store_true", help="correct further what has been corrected before")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
     add("--trust-remote-code", action="store_true", help=TRUST)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    words = "write one HTML page on a compressed model: bits, size, errors, quality, recipe, how to serve it"
+    add = commands.add_parser("report", help=words, formatter_class=HelpFormatter).add_argument
+    add("folder", type=Path, metavar="DIR", help="that opt8bit compress has written")
+    add("--output", type=Path, default=Path("report.html"), metavar="FILE", help="to write; it must not exist")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -205,6 +213,12 @@ def run_inspect(options: argparse.Namespace) -> None:
     print(inspect.report(options.folder))
 
 
+def run_report(options: argparse.Namespace) -> None:
+    from opt8bit.cli import report
+
+    report.run(options.folder, options.output)
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
     from opt8bit.cli import evaluate
     from opt8bit.cli.texts import find_text
@@ -230,6 +244,7 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "verify": run_verify,
     "inspect": run_inspect,
+    "report": run_report,
     "run": run_run,
 }
 
