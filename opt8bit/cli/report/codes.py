@@ -54,11 +54,11 @@ def _histograms(record: Record, layer: LayerReport) -> Html:
     heights, edges = numpy.histogram(scale.abs().numpy(), BINS)
     ranges = [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)]
     negative = float((scale < 0).float().mean())
-    signs = f"; {negative:.0%} of them are negative" if negative else ""
+    signs = f", {negative:.0%} of them negative," if negative else ""
     return element(
         "div",
         element("h3", f"{layer.name}, error {layer.error_corrected:.3%}"),
-        element("p", f"{scale.numel():,} scales for {weight.codes.numel():,} codes{signs}."),
+        element("p", f"{scale.numel():,} scales{signs} for {weight.codes.numel():,} codes."),
         element(
             "div",
             histogram(f"codes of {layer.name}", bins, ("code 0", f"{len(bins) - 1}")),

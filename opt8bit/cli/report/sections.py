@@ -140,8 +140,8 @@ def recipe(record: Record) -> Html:
         words += ["--text-column", record.run["text_column"]]
     words += ["--recipe", str(file), "--output", "DIR"]
     parts = [command(shlex.join(words)), command(json.dumps(record.report.about["recipe"], indent=2))]
-    if "verified" in record.run:
-        parts.append(element("p", f"The run took {record.run['seconds']:,.0f} s. {record.run['verified']}."))
+    if {"seconds", "verified"} <= record.run.keys():
+        parts.append(element("p", f"The run took {record.run['seconds']:,.0f} s; {record.run['verified']}."))
     return section("Recipe", *parts)
 
 
