@@ -30,7 +30,7 @@ from opt8bit.ptq.model.memory import return_large_at_once
 from opt8bit.ptq.report import write_report
 from opt8bit.recipe import Recipe
 
-RECIPE = "recipe.json"
+RECIPE, RUN = "recipe.json", "run.json"  # beside the report
 logger = logging.getLogger(__name__)
 
 
@@ -75,9 +75,21 @@ def run(settings: Settings) -> None:
             written = write_report(result, folder, about)
             (written / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
             verified = _verified(settings, folder)
+            seconds = time.perf_counter() - started
+            (written / RUN).write_text(json.dumps(_about_run(settings, verified, seconds), indent=2) + "\n")
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise CommandError(str(error)) from error
-    print(summary(result, settings.output, time.perf_counter() - started, verified))
+    print(summary(result, settings.output, seconds, verified))
+
+
+def _about_run(settings: Settings, verified: str, seconds: float) -> dict[str, Any]:
+    """What is known of a run besides its recipe and its report."""
+    return {
+        "calibration": settings.calibration,
+        "text_column": settings.text_column,
+        "seconds": seconds,
+        "verified": verified,
+    }
 
 
 def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.Result, Any]:

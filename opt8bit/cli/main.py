@@ -101,6 +101,12 @@ def run_inspect(options: argparse.Namespace) -> None:
     print(inspect.report(options.folder))
 
 
+def run_report(options: argparse.Namespace) -> None:
+    from opt8bit.cli import report
+
+    report.run(options.folder, options.output)
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
     from opt8bit.cli import evaluate
     from opt8bit.cli.texts import find_text
@@ -130,6 +136,7 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "verify": run_verify,
     "inspect": run_inspect,
+    "report": run_report,
     "run": run_run,
     "completion": run_completion,
 }

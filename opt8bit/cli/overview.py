@@ -21,6 +21,7 @@ GROUPS = {
         "evaluate": "print the perplexity of a language model on a text",
         "verify": "load a written checkpoint and compare it with what was made",
         "inspect": "list what is inside a checkpoint",
+        "report": "write a page on a compressed model: sizes, errors, how to serve it",
     },
     "this installation": {
         "info": "print versions, the processor, and what serves each device",

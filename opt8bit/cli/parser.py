@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     look = _add(commands, "inspect")
     look.add_argument("folder", type=Path, metavar="DIR", help="with a config.json and weights in safetensors")
+    _add_report(commands)
     _add_evaluate(commands)
     _add_run(commands)
     _add_completion(commands)
@@ -112,6 +113,12 @@ def _add_correct(commands: argparse._SubParsersAction) -> None:
     add("--again", action="store_true", help="correct further what has been corrected before")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
     add("--trust-remote-code", action="store_true", help=TRUST)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    add = _add(commands, "report").add_argument
+    add("folder", type=Path, metavar="DIR", help="that opt8bit compress has written")
+    add("--output", type=Path, default=Path("report.html"), metavar="FILE", help="to write; it must not exist")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

@@ -1,4 +1,4 @@
-"""What is inside a checkpoint, told from its files' headers and scales: layers, grids, biases, size."""
+"""What is inside a checkpoint, told from its files' headers and scales: layers, grids, biases, size, single codes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from opt8bit.ptq.export import format_of
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredCodes, StoredLayer
 from opt8bit.ptq.model import tensor_files
 from opt8bit.ptq.model.checkpoint_files import files_of
+from opt8bit.ptq.model.packed.checkpoint import Packed, packed_checkpoint
+from opt8bit.ptq.model.packed.layout import Unpacked
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.recipe.registry import FORMATS
 
@@ -74,6 +76,28 @@ def inspect(folder: str | Path) -> Contents:
         contents.other_bytes += sum(other.bytes for other in others.values())
         contents.other_original_bytes += sum(min(other.bytes, 2 * math.prod(other.shape)) for other in others.values())
     return contents
+
+
+def unpacked_weight(folder: str | Path, layer: str) -> Unpacked:
+    """Reads the codes of one packed layer of a checkpoint, and what they stand for.
+
+    Args:
+        folder: of the checkpoint.
+        layer: its name there, one of :attr:`Contents.layers` with ``bits``.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the layer is not packed.
+    """
+    files = files_of(Path(folder))
+    packed = packed_checkpoint(Path(folder), files)
+    name = f"{layer}.weight"
+    if not isinstance(packed, Packed) or name not in packed.names or name in files:
+        raise ValueError(f"{layer} is not packed in {folder}")
+    tensors = {}
+    for part in packed.parts(name):
+        with tensor_files.opened(files[part]) as file:
+            tensors[part] = file.get_tensor(part)
+    return packed.unpacked(name, tensors)
 
 
 def _format(path: Path) -> tuple[str, CheckpointFormat, Any]:

@@ -7,7 +7,7 @@ import html
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.ptq.model import tensor_files
 from opt8bit.ptq.result import Result
-from opt8bit.ptq.tasks.task import Probe
+from opt8bit.ptq.tasks.task import Probe, Quality
 
 FOLDER = "opt8bit"  # inside a checkpoint
 REPORT, LAYERS, PICTURE, PROBE = "report.json", "layers.csv", "report.html", "probe.safetensors"
@@ -37,6 +37,73 @@ def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> 
         writer.writerows(rows)
     (folder / PICTURE).write_text(picture(result.report), encoding="utf-8")
     return folder
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A report that :func:`write_report` wrote.
+
+    Attributes:
+        version: of the package that compressed.
+        weights: how many were compressed.
+        bits_per_weight: of all of them together, everything stored counted, but the biases.
+        bias_bytes: that biases take beyond what the model had.
+        seconds: that the layers took.
+        held_out: how good the model is on text that was held out; None where there was none.
+        layers: one row a layer, NaN for what was not finite.
+        about: what else was written.
+    """
+
+    version: str
+    weights: int
+    bits_per_weight: float
+    bias_bytes: int
+    seconds: float
+    held_out: Quality | None
+    layers: list[LayerReport]
+    about: Mapping[str, Any]
+
+
+def read_report(checkpoint: Path) -> StoredReport:
+    """Reads the report in a checkpoint's folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = checkpoint / FOLDER / REPORT
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}: it is not what opt8bit compress has written")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        held_out = found.pop("held_out")
+        return StoredReport(
+            version=str(found.pop("version")),
+            weights=int(found.pop("weights")),
+            bits_per_weight=float(found.pop("bits_per_weight")),
+            bias_bytes=int(found.pop("bias_bytes")),
+            seconds=float(found.pop("seconds")),
+            held_out=None if held_out is None else _quality(held_out),
+            layers=[_layer(row) for row in found.pop("layers")],
+            about=found,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _quality(held_out: Mapping[str, Any]) -> Quality:
+    tokens, *others = (_number(held_out[name]) for name in Quality._fields)
+    return Quality(int(tokens), *others)
+
+
+def _layer(row: Mapping[str, Any]) -> LayerReport:
+    """What :func:`_row` has written."""
+    numbers = ("bits_per_weight", "error_rounded", "error_corrected", "bias_norm", "seconds")
+    found = {**row, **{name: _number(row[name]) for name in numbers}}
+    return LayerReport(shape=(int(found.pop("outputs")), int(found.pop("inputs"))), **found)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def write_probe(probe: Probe, checkpoint: Path) -> None:

@@ -12,6 +12,12 @@ from dataclasses import dataclass
 DENSE = "dense"  # the format that everything reads
 PACKED = "compressed-tensors"  # and the one that all of them read codes in
 VLLM, SGLANG = "vLLM 0.33.0", "SGLang 0.5.23"
+SERVE_VLLM = "vllm serve {quoted}"
+LOAD = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})"""
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 MARLIN = (32, 64, 128, None)  # the group sizes of the kernels that both servers have
 
@@ -41,6 +47,8 @@ class Runtime:
 
     Attributes:
         title: its name and version.
+        command: that runs a checkpoint, or Python that does: ``{quoted}`` stands for the checkpoint's folder as a shell
+            takes it, ``{folder!r}`` as Python does.
         formats: what it runs of each packed format, by the format's name.
         fuses: whether it puts layers such as q, k and v into one matrix, and looks for unpacked routers.
         whole_codes: whether its words hold whole codes only; see :func:`opt8bit.quant.packing.pack`.
@@ -48,6 +56,7 @@ class Runtime:
     """
 
     title: str
+    command: str
     formats: Mapping[str, Runs]
     fuses: bool = False
     whole_codes: bool = False
@@ -59,6 +68,7 @@ _UNUSED_BY_VLLM = (("gemma", r".*"), ("cohere", r".*"), ("qwen3", r"o_proj"))
 RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime(
         f"{VLLM} on NVIDIA GPUs",
+        SERVE_VLLM,
         # Other widths and group sizes than Marlin's are run by Humming.
         {PACKED: Runs(WIDTHS, WIDTHS, (16, *MARLIN)), "gptq": _GPTQ},
         fuses=True,
@@ -66,12 +76,14 @@ RUNTIMES: Mapping[str, Runtime] = {
     ),
     "vllm-cpu": Runtime(
         f"{VLLM} on CPUs",
+        SERVE_VLLM,
         {PACKED: Runs((4,), (4,), (16, *MARLIN), multiple=32)},
         fuses=True,
         unused_biases=_UNUSED_BY_VLLM,
     ),
     "sglang": Runtime(
         SGLANG,
+        "python -m sglang.launch_server --model-path {quoted}",
         {PACKED: Runs((4, 8), (4,), MARLIN, multiple=64)},
         fuses=True,
         unused_biases=(
@@ -83,10 +95,12 @@ RUNTIMES: Mapping[str, Runtime] = {
     ),
     "transformers": Runtime(
         "transformers 5 with compressed-tensors 0.18 or later",
+        LOAD,
         {PACKED: Runs(WIDTHS, WIDTHS, None)},
     ),
     "compressed-tensors-0.17": Runtime(
         "transformers with compressed-tensors 0.17",
+        LOAD,
         # By multiples of 32 the number of words says how they are packed.
         {PACKED: Runs(WIDTHS, WIDTHS, None, multiple=32)},
         whole_codes=True,
@@ -96,6 +110,7 @@ RUNTIMES: Mapping[str, Runtime] = {
 SERVERS = (
     Runtime(
         VLLM,
+        SERVE_VLLM,
         {
             PACKED: Runs((4, 8), (4,), MARLIN, otherwise="runs on NVIDIA GPUs only, if at all (Humming kernels):"),
             "gptq": _GPTQ,

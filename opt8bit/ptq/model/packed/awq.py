@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.model.packed.layout import Layout, dequantized, groups_of_columns, part_of
+from opt8bit.ptq.model.packed.layout import Layout, Unpacked, groups_of_columns, part_of
 from opt8bit.quant.packing import WORD, unpack
 
 BITS = 4
@@ -42,10 +42,10 @@ class AWQLayout(Layout):
             raise ValueError(f"AWQ's codes must be of version 'gemm' and of {BITS} bits, got {found}")
         return AWQLayout()
 
-    def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
+    def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
         words, zeros, scale = (part_of(parts, name) for name in ("qweight", "qzeros", "scales"))
         group = groups_of_columns(len(words), len(scale))
-        return dequantized(_in_order(words).T, scale.T, _in_order(zeros).T, group)
+        return Unpacked(_in_order(words).T, scale.T, _in_order(zeros).T, group)
 
 
 def _in_order(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from opt8bit.ptq.model.coded import CodedWeights, Dtypes
 from opt8bit.ptq.model.packed.awq import AWQLayout
 from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout
 from opt8bit.ptq.model.packed.gptq import GPTQLayout
-from opt8bit.ptq.model.packed.layout import Layout
+from opt8bit.ptq.model.packed.layout import Layout, Unpacked
 from opt8bit.ptq.model.quantization_header import dtype_of, header_of, method_of
 from opt8bit.ptq.model.scaled import read_json, refuse_narrow, scaled_checkpoint
 
@@ -66,21 +67,44 @@ class Packed(CodedWeights):
     def weight(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         if name not in self._parts:
             return tensors[name]
-        layer = name.removesuffix(".weight")
-        parts = {part.removeprefix(f"{layer}."): tensors[part] for part in self._parts[name]}
-        try:
-            values = self.layout.weight(layer, parts).to(self.dtype)
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{layer} cannot be unpacked: {error}") from error
+        with _naming(name):
+            values = self.layout.weight(*self._layer_and_parts(name, tensors)).to(self.dtype)
         if not values.isfinite().all():
             raise ValueError(f"{name} has values that are not finite in {self.dtype}")
         return values
+
+    def unpacked(self, name: str, tensors: Mapping[str, Tensor]) -> Unpacked:
+        """Returns a packed weight as codes and what they stand for.
+
+        Args:
+            name: of the weight.
+            tensors: its :meth:`parts`, by name.
+
+        Raises:
+            ValueError: it cannot be unpacked; the message names the layer.
+        """
+        with _naming(name):
+            return self.layout.unpacked(*self._layer_and_parts(name, tensors))
+
+    def _layer_and_parts(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        """Returns a weight's layer, and its tensors by what stands behind the layer's name."""
+        layer = name.removesuffix(".weight")
+        return layer, {part.removeprefix(f"{layer}."): tensors[part] for part in self._parts[name]}
 
     def check(self, dtypes: Dtypes) -> None:
         refuse_narrow(dtypes)
 
     def notice(self) -> str | None:
         return None
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Names the layer whose weight cannot be unpacked."""
+    try:
+        yield
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{name.removesuffix('.weight')} cannot be unpacked: {error}") from error
 
 
 def packed_checkpoint(folder: Path, stored: Collection[str]) -> CodedWeights | None:

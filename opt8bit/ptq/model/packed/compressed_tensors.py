@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opt8bit.ptq.model.packed.layout import Layout, dequantized, groups_of_columns, part_of
+from opt8bit.ptq.model.packed.layout import Layout, Unpacked, groups_of_columns, part_of
 from opt8bit.ptq.model.quantization_header import refuse_transforms, weight_groups
 from opt8bit.quant.packing import unpack, words_of
 
@@ -50,7 +50,7 @@ class CompressedTensorsLayout(Layout):
             found.append(group)
         return CompressedTensorsLayout(tuple(found))
 
-    def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
+    def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
         words, scale, shape = (part_of(parts, name) for name in ("weight_packed", "weight_scale", "weight_shape"))
         outputs, columns = shape.tolist()
         weights = self.weights_of(layer)
@@ -66,7 +66,7 @@ class CompressedTensorsLayout(Layout):
             size = weights.get("group_size") or -1
             group = groups_of_columns(columns, scale.shape[1], size if size > 0 else None)
         zero_point = _zero_point(parts.get("weight_zero_point"), bits, scale.shape, whole)
-        return dequantized(codes, scale, zero_point, group)
+        return Unpacked(codes, scale, zero_point, group)
 
     def weights_of(self, layer: str) -> Mapping[str, Any]:
         """Returns what the header says of a layer's weight: by its name first, else by its class.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from opt8bit.ptq.model.packed.layout import Layout, dequantized, groups_of_columns, part_of
+from opt8bit.ptq.model.packed.layout import Layout, Unpacked, groups_of_columns, part_of
 from opt8bit.quant.packing import WORD, unpack
 
 ZERO_SHIFTS = {"gptq": 1, "gptq_v2": 0}  # by the header's word: version 1 stores zero points less one
@@ -42,7 +42,7 @@ class GPTQLayout(Layout):
             raise ValueError(f"GPTQ's checkpoint_format must be one of {', '.join(ZERO_SHIFTS)}, got {name!r}")
         return GPTQLayout(ZERO_SHIFTS[name])
 
-    def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
+    def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
         words, zeros, scale = (part_of(parts, name) for name in ("qweight", "qzeros", "scales"))
         groups, outputs = scale.shape
         bits = _bits(zeros, outputs)  # which may differ from layer to layer
@@ -54,7 +54,7 @@ class GPTQLayout(Layout):
             group = groups_of_columns(columns, groups)
         codes = unpack(words.T.contiguous(), bits, columns)
         zero_point = unpack(zeros, bits, outputs).int() + self.zero_shift
-        return dequantized(codes, scale.T, zero_point.T, group)
+        return Unpacked(codes, scale.T, zero_point.T, group)
 
 
 def _bits(zeros: Tensor, outputs: int) -> int:

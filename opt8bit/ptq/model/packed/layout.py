@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Unpacked(NamedTuple):
+    """A layer's weight with one code in each element, ``(codes - zero_point) * scale`` by groups of inputs."""
+
+    codes: Tensor  # uint8 (out, in)
+    scale: Tensor  # (out, groups)
+    zero_point: Tensor  # (out, groups)
+    group: Tensor  # (in,), of each input
 
 
 class Layout(ABC):
@@ -22,8 +31,8 @@ class Layout(ABC):
     others: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weight of a layer, (out, in), in float32.
+    def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
+        """Returns the weight of a layer, unpacked.
 
         Args:
             layer: its name in the checkpoint.
@@ -32,6 +41,10 @@ class Layout(ABC):
         Raises:
             ValueError: a part is missing, or does not fit.
         """
+
+    def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Returns the weight of a layer, (out, in), in float32. Arguments and errors are those of :meth:`unpacked`."""
+        return dequantized(*self.unpacked(layer, parts))
 
 
 def part_of(parts: Mapping[str, Tensor], name: str) -> Tensor:
