@@ -150,6 +150,8 @@ def test_transformers_stopped_and_resumed(tmp_path: Path, installed: None) -> No
 
 def test_transformers_finds_no_bitsandbytes_afterwards(tmp_path: Path) -> None:
     transformers: Any = pytest.importorskip("transformers")
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers 4 looks once, when it is imported, and its Trainer does not ask")
     before = transformers.is_bitsandbytes_available()
     install()
     assert transformers.is_bitsandbytes_available()

@@ -82,6 +82,13 @@ def test_bits_that_contradict_the_name_are_refused(name: str, bits: int) -> None
         stepped(name, optim_bits=bits)
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "bits"), [("AdamW", {}, 32), ("AdamW", {"optim_bits": "8"}, 8), ("Lion8bit", {}, 8)]
+)
+def test_bits_can_be_asked_for(name: str, asked: dict[str, Any], bits: int) -> None:
+    assert getattr(optim, name)([parameter(64, 64)], **asked).optim_bits == bits
+
+
 def test_bits_that_agree_with_the_name_are_taken() -> None:
     assert is_8bit(stepped("AdamW8bit", optim_bits=8)[1])
     assert is_8bit(stepped("AdamW8bit", optim_bits=32)[1])  # bitsandbytes' default, which it ignores

@@ -41,6 +41,11 @@ class StandIn(Optimizer8bit):
     paged: ClassVar[bool] = False
     default_bits: ClassVar[int] = 32
 
+    @property
+    def optim_bits(self) -> int:
+        """Bits of the states, which accelerate asks for where DeepSpeed offloads the optimizer."""
+        return self.defaults["state_bits"]
+
     def _storage(
         self, optim_bits: Any, args: Any, min_8bit_size: int, options: Mapping[str, Any], is_paged: bool = False
     ) -> dict[str, Any]:
