@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from functools import cached_property, wraps
+from functools import cached_property
 from itertools import chain, islice
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from opt8bit.backends import Backend, Step, can_capture, note_writes, wanted_backend
 from opt8bit.optim import shards
 from opt8bit.optim.asked import Asked, asked_of, backend_of, columns, divided
+from opt8bit.optim.noting import noted_where_seen
 from opt8bit.optim.plan import Plan
 from opt8bit.optim.ruled import Ruled
 from opt8bit.optim.running import Place, Running
 from opt8bit.optim.states import CODED_DTYPES, check, initialized, others, will_be_coded
 
-GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 SUPPORTED_DTYPES = (*CODED_DTYPES, torch.float64, torch.complex64, torch.complex128)
 Scaling = tuple["Tensor | None", "Tensor | None"]  # what GradScaler hands over: grad_scale and found_inf
 Shares = list[tuple[Backend, Step]]  # of the backends in a step
@@ -40,19 +38,7 @@ class Stepping(Ruled):
         super().__setstate__(state)
         _leave_to_python()
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns ``func``, which is a step, as torch.optim has it: noted by profilers, and with hooks around it.
-
-        Where neither is there it is called alone: noting takes longer than all else in a step of a small parameter.
-        """
-        noted = torch.optim.Optimizer.profile_hook_step(func)
-
-        @wraps(func)
-        def step(self: Stepping, *args: Any, **kwargs: Any) -> Any:
-            return (noted if _is_noted(self) else func)(self, *args, **kwargs)
-
-        return step
+    profile_hook_step = staticmethod(noted_where_seen)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one call per device.
@@ -298,12 +284,6 @@ class Stepping(Ruled):
         if group["capturable"] and group["offload"]:
             raise ValueError("capturable=True and offload exclude each other: a graph cannot hold a step on the CPU")
         self.check_param(param, group)
-
-
-def _is_noted(optimizer: Stepping) -> bool:
-    """Whether a profiler, a compiler or a hook wants to see the steps of an optimizer."""
-    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    return any(own) or any(GLOBAL_HOOKS) or profiler._is_profiler_enabled or torch.compiler.is_compiling()
 
 
 def _leave_to_python() -> None:
