@@ -1,6 +1,6 @@
 """How long does a step of each optimizer take on the CPU, against torch's fastest of the same rule?
 
-    pip install ".[bench]" && python benchmarks/cpu_optimizers.py
+    pip install ".[bench]" && python benchmarks/cpu_optimizers.py [--only QUESTION ...]
 
 One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
 round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ import opt8bit
 from opt8bit.optim.base import Optimizer8bit
 from opt8bit.optim.every import OPTIMIZERS
 
+Shapes = Sequence[tuple[int, int]]
+GPT2_MATRICES = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
+
 
 class Question(NamedTuple):
     name: str
@@ -33,10 +37,11 @@ class Question(NamedTuple):
     ours: Maker
     bitsandbytes: str | None = None  # its 8-bit class
     dtype: torch.dtype = torch.float32
-    side: int = 4096
+    shapes: Shapes = ((4096, 4096),)
 
 
 ADAMW = ("torch.optim.AdamW fused", partial(torch.optim.AdamW, fused=True))
+MUON = ("torch.optim.Muon", torch.optim.Muon)
 SPECIAL = [
     Question(
         "AdamW, amsgrad",
@@ -48,7 +53,9 @@ SPECIAL = [
         ("torch.optim.RMSprop foreach", partial(torch.optim.RMSprop, foreach=True, centered=True, momentum=0.9)),
         partial(opt8bit.RMSprop8bit, centered=True, momentum=0.9),
     ),
-    Question("Muon, 1024x1024", ("torch.optim.Muon", torch.optim.Muon), opt8bit.Muon8bit, side=1024),
+    Question("Muon, 1024x1024", MUON, opt8bit.Muon8bit, shapes=[(1024, 1024)]),
+    Question("Muon, 12 of 1024x1024", MUON, opt8bit.Muon8bit, shapes=[(1024, 1024)] * 12),
+    Question("Muon, matrices of GPT-2 small", MUON, opt8bit.Muon8bit, shapes=GPT2_MATRICES),
     Question("AdamW, bfloat16", ADAMW, opt8bit.AdamW8bit, dtype=torch.bfloat16),
     Question(
         "AdamW, bfloat16, stochastic rounding",
@@ -80,7 +87,7 @@ def question_of(ours: type[Optimizer8bit]) -> Question:
 QUESTIONS = [*map(question_of, (each for each in OPTIMIZERS if each is not opt8bit.MuonAdamW8bit)), *SPECIAL]
 
 
-def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimizer]:
+def optimizers_of(question: Question, shapes: Shapes) -> dict[str, torch.optim.Optimizer]:
     makers: dict[str, Maker] = {question.base[0]: question.base[1]}
     makers["opt8bit." + getattr(question.ours, "func", question.ours).__name__] = question.ours
     if bitsandbytes is not None and question.bitsandbytes:
@@ -88,7 +95,7 @@ def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimi
         makers[f"bitsandbytes.{question.bitsandbytes}"] = partial(
             getattr(bitsandbytes.optim, question.bitsandbytes), **momentum
         )
-    made = {name: make(parameters([(side, side)], question.dtype), lr=1e-3) for name, make in makers.items()}
+    made = {name: make(parameters(shapes, question.dtype), lr=1e-3) for name, make in makers.items()}
     for optimizer in made.values():
         if isinstance(optimizer, opt8bit.AdamWScheduleFree8bit):
             optimizer.train()
@@ -98,13 +105,16 @@ def optimizers_of(question: Question, side: int) -> dict[str, torch.optim.Optimi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31, help="times that each optimizer steps (default 31)")
+    parser.add_argument("--only", nargs="+", metavar="QUESTION", help="by their names (default all)")
     options = arguments(parser, "cpu_optimizers")
-    questions = {question.name: question for question in QUESTIONS}
+    questions = {
+        question.name: question for question in QUESTIONS if question.name in (options.only or [question.name])
+    }
 
     def measure(question: str) -> list[dict[str, Any]]:
         print(f"\n{question}")
-        side = 256 if options.quick else questions[question].side
-        return compare(optimizers_of(questions[question], side), 3 if options.quick else options.rounds)
+        shapes = [(256, 256)] if options.quick else questions[question].shapes
+        return compare(optimizers_of(questions[question], shapes), 3 if options.quick else options.rounds)
 
     rows = complete(options.rows, [{"question": name} for name in questions], measure)
     print(f"\n{'':<40}{'first':<30}{'ms':>9}{'ours':>9}{'ratio':>8}")
