@@ -357,3 +357,39 @@ def test_lightning(installed: None) -> None:
     (optimizer,) = trainer.optimizers
     assert type(optimizer) is optim.AdamW8bit
     assert_coded(optimizer, module.net.weight, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "block_size"),
+    [
+        (["--optimizer=bitsandbytes.optim.AdamW8bit", "--optimizer.lr=0.01"], 256),
+        (["--optimizer=opt8bit.AdamW8bit", "--optimizer.lr=0.01", "--optimizer.dict_kwargs.block_size=128"], 128),
+    ],
+)
+def test_lightning_cli(installed: None, flags: list[str], block_size: int) -> None:
+    lightning: Any = pytest.importorskip("lightning")
+    pytest.importorskip("jsonargparse")
+    cli = importlib.import_module("lightning.pytorch.cli")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.layer(batch).square().mean()
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.ones(4, 64), batch_size=2)
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    defaults = {"max_epochs": 1, "accelerator": "cpu", **quiet}
+    run = cli.LightningCLI(Module, args=["fit", *flags], save_config_callback=None, trainer_defaults=defaults)
+    (optimizer,) = run.trainer.optimizers
+    assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.param_groups[0]["block_size"] == block_size
+    assert optimizer.state[run.model.layer.weight]["exp_avg_codes"].dtype == torch.uint8

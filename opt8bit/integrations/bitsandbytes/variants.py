@@ -89,6 +89,9 @@ def variant(
         options = given.pop("options", {})
         bare.__init__(self, **{"optim_bits": default_bits, **given, **options})
 
+    # For those that look at the method, as LightningCLI does.
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    __init__.__signature__ = inspect.Signature([itself, *kept])  # type: ignore[attr-defined]
     name = f"{'Paged' if paged else ''}{bare.__name__}{f'{bits}bit' if bits else ''}"
     attributes = {
         "__init__": __init__,
