@@ -376,11 +376,11 @@ def test_lightning_cli(installed: None, flags: list[str], block_size: int) -> No
             super().__init__()
             self.layer = nn.Linear(64, 64)
 
-        def training_step(self, batch: Tensor, index: int) -> Tensor:
-            return self.layer(batch).square().mean()
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self.layer(batch[0]).square().mean()
 
         def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.ones(4, 64), batch_size=2)
+            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 64)), batch_size=2)
 
     quiet = {
         "logger": False,
