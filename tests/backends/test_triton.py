@@ -169,7 +169,7 @@ def test_codes_are_the_nearest(signed: bool) -> None:
     assert_nearest(torch.cat([x, -x]) if signed else x.abs(), signed)
 
 
-@pytest.mark.parametrize(("signed", "count"), [(True, 500), (False, 2500)])
+@pytest.mark.parametrize(("signed", "count"), [(True, 500), pytest.param(False, 2500, marks=pytest.mark.slow)])
 def test_the_slow_path_is_taken_where_it_must_be(signed: bool, count: int) -> None:
     """One value near a midpoint in a tile: its neighbours do not send it there."""
     x = adversarial(dynamic_map(signed))

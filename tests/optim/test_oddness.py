@@ -81,6 +81,7 @@ def skip_unless_products_repeat(case: Case) -> None:
             pytest.skip("products of matrices do not repeat here")
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("name", [*CASES, *MUON])

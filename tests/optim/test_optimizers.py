@@ -103,6 +103,7 @@ def per_element(scale: Tensor) -> Tensor:
     return scale.repeat_interleave(256, 1)[:, : SHAPE[1]]
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("name", TRACKED)
 def test_8_bit_states_track_the_oracles(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step adds half a gap times the block's absmax at most, and keeps its part of the error before.
