@@ -43,9 +43,11 @@ def orthogonalized(
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)).contiguous()
     rows, columns = x.shape[-2:]
     if rows >= LARGE and columns >= WIDE * rows:
-        first, later = ON_GRAM
-        for done in (0, *range(first, steps, later)):
-            x = _iterated_on_gram(x, coefficients, min(later if done else first, steps - done))
+        at_once, later = ON_GRAM
+        while steps:
+            at_once = min(at_once, steps)
+            x = _iterated_on_gram(x, coefficients, at_once)
+            steps, at_once = steps - at_once, later
     else:
         x = _iterated(x, coefficients, steps)
     return x.mT if is_tall else x

@@ -74,6 +74,17 @@ def test_iterations_on_one_gram_matrix_are_as_exact_as_torchs(
     assert steps == 1 or not torch.equal(ours, theirs)  # it is another way
 
 
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (3, 40, 100)])
+def test_no_iterations_on_a_gram_matrix_leave_the_direction(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newton_schulz, "LARGE", 16)
+    matrices = gradients(1, shape)[0]
+    found = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 0, 1e-7)
+    for each, matrix in zip(found.view(-1, *shape[-2:]), matrices.bfloat16().view(-1, *shape[-2:]), strict=True):
+        assert torch.equal(each, matrix / matrix.norm())
+
+
 @pytest.mark.parametrize("large", [16, 512])
 @pytest.mark.parametrize("shape", [(40, 100), (100, 40), (40, 40), (3, 40, 100)])
 def test_processors_without_bfloat16_compute_in_float32(
