@@ -6,7 +6,7 @@ import csv
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -146,19 +146,30 @@ def _row(layer: LayerReport) -> dict[str, Any]:
     return {"name": row.pop("name"), "outputs": outputs, "inputs": inputs, **row}
 
 
+def powers_of_ten(values: Sequence[float]) -> tuple[int, int]:
+    """Returns exponents between whose powers all values lie that a logarithmic axis can show."""
+    shown = [value for value in values if is_shown(value)]
+    if not shown:
+        return -1, 0
+    low = math.floor(math.log10(min(shown)))
+    return low, max(math.ceil(math.log10(max(shown))), low + 1)
+
+
+def is_shown(value: float) -> bool:
+    """Whether a logarithmic axis can show a value."""
+    return 0 < value < math.inf
+
+
 WIDTH, HEIGHT, LABELS = 480, 14, 330
 STYLE = "body{font:13px sans-serif;margin:2em}text{font:11px monospace}.rounded{fill:#bbb}.corrected{fill:#2a6fb0}"
 
 
 def picture(layers: list[LayerReport]) -> str:
     """A page with a bar for each layer: the error of its output, on a logarithmic scale."""
-    both = [error for layer in layers for error in (layer.error_rounded, layer.error_corrected)]
-    errors = [error for error in both if 0 < error < math.inf]
-    low = math.floor(math.log10(min(errors))) if errors else -1
-    high = max(math.ceil(math.log10(max(errors))), low + 1) if errors else 0
+    low, high = powers_of_ten([error for layer in layers for error in (layer.error_rounded, layer.error_corrected)])
 
     def length(error: float) -> float:
-        return WIDTH * max(math.log10(error) - low, 0) / (high - low) if 0 < error < math.inf else 0.0
+        return WIDTH * max(math.log10(error) - low, 0) / (high - low) if is_shown(error) else 0.0
 
     bars = []
     for i, layer in enumerate(layers):

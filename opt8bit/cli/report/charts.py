@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from opt8bit.cli.report.markup import Html, element, joined
+from opt8bit.ptq.report import is_shown
 
 WIDTH, HEIGHT = 300, 120  # of a chart, in the units of its viewBox
 LEFT, BOTTOM = 34, 16  # that its axes take of these
@@ -48,15 +49,6 @@ def histogram(label: str, bins: Sequence[tuple[str, int]], ends: tuple[str, str]
     return _chart(label, joined([*bars, *texts]))
 
 
-def powers_of_ten(values: Sequence[float]) -> tuple[int, int]:
-    """Returns exponents between whose powers all values lie that a logarithmic axis can show."""
-    shown = [value for value in values if _is_shown(value)]
-    if not shown:
-        return -1, 0
-    low = math.floor(math.log10(min(shown)))
-    return low, max(math.ceil(math.log10(max(shown))), low + 1)
-
-
 def lines(
     label: str, series: Mapping[str, Sequence[float]], titles: Sequence[str], ends: tuple[str, str], powers: range
 ) -> Html:
@@ -83,7 +75,7 @@ def lines(
         parts.append(element("line", class_="grid", **across))
         parts.append(element("text", f"1e{power}", x=LEFT - 4, y=y(10.0**power) + 4, text_anchor="end"))
     for name, values in series.items():
-        points = [(x(i), y(value), titles[i]) for i, value in enumerate(values) if _is_shown(value)]
+        points = [(x(i), y(value), titles[i]) for i, value in enumerate(values) if is_shown(value)]
         parts.append(element("polyline", class_=name, points=" ".join(f"{a:.1f},{b:.1f}" for a, b, _ in points)))
         parts += [element("circle", element("title", title), class_=name, cx=a, cy=b, r=2) for a, b, title in points]
     parts.append(element("text", ends[0], x=LEFT, y=HEIGHT - 3))
@@ -93,7 +85,3 @@ def lines(
 
 def _chart(label: str, content: Html) -> Html:
     return element("svg", content, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
-
-
-def _is_shown(value: float) -> bool:
-    return 0 < value < math.inf
