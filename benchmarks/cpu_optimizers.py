@@ -2,12 +2,12 @@
 
     pip install ".[bench]" && python benchmarks/cpu_optimizers.py [--only QUESTION ...]
 
-One parameter of 4096x4096, in the dtype that is asked for; each question alternates its optimizers in one process,
-round by round, on their own copies, and reports medians and ratios of medians to the first one. That is torch's fused
-optimizer, its foreach one where there is no fused one, its only one for Muon, and torch's fused AdamW, for scale, where
-torch has no such rule. Every rule of the package is asked about, some of them with more than one question.
-bitsandbytes stands beside the rules that it has, for float32, where it is installed. Questions that have rows are not
-asked again.
+One parameter of 4096x4096 where a question does not name others, in the dtype that is asked for; each question
+alternates its optimizers in one process, round by round, on their own copies, and reports medians and ratios of medians
+to the first one. That is torch's fused optimizer, its foreach one where there is no fused one, its only one for Muon,
+and torch's fused AdamW, for scale, where torch has no such rule. Every rule of the package is asked about, some of them
+with more than one question. bitsandbytes stands beside the rules that it has, for float32, where it is installed.
+Questions that have rows are not asked again.
 """
 
 from __future__ import annotations

@@ -57,11 +57,10 @@ def _iterated(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
     """Iterations one by one, x being overwritten. What the first has allocated serves the others."""
     a, b, c = coefficients
     gram = added = spare = None
-    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(steps):
         gram = symmetric_product(x, x.mT, out=gram)
         added = symmetric_product(gram, gram, gram, beta=b, alpha=c, out=added)
-        x, spare = add_product(x, added, x, beta=a, out=spare), x
+        x, spare = _product(added, x, x, beta=a, out=spare), x
     return x
 
 
@@ -97,22 +96,32 @@ def symmetric_product(
     n = left.shape[-2]
     large = LARGE_WITH_AMX if left.dtype == torch.bfloat16 and has_amx() else LARGE
     if left.dim() == 3 or left.device.type != "cpu" or n < large:
-        if added is None:
-            return torch.matmul(left, right, out=out)
-        add_product = torch.addmm if left.dim() == 2 else torch.baddbmm
-        return add_product(added, left, right, beta=beta, alpha=alpha, out=out)
+        return _product(left, right, added, beta=beta, alpha=alpha, out=out)
     whole = left.new_empty(n, n) if out is None else out
     for start in range(0, n, PANEL):
         end = min(start + PANEL, n)
-        rows, columns = left[start:end], right[:, :end]
-        if added is None:
-            part = rows @ columns
-        else:
-            part = torch.addmm(added[start:end, :end], rows, columns, beta=beta, alpha=alpha)
+        mine = None if added is None else added[start:end, :end]
+        part = _product(left[start:end], right[:, :end], mine, beta=beta, alpha=alpha)
         if start:
             whole[:start, start:end] = part.T.contiguous()[:start]  # transposed whole, as torch does it fast
         whole[start:end, :end] = part
     return whole
+
+
+def _product(
+    left: Tensor,
+    right: Tensor,
+    added: Tensor | None,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``beta * added + alpha * left @ right``, or ``left @ right``, of matrices or batches of them."""
+    if added is None:
+        return torch.matmul(left, right, out=out)
+    add_product = torch.addmm if left.dim() == 2 else torch.baddbmm
+    return add_product(added, left, right, beta=beta, alpha=alpha, out=out)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

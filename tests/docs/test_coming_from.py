@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import opt8bit
-from opt8bit.cli.main import parser
+from opt8bit.cli.parser import parser
 from opt8bit.cli.recipes import read_recipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text()

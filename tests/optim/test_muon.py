@@ -100,7 +100,7 @@ def test_processors_without_bfloat16_compute_in_float32(
 
 
 def test_products_are_halved_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tiles it does only for very large ones. All have the same bits, as each element is one sum."""
+    """On tiles it does only for very large ones."""
     made: list[int] = []
     original = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size: made.append(len(x)) or original(x, *size))

@@ -89,7 +89,6 @@ def variant(
         options = given.pop("options", {})
         bare.__init__(self, **{"optim_bits": default_bits, **given, **options})
 
-    # For those that look at the method, as LightningCLI does.
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     __init__.__signature__ = inspect.Signature([itself, *kept])  # type: ignore[attr-defined]
     name = f"{'Paged' if paged else ''}{bare.__name__}{f'{bits}bit' if bits else ''}"
@@ -97,7 +96,6 @@ def variant(
         "__init__": __init__,
         "__module__": bare.__module__,
         "__doc__": f"Stands in for ``bitsandbytes.optim.{name}``; see :class:`{bare.__name__}`.",
-        "__signature__": signature,
         "bits": bits,
         "paged": paged,
         "default_bits": default_bits,
