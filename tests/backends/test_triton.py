@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,16 @@ def compare(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], s
         assert_states_agree(mine, theirs, share=share, rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize(
-    ("case", "bits"), [*((name, 8) for name in CASES), *((name, 32) for name in ONE_OF_EACH_RULE.values())]
-)
+def steps() -> Iterator[Any]:
+    """Cases and the bits of their states. Interpreted, only the cases with most hyper-parameters are quick enough."""
+    interpreted = pytest.mark.slow if DEVICE == "cpu" else ()
+    for name in CASES:
+        yield pytest.param(name, 8, marks=() if name in ONE_OF_EACH_RULE.values() else interpreted)
+    for name in ONE_OF_EACH_RULE.values():
+        yield pytest.param(name, 32, marks=interpreted)
+
+
+@pytest.mark.parametrize(("case", "bits"), list(steps()))
 def test_a_step_is_the_references(case: str, bits: int, use: Any) -> None:
     results = []
     for backend in ("reference", "triton"):
@@ -169,7 +177,7 @@ def test_codes_are_the_nearest(signed: bool) -> None:
     assert_nearest(torch.cat([x, -x]) if signed else x.abs(), signed)
 
 
-@pytest.mark.parametrize(("signed", "count"), [(True, 500), pytest.param(False, 2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("signed", "count"), [(True, 100), pytest.param(False, 2500, marks=pytest.mark.slow)])
 def test_the_slow_path_is_taken_where_it_must_be(signed: bool, count: int) -> None:
     """One value near a midpoint in a tile: its neighbours do not send it there."""
     x = adversarial(dynamic_map(signed))
@@ -334,7 +342,7 @@ def test_wide_parameters_are_counted_on_the_host(use: Any) -> None:
     assert optimizer.state[param]["step"].device.type == "cpu" and optimizer.state[param]["step"] == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_torchs_default_dtype_has_no_say(dtype: torch.dtype, use: Any) -> None:
     use("triton")
     grads = gradients(3)

@@ -399,6 +399,7 @@ def test_two_runs_into_one_folder_are_one_too_many(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are those of POSIX")
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_is_finished(folder: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for the disk: the first block fits, the checkpoint does not."""
     import resource

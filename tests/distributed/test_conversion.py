@@ -516,6 +516,7 @@ def test_every_state_of_the_package_has_a_sign() -> None:
         assert rule.states.items() <= signs().items()
 
 
+@pytest.mark.slow
 def test_columns_go_from_2_processes_to_4_and_back(tmp_path: Path) -> None:
     run("columns.py", 2, tmp_path, "none", "on-2")
     run("columns.py", 4, tmp_path, "on-2", "on-4")

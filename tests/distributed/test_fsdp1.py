@@ -18,7 +18,7 @@ import opt8bit
 from opt8bit.optim.states import FSDP1_MARK, MIN_FLAT_LENGTH
 
 
-@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("use_orig_params", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_saved_optimizer_goes_on_with_the_same_bits(use_orig_params: bool) -> None:
     run("fsdp1.py", 2, use_orig_params)
 

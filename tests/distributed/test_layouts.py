@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,24 @@ from processes import run
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, str]]:
     folder: Path = tmp_path_factory.mktemp("layouts")
-    for ranks in CHECKS:
+
+    @functools.cache
+    def found(ranks: int) -> dict[str, str]:
         run("layouts.py", ranks, folder / f"{ranks}.json")
-    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in CHECKS}
+        return json.loads((folder / f"{ranks}.json").read_text())
+
+    return found
 
 
-@pytest.mark.parametrize(("ranks", "check"), [(ranks, check.__name__) for ranks, of in CHECKS.items() for check in of])
-def test_of(ranks: int, check: str, errors: dict[int, dict[str, str]]) -> None:
-    assert not errors[ranks][check], errors[ranks][check]
+def marks(ranks: int) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if ranks > 2 else []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "check"),
+    [pytest.param(ranks, check.__name__, marks=marks(ranks)) for ranks, of in CHECKS.items() for check in of],
+)
+def test_of(ranks: int, check: str, errors: Callable[[int], dict[str, str]]) -> None:
+    assert not errors(ranks)[check], errors(ranks)[check]

@@ -1,4 +1,4 @@
-"""What one process of several does: ``torchrun training.py PHASE FOLDER``. Alone, it trains plain tensors."""
+"""What one process of several does: ``torchrun training.py PHASE FOLDER [WRITER ...]``. Alone: plain tensors."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def resume(folder: Path, writer: object, cases: Iterable[str] = tuple(CASES)) ->
     return results
 
 
-def main(phase: str, folder: Path) -> None:
+def main(phase: str, folder: Path, writers: Iterable[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
     dist.init_process_group("gloo")
@@ -177,11 +177,11 @@ def main(phase: str, folder: Path) -> None:
     elif phase == "go-on":
         found = resume(folder, "whole", ["AdamW"])
     else:
-        found = {writer: resume(folder, writer) for writer in ("plain", 1, 2, 4)}
+        found = {int(writer) if writer.isdigit() else writer: resume(folder, writer) for writer in writers}
     if dist.get_rank() == 0:
         torch.save(found, folder / f"{phase}-{ranks}.pt")
     end()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -170,6 +170,7 @@ def test_run_asks_for_what_it_is_to_run(arguments: list[str], capsys: pytest.Cap
     assert "-m SCRIPT is required" in (error := capsys.readouterr().err) or "-m: expected one argument" in error
 
 
+@pytest.mark.slow
 def test_run_says_what_is_not_there_and_shows_what_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opt8bit", "run"]
     found = subprocess.run([*command, "nothing.py"], cwd=tmp_path, capture_output=True, text=True, check=False)

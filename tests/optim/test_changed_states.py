@@ -81,6 +81,7 @@ ZEROED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("way", ZEROED)
 @pytest.mark.parametrize("name", ANY_SHAPE)
+@pytest.mark.slow_interpreted
 def test_a_zeroed_state_is_zero(name: str, way: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the states by itself, signed or not, and all together."""
     use(monkeypatch, backend)
@@ -117,6 +118,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("way", MASKS)
+@pytest.mark.slow_interpreted
 def test_a_mask_zeroes_what_it_masks(any_shape: Case, way: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As pruning does it to a state of the parameter's shape: whole blocks, and the largest of some."""
     use(monkeypatch, backend)
@@ -140,6 +142,7 @@ def replaced(optimizer: Optimizer8bit, change: Callable[[Tensor], Tensor]) -> No
 
 
 @pytest.mark.parametrize("change", ["rows of zeros", "rows dropped", "rows in another order"])
+@pytest.mark.slow_interpreted
 def test_rows_come_and_go_with_those_of_codes_and_scales(
     any_shape: Case, change: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def copied_in_full(optimizer: Optimizer8bit) -> Optimizer8bit:
 
 @pytest.mark.parametrize("which", ["one", "all"])
 @pytest.mark.parametrize("kind", ["zeros", "numbers", "bfloat16", "float64", "strided"])
+@pytest.mark.slow_interpreted
 def test_a_state_put_in_full_is_adopted_at_the_next_step(
     any_shape: Case, which: str, kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +373,7 @@ def assert_kept(state: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("when", ["before the first step", "later"])
+@pytest.mark.slow_interpreted
 def test_what_others_keep_survives_steps_and_changes_none(
     stateful: Case, when: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def skip_without_kernels(case: Case, backend: str, fused: bool | None) -> None:
 
 
 @pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.slow_interpreted
 def test_grad_scaler_hands_its_scale_over_or_unscales(
     stateful: Case, fused: bool | None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

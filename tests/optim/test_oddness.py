@@ -100,6 +100,7 @@ def test_the_negative_trains_to_the_negative(
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.slow_interpreted
 def test_whatever_the_decay_and_the_direction(
     name: str, maximize: bool, weight_decay: float, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

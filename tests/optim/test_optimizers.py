@@ -36,6 +36,7 @@ def oracle_states(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+@pytest.mark.slow_interpreted
 def test_32_bit_states_equal_the_oracle(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step from the same states, against the oracle in float64."""
     use(monkeypatch, backend)

@@ -43,7 +43,7 @@ def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group_size", [16, None])
 @pytest.mark.parametrize("symmetric", [True, False, "restricted"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

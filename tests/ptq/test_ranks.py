@@ -64,7 +64,9 @@ def run(folder: Path, **options: Any) -> None:
             process.kill()
 
 
-@pytest.mark.parametrize("correct", ["none", "local", "joint"])
+@pytest.mark.parametrize(
+    "correct", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "local")), "joint"]
+)
 def test_two_do_what_one_does(correct: str, tmp_path: Path) -> None:
     run(tmp_path, bits=4, group_size=16, bias_correction=correct)
     expected = ptq.compress(
@@ -113,6 +115,7 @@ def test_ended_runs_of_two_go_on(tmp_path: Path) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     run(tmp_path, group_size=16, **options)
     assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {message}
