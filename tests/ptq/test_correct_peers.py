@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from packed_checkpoints import KINDS, write_packed
 from torch import Tensor, nn
 from toys import MODELS, Mlp, token_ids
 
@@ -139,6 +141,31 @@ def test_a_checkpoint_that_transformers_loads(order: str, tmp_path: Path) -> Non
     result = ptq.compress(model, ids, method="rtn", bits=3, group_size=16, error_propagation=0.0)
     ptq.export(result, tmp_path / "out", format="compressed-tensors")
     quantized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    check_the_last_layer(model, quantized, ids, order)
+
+
+@pytest.mark.parametrize("order", ["local", "sequential"])
+@pytest.mark.parametrize(("kind", "layers"), [("gptq-order", "gptq_torch"), ("awq", "torch_awq")])
+def test_checkpoints_that_transformers_loads_by_gptqmodel(
+    kind: str, layers: str, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gptqmodel")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it takes minutes
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "float")
+    write_packed(tmp_path / "float", tmp_path / "packed", KINDS[kind])
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    config["quantization_config"] = {**KINDS[kind].header, "backend": layers}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", device_map="cpu", dtype=torch.float32
+    )
+    check_the_last_layer(model, quantized, token_ids(32), order)
+
+
+def check_the_last_layer(model: Any, quantized: Any, ids: Tensor, order: str) -> None:
+    """The mean error of a language model's last layer is gone, and the weights are as they were."""
     before = copy.deepcopy({k: v for k, v in quantized.state_dict().items() if "weight" in k})
     name = "model.layers.1.mlp.down_proj"
     correction = ptq.correct(quantized, model, ids.split(8), order=order, shrink=False)
