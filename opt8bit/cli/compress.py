@@ -69,9 +69,9 @@ def run(settings: Settings) -> None:
             _part()  # what loads checkpoints would have all processes at it
             if not is_first:
                 return
-            write(result, folder, settings.run.format, tokenizer if result.source.files is None else None)
+            write(result, folder, settings.run.checkpoint_format, tokenizer if result.source.files is None else None)
             recipe = recipe_file(result.recipe, settings.run)
-            about = {"model": settings.model, "format": settings.run.format, "recipe": recipe}
+            about = {"model": settings.model, "format": settings.run.checkpoint_format, "recipe": recipe}
             written = write_report(result, folder, about)
             (written / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
             verified = _verified(settings, folder)
@@ -109,7 +109,7 @@ def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.R
         settings.recipe,
         held_out=held_out,
         work=folder / WORK,
-        checkpoint_format=options.format,
+        checkpoint_format=options.checkpoint_format,
         runtime=options.runtime,
         see=see,
     )

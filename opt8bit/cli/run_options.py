@@ -8,7 +8,7 @@ from typing import Any
 from opt8bit.recipe.corrections import ORDERS, STATISTICS
 from opt8bit.recipe.options import option
 from opt8bit.recipe.registry import FORMATS
-from opt8bit.recipe.runtimes import RUNTIMES, check_reads
+from opt8bit.recipe.runtimes import RUNTIMES, check_reads, packed_format
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed", "bos")  # of RunOptions, those that choose the text
@@ -29,7 +29,9 @@ class RunOptions:
     held_out: int = option(
         8, int, "windows of the rest of the calibration text that tell how good the result is", least=0, metavar="N"
     )
-    format: str = option("compressed-tensors", FORMATS, "of the checkpoint")
+    format: str | None = option(
+        None, FORMATS, "of the checkpoint (default: what the runtime reads, or compressed-tensors)"
+    )
     runtime: str | None = option(
         None,
         RUNTIMES,
@@ -48,7 +50,15 @@ class RunOptions:
     )
 
     def __post_init__(self) -> None:
-        check_reads(self.runtime, self.format)
+        if self.format is None:
+            object.__setattr__(self, "format", packed_format(self.runtime))
+        check_reads(self.runtime, self.checkpoint_format)
+
+    @property
+    def checkpoint_format(self) -> str:
+        """The format, as it was given or by the runtime."""
+        assert self.format is not None
+        return self.format
 
     @property
     def windows(self) -> dict[str, Any]:

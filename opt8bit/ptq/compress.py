@@ -31,7 +31,7 @@ from opt8bit.quant.contract import check_grid
 from opt8bit.quant.described import described
 from opt8bit.recipe.recipe import Recipe, changed
 from opt8bit.recipe.registry import FORMATS
-from opt8bit.recipe.runtimes import PACKED, check_reads
+from opt8bit.recipe.runtimes import check_reads, packed_format
 
 CAUSAL_LM = CausalLM()
 NAMED = 3  # of the weights that a warning is about
@@ -73,7 +73,7 @@ def compress(
             and what servers will not run is said.
         runtime: what is to run the result, a name of :data:`opt8bit.recipe.runtimes.RUNTIMES`. Grids, group size and
             packing that the recipe leaves open are those that it reads best, and what it does not run is refused at
-            once. ``checkpoint_format`` is then "compressed-tensors" by default.
+            once. ``checkpoint_format`` is then by default what it reads codes in.
         task: what the model is for.
         see: called after each layer with its report and the number of layers, such as
             :class:`opt8bit.ptq.progress.LayerBar`, which shows a bar.
@@ -102,7 +102,7 @@ def compress(
     refuse_quantized(getattr(source.model, "config", None))
     _check_loaded(source)
     if runtime is not None and checkpoint_format is None:
-        checkpoint_format = PACKED
+        checkpoint_format = packed_format(runtime)
     if checkpoint_format is not None:
         FORMATS.check(checkpoint_format)
         check_reads(runtime, checkpoint_format)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from opt8bit.ptq.export import format_of
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredCodes, StoredLayer
+from opt8bit.ptq.export.installed import Codes, not_loaded_here
 from opt8bit.ptq.model import tensor_files
 from opt8bit.ptq.model.checkpoint_files import files_of
 from opt8bit.ptq.model.packed.checkpoint import Packed, packed_checkpoint
 from opt8bit.ptq.model.packed.layout import Unpacked
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.recipe.registry import FORMATS
+from opt8bit.recipe.runtimes import PACKED
 
 
 class UnknownFormat(ValueError):
@@ -51,6 +53,17 @@ class Contents:
     @property
     def original_bytes(self) -> int:
         return self.other_original_bytes + sum(2 * layer.weights for layer in self.layers.values())
+
+    def not_loaded_here(self) -> list[str]:
+        """Returns what the installed packages do not load of it, and which can, in lines."""
+        if not FORMATS[self.format].is_read_by_transformers:
+            return [f"transformers does not load the format {self.format}"]
+        if self.format != PACKED:
+            return []
+        packed = [layer for layer in self.layers.values() if layer.bits]
+        return not_loaded_here(
+            Codes(layer.bits or 0, layer.grid != "asymmetric", layer.whole_codes) for layer in packed
+        )
 
 
 def inspect(folder: str | Path) -> Contents:
@@ -91,7 +104,7 @@ def unpacked_weight(folder: str | Path, layer: str) -> Unpacked:
     files = files_of(Path(folder))
     packed = packed_checkpoint(Path(folder), files)
     name = f"{layer}.weight"
-    if not isinstance(packed, Packed) or name not in packed.names or name in files:
+    if not isinstance(packed, Packed) or name not in packed.names or packed.parts(name) == (name,):
         raise ValueError(f"{layer} is not packed in {folder}")
     tensors = {}
     for part in packed.parts(name):

@@ -134,9 +134,10 @@ def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, ru
         sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
         recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
     if recipe.symmetric is None and recipe.grid is None:
-        packed = checkpoint_format is not None and FORMATS[checkpoint_format].is_packed
+        format = None if checkpoint_format is None else FORMATS[checkpoint_format]
         symmetric = recipe.bits in SERVED_SYMMETRIC if runs is None else _needs_symmetry(recipe, model, runs)
-        recipe = replace(recipe, symmetric=packed and symmetric)
+        packed = format is not None and format.is_packed
+        recipe = replace(recipe, symmetric=packed and (symmetric or format.is_symmetric))
     return recipe
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.export import format_of
-from opt8bit.ptq.export.installed import Codes, not_loaded_here
 from opt8bit.ptq.export.source_record import SourceRecord, differences, read_record
 from opt8bit.ptq.inspect import Contents, UnknownFormat, inspect
 from opt8bit.ptq.model import tensor_files
@@ -102,7 +101,7 @@ def verify(
     tensors, expected = _read_probe(folder)
     record = read_record(folder) or SourceRecord()
     contents = _contents(folder)
-    why = [] if contents is None else _not_loaded_here(contents)
+    why = [] if contents is None else contents.not_loaded_here()
     if why:
         written = Checkpoint(folder, trust_remote_code=trust_remote_code, unpack=True)
         return verify_unpacked(folder, written, trust_remote_code)._replace(unpacked="; ".join(why))
@@ -145,13 +144,6 @@ def verify_model(
     lost = sorted(set(dropped) - set(record.without_place))
     found = _differences(folder, _contents(folder), record, trust_remote_code)
     return Verification(_error(model, tensors, expected), _tolerance(folder, model), lost, [], found)
-
-
-def _not_loaded_here(contents: Contents) -> list[str]:
-    if contents.format != "compressed-tensors":
-        return []
-    packed = [layer for layer in contents.layers.values() if layer.bits]
-    return not_loaded_here(Codes(layer.bits or 0, layer.grid != "asymmetric", layer.whole_codes) for layer in packed)
 
 
 def verify_unpacked(folder: Path, written: Checkpoint, trust_remote_code: bool = False) -> Verification:

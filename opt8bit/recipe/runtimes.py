@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 DENSE = "dense"  # the format that everything reads
-PACKED = "compressed-tensors"  # and the one that all of them read codes in
+PACKED = "compressed-tensors"  # and the one that most of them read codes in
 VLLM, SGLANG = "vLLM 0.33.0", "SGLang 0.5.23"
 SERVE_VLLM = "vllm serve {quoted}"
 LOAD = """\
@@ -98,6 +98,11 @@ RUNTIMES: Mapping[str, Runtime] = {
         LOAD,
         {PACKED: Runs(WIDTHS, WIDTHS, None)},
     ),
+    "mlx": Runtime(
+        "mlx-lm 0.32.2",
+        "mlx_lm.generate --model {quoted} --prompt 'Once upon a time'",
+        {"mlx": Runs((2, 3, 4, 5, 6, 8), (), (32, 64, 128), otherwise="refuses")},
+    ),
     "compressed-tensors-0.17": Runtime(
         "transformers with compressed-tensors 0.17",
         LOAD,
@@ -133,6 +138,19 @@ def runtime_of(name: str | None) -> Runtime | None:
     if name not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {name!r}")
     return RUNTIMES[name]
+
+
+def packed_format(name: str | None) -> str:
+    """Returns the format in which a runtime reads codes, the first where there are several.
+
+    Args:
+        name: of the runtime; None for any.
+
+    Raises:
+        ValueError: nothing has that name.
+    """
+    runtime = runtime_of(name)
+    return PACKED if runtime is None else next(iter(runtime.formats))
 
 
 def check_reads(name: str | None, format: str) -> None:

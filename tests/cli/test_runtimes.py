@@ -43,6 +43,7 @@ def compress(model: Path, folder: Path, output: Path, *arguments: str) -> int:
         (["--for", "sglang", "--bits", "8"], "8-bit signed"),
         (["--for", "compressed-tensors-0.17", "--bits", "3"], "3-bit asymmetric"),
         (["--for", "vllm", "--format", "gptq"], "4-bit signed"),
+        (["--for", "mlx", "--bits", "3"], "3-bit signed"),
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ GRIDS = {
     "vllm-cpu": (None, None, "asymmetric", None),
     "sglang": (None, None, "asymmetric", "signed"),
     "transformers": ("asymmetric", "asymmetric", "asymmetric", "asymmetric"),
+    "mlx": ("signed", "signed", "signed", "signed"),
     WHOLE: ("asymmetric", "asymmetric", "asymmetric", "asymmetric"),
 }
 # 24 codes of 3 bits, 0 to 7 in turn, as compressed-tensors 0.17.1 and 0.20.1 pack them, and rows and columns of others.
@@ -60,7 +61,8 @@ def test_each_runtime_gets_the_grids_that_it_runs_and_is_best_at(runtime: str, i
     folder = ptq.export(compressed(runtime, bits=bits), tmp_path / "out")
     assert grids(folder) == {(bits, grid)}
     verification = ptq.verify(folder)
-    assert verification.is_right and (verification.unpacked is not None) == (runtime == WHOLE and bits == 3)
+    unpacked = runtime == "mlx" or (runtime == WHOLE and bits == 3)
+    assert verification.is_right and (verification.unpacked is not None) == unpacked
 
 
 def _never(*of_a_layer: Any) -> None:
@@ -90,6 +92,10 @@ def test_every_runtime_is_tested() -> None:
             "'sglang', SGLang .*, reads the formats compressed-tensors and dense",
         ),
         ("transformers", {"checkpoint_format": "gptq"}, "reads the formats compressed-tensors and dense, got 'gptq'"),
+        ("mlx", {"bits": 4, "symmetric": False}, "mlx holds symmetric grids of 2, 3, 4, 5, 6, 8 bits, got 4 b"),
+        ("mlx", {"bits": 7}, "mlx holds symmetric grids of 2, 3, 4, 5, 6, 8 bits, got 7 bits, symmetric"),
+        ("mlx", {"group_size": 16}, "mlx has groups of 32, 64, 128 weights, got 16"),
+        ("mlx", {"checkpoint_format": PACKED}, "'mlx', mlx-lm .*, reads the formats mlx and dense, got 'compressed-t"),
         ("vlm", {}, "runtime must be one of vllm, vllm-cpu, sglang, transformers"),
     ],
     ids=str,

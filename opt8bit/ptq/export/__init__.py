@@ -21,20 +21,21 @@ from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.result import Result
 from opt8bit.quant.uniform import is_uniform
 from opt8bit.recipe.registry import FORMATS
-from opt8bit.recipe.runtimes import SERVERS, Runtime, check_reads, runtime_of
+from opt8bit.recipe.runtimes import SERVERS, Runtime, check_reads, packed_format, runtime_of
 
 logger = logging.getLogger(__name__)
 
 
-def export(result: Result, path: str | Path, *, format: str = "compressed-tensors", tokenizer: Any = None) -> Path:
-    """Writes a model that :func:`compress` made, to be loaded by ``from_pretrained``.
+def export(result: Result, path: str | Path, *, format: str | None = None, tokenizer: Any = None) -> Path:
+    """Writes a model that :func:`compress` made, to be loaded by ``from_pretrained``, or by mlx-lm.
 
     Args:
         result: of :func:`compress`, of a model of transformers.
         path: the folder to make; it must not exist.
-        format: "compressed-tensors" (pack-quantized) and "gptq" hold the codes; "dense" has the rounded weights in the
-            model's own dtype and layout, for anything that loads the original. Codes are packed as the ``runtime`` that
-            :func:`compress` was given reads them.
+        format: "compressed-tensors" (pack-quantized), "gptq" and "mlx" hold the codes; "dense" has the rounded weights
+            in the model's own dtype and layout, for anything that loads the original. Codes are packed as the
+            ``runtime`` that :func:`compress` was given reads them; by default in the format that it reads, and in
+            "compressed-tensors" for none in particular.
         tokenizer: saved beside the weights, if given.
 
     Returns:
@@ -48,7 +49,7 @@ def export(result: Result, path: str | Path, *, format: str = "compressed-tensor
         OSError: it cannot be written; nothing is left.
     """
     with new_folder(Path(path)) as folder:
-        write(result, folder, format, tokenizer)
+        write(result, folder, format or packed_format(result.plan.runtime), tokenizer)
     return Path(path)
 
 

@@ -70,11 +70,15 @@ class CheckpointFormat(ABC):
     Attributes:
         parts: what stands behind a layer's name in the names of the tensors that are its weight; the codes' first.
         is_packed: whether weights are stored as codes.
+        is_symmetric: whether it holds symmetric grids alone.
+        is_read_by_transformers: whether transformers loads it.
         decoded_in: the dtype in which loaders compute the weights from the codes, if it is not the model's.
     """
 
     parts: ClassVar[Sequence[str]]
     is_packed: ClassVar[bool]
+    is_symmetric: ClassVar[bool] = False
+    is_read_by_transformers: ClassVar[bool] = True
     decoded_in: ClassVar[torch.dtype | None] = None
 
     def for_runtime(self, runtime: Runtime | None) -> CheckpointFormat:

@@ -21,20 +21,13 @@ OF_THIS_RUN = ("_name_or_path", *DTYPE_WORDS, "transformers_version")  # no part
 ROPE, ROPE_WORDS = "rope_parameters", ("rope_theta", "rope_scaling", "rope_local_base_freq")
 
 
-def configuration(result: Result, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the configuration of a compressed model's checkpoint.
-
-    Args:
-        result: of :func:`compress`.
-        quantization: what it says of the weights, if anything.
-    """
+def configuration(result: Result) -> dict[str, Any]:
+    """Returns the configuration of a compressed model, but for what it says of its weights."""
     files = result.source.files
     places = {place for place in result.places.values() if place is not None}
     if files is None:
-        config = _in_older_words(_of_transformers(result, places))
-    else:
-        config = with_places(in_dtype(files.config(), result.source.dtype), result.model, places)
-    return config if quantization is None else {**config, "quantization_config": dict(quantization)}
+        return _in_older_words(_of_transformers(result, places))
+    return with_places(in_dtype(files.config(), result.source.dtype), result.model, places)
 
 
 def in_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class GPTQFormat(HuggingFaceFormat):
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
     is_packed = True
+    is_symmetric = True
     decoded_in = torch.float16  # by GPTQModel
 
     def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:

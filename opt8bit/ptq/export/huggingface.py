@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,28 @@ from opt8bit.recipe.runtimes import runtime_of
 
 
 class HuggingFaceFormat(CheckpointFormat):
-    """A folder with safetensors, a ``config.json`` and what else lies beside them."""
+    """A folder with safetensors, a ``config.json`` and what else lies beside them.
+
+    Attributes:
+        headers: where the configuration has what it says of the weights.
+    """
+
+    headers: ClassVar[Sequence[str]] = ("quantization_config",)
 
     @abstractmethod
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
         """Returns the tensors that are the weight of a layer, by what stands behind the layer's name."""
 
     def quantization(self, result: Result) -> dict[str, Any] | None:
-        """Returns what the configuration says of the weights, its ``quantization_config``; None for nothing."""
+        """Returns what the configuration says of the weights, under ``headers``; None for nothing."""
         return None
 
     def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
         header = self._checked_quantization(result)
         record = SourceRecord(without_place=sorted(result.source.without_place))
         write_shards(self._overlaid(result, record), folder)
-        write_configuration(configuration(result, header), folder)
+        said = {} if header is None else {key: dict(header) for key in self.headers}
+        write_configuration({**configuration(result), **said}, folder)
         if result.source.files is None:
             _write_generation(result.model, folder)
         else:

@@ -15,6 +15,7 @@ from opt8bit.ptq.model.packed.awq import AWQLayout
 from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout
 from opt8bit.ptq.model.packed.gptq import GPTQLayout
 from opt8bit.ptq.model.packed.layout import Layout, Unpacked
+from opt8bit.ptq.model.packed.mlx import MLXLayout
 from opt8bit.ptq.model.quantization_header import dtype_of, header_of, method_of
 from opt8bit.ptq.model.scaled import read_json, refuse_narrow, scaled_checkpoint
 
@@ -48,17 +49,17 @@ class Packed(CodedWeights):
         self, layout: Layout, stored: Collection[str], dtype: torch.dtype, rounds_inputs: bool = False
     ) -> None:
         self.layout, self.dtype, self.rounds_inputs = layout, dtype, rounds_inputs
-        stored, end = set(stored), f".{layout.codes}"
+        stored, end = set(stored), f".{layout.mark or layout.codes}"
         layers = [name.removesuffix(end) for name in stored if name.endswith(end)]
         kinds = (layout.codes, *layout.others)
         parts = {layer: [f"{layer}.{kind}" for kind in kinds if f"{layer}.{kind}" in stored] for layer in layers}
         self._parts = {f"{layer}.weight": tuple(names) for layer, names in parts.items()}
-        twice = sorted(self._parts.keys() & stored)
+        gone = {name for names in self._parts.values() for name in names}
+        twice = sorted(self._parts.keys() & (stored - gone))
         if twice:
             raise ValueError(f"{twice[0]} is stored both as it is and packed")
         if not layers:
-            raise ValueError(f"the header says that weights are packed, and the checkpoint has no {layout.codes}")
-        gone = {name for names in self._parts.values() for name in names}
+            raise ValueError(f"the header says that weights are packed, and the checkpoint has no {end[1:]}")
         self.names = frozenset((stored - gone) | self._parts.keys())
 
     def parts(self, name: str) -> tuple[str, ...]:
@@ -145,4 +146,5 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Layout]] = {
     "awq": AWQLayout.of,
     "auto-round": _auto_round,
     "intel/auto-round": _auto_round,
+    "mlx": lambda header: MLXLayout(),
 }

@@ -25,10 +25,12 @@ class Layout(ABC):
     Attributes:
         codes: what stands behind a layer's name in the name of its codes.
         others: the same of what may be beside them.
+        mark: that of them by which a packed layer is told; None for the codes.
     """
 
     codes: ClassVar[str]
     others: ClassVar[tuple[str, ...]]
+    mark: ClassVar[str | None] = None
 
     @abstractmethod
     def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
