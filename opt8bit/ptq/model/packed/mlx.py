@@ -23,7 +23,7 @@ class MLXLayout(Layout):
 
     codes: ClassVar[str] = "weight"
     others: ClassVar[tuple[str, ...]] = OTHERS
-    mark: ClassVar[str] = "scales"
+    mark: ClassVar[str | None] = "scales"
 
     def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
         words, scale, bias = (part_of(parts, name) for name in (self.codes, *OTHERS))
