@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Wanted(NamedTuple):
-    """What a state dict has under a name."""
+    """Says what a state dict has under a name."""
 
     path: Keys
     spec: tuple[torch.Size, torch.dtype] | None  # of a tensor
@@ -102,7 +102,7 @@ def _convert(wanted: Mapping[str, Wanted], folder: Path, new_folder: Path) -> No
 
 
 class _Conversion:
-    """What a new checkpoint holds, and how each part of it is made from the old one.
+    """Lists what a new checkpoint holds, and how each part of it is made from the old one.
 
     Args:
         wanted: what it is loaded into.
@@ -211,7 +211,7 @@ class _Conversion:
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """What the checkpoint says of block sizes, and of whose they are."""
+        """Returns what the checkpoint says of block sizes, and of whose they are."""
         endings = (".block_size", ".params")
         names = [name for name in self._listed if is_of_group(name) and name.endswith(endings)]
         return {name: self._source.value(name) for name in names if not hasattr(self._listed[name], "size")}
@@ -236,7 +236,7 @@ class _Conversion:
 
 
 def is_of_group(name: str) -> bool:
-    """Whether a name in a checkpoint is one of a parameter group; flattened, its keys are parts of one."""
+    """Tells whether a name in a checkpoint is one of a parameter group; flattened, its keys are parts of one."""
     return GROUPS in name.split(".")
 
 
@@ -248,7 +248,7 @@ def _saved(value: Any) -> io.BytesIO:
 
 
 def _distributed() -> Any:
-    """torch.distributed, where several processes have joined; else None."""
+    """Returns torch.distributed, or None where only one process runs."""
     dist: Any = importlib.import_module("torch.distributed")
     return dist if dist.is_available() and dist.is_initialized() else None
 

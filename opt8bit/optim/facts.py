@@ -1,4 +1,4 @@
-"""What parameter groups say: their hyper-parameters and options, checked when they change and not on every step."""
+"""Reads hyper-parameters and options of parameter groups, and checks them when they change, not on every step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLANNED = ("block_size", "fused", "stochastic_rounding", "compensation", "seed",
 
 
 class Facts(NamedTuple):
-    """What a group says, and what follows from it."""
+    """Holds what a group says, and what follows from it."""
 
     said: tuple[Any, ...]  # its hyper-parameters and options
     is_fixed: bool  # no one of them can change its value and stay the same object

@@ -18,7 +18,7 @@ LEAST = {"lr": -1e-12}  # where it is not 0: torch's schedulers that end at zero
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes; each is an option of a parameter group, too.
+    """Lists keyword arguments that every optimizer takes; each is an option of a parameter group, too.
 
     Attributes:
         maximize: ascend instead of descend (default False).
@@ -124,7 +124,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 
 def is_on_device(value: Any) -> bool:
-    """Whether a value lies where looking at it would wait for a device, so that nobody does."""
+    """Tells whether a value lies where looking at it would wait for a device, so that nobody does."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 

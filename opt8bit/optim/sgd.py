@@ -30,7 +30,7 @@ def sgd(
     maximize: float,
     caution: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One step of SGD, with momentum where a ``momentum_buffer`` is given; all tensors of one shape.
+    """Takes one step of SGD, with momentum where a ``momentum_buffer`` is given. All tensors have one shape.
 
     The first step takes the gradient undampened, as in torch.optim.
 
@@ -63,7 +63,7 @@ CAUTIOUS = cautious(MOMENTUM)
 
 
 class SGD8bit(Optimizer8bit):
-    """SGD whose momentum takes 8 bits: ``torch.optim.SGD`` at a quarter of its state memory.
+    """Implements SGD with 8-bit momentum: ``torch.optim.SGD`` at a quarter of its state memory.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 

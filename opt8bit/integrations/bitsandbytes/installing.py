@@ -54,7 +54,7 @@ def uninstall() -> None:
 
 
 def _is_missing() -> bool:
-    """Whether bitsandbytes cannot be imported: it is not installed, or someone has put something else in its place."""
+    """Tells whether bitsandbytes cannot be imported: it is not installed, or something else is in its place."""
     try:
         return importlib.util.find_spec("bitsandbytes") is None
     except ValueError:  # a module without a spec, as tests put there

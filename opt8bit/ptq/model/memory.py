@@ -81,7 +81,7 @@ def return_large_at_once(model: nn.Module) -> None:
 
 
 def _of_c_library(name: str) -> Any:
-    """A function of glibc's; None where there is no such library."""
+    """Returns a function of glibc's, or None where there is no such library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
