@@ -31,8 +31,7 @@ METHODS = {  # the file and the recipe of its rows, a colour, a marker, and wher
     "llm-compressor's\nGPTQ": ("peer_llmcompressor", "llm-compressor, gptq", ORANGE, "s", (-8, 0)),
     OURS: ("compress_smollm2", "default", BLUE, "o", (-8, -8)),
 }
-ANY_SAMPLES = ("rtn", ORIGINAL)  # which do not look at the text
-SAMPLES, MOST = 64, 100  # windows of calibration; the perplexity up to which there is room in the picture
+MODEL, MOST = "smollm2", 100  # the largest perplexity for which there is room in the picture
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
@@ -60,21 +59,19 @@ def compression() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method, (file, recipe, *_) in METHODS.items():
         found[method] = {}
-        for row in sorted(selected(file, recipe), key=lambda row: row["bits"]):
+        for row in selected(file, recipe):
             size = row["bits"] + (SCALE_BITS + row["bits"]) / GROUP  # a scale and a zero point for each group
             found[method].setdefault(f"{size:.2f}", []).append(row["test"])
-    (original,) = selected("compress", ORIGINAL)
-    return {"methods": found, ORIGINAL: original["test"]}
+    return {"methods": found, ORIGINAL: next(row["test"] for row in rows("compress") if row["recipe"] == ORIGINAL)}
 
 
 def selected(file: str, recipe: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a method on SmolLM2, in groups of 64 and with 64 windows, at 4, 3 and 2 bits."""
-    for row in rows(file):
-        is_its = row.get("model") == "smollm2" and row["recipe"] == recipe
-        is_alike = row.get("group_size") == (None if recipe == ORIGINAL else GROUP)
-        has_samples = recipe in ANY_SAMPLES or row.get("samples") == SAMPLES
-        if is_its and is_alike and has_samples and row["test"] < MOST:
-            yield row
+    """Yields the rows of a method on SmolLM2, from few bits to many: those with the most windows of calibration."""
+    found = [row for row in rows(file) if row["recipe"] == recipe and row.get("group_size") == GROUP]
+    found = [row for row in found if row["model"] == MODEL and row["test"] < MOST]
+    for bits in sorted({row["bits"] for row in found}):
+        samples = max(row["samples"] for row in found if row["bits"] == bits)
+        yield from (row for row in found if row["bits"] == bits and row["samples"] == samples)
 
 
 def draw_training(figure: Figure, found: dict[str, Any]) -> None:
