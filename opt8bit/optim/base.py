@@ -43,7 +43,8 @@ class Optimizer8bit(Stepping):
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         unknown = set(options) - set(DEFAULTS)
         if unknown:
-            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
+            message = f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}"
+            raise TypeError(f"{message}: it has {', '.join([*defaults, *DEFAULTS])}")
         super().__init__(params, {**defaults, **DEFAULTS, **options})
 
     def __setstate__(self, state: dict[str, Any]) -> None:

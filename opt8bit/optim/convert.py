@@ -32,7 +32,7 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
         New tensors where the states are, numbered as by :meth:`torch.optim.Optimizer.state_dict`.
 
     Raises:
-        TypeError: torch.optim has no counterpart.
+        TypeError: the optimizer is none of opt8bit, or torch.optim has no counterpart.
         ValueError: a group has a hyper-parameter that the counterpart cannot honour; or a state is not of its
             parameter's shape, or was made with another block size.
     """
@@ -59,7 +59,9 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
     return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
 
 
-def _counterpart(kind: type[Optimizer8bit]) -> str:
+def _counterpart(kind: type[Any]) -> str:
+    if not issubclass(kind, Optimizer8bit):
+        raise TypeError(f"optimizer must be one of opt8bit, got {kind.__name__}")
     if kind.counterpart is None or not hasattr(torch.optim, kind.counterpart):
         raise TypeError(f"torch.optim has no counterpart of {kind.__name__}")
     return kind.counterpart
