@@ -70,7 +70,7 @@ def read_report(checkpoint: Path) -> StoredReport:
     """
     path = checkpoint / FOLDER / REPORT
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}: it is not what opt8bit compress has written")
+        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}, which opt8bit compress writes, and ptq.export does not")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         held_out = found.pop("held_out")
