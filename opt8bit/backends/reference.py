@@ -181,7 +181,7 @@ def _without_infinities(states: Sequence[Tensor]) -> Sequence[Tensor]:
 def keep_positive(codes: Tensor, values: Tensor) -> None:
     """Keeps what is positive from becoming zero in a state that cannot be negative.
 
-    Steps divide by its root: beside a first moment that is not zero, zero would leave them eps alone to divide by.
+    Steps divide by its root: beside a first moment that is not zero, zero would leave them only eps to divide by.
     """
     codes[(codes == 0) & (values > 0) & values.isfinite()] = 1
 

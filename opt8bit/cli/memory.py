@@ -1,4 +1,4 @@
-"""``opt8bit memory``: what the optimizers of this package would save on a model, from its configuration alone."""
+"""``opt8bit memory``: what the optimizers of this package would save on a model, from its configuration only."""
 
 from __future__ import annotations
 

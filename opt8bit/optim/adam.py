@@ -112,7 +112,7 @@ class Adam8bit(_AdamBase):
         m = beta1 * m + (1 - beta1) * g,  v = beta2 * v + (1 - beta2) * g * g
         p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    ``m`` and ``v`` are decoded, updated in float32 and coded anew block by block, so that each step adds to a
+    ``m`` and ``v`` are decoded, updated in float32 and coded again block by block, so that each step adds to a
     state an error of at most half a gap of its codebook: 0.0071 (m) and 0.0036 (v) times the block's absmax.
 
     Args:

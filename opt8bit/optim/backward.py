@@ -48,7 +48,7 @@ class Backward:
         self._pool: ThreadPoolExecutor | None = None
 
     def watch(self) -> None:
-        """Has every gradient that is to be stepped with at once begin the step of its parameter."""
+        """Registers hooks that start a parameter's step as soon as its gradient is there."""
         groups = [group for group in self._groups() if group["offload"] == BACKWARD]
         if groups:
             backend_for("cpu")  # warns of missing kernels here, as no line of the user runs in the thread
@@ -92,7 +92,7 @@ class Backward:
         return set(done)
 
     def _begin(self, param: Tensor) -> None:
-        """Has a parameter stepped whose gradient has just been accumulated."""
+        """Starts the step of a parameter whose gradient has just been accumulated."""
         place = self._place(param)
         if place is None or self._groups()[place[0]]["offload"] != BACKWARD:
             return

@@ -128,7 +128,7 @@ class Optimizer8bit(Stepping):
         """Returns what torch.optim does, in tensors of the optimizer's own; see the class for the states.
 
         It is for optimizers of this package. torch.optim's do not all refuse it: AdamW fails at its first step, but
-        SGD and Muon begin their momentum anew without a word. For them there is
+        SGD and Muon begin their momentum again without a word. For them there is
         :func:`opt8bit.optim.to_torch_state_dict`.
         """
         self._running.backward.wait()

@@ -190,7 +190,7 @@ def _read_state(
     merged: Mapping[str, Any],
     state: State,
 ) -> dict[str, Any]:
-    """Returns the state of a parameter as the optimizer stores it, in tensors of its own, or none where it begins anew.
+    """Returns the state of a parameter as the optimizer stores it, in tensors of its own; none where it begins again.
 
     What others keep beside it, such as slow weights, is kept as it is. What was saved of a sharded parameter is read
     shard by shard where it lies as the parameter does, in blocks of the same size; else as a whole, of which the shard

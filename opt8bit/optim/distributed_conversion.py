@@ -1,4 +1,4 @@
-"""convert_distributed_checkpoint: writes a distributed checkpoint anew in the layout in which it is to be loaded."""
+"""convert_distributed_checkpoint: writes a distributed checkpoint again in the layout in which it is to be loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
 def convert_distributed_checkpoint(
     state_dict: Mapping[str, Any], folder: str | os.PathLike[str], new_folder: str | os.PathLike[str]
 ) -> None:
-    """Writes a distributed checkpoint anew, in the layout in which ``state_dict`` is to be loaded.
+    """Writes a distributed checkpoint again, in the layout in which ``state_dict`` is to be loaded.
 
     ``torch.distributed.checkpoint.load`` reads a tensor only under its name, in its shape. So it takes a conversion to
     go on with states of other bits (also where they follow from ``min_8bit_size``, or from shards that cut blocks), of
@@ -264,7 +264,7 @@ def _of_all_processes(wanted: dict[str, Wanted]) -> dict[str, Wanted]:
 
 
 def _on_first_process(work: Callable[[], None]) -> None:
-    """Has the first process work while the others wait; what it raises is raised on all."""
+    """Lets the first process work while the others wait, and raises on all of them what it raises."""
     dist = _distributed()
     if dist is None:
         work()

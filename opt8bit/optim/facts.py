@@ -76,7 +76,7 @@ def _is_fixed(value: object) -> bool:
 def hyper_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a rule's hyper-parameters from a parameter group, in the rule's order; beta1 is the first of its betas.
 
-    They are numbers, but for an ``lr`` that lies on a device.
+    They are numbers, except an ``lr`` that lies on a device.
     """
     values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
     chosen = {name: values[name] for name in rule.hyper}

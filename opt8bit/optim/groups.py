@@ -81,7 +81,7 @@ def _check_kind(name: str, value: object, default: object) -> None:
 
 
 def _copied(name: str, value: Any, had: Any) -> Any:
-    """Returns a copy; of a tensor, its value alone, on the device of the tensor that it replaces.
+    """Returns a copy; of a tensor, only its value, on the device of the tensor that it replaces.
 
     Raises:
         ValueError: it cannot be copied.

@@ -70,7 +70,7 @@ class SGD8bit(Optimizer8bit):
         buffer = momentum * buffer + (1 - dampening) * g
         p = p - lr * buffer             (nesterov: p - lr * (g + momentum * buffer))
 
-    The buffer is decoded, updated in float32 and coded anew block by block, so that each step adds to it an error
+    The buffer is decoded, updated in float32 and coded again block by block, so that each step adds to it an error
     of at most 0.0071 times the block's absmax. Without momentum there is no state and this is plain SGD.
 
     Args:

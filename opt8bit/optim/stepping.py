@@ -152,7 +152,7 @@ class Stepping(Ruled):
         self._keep(param, {**others(state, asked.rule, states), **stored})
 
     def _take(self, shares: Shares, fresh: Mapping[Tensor, Mapping[str, Any]], is_captured: bool) -> None:
-        """Has every backend take its share, after the states that are missing have been added."""
+        """Adds the states that are missing, and lets every backend take its share."""
         for param, state in fresh.items():
             self._keep(param, state)
         if is_captured:  # the graph reads what was prepared whenever it is replayed, whatever becomes of the plans

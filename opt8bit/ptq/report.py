@@ -70,7 +70,8 @@ def read_report(checkpoint: Path) -> StoredReport:
     """
     path = checkpoint / FOLDER / REPORT
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}, which opt8bit compress writes, and ptq.export does not")
+        writer = "which opt8bit compress writes, and ptq.export does not"
+        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}, {writer}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         held_out = found.pop("held_out")

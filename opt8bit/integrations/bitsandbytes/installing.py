@@ -122,7 +122,7 @@ class Linear4bit(_Layer):
 
 
 def _ask_again() -> None:
-    """Has transformers look anew whether there is a bitsandbytes: it remembers the answer."""
+    """Makes transformers look again whether there is a bitsandbytes: it remembers the answer."""
     asked = sys.modules.get("transformers.utils.import_utils")
     forget = getattr(getattr(asked, "is_bitsandbytes_available", None), "cache_clear", None)
     if forget is not None:

@@ -104,7 +104,7 @@ class OnnxModule(nn.Module):
         self._session: Session | None = None
 
     def renew(self) -> None:
-        """Has the model built again before the next call."""
+        """Lets the next call build the model again."""
         self._session = None
 
     def forward(self, **inputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
     Attributes:
         kind: "own" for a bias that it has; "switch" of the model's configuration; the same of "llama", where the model
-            is one but for its name and is written as such; "through" another layer.
+            is one except for its name and is written as such; "through" another layer.
         name: of the switch, or of the other layer.
     """
 
@@ -100,7 +100,7 @@ def config_with_places(model: nn.Module, places: Iterable[Place | None]) -> Any:
 def _as_llama(model: nn.Module) -> tuple[Any, type[nn.Module]] | None:
     """Returns the configuration and the class that make the same model as a LLaMA, with its switches, or None.
 
-    Mistral and Qwen2 are LLaMAs but for their names, unless their attention sees a window; and Qwen2's queries, keys
+    Mistral and Qwen2 are LLaMAs except for their names, unless their attention sees a window; and Qwen2's queries, keys
     and values have biases, which the switch gives LLaMA's.
     """
     config: Any = getattr(model, "config", None)

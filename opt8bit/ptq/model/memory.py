@@ -57,7 +57,7 @@ def check_room(model: nn.Module) -> None:
 
 
 def return_freed() -> None:
-    """Has the C library return freed memory to the system, where it can be told to: glibc keeps much of it for later.
+    """Makes the C library return freed memory to the system, where it can be told to: glibc keeps much of it for later.
 
     Tensors of some megabytes come and go by the hundred while passes go through a block, and leave holes that larger
     ones do not fit into.
@@ -68,7 +68,7 @@ def return_freed() -> None:
 
 
 def return_large_at_once(model: nn.Module) -> None:
-    """Has the C library return large tensors to the system as soon as they are freed, where it can be told to.
+    """Makes the C library return large tensors to the system as soon as they are freed, where it can be told to.
 
     For a process that does nothing but compute with this model: it holds until the process ends.
     """

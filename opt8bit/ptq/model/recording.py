@@ -102,7 +102,7 @@ def block_calls(
         model: whose blocks need not be able to run.
         blocks: of it.
         batch: what the model is called with.
-        outputs: what each block returns, for any input. Without them, blocks return their hidden states alone.
+        outputs: what each block returns, for any input. Without them, blocks return only their hidden states.
         axes: dimensions of sequences and length in the hidden states; None to find them.
         keeps_cache: whether blocks are to have the model's cache.
         as_made: whether blocks hand on the ``outputs`` themselves, besides the hidden states, and not what stands for
