@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -21,7 +22,7 @@ FOLDER = Path(__file__).parents[1] / "pictures"
 SHAPE, BLOCK_SIZE = (4, 600), 256
 BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "tab:gray"
 # Text stays text, and the same pictures have the same bytes.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "opt8bit", "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "opt8bit", "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw_dynamic_map(axes: Axes) -> None:

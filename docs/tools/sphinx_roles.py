@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import griffe
+import griffe  # pyright: ignore[reportMissingImports]
 
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`([^`]+)`")
 LITERAL = re.compile(r"::$", re.MULTILINE)  # what precedes an indented block

@@ -73,7 +73,7 @@ NO_KERNELS = (
 
 
 def available(device: torch.device | str = "cpu") -> list[str]:
-    """Names of the backends that can serve a device, fastest first."""
+    """Returns the names of the backends that can serve a device, fastest first."""
     kind = torch.device(device).type
     if kind == "cpu":  # where Triton's interpreter serves, too, if it is asked to
         return [*native.instruction_sets(), REFERENCE, *([TRITON] if is_interpreting() and _triton() else [])]
@@ -82,7 +82,7 @@ def available(device: torch.device | str = "cpu") -> list[str]:
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend of a name."""
+    """Returns the backend of a name."""
     if name == TRITON:
         return _triton().Triton()
     return Reference() if name == REFERENCE else native.Native(name)
@@ -90,7 +90,7 @@ def get(name: str) -> Backend:
 
 @functools.cache
 def _triton() -> Any:
-    """The module of the kernels in Triton; None where Triton cannot be imported, or is too old to compile them."""
+    """Returns the module of the kernels in Triton, or None where Triton is missing or too old to compile them."""
     try:
         found: Any = importlib.import_module("triton")
     except ImportError:
@@ -110,14 +110,14 @@ def check_kernels(rule: Rule) -> None:
 
 
 def counts_on_device(param: Tensor, rule: Rule) -> bool:
-    """Whether the backend that serves a parameter keeps its count of steps on its device, never to wait for it."""
+    """Tells whether the backend of a parameter keeps its count of steps on its device, never to wait for it."""
     names = available(param.device)
     is_triton = (wanted_backend() or names[0]) == TRITON and TRITON in names
     return is_triton and _triton().functions_of(rule) is not None and param.dtype in DTYPES
 
 
 def can_capture(param: Tensor, rule: Rule) -> bool:
-    """Whether a step of a parameter can be a part of a CUDA graph."""
+    """Tells whether a step of a parameter can be a part of a CUDA graph."""
     return counts_on_device(param, rule) and param.device.type != "xpu"
 
 
@@ -127,12 +127,12 @@ def _warn_once(message: str) -> None:
 
 
 def wanted_backend() -> str | None:
-    """The backend that the environment names."""
+    """Returns the backend that the environment names."""
     return os.environ.get(ENVIRONMENT)
 
 
 def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
-    """The backend that serves a device: ``name``, else that of the environment, else the fastest.
+    """Returns the backend that serves a device: ``name``, else that of the environment, else the fastest.
 
     Raises:
         ValueError: the backend asked for cannot serve this device here.
@@ -151,13 +151,13 @@ def backend_for(device: torch.device | str, name: str | None = None) -> Backend:
 
 
 def rounding_kernels(device: torch.device | str) -> native.Native | None:
-    """The compiled kernels that round weights on a device; None where plain torch does."""
+    """Returns the compiled kernels that round weights on a device, or None where plain torch does."""
     backend = backend_for(device)
     return backend if isinstance(backend, native.Native) else None
 
 
 def why(device: str) -> str:
-    """One line on why :func:`backend_for` chooses as it does."""
+    """Returns one line on why :func:`backend_for` chooses as it does."""
     if os.environ.get(ENVIRONMENT):
         return f"named by {ENVIRONMENT}"
     if device in TRITON_DEVICES:

@@ -1,4 +1,4 @@
-"""Where tensors lie and how, read of thousands at once.
+"""Reads where thousands of tensors lie, and how, at once.
 
 A model of a thousand small parameters has seven thousand tensors to look at in a step. Their objects are spread over
 the memory, so that asking each of them through Python takes longer than updating all of them.
@@ -41,7 +41,7 @@ TORCH_FUNCTIONS = (  # in the order of TorchFunctions in kernels/torch_tensors.h
 
 
 class Description:
-    """How tensors lie: type, dtype, device type and index, dim, sizes and strides, each as a number.
+    """Describes how tensors lie: type, dtype, device type and index, dim, sizes and strides, each as a number.
 
     Args:
         tensors: that are described.
@@ -68,7 +68,7 @@ class Description:
             self._read = partial(_library().opt8bit_addresses, functions, objects, len(tensors), max_dim, rows, found)
 
     def addresses(self, tensors: list[Tensor]) -> Rows | None:
-        """(n + 1,): where the data of as many tensors lie, then a zero; None if they are not as those described.
+        """Returns where the data of as many tensors lie, then a zero, (n + 1,), or None if they lie otherwise.
 
         The array is the same every time.
         """
@@ -85,7 +85,7 @@ class Description:
 
 
 def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
-    """(n, 5 + 2 * max_dim). A row is -1 throughout where the tensor is not strided or has more dimensions."""
+    """Returns rows of numbers, (n, 5 + 2 * max_dim): -1 for a tensor that is not strided or has more dimensions."""
     rows = numpy.zeros((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
     for row, tensor in zip(rows, tensors, strict=True):
         if tensor.layout != torch.strided or tensor.dim() > max_dim:
@@ -100,7 +100,7 @@ def describe_in_python(tensors: Sequence[Tensor], max_dim: int) -> Rows:
 
 
 def addresses_in_python(tensors: Sequence[Tensor], described: Rows) -> Rows | None:
-    """(n,): where the data of each tensor lie; None if they are not as described."""
+    """Returns where the data of each tensor lie, (n,), or None if they are not as described."""
     rows = describe_in_python(tensors, _max_dim(described))
     if (rows[:, 0] == -1).any() or not numpy.array_equal(rows, described):
         return None
@@ -108,7 +108,7 @@ def addresses_in_python(tensors: Sequence[Tensor], described: Rows) -> Rows | No
 
 
 def data_ptrs(tensors: Sequence[Tensor]) -> Rows:
-    """(n,): where the data of each tensor lie, asked of it through Python."""
+    """Returns where the data of each tensor lie, (n,), asked of it through Python."""
     return numpy.fromiter(map(Tensor.data_ptr, tensors), numpy.int64, len(tensors))
 
 
@@ -117,7 +117,7 @@ def _max_dim(described: Rows) -> int:
 
 
 class _Objects:
-    """``Objects`` of kernels/torch_tensors.h: a list of tensors as the kernels read it.
+    """Mirrors ``Objects`` of kernels/torch_tensors.h: a list of tensors as the kernels read it.
 
     The kernels look into the list and its objects, where that is possible: asking each object for its tensor in C++,
     which torch.utils.swap_tensors can change, takes a fifth of a step of small parameters.
@@ -148,7 +148,7 @@ class _Objects:
 
 @cache
 def _offset_of_pointer() -> int | None:
-    """Bytes from a tensor's object to the pointer to its tensor in C++; None where it is not found in there."""
+    """Returns the bytes from a tensor's object to the pointer to its tensor in C++, or None where there is none."""
     if sys.implementation.name != "cpython":
         return None
     probes = [torch.zeros(2, device="cpu"), torch.nn.Parameter(torch.zeros((), device="cpu"))]
@@ -167,7 +167,7 @@ def _word(address: int) -> int:
 
 
 def _describe(functions: Rows, objects: _Objects, tensors: list[Tensor], max_dim: int) -> Rows:
-    """What :func:`describe_in_python` returns, but for the numbers of types, dtypes and kinds of device."""
+    """Returns what :func:`describe_in_python` returns, except the numbers of types, dtypes and kinds of device."""
     objects.hold(tensors)
     rows = numpy.empty((len(tensors), FIXED_COLUMNS + 2 * max_dim), numpy.int64)
     _library().opt8bit_describe(
@@ -184,7 +184,7 @@ def _library() -> Any:
 
 @cache
 def _torch_functions() -> Rows | None:
-    """The addresses of ``TORCH_FUNCTIONS``; None without kernels, or where this torch answers otherwise than Python."""
+    """Returns the addresses of ``TORCH_FUNCTIONS``, or None without kernels or where torch and Python disagree."""
     found = native.torch_symbols(*TORCH_FUNCTIONS) if native.library() else None
     if found is None:
         return None

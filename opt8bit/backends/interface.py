@@ -1,4 +1,4 @@
-"""What a backend does, and how work is handed to it."""
+"""Defines what a backend does, and how work is handed to it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stored_as(name: str) -> tuple[str, str]:
 
 
 class Batch(NamedTuple):
-    """What stays the same from step to step about n parameters of one group that are stored and stepped alike."""
+    """Holds what stays the same from step to step about n parameters that are stored and stepped alike."""
 
     rule: Rule
     block_size: int
@@ -137,15 +137,15 @@ class Backend(Protocol):
         """Codes the contiguous float32 ``x`` as :func:`opt8bit.quant.encode_state` says; ``table`` is the state map."""
 
     def can_step(self, param: Tensor) -> bool:
-        """Whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
+        """Tells whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
         ...
 
     def has_kernel(self, rule: Rule) -> bool:
-        """Whether compiled code takes the whole step by a rule. Else torch computes it, and kernels code the states."""
+        """Tells whether compiled code takes a full step by a rule. Else torch does, and kernels code the states."""
         ...
 
     def takes_channels_last(self, rule: Rule) -> bool:
-        """Whether :meth:`step` takes parameters and gradients of which the channels lie last in memory."""
+        """Tells whether :meth:`step` takes parameters and gradients of which the channels lie last in memory."""
         ...
 
     def prepare(self, batches: Sequence[Batch]) -> Any:
@@ -166,7 +166,7 @@ def note_writes(tensors: list[Tensor]) -> None:
 
 
 def is_interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    """Tells whether Triton's kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

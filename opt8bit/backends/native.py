@@ -27,7 +27,7 @@ LIBRARY = {"win32": "opt8bit_kernels.dll", "darwin": "libopt8bit_kernels.dylib"}
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The shared library, or None where the package was installed without it.
+    """Returns the shared library, or None where the package was installed without it.
 
     Raises:
         ImportError: it is of another version of the package.
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def torch_symbols(*names: str) -> list[int] | None:
-    """Addresses of functions of torch's stable C interface; None where this torch lacks one."""
+    """Returns addresses of functions of torch's stable C interface, or None where this torch lacks one."""
     directory = Path(torch.__file__).parent / "lib"
     for file in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
         if (directory / file).exists():
@@ -83,19 +83,19 @@ def torch_symbols(*names: str) -> list[int] | None:
 
 
 def torch_parallel_for() -> int | None:
-    """The address of torch's own parallel loop, which torch 2.10 and later export to C; else None."""
+    """Returns the address of torch's own parallel loop, which torch 2.10 and later export to C; else None."""
     found = torch_symbols("torch_parallel_for")
     return found[0] if found else None
 
 
 def instruction_sets() -> list[str]:
-    """Those with kernels that this processor can run, fastest first; none without the library."""
+    """Returns the instruction sets with kernels that this processor runs, fastest first; none without the library."""
     lib = library()
     return lib.opt8bit_instruction_sets().decode().split() if lib else []
 
 
 class RuleFacts(NamedTuple):
-    """What a functor says of itself."""
+    """Holds what a functor says of itself."""
 
     number: int
     hyper: tuple[str, ...]
@@ -105,7 +105,7 @@ class RuleFacts(NamedTuple):
 
 @functools.cache
 def rules() -> dict[str, RuleFacts]:
-    """Those that have functors, by name; none without the library."""
+    """Returns the rules that have functors, by name; none without the library."""
     lib = library()
     if lib is None:
         return {}
@@ -131,7 +131,7 @@ def check_rule(rule: Rule) -> None:
 
 
 class WeightRounding(ctypes.Structure):
-    """``WeightRounding`` of kernels/weight_rounding.h, which says what the fields are."""
+    """Mirrors ``WeightRounding`` of kernels/weight_rounding.h, which says what the fields are."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),

@@ -16,7 +16,7 @@ TOGETHER = 8 << 20  # elements that are stepped together: more would take more m
 
 
 def to_blocks(x: Tensor, view: View) -> Tensor:
-    """(rows, blocks per row, block_size), the short blocks padded with zeros."""
+    """Returns a tensor as (rows, blocks per row, block_size), the short blocks padded with zeros."""
     rows = x.reshape(view.rows, view.row_length)
     padding = -view.row_length % view.block_size
     return F.pad(rows, (0, padding)).reshape(view.rows, -1, view.block_size)
@@ -114,7 +114,7 @@ def _step_together(
 
 
 def _param_and_grad(batch_step: BatchStep, i: int, grad_scale: float) -> tuple[Tensor, Tensor]:
-    """In at least float32, complex numbers as pairs."""
+    """Returns parameter and gradient in at least float32, complex numbers as pairs."""
     param, kept = batch_step.params[i], _compensation(batch_step, i)
     compute = torch.promote_types(param.dtype, torch.float32)
     grad = as_real(batch_step.grads[i].to(compute))
@@ -123,7 +123,7 @@ def _param_and_grad(batch_step: BatchStep, i: int, grad_scale: float) -> tuple[T
 
 
 def _decoded(batch_step: BatchStep, i: int, coder: Backend) -> list[Tensor]:
-    """The states of a parameter."""
+    """Returns the states of a parameter."""
     batch, param, state = batch_step.batch, batch_step.params[i], batch_step.states[i]
     coded = batch.rule.codable if batch.coded else {}
     result = []
@@ -162,14 +162,16 @@ def _write(batch_step: BatchStep, i: int, coder: Backend, new_param: Tensor, new
 
 
 def _compensation(batch_step: BatchStep, i: int) -> Tensor | None:
-    """The bits that a bfloat16 parameter has no room for, if they are kept."""
+    """Returns the bits that a bfloat16 parameter has no room for, if they are kept."""
     is_kept = batch_step.batch.rounding == "compensated"
     return batch_step.states[i][COMPENSATION].view(torch.int16)[..., 0] if is_kept else None
 
 
 def _without_infinities(states: Sequence[Tensor]) -> Sequence[Tensor]:
-    """States of which an element begins anew, with zeros, where one of them is infinite: an infinity, as the largest of
-    its block, would weigh on the others from then on."""
+    """Returns states with zeros for each element of which one state is infinite.
+
+    An infinity, as the largest of its block, would weigh on the others from then on.
+    """
     if all(bool(torch.stack(state.aminmax()).isfinite().all()) for state in states):
         return states
     is_infinite = torch.stack([state.isinf() for state in states]).any(0)
@@ -177,15 +179,15 @@ def _without_infinities(states: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def keep_positive(codes: Tensor, values: Tensor) -> None:
-    """Of a state that cannot be negative, what is positive does not become zero, but the least positive value.
+    """Keeps what is positive from becoming zero in a state that cannot be negative.
 
-    Steps divide by its root: beside a first moment that is not zero, zero would leave them eps alone to divide by.
+    Steps divide by its root: beside a first moment that is not zero, zero would leave them only eps to divide by.
     """
     codes[(codes == 0) & (values > 0) & values.isfinite()] = 1
 
 
 def as_real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
+    """Returns a complex tensor as pairs of numbers, as torch.optim takes it; any other as it is."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 

@@ -1,4 +1,4 @@
-"""How a bfloat16 parameter is written, where rounding it to nearest would lose small updates.
+"""Writes bfloat16 parameters where rounding them to nearest would lose small updates.
 
 bfloat16 keeps 8 bits of a number, so that an update of less than 1/512 of a parameter rounds to nothing, every time.
 """
@@ -12,7 +12,7 @@ LOW_32_BITS = 0xFFFFFFFF
 
 
 def _mix64(x: int) -> int:
-    """The finalizer of splitmix64. Source: Fast splittable pseudorandom number generators (2014)."""
+    """Applies the finalizer of splitmix64. Source: Fast splittable pseudorandom number generators (2014)."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
@@ -22,7 +22,7 @@ def _mix64(x: int) -> int:
 def random_bits(
     count: int, seed: int, step: int, number: int, device: torch.device | str = "cpu", *, first: int = 0
 ) -> Tensor:
-    """32 random bits for each of ``count`` elements, int64 in [0, 2^32): a hash of (seed, step, number, index).
+    """Returns 32 random bits for each of ``count`` elements, int64 in [0, 2^32): a hash of (seed, step, number, index).
 
     Args:
         number: tells streams apart; that of a parameter in its optimizer.
@@ -38,7 +38,7 @@ def random_bits(
 
 
 def _float32_bits(x: Tensor) -> Tensor:
-    """int32; of the one quiet NaN where x is any NaN."""
+    """Returns the bits of float32 numbers, int32; those of the one quiet NaN where x is any NaN."""
     return torch.where(x.isnan(), torch.nan, x).view(torch.int32)
 
 
@@ -47,14 +47,16 @@ def _from_high_half(bits: Tensor) -> Tensor:
 
 
 def stochastically_rounded(x: Tensor, seed: int, step: int, number: int, first: int = 0) -> Tensor:
-    """float32 ``x`` in bfloat16: one of its two neighbours, the nearer with the larger probability, so that the
-    expectation is x. Arguments as of :func:`random_bits`."""
+    """Returns float32 ``x`` in bfloat16: one of its two neighbours, so that the expectation is x.
+
+    Arguments are as in :func:`random_bits`.
+    """
     chance = random_bits(x.numel(), seed, step, number, x.device, first=first).view(x.shape) >> 16
     return _from_high_half(_float32_bits(x) + chance.to(torch.int32))
 
 
 def compensated(param: Tensor, low: Tensor) -> Tensor:
-    """The float32 whose bits are those of the bfloat16 ``param``, moved up by 16, plus the int16 ``low``."""
+    """Returns the float32 whose bits are those of the bfloat16 ``param``, moved up by 16, plus the int16 ``low``."""
     high = param.contiguous().view(torch.int16).to(torch.int32) << 16
     return (high + low).view(torch.float32)
 

@@ -1,4 +1,4 @@
-"""What is known of an update rule, in one record."""
+"""Records what is known of an update rule."""
 
 from __future__ import annotations
 

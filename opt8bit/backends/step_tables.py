@@ -1,4 +1,4 @@
-"""What the compiled kernels read of a step: structures of kernels/optimizer_step.h, filled from its batches."""
+"""Fills the structures of kernels/optimizer_step.h, which the compiled kernels read, from the batches of a step."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ Arrays = Mapping[str, np.ndarray]  # by name; the first dimension counts samples
 
 
 def array_files(name: str) -> list[Path]:
-    """The files of a name: one that ends in .npz, or those in a folder; none where it is something else."""
+    """Returns the files of a name: one that ends in .npz, or those in a folder, or none where it is something else."""
     path = Path(name).expanduser()
     return sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path] if path.suffix == SUFFIX else []
 

@@ -19,7 +19,7 @@ class Flag(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What may follow the name of a command."""
+    """Lists what may follow the name of a command."""
 
     flags: list[Flag]
     words: list[str]  # that its first argument is one of; empty if that may be anything

@@ -20,6 +20,8 @@ from opt8bit.cli.errors import CommandError
 from opt8bit.cli.models import load_tokenizer, open_model
 from opt8bit.cli.progress import ShowLayer, compression, logged
 from opt8bit.cli.recipes import recipe_file
+from opt8bit.cli.report.page import page
+from opt8bit.cli.report.record import RECIPE, RUN, read
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.cli.summary import summary
 from opt8bit.cli.texts import choose_windows, find_text, lacks_bos
@@ -27,16 +29,15 @@ from opt8bit.ptq import ranks
 from opt8bit.ptq.export import write
 from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.model.memory import return_large_at_once
-from opt8bit.ptq.report import write_report
+from opt8bit.ptq.report import FOLDER, PAGE, write_report
 from opt8bit.recipe import Recipe
 
-RECIPE, RUN = "recipe.json", "run.json"  # beside the report
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command takes.
+    """Holds what the command takes.
 
     Attributes:
         recipe: what is to become of the model.
@@ -77,13 +78,15 @@ def run(settings: Settings) -> None:
             verified = _verified(settings, folder)
             seconds = time.perf_counter() - started
             (written / RUN).write_text(json.dumps(_about_run(settings, verified, seconds), indent=2) + "\n")
+        # Last, as the page has commands with the name that the folder has taken only now.
+        (settings.output / FOLDER / PAGE).write_text(page(read(settings.output)), encoding="utf-8")
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     print(summary(result, settings.output, seconds, verified))
 
 
 def _about_run(settings: Settings, verified: str, seconds: float) -> dict[str, Any]:
-    """What is known of a run besides its recipe and its report."""
+    """Returns what is known of a run besides its recipe and its report."""
     return {
         "calibration": settings.calibration,
         "text_column": settings.text_column,
@@ -93,7 +96,7 @@ def _about_run(settings: Settings, verified: str, seconds: float) -> dict[str, A
 
 
 def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.Result, Any]:
-    """The compressed model and its tokenizer; what is finished of it is kept in the folder."""
+    """Returns the compressed model and its tokenizer; what is finished of it is kept in the folder."""
     trusted, options = settings.trust_remote_code, settings.run
     text = find_text(settings.calibration, settings.text_column)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=trusted)
@@ -137,7 +140,7 @@ def _part() -> None:
 
 @contextmanager
 def _folder(settings: Settings) -> Iterator[Path]:
-    """Where to write: made by the first process, and known to all."""
+    """Makes the folder to write to in the first process, and tells all processes where it is."""
     if ranks.rank():
         folder = ranks.gathered(None)[0]
         if folder is None:
@@ -157,7 +160,7 @@ def _folder(settings: Settings) -> Iterator[Path]:
 
 
 def _verified(settings: Settings, folder: Path) -> str:
-    """What is known of the written checkpoint.
+    """Returns a sentence on whether the written checkpoint loads as what was made.
 
     Raises:
         ValueError: it is wrong.

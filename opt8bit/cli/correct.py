@@ -23,7 +23,7 @@ from opt8bit.ptq.model.memory import return_large_at_once
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command takes.
+    """Holds what the command takes.
 
     Attributes:
         how: the checkpoint is corrected.
@@ -63,7 +63,7 @@ def run(settings: Settings) -> None:
 
 
 def _corrected(settings: Settings, folder: Path) -> tuple[Path, CorrectedCheckpoint]:
-    """The folder of the checkpoint, and what was done to it. No model is kept."""
+    """Returns the folder of the checkpoint, and what was done to it. No model is kept."""
     trusted, text = settings.trust_remote_code, settings.text
     found = find_text(settings.calibration, settings.text_column)
     source = open_unpacked(settings.checkpoint, trust_remote_code=trusted)
@@ -91,7 +91,7 @@ def _about(settings: Settings) -> dict[str, Any]:
 
 
 def _verified(settings: Settings, folder: Path, source: Path) -> str:
-    """What is known of the written checkpoint.
+    """Returns a sentence on whether the written checkpoint loads as what was made.
 
     Args:
         settings: of the command.
@@ -115,7 +115,7 @@ def _verified(settings: Settings, folder: Path, source: Path) -> str:
 
 
 def _summary(done: CorrectedCheckpoint) -> list[str]:
-    """What was done, in a few lines."""
+    """Returns what was done, in a few lines."""
     correcting = [name for name, bias in done.biases.items() if not bias.is_zero]
     zeros = len(done.biases) - len(correcting)
     beside = f", and zeros in {zeros} that get one with them" if zeros else ""
@@ -130,7 +130,7 @@ def _summary(done: CorrectedCheckpoint) -> list[str]:
 
 
 def not_corrected(skipped: Mapping[str, str]) -> list[str]:
-    """A line for each reason why layers are as they were."""
+    """Returns a line for each reason why layers are as they were."""
     lines = []
     for why, count in Counter(skipped.values()).items():
         names = [name for name, other in skipped.items() if other == why]

@@ -52,7 +52,7 @@ def run(settings: Settings) -> None:
 
 
 def _batches(settings: Settings, inputs: list[OnnxInput]) -> tuple[Batches, Batches | None]:
-    """What to calibrate on and what is held out, as the model takes it."""
+    """Returns what to calibrate on and what is held out, as the model takes it."""
     size = batch_size(inputs)
     files = array_files(settings.calibration)
     if files:
@@ -78,7 +78,7 @@ def _of_text(ids: Tensor | None, inputs: list[OnnxInput], size: int) -> Batches 
 
 
 def _full(batches: Batches, size: int | None, name: str) -> Batches:
-    """The batches of the size that a model takes, where it takes one only.
+    """Returns the batches of the size that a model takes, where it takes one only.
 
     Raises:
         CommandError: there are none.
@@ -107,7 +107,7 @@ def _refuse_text_options(settings: Settings) -> None:
 
 
 def _summary(correction: Correction) -> list[str]:
-    """What was done, in a few lines."""
+    """Returns what was done, in a few lines."""
     kept = [module for module in correction.modules if module.is_kept]
     new = sum(module.place == "new bias" for module in kept)
     lines = [f"biases in {len(kept)} layers, {new} of them new"]

@@ -26,7 +26,7 @@ MAX_TEXT = 20_000_000  # bytes of text read at most
 
 @dataclass
 class Run:
-    """What one training run left behind."""
+    """Holds what one training run left behind."""
 
     name: str
     losses: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss in nats per byte)
@@ -77,7 +77,7 @@ class GPT(nn.Module):
 
 
 def standard_library_text() -> bytes:
-    """The source of the standard library's modules, one after the other."""
+    """Returns the source of the standard library's modules, one after the other."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     if not text:
@@ -96,7 +96,7 @@ def load_text(path: Path | None) -> bytes:
 
 
 def split(text: bytes, settings: DemoSettings) -> tuple[Tensor, Tensor]:
-    """Training text, and the last tenth for validation."""
+    """Splits a text into training text and the last tenth, for validation."""
     least = 20 * (settings.context + 1)
     if len(text) < least:
         raise CommandError(f"the text must have at least {least} bytes, got {len(text)}")
@@ -106,7 +106,7 @@ def split(text: bytes, settings: DemoSettings) -> tuple[Tensor, Tensor]:
 
 
 def batch_loss(model: nn.Module, data: Tensor, settings: DemoSettings, generator: torch.Generator) -> Tensor:
-    """Mean cross-entropy, in nats per byte, on a random batch."""
+    """Returns the mean cross-entropy, in nats per byte, on a random batch."""
     starts = torch.randint(len(data) - settings.context, (settings.batch, 1), generator=generator)
     window = data[starts + torch.arange(settings.context + 1)]
     logits = model(window[:, :-1])
@@ -205,7 +205,7 @@ def run(settings: DemoSettings, text: Path | None, plot: Path) -> list[Run]:
 
 
 def table(runs: list[Run]) -> str:
-    """The comparison; the last row holds the ratios to the first run."""
+    """Returns the comparison; the last row holds the ratios to the first run."""
     base, ours = runs[0], runs[-1]
     rows = [
         [run.name, f"{run.final_loss:.4f}", f"{run.state_bytes / 1e6:.2f} MB", f"{run.step_seconds * 1e3:.2f} ms"]
@@ -220,7 +220,7 @@ def table(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run]) -> Any:
-    """Both loss curves in one figure of matplotlib's."""
+    """Draws both loss curves in one figure of matplotlib's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

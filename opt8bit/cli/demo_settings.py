@@ -1,4 +1,4 @@
-"""What ``opt8bit demo`` trains, and how. Needs no torch."""
+"""Says what ``opt8bit demo`` trains, and how. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Of the model and its training; both runs share them."""
+    """Holds the settings of the model and its training; both runs share them."""
 
     steps: int = 350
     seed: int = 0

@@ -1,5 +1,5 @@
-"""What the command says in place of a traceback."""
+"""Defines what the command says in place of a traceback."""
 
 
 class CommandError(Exception):
-    """Something the user can mend."""
+    """Raised for something that the user can mend."""

@@ -12,7 +12,7 @@ from opt8bit.ptq.report import valid_json
 def report(
     model: str, text: Text, length: int, samples: int, *, bos: bool, as_json: bool, trust_remote_code: bool
 ) -> str:
-    """The text that ``opt8bit evaluate`` prints.
+    """Returns the text that ``opt8bit evaluate`` prints.
 
     Raises:
         CommandError: the model or the text cannot be loaded, the text is too short, or the tokenizer has no token that

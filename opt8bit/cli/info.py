@@ -13,7 +13,7 @@ from opt8bit.cli.errors import CommandError
 
 
 def report() -> str:
-    """The text that ``opt8bit info`` prints.
+    """Returns the text that ``opt8bit info`` prints.
 
     Raises:
         CommandError: the environment asks for a backend that is not there.
@@ -34,7 +34,7 @@ def report() -> str:
 
 
 def devices() -> list[str]:
-    """Types of the devices that this torch can use."""
+    """Returns the types of the devices that this torch can use."""
     accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
     return ["cpu", *([accelerator.type] if accelerator else [])]
 

@@ -41,7 +41,7 @@ def report(folder: Path) -> str:
 
 
 def _places(folder: Path) -> dict[str, str | None]:
-    """What holds each bias, as the report has it."""
+    """Returns what holds each bias, as the report has it."""
     path = folder / FOLDER / REPORT
     if not path.is_file():
         return {}

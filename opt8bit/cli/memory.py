@@ -1,4 +1,4 @@
-"""``opt8bit memory``: what the optimizers of this package would save on a model, from its configuration alone."""
+"""``opt8bit memory``: what the optimizers of this package would save on a model, from its configuration only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opt8bit.optim.memory import readable
 
 
 def report(model: str, dtype: str, block_size: int | None, min_8bit_size: int | None, ranks: int = 1) -> str:
-    """The text that ``opt8bit memory`` prints. No weights are loaded, nor is memory taken for them.
+    """Returns the text that ``opt8bit memory`` prints. No weights are loaded, nor is memory taken for them.
 
     Args:
         model: a folder with a ``config.json``, or the id of a model on the Hugging Face hub.
@@ -45,7 +45,7 @@ def _given(**options: int | None) -> dict[str, Any]:
 
 
 def _sharing(network: nn.Module, ranks: int) -> str:
-    """What FSDP2's processes send each other in a step, which is the same at 8 bits: states stay where they are."""
+    """Says what FSDP2's processes send each other in a step: the same at 8 bits, as states stay where they are."""
     weights = sum(param.numel() * param.element_size() for param in network.parameters())
     gradients = sum(param.numel() * param.element_size() for param in network.parameters() if param.requires_grad)
     share = (ranks - 1) / ranks
@@ -57,7 +57,7 @@ def _sharing(network: nn.Module, ranks: int) -> str:
 
 
 def _checked(model: str) -> str:
-    """The model as transformers takes it: what is meant as a path must be a folder with a configuration.
+    """Returns the model as transformers takes it: what is meant as a path must be a folder with a configuration.
 
     Raises:
         CommandError: it is not.
@@ -77,7 +77,7 @@ def _checked(model: str) -> str:
 
 
 def build(name: str) -> nn.Module:
-    """A model on the meta device: shapes and dtypes without memory; a language model where there is one.
+    """Returns a model on the meta device: shapes and dtypes without memory; a language model where there is one.
 
     Raises:
         CommandError: transformers is not installed, finds no configuration, or cannot build a model from it.

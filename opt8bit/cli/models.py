@@ -54,9 +54,10 @@ def _is_scaled(folder: Path) -> bool:
 
 
 def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None = None) -> Source:
-    """A model whose blocks are read from its files when they are asked for. In memory, where only transformers knows
-    how its files make a model. Arguments and errors as of :func:`load`; ``dtype`` is the name of another one than the
-    model's own, such as "bfloat16".
+    """Returns a model whose blocks are read from its files when they are asked for.
+
+    It is in memory where only transformers knows how its files make a model. Arguments and errors are as in
+    :func:`load`; ``dtype`` is the name of another one than the model's own, such as "bfloat16".
     """
     computed_in: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     transformers()
@@ -70,8 +71,9 @@ def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None 
 
 
 def open_unpacked(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
-    """A model whose weights are packed, as one with the weights that it computes with. Arguments and errors as of
-    :func:`load`.
+    """Returns a model whose weights are packed as one with the weights that it computes with.
+
+    Arguments and errors are as in :func:`load`.
     """
     transformers()
     folder = _folder(name)
@@ -85,7 +87,7 @@ def open_unpacked(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def _folder(name: str) -> Path:
-    """A checkpoint's folder, downloaded if need be.
+    """Returns a checkpoint's folder, downloaded if need be.
 
     Raises:
         CommandError: there is none.
@@ -125,7 +127,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _place(name: str) -> str:
-    """Where transformers finds a model: a folder, or a name on the hub.
+    """Returns where transformers finds a model: a folder, or a name on the hub.
 
     Raises:
         CommandError: it is neither.

@@ -1,4 +1,4 @@
-"""What ``opt8bit --help`` prints: what to type first, and every command under a heading. Needs no torch."""
+"""Writes what ``opt8bit --help`` prints: what to type first, and every command under a heading. Needs no torch."""
 
 from __future__ import annotations
 

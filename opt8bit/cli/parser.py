@@ -1,4 +1,4 @@
-"""What the ``opt8bit`` command accepts: its commands and their options. Needs no torch."""
+"""Defines what the ``opt8bit`` command accepts: its commands and their options. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from opt8bit import __version__
+import opt8bit
 from opt8bit.cli.completion import SHELLS
 from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.cli.flags import HelpFormatter, add_flags, add_old_flags, at_least, number
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         description=overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"opt8bit {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(
         dest="command", required=True, prog="opt8bit", metavar="COMMAND", help=argparse.SUPPRESS
     )
@@ -53,6 +53,14 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_completion(commands)
     return top
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is looked up only here: that takes as long as the rest of the help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *others: Any) -> None:
+        print(f"opt8bit {opt8bit.__version__}")
+        parser.exit()
 
 
 def _add(commands: argparse._SubParsersAction, name: str, **about: Any) -> argparse.ArgumentParser:

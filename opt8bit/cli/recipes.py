@@ -14,7 +14,7 @@ from opt8bit.recipe.recipe import OVERRIDES, read_values
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A file's options by name, checked one by one, and its overrides.
+    """Returns a file's options by name, checked one by one, and its overrides.
 
     Raises:
         CommandError: the file cannot be read, or has something else in it.

@@ -18,7 +18,7 @@ LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # that torch takes
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which text is learned from, and what is written.
+    """Says which text is learned from, and what is written.
 
     Raises:
         ValueError: the runtime does not read the format.
@@ -69,7 +69,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class CorrectionOptions:
-    """How a checkpoint is corrected."""
+    """Says how a checkpoint is corrected."""
 
     order: str = option(
         "local",

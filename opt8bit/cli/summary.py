@@ -1,4 +1,4 @@
-"""What ``opt8bit compress`` prints at the end."""
+"""Says what ``opt8bit compress`` prints at the end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from opt8bit import ptq
 from opt8bit.ptq.model.bias_places import OF_KEYS
-from opt8bit.ptq.report import FOLDER, PICTURE
+from opt8bit.ptq.report import FOLDER, PAGE
 
 
 def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> str:
-    """What was done, in a few lines.
+    """Returns what was done, in a few lines.
 
     Args:
         result: of the compression.
@@ -35,7 +35,7 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
             f"KL divergence {quality.kl_divergence:.4f} nats a token"
         )
     lines.append(verified)
-    lines.append(f"{output} written in {seconds:.0f} s; {FOLDER}/{PICTURE} shows every layer")
+    lines.append(f"{output} written in {seconds:.0f} s; {FOLDER}/{PAGE} shows every layer")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""``opt8bit verify``: does a written checkpoint load as what was made?"""
+"""``opt8bit verify``: tells whether a written checkpoint loads as what was made."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def read_options(text: str) -> dict[str, Any]:
 
 
 def _names_each_once(call: ast.expr | None) -> TypeGuard[ast.Call]:
-    """Whether it is a call of a function by name, whose arguments all have names that differ."""
+    """Tells whether it is a call of a function by name, whose arguments all have names that differ."""
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         return False
     names = [keyword.arg for keyword in call.keywords]

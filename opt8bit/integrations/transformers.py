@@ -26,7 +26,7 @@ def optimizer_cls_and_kwargs(
     is in the groups that the Trainer makes.
 
     Args:
-        name: ``"AdamW"``, ``"Lion"`` ...: of :mod:`opt8bit.optim.plain`, in any case, but for Muon and MuonAdamW: the
+        name: ``"AdamW"``, ``"Lion"`` ...: of :mod:`opt8bit.optim.plain`, in any case, except Muon and MuonAdamW: the
             Trainer's groups hold vectors, too, and have no names.
         arguments: whose ``optim_args`` may have further options, as ``"block_size=128,stochastic_rounding=true"``.
         options: of the optimizer; they go before those of ``arguments``. Strings are read as numbers.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class StableEmbedding(nn.Embedding):
-    """``nn.Embedding`` with Xavier-uniform weights, a layer norm on its output, and 32-bit optimizer states.
+    """Embeds tokens as ``nn.Embedding``, with Xavier-uniform weights, a layer norm and 32-bit optimizer states.
 
     ``y = LayerNorm(weight[input])``. Rare tokens get large gradients once in a while; the norm bounds what they
     do to the layers above, and full states keep their own rows exact. Add position embeddings to the output,

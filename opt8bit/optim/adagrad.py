@@ -26,7 +26,7 @@ def adagrad(
     weight_decay: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of Adagrad; all tensors of one shape.
+    """Takes one step of Adagrad. All tensors have one shape.
 
     Source: Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, section 1.1.
     """
@@ -42,7 +42,7 @@ RULE = Rule("adagrad", {"sum": False}, HYPER, adagrad, bitsandbytes=(("sum",),))
 
 
 class Adagrad8bit(Optimizer8bit):
-    """Adagrad with an 8-bit sum: ``torch.optim.Adagrad`` at a quarter of its state memory.
+    """Implements Adagrad with an 8-bit sum: ``torch.optim.Adagrad`` at a quarter of its state memory.
 
     With ``g`` the gradient plus ``weight_decay * p``, and t the step::
 

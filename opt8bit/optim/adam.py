@@ -33,7 +33,7 @@ def adam(
     maximize: float,
     caution: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One step of Adam, with weight decay added to the gradient; all tensors of one shape.
+    """Takes one step of Adam, with weight decay added to the gradient. All tensors have one shape.
 
     Source: Adam: A Method for Stochastic Optimization, algorithm 1; AMSGrad, where ``max_exp_avg_sq`` is given:
     On the Convergence of Adam and Beyond, algorithm 2.
@@ -57,7 +57,7 @@ def adam(
 
 
 def adamw(param: Tensor, *tensors: Tensor, lr: float, weight_decay: float, **hyper: float) -> tuple[Tensor, ...]:
-    """One step of Adam after the parameter has decayed by ``1 - lr * weight_decay``.
+    """Takes one step of Adam after the parameter has decayed by ``1 - lr * weight_decay``.
 
     Source: Decoupled Weight Decay Regularization, algorithm 2.
     """
@@ -105,14 +105,14 @@ class _AdamBase(Optimizer8bit):
 
 
 class Adam8bit(_AdamBase):
-    """Adam with 8-bit states: ``torch.optim.Adam`` at a quarter of its state memory.
+    """Implements Adam with 8-bit states: ``torch.optim.Adam`` at a quarter of its state memory.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 
         m = beta1 * m + (1 - beta1) * g,  v = beta2 * v + (1 - beta2) * g * g
         p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    ``m`` and ``v`` are decoded, updated in float32 and coded anew block by block, so that each step adds to a
+    ``m`` and ``v`` are decoded, updated in float32 and coded again block by block, so that each step adds to a
     state an error of at most half a gap of its codebook: 0.0071 (m) and 0.0036 (v) times the block's absmax.
 
     Args:
@@ -161,7 +161,7 @@ class Adam8bit(_AdamBase):
 
 
 class AdamW8bit(_AdamBase):
-    """AdamW with 8-bit states: ``torch.optim.AdamW`` at a quarter of its state memory.
+    """Implements AdamW with 8-bit states: ``torch.optim.AdamW`` at a quarter of its state memory.
 
     As :class:`Adam8bit`, but the parameter decays by ``1 - lr * weight_decay`` before the step, and the gradient
     is left alone.

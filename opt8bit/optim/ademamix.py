@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def scheduled_beta3(beta1: float, beta3: float, t_beta3: float, step: float) -> float:
-    """beta3 at a step: the half-life of the slow average grows linearly from that of beta1, over t_beta3 steps."""
+    """Returns beta3 at a step. The slow average's half-life grows linearly from that of beta1 over t_beta3 steps."""
     if not 0 < step < t_beta3 or beta3 == 0:
         return beta3
     ratio = step / t_beta3
@@ -45,7 +45,7 @@ def ademamix(
     weight_decay: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of AdEMAMix; all tensors of one shape.
+    """Takes one step of AdEMAMix. All tensors have one shape.
 
     Source: The AdEMAMix Optimizer: Better, Faster, Older, algorithm 1 and section 3.
     """
@@ -74,7 +74,7 @@ RULE = Rule(
 
 
 class AdEMAMix8bit(Optimizer8bit):
-    """AdEMAMix with 8-bit states: AdamW with a second, slower average of the gradient. Three bytes a parameter.
+    """Implements AdEMAMix with 8-bit states: AdamW with a second, slower average. Three bytes a parameter.
 
     With ``g`` the gradient, ``m`` and ``v`` as in AdamW::
 

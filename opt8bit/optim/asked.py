@@ -1,4 +1,4 @@
-"""What a step is asked to do with the parameters of a group, and which backend serves each of them."""
+"""Says what a step has to do with the parameters of a group, and which backend serves each of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of 
 
 
 class Asked(NamedTuple):
-    """What a step is asked to do with one parameter group, or with some parameters of it."""
+    """Says what a step has to do with one parameter group, or with some parameters of it."""
 
     rule: Rule
     group: dict[str, Any]
@@ -35,14 +35,14 @@ class Asked(NamedTuple):
     hyper: Mapping[str, Any]
 
     def part(self, indices: Sequence[int]) -> Asked:
-        """What is asked of some of the parameters."""
+        """Returns the same request for only some of the parameters."""
         columns = (self.params, self.grads, self.owners, self.placements or [None] * len(self.owners), self.numbers)
         params, grads, owners, placements, numbers = ([column[i] for i in indices] for column in columns)
         placements = tuple(placements) if any(placements) else None
         return self._replace(params=params, grads=grads, owners=owners, placements=placements, numbers=numbers)
 
     def key(self) -> tuple[Any, ...]:
-        """What a plan depends on, besides tensors."""
+        """Returns what a plan depends on, besides tensors."""
         return (self.planned, self.numbers, self.types, self.placements, self.wanted_backend)
 
     @property
@@ -51,7 +51,7 @@ class Asked(NamedTuple):
         return not self.group["offload"] and self.placements is None and len(self.owners) == len(self.group["params"])
 
     def where(self, i: int) -> str:
-        """One of the parameters, in words: by its name, if it has one."""
+        """Returns one of the parameters, in words: by its name, if it has one."""
         number = self.numbers[i]
         names = self.group.get("param_names")
         return f"parameter {names[number - self.first]!r}" if names else f"parameter {number}"
@@ -127,8 +127,10 @@ def columns(asked: Sequence[Asked]) -> tuple[list[Tensor], list[Tensor], list[Ma
 
 
 def divided(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
-    """What can be stepped as it lies; and one by one the parameters that no process has the whole of, which their rule
-    looks at."""
+    """Divides a step into what can be stepped as it lies, and single parameters that have to be gathered.
+
+    These are the ones that are sharded and whose rule looks at the full parameter.
+    """
     if all(each.placements is None for each in asked):
         return list(asked), []
     together, one_by_one = [], []

@@ -48,7 +48,7 @@ class Backward:
         self._pool: ThreadPoolExecutor | None = None
 
     def watch(self) -> None:
-        """Has every gradient that is to be stepped with at once begin the step of its parameter."""
+        """Registers hooks that start a parameter's step as soon as its gradient is there."""
         groups = [group for group in self._groups() if group["offload"] == BACKWARD]
         if groups:
             backend_for("cpu")  # warns of missing kernels here, as no line of the user runs in the thread
@@ -58,7 +58,7 @@ class Backward:
                 call_when_accumulated(param, self._begin)
 
     def wait(self) -> None:
-        """Until no step goes on; what it may raise is left to :meth:`finish`."""
+        """Waits until no step is running; :meth:`finish` raises what they may raise."""
         if self._begun:
             wait(begun.step for begun in self._begun.values())
 
@@ -92,7 +92,7 @@ class Backward:
         return set(done)
 
     def _begin(self, param: Tensor) -> None:
-        """Has a parameter stepped whose gradient has just been accumulated."""
+        """Starts the step of a parameter whose gradient has just been accumulated."""
         place = self._place(param)
         if place is None or self._groups()[place[0]]["offload"] != BACKWARD:
             return
@@ -117,14 +117,14 @@ class Backward:
         self._begun[param] = Begun(self._pool.submit(wait_and_step), weakref.ref(grad), grad._version)
 
     def _place(self, param: Tensor) -> tuple[int, int] | None:
-        """The numbers of a parameter's group, and of the parameter in it; None if it is in none any more."""
+        """Returns the numbers of a parameter's group, and of the parameter in it, or None if it is in none any more."""
         if self._at(self._places.get(param)) is not param:
             groups = enumerate(self._groups())
             self._places = {p: (i, j) for i, group in groups for j, p in enumerate(group["params"])}
         return self._places.get(param)
 
     def _at(self, place: tuple[int, int] | None) -> Tensor | None:
-        """The parameter of these numbers, if there is one."""
+        """Returns the parameter of these numbers, if there is one."""
         groups = self._groups()
         if place is None or place[0] >= len(groups):
             return None
@@ -133,8 +133,7 @@ class Backward:
 
 
 def call_when_accumulated(param: Tensor, method: MethodType) -> None:
-    """Has a bound method called whenever a backward pass has accumulated a parameter's gradient, as long as its object
-    lives."""
+    """Calls a bound method whenever a parameter's gradient has been accumulated, as long as its object lives."""
     reference = weakref.WeakMethod(method)
 
     def hook(param: Tensor) -> None:

@@ -43,7 +43,8 @@ class Optimizer8bit(Stepping):
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         unknown = set(options) - set(DEFAULTS)
         if unknown:
-            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
+            message = f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}"
+            raise TypeError(f"{message}: it has {', '.join([*defaults, *DEFAULTS])}")
         super().__init__(params, {**defaults, **DEFAULTS, **options})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ class Optimizer8bit(Stepping):
         """Returns what torch.optim does, in tensors of the optimizer's own; see the class for the states.
 
         It is for optimizers of this package. torch.optim's do not all refuse it: AdamW fails at its first step, but
-        SGD and Muon begin their momentum anew without a word. For them there is
+        SGD and Muon begin their momentum again without a word. For them there is
         :func:`opt8bit.optim.to_torch_state_dict`.
         """
         self._running.backward.wait()

@@ -27,7 +27,7 @@ StateDict = dict[str, Any]
 
 @contextmanager
 def reading(optimizer: Ruled, policy: Policy) -> Iterator[None]:
-    """While it is open, torch.optim's own ``load_state_dict`` loads what :func:`read` makes of a state dict.
+    """Lets torch.optim's own ``load_state_dict`` load what :func:`read` makes of a state dict, while it is open.
 
     The hooks are registered only now, so that hooks of the user's run before and after them and see plain tensors.
     """
@@ -41,7 +41,7 @@ def reading(optimizer: Ruled, policy: Policy) -> Iterator[None]:
 
 
 class _Boxed:
-    """What was loaded and torch.optim shall not cast to its parameter's dtype."""
+    """Wraps what was loaded, so that torch.optim does not cast it to its parameter's dtype."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -55,8 +55,9 @@ def _unbox(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
-    """A state dict of any dialect as the optimizer's own: its groups with the hyper-parameters of the saved ones,
-    its states new tensors, boxed.
+    """Reads a state dict of any dialect as the optimizer's own.
+
+    Its groups have the hyper-parameters of the saved ones. Its states are new tensors, boxed.
 
     Raises:
         TypeError: it is not a dict.
@@ -75,7 +76,7 @@ def read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
 
 
 def _read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
-    """What :func:`read` gives where no other process has a say."""
+    """Returns what :func:`read` returns on a single process."""
     saved_groups, saved_states = _sections(state_dict)
     params = _params_by_key(optimizer, saved_groups)
     strangers = [key for key in saved_states if key not in params]
@@ -110,7 +111,7 @@ def _read(optimizer: Ruled, state_dict: StateDict, policy: Policy) -> StateDict:
 
 
 def _sections(state_dict: StateDict) -> tuple[list[dict[str, Any]], dict[Hashable, dict[str, Any]]]:
-    """The groups and the states of a state dict.
+    """Returns the groups and the states of a state dict.
 
     Raises:
         TypeError: it is not a dict.
@@ -135,7 +136,7 @@ def _sections(state_dict: StateDict) -> tuple[list[dict[str, Any]], dict[Hashabl
 
 
 def _params_by_key(optimizer: Ruled, saved_groups: list[dict[str, Any]]) -> dict[Hashable, tuple[str, Tensor]]:
-    """The parameters of the optimizer, in words and themselves, by the keys that a state dict has for them.
+    """Returns the parameters of the optimizer, in words and themselves, by the keys that a state dict has for them.
 
     Raises:
         ValueError: there are not as many groups, or parameters of a group, or a key stands for two parameters.
@@ -163,7 +164,7 @@ def _params_by_key(optimizer: Ruled, saved_groups: list[dict[str, Any]]) -> dict
 
 
 def _names(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Sequence[str]:
-    """The names of a group's parameters, if the state dict or the optimizer has them.
+    """Returns the names of a group's parameters, if the state dict or the optimizer has them.
 
     Raises:
         ValueError: those of the state dict are not as many names.
@@ -189,7 +190,7 @@ def _read_state(
     merged: Mapping[str, Any],
     state: State,
 ) -> dict[str, Any]:
-    """The state of a parameter as the optimizer stores it, in tensors of its own; none where it begins anew.
+    """Returns the state of a parameter as the optimizer stores it, in tensors of its own; none where it begins again.
 
     What others keep beside it, such as slow weights, is kept as it is. What was saved of a sharded parameter is read
     shard by shard where it lies as the parameter does, in blocks of the same size; else as a whole, of which the shard
@@ -222,7 +223,7 @@ def _read_state(
 
 
 def _own_value(where: str, name: str, value: Any, param: Tensor) -> Any:
-    """A copy of what others keep, on the parameter's device."""
+    """Returns a copy of what others keep, on the parameter's device."""
     if isinstance(value, Tensor):
         return value.detach().clone().to(param.device)
     try:
@@ -240,7 +241,7 @@ def _is_placed_alike(param: Tensor, saved: Group, merged: Mapping[str, Any], sta
 def _stored(
     where: str, param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool, found: Read
 ) -> dict[str, Tensor]:
-    """What was found in the form in which the optimizer stores it, in tensors of its own.
+    """Returns what was found as the optimizer stores it, in tensors of its own.
 
     Raises:
         ValueError: a number that has no code; a compensation that is not one.
@@ -260,7 +261,7 @@ def _stored(
 
 
 def codes_of(where: str, name: str, value: Tensor | Coded, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """A state in codes; bit for bit the same if it was in blocks of this size."""
+    """Returns a state in codes; bit for bit the same if it was in blocks of this size."""
     if isinstance(value, Coded):
         if value.view == block_view(value.codes.shape, block_size):
             return value.codes, value.scale

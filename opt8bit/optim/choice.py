@@ -1,4 +1,4 @@
-"""Which parameters of a model Muon steps, and which AdamW: chosen by their shapes and names."""
+"""Chooses by shapes and names which parameters of a model Muon steps, and which AdamW."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Named = list[tuple["str | None", Tensor]]  # parameters, each with its name, if 
 
 
 class Choice(NamedTuple):
-    """How the parameters of a group are divided.
+    """Divides the parameters of a group.
 
     Attributes:
         use_muon: the rule of all parameters that no pattern fits; None where shapes and names choose.
@@ -90,7 +90,7 @@ class Choice(NamedTuple):
         return [name for name, param in members if name is not None and self._is_for_muon(group, name, param)]
 
     def _asked_for(self, group: Mapping[str, Any]) -> bool | None:
-        """Whether Muon is to step a group; None where shapes and names choose."""
+        """Returns whether Muon is to step a group, or None where shapes and names choose."""
         use_muon = group.get("use_muon")
         return self.use_muon if use_muon is None else use_muon
 
@@ -123,7 +123,7 @@ class Choice(NamedTuple):
         return is_muons if is_muons or is_adamws else None
 
     def _is_chosen(self, name: str | None, param: Tensor) -> bool:
-        """Whether names and shapes choose Muon."""
+        """Tells whether names and shapes choose Muon."""
         if name is None:
             raise ValueError(
                 "parameters are chosen by their names: give a module, its named_parameters(), or groups that say "
@@ -136,7 +136,7 @@ class Choice(NamedTuple):
 
 
 def is_heads(value: object) -> bool:
-    """Whether a value is a number of heads."""
+    """Tells whether a value is a number of heads."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -168,7 +168,7 @@ def _heads_of(name: str | None, heads: int | Mapping[str, int]) -> int:
 
 
 def fits_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits one of the patterns: as it is, or without what wrappers of modules have put into it."""
+    """Tells whether a name fits one of the patterns: as it is, or without what wrappers of modules have put into it."""
     names = {name, WRAPPERS.sub("", name)}
     return any(fnmatchcase(each, pattern) for pattern in patterns for each in names)
 

@@ -19,7 +19,7 @@ from opt8bit.quant import decode_state
 
 @torch.no_grad()
 def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
-    """The state dict that the optimizer's counterpart in torch.optim would have: float32 states, its groups.
+    """Returns the state dict that the optimizer's counterpart in torch.optim would have: float32 states, its groups.
 
     ``torch.optim.AdamW(params).load_state_dict(to_torch_state_dict(optimizer))`` then continues where an
     ``AdamW8bit`` of the same parameters is. The states are the exact values of their codes; what ``compensation``
@@ -32,7 +32,7 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
         New tensors where the states are, numbered as by :meth:`torch.optim.Optimizer.state_dict`.
 
     Raises:
-        TypeError: torch.optim has no counterpart.
+        TypeError: the optimizer is none of opt8bit, or torch.optim has no counterpart.
         ValueError: a group has a hyper-parameter that the counterpart cannot honour; or a state is not of its
             parameter's shape, or was made with another block size.
     """
@@ -59,7 +59,9 @@ def to_torch_state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
     return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
 
 
-def _counterpart(kind: type[Optimizer8bit]) -> str:
+def _counterpart(kind: type[Any]) -> str:
+    if not issubclass(kind, Optimizer8bit):
+        raise TypeError(f"optimizer must be one of opt8bit, got {kind.__name__}")
     if kind.counterpart is None or not hasattr(torch.optim, kind.counterpart):
         raise TypeError(f"torch.optim has no counterpart of {kind.__name__}")
     return kind.counterpart
@@ -68,7 +70,7 @@ def _counterpart(kind: type[Optimizer8bit]) -> str:
 def _group(
     optimizer: Optimizer8bit, number: int, defaults: Mapping[str, Any], counterpart: str, first: int
 ) -> dict[str, Any]:
-    """A parameter group as the counterpart has it, with what users and schedulers have added."""
+    """Returns a parameter group as the counterpart has it, with what users and schedulers have added."""
     group = optimizer.param_groups[number]
     kept = {name: value for name, value in group.items() if name not in KEPT and name != "params"}
     alien = [name for name in kept if name in optimizer.defaults and name not in defaults]
@@ -94,7 +96,7 @@ def _check_names(number: int, kept: Mapping[str, Any], counterpart: str) -> None
 
 
 def _state(param: Tensor, rule: Rule, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a parameter as the counterpart has it."""
+    """Returns the state of a parameter as the counterpart has it."""
     values = {name: _full(state, name, signed, group["block_size"]) for name, signed in rule.states.items()}
     if "variance" in values:
         square = as_real(values["grad_avg"]).square() + as_real(values["variance"])

@@ -67,7 +67,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], listed: Mapping[str, Any], fol
 
 
 def is_as_wanted(saved: Any, shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether a checkpoint lists a tensor of this shape and dtype."""
+    """Tells whether a checkpoint lists a tensor of this shape and dtype."""
     return hasattr(saved, "size") and saved.size == shape and saved.properties.dtype == dtype
 
 

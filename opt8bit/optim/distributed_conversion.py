@@ -1,4 +1,4 @@
-"""convert_distributed_checkpoint: writes a distributed checkpoint anew in the layout in which it is to be loaded."""
+"""convert_distributed_checkpoint: writes a distributed checkpoint again in the layout in which it is to be loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Wanted(NamedTuple):
-    """What a state dict has under a name."""
+    """Says what a state dict has under a name."""
 
     path: Keys
     spec: tuple[torch.Size, torch.dtype] | None  # of a tensor
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
 def convert_distributed_checkpoint(
     state_dict: Mapping[str, Any], folder: str | os.PathLike[str], new_folder: str | os.PathLike[str]
 ) -> None:
-    """Writes a distributed checkpoint anew, in the layout in which ``state_dict`` is to be loaded.
+    """Writes a distributed checkpoint again, in the layout in which ``state_dict`` is to be loaded.
 
     ``torch.distributed.checkpoint.load`` reads a tensor only under its name, in its shape. So it takes a conversion to
     go on with states of other bits (also where they follow from ``min_8bit_size``, or from shards that cut blocks), of
@@ -102,7 +102,7 @@ def _convert(wanted: Mapping[str, Wanted], folder: Path, new_folder: Path) -> No
 
 
 class _Conversion:
-    """What a new checkpoint holds, and how each part of it is made from the old one.
+    """Lists what a new checkpoint holds, and how each part of it is made from the old one.
 
     Args:
         wanted: what it is loaded into.
@@ -211,7 +211,7 @@ class _Conversion:
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """What the checkpoint says of block sizes, and of whose they are."""
+        """Returns what the checkpoint says of block sizes, and of whose they are."""
         endings = (".block_size", ".params")
         names = [name for name in self._listed if is_of_group(name) and name.endswith(endings)]
         return {name: self._source.value(name) for name in names if not hasattr(self._listed[name], "size")}
@@ -236,7 +236,7 @@ class _Conversion:
 
 
 def is_of_group(name: str) -> bool:
-    """Whether a name in a checkpoint is one of a parameter group; flattened, its keys are parts of one."""
+    """Tells whether a name in a checkpoint is one of a parameter group; flattened, its keys are parts of one."""
     return GROUPS in name.split(".")
 
 
@@ -248,7 +248,7 @@ def _saved(value: Any) -> io.BytesIO:
 
 
 def _distributed() -> Any:
-    """torch.distributed, where several processes have joined; else None."""
+    """Returns torch.distributed, or None where only one process runs."""
     dist: Any = importlib.import_module("torch.distributed")
     return dist if dist.is_available() and dist.is_initialized() else None
 
@@ -264,7 +264,7 @@ def _of_all_processes(wanted: dict[str, Wanted]) -> dict[str, Wanted]:
 
 
 def _on_first_process(work: Callable[[], None]) -> None:
-    """Has the first process work while the others wait; what it raises is raised on all."""
+    """Lets the first process work while the others wait, and raises on all of them what it raises."""
     dist = _distributed()
     if dist is None:
         work()

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 
 
 class Item(NamedTuple):
-    """What a checkpoint is to hold under a name."""
+    """Says what a checkpoint is to hold under a name."""
 
     path: tuple[str | int, ...]  # the keys that lead to it in a nested state dict
     spec: tuple[torch.Size, torch.dtype] | None  # of a tensor; None for what is written as bytes

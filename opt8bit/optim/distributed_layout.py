@@ -1,4 +1,4 @@
-"""How a distributed checkpoint stores the states of optimizers: in 8-bit codes, in full, or in the old layout."""
+"""Finds out how a distributed checkpoint stores states: in 8-bit codes, in full, or in the old layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Path = tuple["str | int", ...]  # the keys and indices that lead to a value of a
 
 
 class Form(NamedTuple):
-    """How a state is stored."""
+    """Says how a state is stored."""
 
     words: str
     codes: str  # the name of its codes; of its values where it is in full
@@ -79,7 +79,7 @@ def state_of(name: str) -> str | None:
 
 
 def is_signed(state: str) -> bool:
-    """Whether a state, by its full name, can be negative."""
+    """Tells whether a state, by its full name, can be negative."""
     return signs()[state.rpartition(".")[2]]
 
 

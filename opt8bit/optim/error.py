@@ -78,7 +78,7 @@ class _Pair(NamedTuple):
 
 @torch.no_grad()
 def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = None) -> StateErrorReport:
-    """How far an optimizer's 8-bit states are from exact ones, for each state of each parameter.
+    """Measures how far an optimizer's 8-bit states are from exact ones, for each state of each parameter.
 
     An optimizer does not keep its exact states, so "exact" needs a definition. There are two.
 
@@ -143,7 +143,7 @@ def state_error(optimizer: Optimizer8bit, exact: torch.optim.Optimizer | None = 
 
 
 def measure(parameter: str, state: str, pair: _Pair, signed: bool, block_size: int) -> StateError:
-    """The error of one state."""
+    """Returns the error of one state."""
     stored = decode_state(pair.codes, pair.scale, signed, block_size)
     distance = levels(pair.exact, pair.codes, pair.scale, signed, block_size)
     lost = (stored == 0) & (pair.exact != 0)
@@ -158,7 +158,7 @@ def measure(parameter: str, state: str, pair: _Pair, signed: bool, block_size: i
 
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:
-    """``norm(stored - exact) / norm(exact)``; 0 where both are zero, inf where only ``exact`` is."""
+    """Returns ``norm(stored - exact) / norm(exact)``: 0 where both are zero, inf where only ``exact`` is."""
     difference = (stored.double() - exact.double()).norm().item()
     norm = exact.double().norm().item()
     if norm == 0:
@@ -173,7 +173,7 @@ def levels(
     signed: bool,
     block_size: int,
 ) -> Tensor:
-    """How many codes lie between each exact value and its stored one, fractions included; float64.
+    """Returns how many codes lie between each exact value and its stored one, fractions included; float64.
 
     The scale is that of the stored state: code k stands at k, and values between two codes lie between them in
     proportion (beyond the first and the last as between the two outermost). The nearest code is thus never more
@@ -191,7 +191,7 @@ def levels(
 
 
 def _entries(optimizer: Optimizer8bit) -> Iterator[_Entry]:
-    """Parameters under a rule that has states."""
+    """Yields the parameters under a rule that has states."""
     for group_index, group in enumerate(optimizer.param_groups):
         rule = optimizer.rule(group)
         names = group.get("param_names") or [
@@ -206,7 +206,7 @@ def _entries(optimizer: Optimizer8bit) -> Iterator[_Entry]:
 
 
 def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
-    """The states after one more step with the present gradient, exact and coded."""
+    """Returns the states after one more step with the present gradient, exact and coded."""
     param, block_size = entry.param, entry.group["block_size"]
     grad = entry.grad
     assert grad is not None
@@ -230,7 +230,7 @@ def _next_coding(optimizer: Optimizer8bit, entry: _Entry) -> dict[str, _Pair]:
 
 
 def _against(entry: _Entry, exact: torch.optim.Optimizer) -> dict[str, _Pair]:
-    """The stored states, beside those of an optimizer that has them in full."""
+    """Returns the stored states, beside those of an optimizer that has them in full."""
     group_index, index = entry.place
     param = exact.param_groups[group_index]["params"][index]
     state = exact.state.get(param, {})

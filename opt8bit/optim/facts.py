@@ -1,4 +1,4 @@
-"""What parameter groups say: their hyper-parameters and options, checked when they change and not on every step."""
+"""Reads hyper-parameters and options of parameter groups, and checks them when they change, not on every step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLANNED = ("block_size", "fused", "stochastic_rounding", "compensation", "seed",
 
 
 class Facts(NamedTuple):
-    """What a group says, and what follows from it."""
+    """Holds what a group says, and what follows from it."""
 
     said: tuple[Any, ...]  # its hyper-parameters and options
     is_fixed: bool  # no one of them can change its value and stay the same object
@@ -76,7 +76,7 @@ def _is_fixed(value: object) -> bool:
 def hyper_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a rule's hyper-parameters from a parameter group, in the rule's order; beta1 is the first of its betas.
 
-    They are numbers, but for an ``lr`` that lies on a device.
+    They are numbers, except an ``lr`` that lies on a device.
     """
     values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}}
     chosen = {name: values[name] for name in rule.hyper}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Policy(NamedTuple):
-    """What of a parameter group a state dict cannot change, and what it must pass."""
+    """Lists what of a parameter group a state dict cannot change, and what it must pass."""
 
     kept: Collection[str]  # options that stay the optimizer's: how states are stored and computed
     check: Callable[[dict[str, Any]], None]  # raises ValueError for a group that the optimizer cannot have
@@ -30,7 +30,7 @@ def merged_group(
     missing: Collection[str],
     policy: Policy,
 ) -> dict[str, Any]:
-    """A group with the saved hyper-parameters, the optimizer's options of storage, and what else was saved.
+    """Returns a group with the saved hyper-parameters, the optimizer's options of storage, and what else was saved.
 
     Raises:
         ValueError: a hyper-parameter is missing, of another kind than the optimizer's, or out of range.
@@ -81,7 +81,7 @@ def _check_kind(name: str, value: object, default: object) -> None:
 
 
 def _copied(name: str, value: Any, had: Any) -> Any:
-    """A copy; of a tensor, its value alone, on the device of the tensor that it replaces.
+    """Returns a copy; of a tensor, only its value, on the device of the tensor that it replaces.
 
     Raises:
         ValueError: it cannot be copied.

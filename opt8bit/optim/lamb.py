@@ -32,7 +32,7 @@ def lamb(
     adapt: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of LAMB; all tensors of one shape, that of the whole parameter: its norm counts.
+    """Takes one step of LAMB. All tensors have one shape, that of the whole parameter: its norm counts.
 
     Source: Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, algorithm 2.
     """
@@ -48,7 +48,7 @@ def lamb(
 
 
 def norm_ratio(param: Tensor, direction: Tensor) -> float:
-    """The norm of one tensor in terms of another's; 1 if either is zero."""
+    """Returns the norm of one tensor in terms of another's; 1 if either is zero."""
     norms = [torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (param, direction)]
     return norms[0] / norms[1] if norms[0] != 0 and norms[1] != 0 else 1.0
 
@@ -65,7 +65,7 @@ RULE = Rule(
 
 
 class LAMB8bit(Optimizer8bit):
-    """LAMB with 8-bit states: Adam whose step is in proportion to the norm of each parameter.
+    """Implements LAMB with 8-bit states: Adam whose step is in proportion to the norm of each parameter.
 
     With ``m`` and ``v`` as in Adam, all norms over a whole parameter::
 

@@ -31,7 +31,7 @@ def lars(
     adapt: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of LARS; all tensors of one shape, that of the whole parameter: its norm counts.
+    """Takes one step of LARS. All tensors have one shape, that of the whole parameter: its norm counts.
 
     Source: Large Batch Training of Convolutional Networks, algorithm 1.
     """
@@ -59,7 +59,7 @@ VARIANTS = {  # by whether there is momentum
 
 
 class LARS8bit(Optimizer8bit):
-    """LARS whose momentum takes 8 bits: SGD whose step is in proportion to the norm of each parameter.
+    """Implements LARS with 8-bit momentum: SGD whose step is in proportion to the norm of each parameter.
 
     With ``g`` the gradient, all norms over a whole parameter::
 

@@ -28,7 +28,7 @@ def lion(
     maximize: float,
     caution: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One step of Lion; all tensors of one shape.
+    """Takes one step of Lion. All tensors have one shape.
 
     Source: Symbolic Discovery of Optimization Algorithms, algorithm 2.
     """
@@ -46,7 +46,7 @@ CAUTIOUS = cautious(RULE)
 
 
 class Lion8bit(Optimizer8bit):
-    """Lion with an 8-bit average: one byte of state a parameter.
+    """Implements Lion with an 8-bit average: one byte of state a parameter.
 
     With ``g`` the gradient::
 

@@ -26,7 +26,7 @@ Named = Iterable[tuple[str, Tensor]]  # parameters with their names
 
 
 def _maker(kind: type[Optimizer8bit]) -> tuple[str, Maker]:
-    """How an optimizer is made for a report, and what the report calls it."""
+    """Returns how an optimizer is made for a report, and what the report calls it."""
     make: Any = kind
     dims = {rule.dim for rule in kind.rules}
 
@@ -57,7 +57,7 @@ UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 @dataclass(frozen=True)
 class OptimizerMemory:
-    """Bytes under one optimizer, on one process. Counts are of whole parameters, those that get states."""
+    """Counts the bytes under one optimizer, on one process. Counts are of whole parameters, those that get states."""
 
     optimizer: str
     weight_bytes: int
@@ -75,7 +75,7 @@ class OptimizerMemory:
 
     @property
     def ratio(self) -> float:
-        """States as stored, of states in full; 1 where there are none."""
+        """The bytes of states as stored divided by those of states in full; 1 where there are none."""
         return self.state_bytes / self.state_bytes_32 if self.state_bytes_32 else 1.0
 
 
@@ -91,7 +91,7 @@ class MemoryReport:
 
 
 def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **options: Unpack[Options]) -> MemoryReport:
-    """What weights, gradients and optimizer states take, at 32 bits and as this package stores them.
+    """Reports what weights, gradients and optimizer states take, at 32 bits and as this package stores them.
 
     Only shapes, dtypes and options are looked at, so that a model on the meta device is served as well. States are
     counted from the first step on, ``step`` included, and every parameter that requires a gradient is taken to get
@@ -138,13 +138,13 @@ def memory_report(subject: nn.Module | Optimizer8bit, *, ranks: int = 1, **optio
 
 
 def state_bytes(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> int:
-    """Bytes of the states of a parameter or of a shard, ``step`` included."""
+    """Returns the bytes of the states of a parameter or of a shard, ``step`` included."""
     stored = specs(param, rule, group, coded).values()
     return sum(spec.shape.numel() * spec.dtype.itemsize for spec in stored)
 
 
 def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor], ranks: int) -> OptimizerMemory:
-    """The row of an optimizer that holds ``params`` or, where some are frozen, those of them that are not."""
+    """Returns the row of an optimizer that holds ``params`` or, where some are frozen, those of them that are not."""
     stepped = [(param, group, optimizer.rule(group)) for param, group in _stepped(optimizer)]
     coded = [
         will_be_coded(optimizer.state.get(param, {}), rule, param, group) and (ranks == 1 or param.dim() > 1)
@@ -169,7 +169,7 @@ def _memory(name: str, optimizer: Optimizer8bit, params: Sequence[Tensor], ranks
 
 
 def _stepped(optimizer: Optimizer8bit) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Parameters that have states or will get them."""
+    """Yields the parameters that have states or will get them."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.requires_grad or optimizer.state.get(param):
@@ -177,7 +177,7 @@ def _stepped(optimizer: Optimizer8bit) -> Iterator[tuple[Tensor, dict[str, Any]]
 
 
 def _shard(param: Tensor, ranks: int) -> Tensor:
-    """What a process has of a parameter: the first of so many, or this one of those that have it already.
+    """Returns what a process holds of a parameter: the first of ``ranks``, or this one if it is sharded already.
 
     Raises:
         ValueError: both are the case.
@@ -201,7 +201,7 @@ def _cells(row: OptimizerMemory) -> tuple[str, ...]:
 
 
 def readable(size: float) -> str:
-    """Bytes in the largest unit of which there is at least one: ``1.50 GB``."""
+    """Returns a size in the largest unit of which there is at least one: ``1.50 GB``."""
     for unit, scale in UNITS:
         if size >= scale:
             return f"{size / scale:,.2f} {unit}"

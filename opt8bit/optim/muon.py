@@ -27,7 +27,7 @@ ADJUSTMENTS = {  # of lr, by the number of rows and columns
 def direction_of(
     grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, maximize: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """What is to be orthogonalized, in the dtype of the products, and the momentum, which is updated where it is."""
+    """Updates the momentum in place, and returns what is to be orthogonalized, in the dtype of the products."""
     grad = -grad if maximize else grad
     momentum_buffer.lerp_(grad, 1 - momentum)
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
@@ -37,7 +37,7 @@ def direction_of(
 def orthogonalized_by_heads(
     direction: Tensor, *, ns_coefficients: Coefficients, ns_steps: int, eps: float, heads: int = 1, **_: Any
 ) -> Tensor:
-    """With several ``heads``, the rows of a matrix are that many matrices below each other, each one for itself."""
+    """Orthogonalizes the rows of a matrix as ``heads`` matrices below each other, each by itself."""
     rows, columns = direction.shape[-2:]
     matrices = direction
     if heads > 1 or direction.dim() > 2:
@@ -55,14 +55,14 @@ def moved(
     heads: int = 1,
     **_: Any,
 ) -> Tensor:
-    """The parameter after a step in an orthogonal direction."""
+    """Returns the parameter after a step in an orthogonal direction."""
     rows, columns = param.shape[-2:]
     adjusted_lr = lr * ADJUSTMENTS[adjust_lr_fn or "original"](rows // heads, columns)
     return (param * (1 - lr * weight_decay)).add_(direction.to(param.dtype), alpha=-adjusted_lr)
 
 
 def muon(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, step: float, **hyper: Any) -> tuple[Tensor, ...]:
-    """One step of Muon; all tensors of one shape: (rows, columns), or several such matrices, (..., rows, columns).
+    """Takes one step of Muon. All tensors have one shape: (rows, columns), or (..., rows, columns).
 
     Each is stepped for itself.
 
@@ -123,7 +123,7 @@ def check_muon(group: dict[str, Any]) -> None:
 
 
 class Muon8bit(Optimizer8bit):
-    """Muon whose momentum takes 8 bits: ``torch.optim.Muon`` at a quarter of its state memory.
+    """Implements Muon with 8-bit momentum: ``torch.optim.Muon`` at a quarter of its state memory.
 
     For the matrices of hidden layers; embeddings, heads, norms and biases want another optimizer. With ``g`` the
     gradient, and O(.) the Newton-Schulz iteration towards an orthogonal matrix::

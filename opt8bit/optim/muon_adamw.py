@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MuonAdamW8bit(Optimizer8bit):
-    """Muon and AdamW with 8-bit states for a whole model: matrices of hidden layers by Muon, all else by AdamW.
+    """Implements Muon for the matrices of hidden layers and AdamW for everything else, with 8-bit states.
 
     Each parameter group has one rule, ``use_muon``: that of :class:`Muon8bit` or that of :class:`AdamW8bit`. A group
     that does not say which is divided by names and shapes. In this order:

@@ -26,12 +26,12 @@ def orthogonalized(
     steps: int,
     eps: float,
 ) -> Tensor:
-    """Newton-Schulz iterations towards the nearest matrix with orthonormal rows or columns, in bfloat16.
+    """Iterates by Newton-Schulz, in bfloat16, towards the nearest matrix with orthonormal rows or columns.
 
-    In float32 on processors that have no arithmetic for bfloat16. Two of an iteration's three products are symmetric.
-    Where one side of a large matrix is much the longer one, several iterations become one product with a polynomial of
-    the Gram matrix, whose sides are as short as the other. The matrices of a batch are iterated together, each for
-    itself.
+    It does so in float32 on processors that have no arithmetic for bfloat16. Two of an iteration's three products are
+    symmetric. Where one side of a large matrix is much the longer one, several iterations become one product with a
+    polynomial of the Gram matrix, whose sides are as short as the other. The matrices of a batch are iterated together,
+    each for itself.
 
     Source: Muon: An optimizer for hidden layers in neural networks (Jordan et al., 2024).
     """
@@ -54,7 +54,7 @@ def orthogonalized(
 
 
 def _iterated(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
-    """Iterations one by one, x being overwritten. What the first has allocated serves the others."""
+    """Iterates step by step and overwrites x. What the first step has allocated serves the others."""
     a, b, c = coefficients
     gram = added = spare = None
     for _ in range(steps):
@@ -65,7 +65,7 @@ def _iterated(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
 
 
 def _iterated_on_gram(x: Tensor, coefficients: Coefficients, steps: int) -> Tensor:
-    """Iterations on one Gram matrix G: each takes x to Px and G to PGP, where P = a + bG + cG²."""
+    """Iterates on one Gram matrix G: each step takes x to Px and G to PGP, where P = a + bG + cG²."""
     a, b, c = coefficients
     gram = symmetric_product(x, x.mT)
     added = symmetric_product(gram, gram, gram, beta=b, alpha=c)  # P - a
@@ -88,7 +88,7 @@ def symmetric_product(
     alpha: float = 1.0,
     out: Tensor | None = None,  # (n, n) or (batch, n, n), none of the others
 ) -> Tensor:
-    """``beta * added + alpha * left @ right``, (n, n), known to be symmetric: half of it is computed, half copied.
+    """Returns ``beta * added + alpha * left @ right``, (n, n), which is symmetric: half is computed, half copied.
 
     By panels of rows, where the matrix is large enough for that to pay. (On GPUs that has not been measured.) Products
     of a batch are computed in full.
@@ -117,7 +117,7 @@ def _product(
     alpha: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``beta * added + alpha * left @ right``, or ``left @ right``, of matrices or batches of them."""
+    """Returns ``beta * added + alpha * left @ right``, or ``left @ right``, of matrices or batches of them."""
     if added is None:
         return torch.matmul(left, right, out=out)
     add_product = torch.addmm if left.dim() == 2 else torch.baddbmm
@@ -125,23 +125,23 @@ def _product(
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products on a tensor's device."""
+    """Returns the dtype of products on a tensor's device."""
     return torch.bfloat16 if x.device.type != "cpu" or has_bfloat16() else torch.float32
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor has arithmetic for bfloat16, or torch cannot tell."""
+    """Tells whether this processor has arithmetic for bfloat16, or torch cannot tell."""
     known = _capabilities()
     found = [known[name] for name in ("avx512_bf16", "amx_bf16", "bf16") if name in known]
     return any(found) or not found
 
 
 def has_amx() -> bool:
-    """Whether this processor has instructions that multiply tiles of bfloat16."""
+    """Tells whether this processor has instructions that multiply tiles of bfloat16."""
     return _capabilities().get("amx_bf16", False)
 
 
 @functools.cache
 def _capabilities() -> Mapping[str, Any]:
-    """What this processor has, which torch 2.10 and later tell; empty with others."""
+    """Returns what torch 2.10 and later know of this processor; an empty mapping with others."""
     return getattr(torch.cpu, "get_capabilities", dict)()

@@ -1,4 +1,4 @@
-"""Who sees the steps of an optimizer: profilers, compilers and hooks."""
+"""Shows the steps of an optimizer to profilers, compilers and hooks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def noted_where_seen(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_seen(optimizer: Optimizer) -> bool:
-    """Whether a profiler, a compiler or a hook wants to see the steps of an optimizer."""
+    """Tells whether a profiler, a compiler or a hook wants to see the steps of an optimizer."""
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     return any(own) or any(GLOBAL_HOOKS) or profiler._is_profiler_enabled or torch.compiler.is_compiling()

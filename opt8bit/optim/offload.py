@@ -14,7 +14,7 @@ BACKWARD = "backward"  # the option's value for steps that are taken while the b
 
 
 class Host:
-    """Room on the CPU for a parameter, or its shard on this process, and its gradient."""
+    """Holds room on the CPU for a parameter, or its shard on this process, and its gradient."""
 
     def __init__(self, param: Tensor, grad: Tensor) -> None:
         self._device = param.device
@@ -60,13 +60,13 @@ class Host:
 
 
 class Hosts:
-    """Those of an optimizer's parameters."""
+    """Keeps the hosts of an optimizer's parameters."""
 
     def __init__(self) -> None:
         self._hosts: dict[Tensor, Host] = {}
 
     def fetched(self, param: Tensor) -> Host:
-        """The host of a parameter, to which it and its gradient are on the way.
+        """Returns the host of a parameter, to which it and its gradient are on the way.
 
         Raises:
             RuntimeError: the gradient is none that it can have.
@@ -81,7 +81,7 @@ class Hosts:
         return host
 
     def of(self, param: Tensor) -> Host:
-        """The host of a parameter that has been fetched."""
+        """Returns the host of a parameter that has been fetched."""
         return self._hosts[param]
 
     def give_back(self, param: Tensor) -> None:
@@ -94,12 +94,14 @@ class Hosts:
 
 
 def target(param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """What the states of a parameter in a group are like on this process: of the shape of its shard, and where that is
-    stepped. Only its shape, dtype and device are to be looked at."""
+    """Returns a tensor with the shape, dtype and device of a parameter's states on this process.
+
+    Its shape is that of the shard, and its device that of the step. Its values mean nothing.
+    """
     local = shards.local(param)
     return on_cpu(local) if group["offload"] else local
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """A tensor of that shape and dtype on the CPU, that takes no memory."""
+    """Returns a tensor of that shape and dtype on the CPU, that takes no memory."""
     return torch.empty((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)

@@ -19,7 +19,7 @@ def old_absmax(name: str) -> str:
 
 
 def is_old(state: Mapping[Any, Any], name: str) -> bool:
-    """Whether a state is stored in the old layout."""
+    """Tells whether a state is stored in the old layout."""
     return old_absmax(name) in state
 
 

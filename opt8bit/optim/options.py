@@ -18,14 +18,14 @@ LEAST = {"lr": -1e-12}  # where it is not 0: torch's schedulers that end at zero
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes; each is an option of a parameter group, too.
+    """Lists keyword arguments that every optimizer takes; each is an option of a parameter group, too.
 
     Attributes:
         maximize: ascend instead of descend (default False).
         caution: leave out of a step the elements that it would move against their gradients, and scale it by one over
             the share of the others in the whole parameter (default False). AdamW, Adam, Lion and SGD with momentum have
             it.
-        stochastic_rounding: round bfloat16 parameters up or down by chance, so that small updates are not lost but come
+        stochastic_rounding: round bfloat16 parameters up or down randomly, so that small updates are not lost but come
             through on average (default False). Other dtypes are not affected; float16 is refused.
         compensation: keep beside a bfloat16 parameter the 16 bits that it has no room for, so that it is trained as a
             float32 one (default False). Two bytes a parameter, as the state ``compensation``; they belong to the value
@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
             are there.
         fused: True takes compiled kernels or raises, False takes the plain torch reference, None the fastest there is.
         capturable: a step may be captured in a CUDA graph (default False): for parameters on a GPU that Triton serves;
-            with ``lr`` a tensor there, the graph reads it anew at each replay. Take a step like it before, and keep the
+            with ``lr`` a tensor there, each replay of the graph reads it. Take a step like it before, and keep the
             gradients and the group as they are as long as the graph is replayed. A graph holds at most four steps.
         offload: True keeps the states on the CPU and takes the step there, for parameters that are on a GPU (default
             False): each step copies them and their gradients over and the parameters back. "backward" has each
@@ -124,7 +124,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 
 def is_on_device(value: Any) -> bool:
-    """Whether a value lies where looking at it would wait for a device, so that nobody does."""
+    """Tells whether a value lies where looking at it would wait for a device, so that nobody does."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
@@ -163,7 +163,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_finite(group: Mapping[str, Any], *names: str) -> None:
-    """Refuses what is not a finite number, but for tensors, which may lie on a device.
+    """Refuses what is not a finite number, except tensors, which may lie on a device.
 
     NaN is left to :func:`check_not_negative`, which has torch.optim's words for it.
 

@@ -20,7 +20,7 @@ def refuse_shared(params: Sequence[Tensor]) -> None:
 
 
 def overlapping(params: Sequence[Tensor]) -> set[int]:
-    """Indices of parameters that may share memory: they are stepped one after another, as torch.optim does."""
+    """Returns the indices of parameters that may share memory."""
     spans = []
     for index, param in enumerate(params):
         if param.numel() == 0:

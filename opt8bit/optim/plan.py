@@ -1,4 +1,4 @@
-"""What a step works on, kept between steps for as long as it stays true.
+"""Keeps what a step works on between steps, for as long as it stays true.
 
 A model may have thousands of small parameters and hundreds of groups, and looking each of them up costs more than
 updating it. So a plan is made once, for all groups together, and each step only compares it with what it was made from.
@@ -51,7 +51,7 @@ class _Each(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Parameters of one kind and group go into one batch."""
+    """Says which batch a parameter goes into: those of one kind and group go together."""
 
     group: int
     device: torch.device
@@ -61,7 +61,7 @@ class _Kind(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """What one backend has to step, batch after batch."""
+    """Lists what one backend has to step, batch after batch."""
 
     backend: Backend
     indices: list[int] | None  # n: of its parameters among all; None if it has all of them, in their order
@@ -74,7 +74,7 @@ class _Share(NamedTuple):
 
 
 class Plan:
-    """How the backends share the parameters of some groups.
+    """Divides the parameters of some groups among the backends.
 
     Args:
         asked: of the step that the plan is made for; its gradients are not kept.
@@ -113,7 +113,7 @@ class Plan:
         self._params_at = data_ptrs(params).tobytes()  # those that come to share memory need another plan
 
     def is_for(self, asked: Sequence[Asked]) -> bool:
-        """Whether a plan made for what is asked would be this one, by all but the tensors."""
+        """Tells whether a plan made for what is asked would be this one, by all but the tensors."""
         return [each.key() for each in asked] == self._key
 
     def steps(
@@ -125,7 +125,7 @@ class Plan:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> list[tuple[Backend, Step]] | None:
-        """Returns the share of each backend in one step; None where a plan made for these would be another one."""
+        """Returns the share of each backend in one step, or None where a plan made for these would be another one."""
         tensors = self._tensors(params, grads, states)
         try:
             found = None if tensors is None else self._description.addresses(tensors)
@@ -250,7 +250,7 @@ def _batch(
 
 
 def _is_staged(backend: Backend, param: Tensor, grad: Tensor) -> bool:
-    """Whether a backend takes contiguous copies of a parameter and of its gradient."""
+    """Tells whether a backend takes contiguous copies of a parameter and of its gradient."""
     # A single number is contiguous whatever it is a view of, such as the imaginary part of a conjugate: what lies in
     # memory there is its negative.
     is_plain = param.is_contiguous() and grad.is_contiguous() and param.numel() > 1

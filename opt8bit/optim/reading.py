@@ -31,7 +31,7 @@ class Coded(NamedTuple):
     signed: bool
 
     def decoded(self) -> Tensor:
-        """The values, float32 of the parameter's shape."""
+        """Returns the values, float32 of the parameter's shape."""
         return decode_state(self.codes, self.scale, self.signed, self.view.block_size)
 
 
@@ -39,7 +39,7 @@ Read = dict[str, "Tensor | Coded"]  # of a parameter, by the names of its rule; 
 
 
 def check_tensor(where: str, name: str, value: Any, shape: torch.Size, dtypes: Collection[torch.dtype]) -> Tensor:
-    """The tensor that a state dict has for a state.
+    """Returns the tensor that a state dict has for a state.
 
     Args:
         where: the parameter, in words.
@@ -63,7 +63,7 @@ def check_tensor(where: str, name: str, value: Any, shape: torch.Size, dtypes: C
 
 
 def described(value: object) -> str:
-    """A value in words, whatever it is. (Printing a tensor whose memory was freed ends the process.)"""
+    """Returns a value in words, whatever it is. Printing a tensor whose memory was freed ends the process."""
     if isinstance(value, (tuple, list)):
         inner = ", ".join(map(described, value[:4])) + (", ..." if len(value) > 4 else "")
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
@@ -73,7 +73,7 @@ def described(value: object) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number that is finite as a float."""
+    """Tells whether it is a real number that is finite as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -97,7 +97,7 @@ def read_step(where: str, value: Any) -> Tensor:
 
 
 def read_full(where: str, name: str, value: Any, param: Tensor, signed: bool) -> Tensor:
-    """A state of full precision: of the parameter's shape and device, float32 or of the parameter's dtype if larger.
+    """Returns a state in full, of the parameter's shape and device: float32, or the parameter's dtype if larger.
 
     Numbers that are not finite are taken as they are: they never change their neighbours.
 
@@ -122,7 +122,7 @@ def read_coded(
     *,
     is_old: bool = False,
 ) -> Coded:
-    """A state of 8 bits, on the parameter's device.
+    """Returns a state of 8 bits, on the parameter's device.
 
     Codes may have been cast to a float dtype, which holds them exactly; scales to one of 16 bits, unless one of them
     became 0 or infinite by it.
@@ -158,7 +158,7 @@ def read_coded(
 
 
 def _read_bytes(where: str, name: str, value: Any, shape: torch.Size) -> Tensor:
-    """Codes, which someone may have cast to a float dtype."""
+    """Returns codes, which someone may have cast to a float dtype."""
     tensor = check_tensor(where, name, value, shape, (torch.uint8, *REAL_DTYPES))
     if tensor.dtype == torch.uint8:
         return tensor
@@ -182,7 +182,7 @@ def check_not_negative(where: str, name: str, tensor: Tensor) -> None:
 
 
 def flaw(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being read as numbers in memory, in words."""
+    """Returns what keeps a tensor from being read as numbers in memory, in words, or None."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"one of type {type(tensor).__name__}"
     if tensor.is_nested:

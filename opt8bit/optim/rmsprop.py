@@ -29,7 +29,7 @@ def rmsprop(
     momentum: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of RMSprop; all tensors of one shape.
+    """Takes one step of RMSprop. All tensors have one shape.
 
     Source: Neural Networks for Machine Learning (Hinton, 2012), lecture 6e.
     """
@@ -59,7 +59,7 @@ def rmsprop_centered(
     momentum: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of centered RMSprop; all tensors of one shape.
+    """Takes one step of centered RMSprop. All tensors have one shape.
 
     The variance is the mean square less the squared mean, by its own recurrence: the difference of two numbers
     that were each rounded could be negative.
@@ -101,7 +101,7 @@ VARIANTS = {  # by whether it is centered, and whether there is momentum
 
 
 class RMSprop8bit(Optimizer8bit):
-    """RMSprop with 8-bit states: ``torch.optim.RMSprop`` at a quarter of its state memory.
+    """Implements RMSprop with 8-bit states: ``torch.optim.RMSprop`` at a quarter of its state memory.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 

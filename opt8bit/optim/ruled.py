@@ -1,4 +1,4 @@
-"""What an optimizer has to say of its rules: the step loop and checkpoints ask no more of it."""
+"""Defines what an optimizer has to say of its rules: the step loop and checkpoints need no more of it."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Ruled(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        """The update rule of a parameter group: the only one, unless a subclass says which."""
+        """Returns the update rule of a parameter group: the only one, unless a subclass says which."""
         (rule,) = self.rules
         return rule
 
     @classmethod
     def every_state(cls) -> dict[str, bool]:
-        """The states that it has with some setting or other, and whether each can be negative.
+        """Returns the states that it has with some setting or other, and whether each can be negative.
 
         Those that it has no use for now are left where they were when it was switched, and are not loaded.
         """
@@ -61,7 +61,7 @@ class Ruled(torch.optim.Optimizer):
         return hyper_of(self.rule(group), group)
 
     def initial(self, group: dict[str, Any]) -> dict[str, float]:
-        """What states begin as, by name, where it is not zero."""
+        """Returns what states begin as, by name, where it is not zero."""
         return {}
 
     def checked_rule(self, group: dict[str, Any]) -> Rule:

@@ -1,4 +1,4 @@
-"""What an optimizer keeps between its steps, and in no checkpoint."""
+"""Holds what an optimizer keeps between its steps, and in no checkpoint."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def adamw_schedule_free(
     k: float,
     maximize: float,
 ) -> tuple[Tensor, ...]:
-    """One step of schedule-free AdamW; all tensors of one shape.
+    """Takes one step of schedule-free AdamW. All tensors have one shape.
 
     The average x is nowhere: y = (1 - beta1) * z + beta1 * x holds before and after, and moves as x and z do.
 
@@ -81,7 +81,7 @@ def _beta1_of_y(group: Mapping[str, Any]) -> float:
 
 
 class AdamWScheduleFree8bit(Optimizer8bit):
-    """Schedule-free AdamW whose second moment takes 8 bits: ``schedulefree.AdamWScheduleFree`` at 5 bytes a parameter.
+    """Implements ``schedulefree.AdamWScheduleFree`` with an 8-bit second moment, at 5 bytes a parameter.
 
     It takes no schedule of learning rates. A model is evaluated at the average x of the points z that AdamW moves.
     Gradients are taken between the two, at y. With ``g`` the gradient at y and c the weight of the newest z::

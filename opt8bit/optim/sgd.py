@@ -30,7 +30,7 @@ def sgd(
     maximize: float,
     caution: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One step of SGD, with momentum where a ``momentum_buffer`` is given; all tensors of one shape.
+    """Takes one step of SGD, with momentum where a ``momentum_buffer`` is given. All tensors have one shape.
 
     The first step takes the gradient undampened, as in torch.optim.
 
@@ -63,14 +63,14 @@ CAUTIOUS = cautious(MOMENTUM)
 
 
 class SGD8bit(Optimizer8bit):
-    """SGD whose momentum takes 8 bits: ``torch.optim.SGD`` at a quarter of its state memory.
+    """Implements SGD with 8-bit momentum: ``torch.optim.SGD`` at a quarter of its state memory.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 
         buffer = momentum * buffer + (1 - dampening) * g
         p = p - lr * buffer             (nesterov: p - lr * (g + momentum * buffer))
 
-    The buffer is decoded, updated in float32 and coded anew block by block, so that each step adds to it an error
+    The buffer is decoded, updated in float32 and coded again block by block, so that each step adds to it an error
     of at most 0.0071 times the block's absmax. Without momentum there is no state and this is plain SGD.
 
     Args:

@@ -23,7 +23,7 @@ _, SCALE = stored_as("")  # what the names of scales end with
 
 @functools.cache
 def _distributed() -> Any:
-    """torch.distributed.tensor; None where this torch has none."""
+    """Returns torch.distributed.tensor, or None where this torch has none."""
     try:
         return importlib.import_module("torch.distributed.tensor")
     except ImportError:
@@ -31,12 +31,12 @@ def _distributed() -> Any:
 
 
 def _is_wrapper(tensor: Any) -> bool:
-    """Whether it is of a subclass that holds other tensors."""
+    """Tells whether it is of a subclass that holds other tensors."""
     return is_traceable_wrapper_subclass(tensor)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
+    """Tells whether it is a DTensor."""
     # Looked at first, as importing torch.distributed takes a while.
     if not _is_wrapper(tensor) or _distributed() is None:
         return False
@@ -44,7 +44,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """The part of a tensor that this process has: of a DTensor its shard, which shares its memory."""
+    """Returns the part of a tensor that this process has: of a DTensor its shard, which shares its memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -53,34 +53,34 @@ def local(tensor: Any) -> Any:
 
 
 def everywhere(tensor: Any) -> Any:
-    """The whole of a tensor, on every process; all must ask for it."""
+    """Returns the whole of a tensor, on every process; all must ask for it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_grad(grad: Any, param: Any) -> Tensor:
-    """The gradient of the parameter's shard on this process."""
+    """Returns the gradient of the parameter's shard on this process."""
     if is_sharded(grad) and is_sharded(param) and grad.device_mesh == param.device_mesh:
         grad = grad.redistribute(placements=param.placements)  # which does nothing where they are placed alike
     return local(grad)
 
 
 def local_states(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a parameter's shard on this process."""
+    """Returns the states of a parameter's shard on this process."""
     return {name: local(value) for name, value in state.items()}
 
 
 def placement_of(tensor: Any) -> tuple[Any, ...] | None:
-    """How a DTensor lies on the processes, to be compared; None for any other tensor."""
+    """Returns how a DTensor lies on the processes, to be compared, or None for any other tensor."""
     return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else None
 
 
 def described(param: Any) -> dict[str, Any]:
-    """How a DTensor lies on the processes, in words."""
+    """Describes in words how a DTensor lies on the processes."""
     return {"shape": tuple(param.shape), "placements": tuple(param.placements), "mesh": param.device_mesh.shape}
 
 
 def sharded(state: Mapping[str, Tensor], param: Tensor, block_size: int) -> dict[str, Tensor]:
-    """The states of a parameter's shard as those of the parameter: DTensors, placed as it is.
+    """Returns the states of a parameter's shard as those of the parameter: DTensors, placed as it is.
 
     Args:
         state: by name; what has no dimensions is the same on all processes, and left as it is.
@@ -97,7 +97,7 @@ def sharded(state: Mapping[str, Tensor], param: Tensor, block_size: int) -> dict
 
 
 def _whole(local_tensor: Tensor, shape: torch.Size, param: Any) -> Tensor:
-    """The DTensor of a shape, placed as a parameter, of which this process has that part."""
+    """Returns the DTensor of a shape, placed as a parameter, of which this process has that part."""
     module = _distributed()
     stride = torch.empty(shape, device="meta").stride()
     mesh, placements = param.device_mesh, tuple(param.placements)
@@ -112,17 +112,17 @@ def _whole(local_tensor: Tensor, shape: torch.Size, param: Any) -> Tensor:
 
 
 def whole(param: Tensor) -> Tensor:
-    """A tensor of a DTensor's whole shape, with its dtype and device, that takes no memory."""
+    """Returns a tensor of a DTensor's whole shape, with its dtype and device, that takes no memory."""
     return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape)
 
 
 def placed_alike(value: Any, param: Any) -> bool:
-    """Whether a tensor lies on the processes as a parameter does; one of no dimensions lies on all."""
+    """Tells whether a tensor lies on the processes as a parameter does; one of no dimensions lies on all."""
     return placement_of(value) == placement_of(param) if value.dim() else not is_sharded(value)
 
 
 def shards_of(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of states that lie on the processes as their parameter does, the shards on this one.
+    """Returns the shards on this process of states that lie on the processes as their parameter does.
 
     Args:
         where: the parameter, in words.
@@ -139,7 +139,7 @@ def shards_of(where: str, param: Any, state: Mapping[str, Any]) -> dict[str, Any
 
 
 def cut(state: Mapping[str, Tensor], param: Any) -> dict[str, Tensor]:
-    """Of states of a whole parameter, which every process has, the part of its shard on this one.
+    """Cuts the states of a full parameter, which every process has, down to its shard on this process.
 
     Args:
         param: a DTensor whose states :func:`keeps_blocks`, or are not in blocks.
@@ -148,7 +148,7 @@ def cut(state: Mapping[str, Tensor], param: Any) -> dict[str, Tensor]:
 
 
 def part(tensor: Tensor, param: Any) -> Tensor:
-    """This process's part of a tensor that every process has, placed as a parameter; a copy."""
+    """Returns this process's part of a tensor that every process has, placed as a parameter; a copy."""
     sizes, offsets = _extent(tensor.shape, param)
     for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         tensor = tensor.narrow(dimension, min(offset, tensor.shape[dimension]), size)
@@ -156,13 +156,13 @@ def part(tensor: Tensor, param: Any) -> Tensor:
 
 
 def _extent(shape: torch.Size, param: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Size and offset of this process's part of a tensor that is placed as a parameter."""
+    """Returns the size and offset of this process's part of a tensor that is placed as a parameter."""
     utils: Any = importlib.import_module("torch.distributed.tensor._utils")
     return utils.compute_local_shape_and_global_offset(shape, param.device_mesh, param.placements)
 
 
 def agree(params: Iterable[Any], is_well: bool) -> bool:
-    """Whether all is well on all processes that have parts of the parameters; they all must ask."""
+    """Tells whether all is well on all processes that have parts of the parameters; they all must ask."""
     dist: Any = importlib.import_module("torch.distributed")
     for mesh in dict.fromkeys(param.device_mesh for param in params if is_sharded(param)):
         flag = torch.tensor(int(is_well), device=mesh.device_type)
@@ -173,12 +173,12 @@ def agree(params: Iterable[Any], is_well: bool) -> bool:
 
 
 def keeps_blocks(param: Tensor, block_size: int) -> bool:
-    """Whether no block of a parameter is cut by its shards; the same on all processes."""
+    """Tells whether no block of a parameter is cut by its shards; the same on all processes."""
     return not is_sharded(param) or (param.dim() > 1 and all(_keeps_blocks(param, block_size)))
 
 
 def _keeps_blocks(param: Any, block_size: int) -> Iterable[bool]:
-    """For each dimension of the mesh."""
+    """Tells for each dimension of the mesh whether its shards keep blocks whole."""
     view = block_view(param.shape, block_size)
     cuts = [_dimension(placement) for placement in param.placements]
     for dimension, placement, size in zip(cuts, param.placements, param.device_mesh.shape, strict=True):
@@ -192,18 +192,18 @@ def _keeps_blocks(param: Any, block_size: int) -> Iterable[bool]:
 
 
 def _dimensions(param: Any) -> list[int | None]:
-    """For each dimension of the mesh with several processes, the one that is sharded over it."""
+    """Returns, for each dimension of the mesh with several processes, the tensor dimension that it shards."""
     pairs = zip(param.placements, param.device_mesh.shape, strict=True)
     return [_dimension(placement) for placement, size in pairs if size > 1]
 
 
 def _dimension(placement: Any) -> int | None:
-    """That a placement shards; None where it shards none."""
+    """Returns the tensor dimension that a placement shards, or None."""
     return getattr(placement, "dim", None)  # is_shard() leaves out the shards of FSDP2 over tensor parallelism
 
 
 def first_element(param: Any) -> int:
-    """The index, in the whole parameter, of the first element of this process's shard, which holds whole rows."""
+    """Returns the index, in the full parameter, of the first element of this process's shard of full rows."""
     if not is_sharded(param):
         return 0
     _, offset = _extent(param.shape, param)
@@ -211,7 +211,7 @@ def first_element(param: Any) -> int:
 
 
 def is_divided(param: Any) -> bool:
-    """Whether no process has all of it."""
+    """Tells whether no process has all of it."""
     return is_sharded(param) and any(dimension is not None for dimension in _dimensions(param))
 
 

@@ -1,4 +1,4 @@
-"""How the states of a parameter are stored: which tensors there are, and what each of them must be."""
+"""Defines how the states of a parameter are stored: which tensors there are, and what each of them must be."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAY_OUT = (
 
 
 class Spec(NamedTuple):
-    """What a state tensor must be; it is contiguous as well."""
+    """Describes what a state tensor must be; it is contiguous as well."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -41,7 +41,7 @@ def spec_of(tensor: Tensor) -> Spec:
 
 
 def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the states of a parameter in a group are stored as 8-bit codes.
+    """Tells whether the states of a parameter in a group are stored as 8-bit codes.
 
     Raises:
         ValueError: the parameter's attribute ``state_bits`` is neither 8 nor 32.
@@ -50,12 +50,12 @@ def is_8bit(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def is_flattened(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether states are stored in full only because FSDP1 has flattened the parameter."""
+    """Tells whether states are stored in full only because FSDP1 has flattened the parameter."""
     return _is_marked(param) and _has_blocks(param, group)
 
 
 def is_cut(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether states are stored in full only because the parameter's shards would cut their blocks."""
+    """Tells whether states are stored in full only because the parameter's shards would cut their blocks."""
     if _is_marked(param) or not shards.is_sharded(param):
         return False
     return _has_blocks(param, group) and not shards.keeps_blocks(param, group["block_size"])
@@ -66,7 +66,7 @@ def _is_marked(param: Tensor) -> bool:
 
 
 def _has_blocks(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether states are worth blocks: by the whole parameter, whoever has which part of it."""
+    """Tells whether states are worth blocks: by the whole parameter, whoever has which part of it."""
     bits = getattr(param, "state_bits", group["state_bits"])
     if bits not in (8, 32):
         raise ValueError(f"state_bits must be 8 or 32, got {bits!r} as an attribute of a parameter")
@@ -80,17 +80,17 @@ def _has_blocks(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def is_compensated(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a parameter in a group keeps the bits that bfloat16 has no room for."""
+    """Tells whether a parameter in a group keeps the bits that bfloat16 has no room for."""
     return bool(group["compensation"]) and param.dtype == torch.bfloat16
 
 
 def is_coded(state: Mapping[str, Any], rule: Rule) -> bool:
-    """Whether states that are there are stored as codes."""
+    """Tells whether states that are there are stored as codes."""
     return any(stored in state for name in rule.states for stored in stored_as(name))
 
 
 def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether states are stored as codes: those that are there, and those that are added to them later.
+    """Tells whether states are stored as codes: those that are there, and those that are added to them later.
 
     Where someone has put all of them in full beside their codes, it is decided again, as for new ones.
     """
@@ -101,12 +101,12 @@ def will_be_coded(state: Mapping[str, Any], rule: Rule, param: Tensor, group: Ma
 
 
 def compensation_spec(param: Tensor) -> Spec:
-    """Of an int16 for each element as its two bytes: there is no int16 among what processes can send each other."""
+    """Returns the spec of an int16 for each element as its two bytes, as processes cannot send each other int16."""
     return Spec(torch.Size((*param.shape, 2)), torch.uint8, param.device)
 
 
 def specs(param: Tensor, rule: Rule, group: Mapping[str, Any], coded: bool) -> dict[str, Spec]:
-    """What there must be for a parameter in a group, by name, in the order of ``state[p]``."""
+    """Returns what there must be for a parameter in a group, by name, in the order of ``state[p]``."""
     full = torch.promote_types(param.dtype, torch.float32)
     is_counted_there = group["fused"] is not False and counts_on_device(param, rule)
     result = {"step": Spec(torch.Size(), torch.float32, param.device if is_counted_there else torch.device("cpu"))}
@@ -186,7 +186,7 @@ def _first_values(rule: Rule, coded: bool, initial: Mapping[str, float], is_comp
 def _coded_again(
     where: str, state: Mapping[str, Any], rule: Rule, param: Tensor, group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Codes of states that someone has put there in full, under their names in torch.optim, beside codes.
+    """Codes states that someone has put there in full, under their names in torch.optim, beside codes.
 
     Gaussian splatting does so when it resets the opacity, and masks and pruning may.
 

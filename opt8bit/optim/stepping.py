@@ -81,7 +81,7 @@ class Stepping(Ruled):
             note_writes(params)
 
     def _usual(self, scaling: Scaling) -> tuple[Shares, list[Tensor]] | None:
-        """Returns the shares of the backends in a step like the one before, and its parameters; None if it differs."""
+        """Returns the backends' shares in a step like the one before, and its parameters, or None if it differs."""
         running, groups = self._running, self.param_groups
         plan = running.plans.get(None)
         if plan is None or plan.usual is None:
@@ -152,7 +152,7 @@ class Stepping(Ruled):
         self._keep(param, {**others(state, asked.rule, states), **stored})
 
     def _take(self, shares: Shares, fresh: Mapping[Tensor, Mapping[str, Any]], is_captured: bool) -> None:
-        """Has every backend take its share, after the states that are missing have been added."""
+        """Adds the states that are missing, and lets every backend take its share."""
         for param, state in fresh.items():
             self._keep(param, state)
         if is_captured:  # the graph reads what was prepared whenever it is replayed, whatever becomes of the plans
@@ -231,7 +231,7 @@ class Stepping(Ruled):
         return Running(self, Stepping._prepared)
 
     def _prepared(self, index: int, alone: int) -> Callable[[], None]:
-        """The step of one parameter, which its host has or is about to have, for a thread to take."""
+        """Returns the step of one parameter, which its host has or is about to have, for a thread to take."""
         first = sum(len(group["params"]) for group in self.param_groups[:index])
         group, running = self.param_groups[index], self._running
         asked = asked_of(group, running.facts.of(index, group), running.hosts, first, wanted_backend(), alone=alone)
@@ -287,13 +287,13 @@ class Stepping(Ruled):
 
 
 def _leave_to_python() -> None:
-    """Done when the first optimizer is made, as it imports half of torch; torch.optim has done so by then."""
+    """Imports half of torch when the first optimizer is made; torch.optim has done so by then."""
     if not hasattr(Stepping, "_update_untraced"):
         Stepping._update_untraced = torch.compiler.disable(Stepping._update)  # type: ignore[method-assign]
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """What GradScaler hands over, if it does: a tensor, or a number where there was no gradient to look at."""
+    """Returns what GradScaler hands over as a tensor; it is a number where there was no gradient to look at."""
     if value is None or isinstance(value, Tensor):
         return value if value is None else shards.everywhere(value)
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")

@@ -17,7 +17,7 @@ GRAD = attrgetter("grad")
 
 
 class Usual(NamedTuple):
-    """What usual steps are known by: all parameters of all groups are plain, have a gradient, and have their states.
+    """Identifies usual steps: all parameters of all groups are plain, have a gradient, and have their states.
 
     Nearly all steps of a training are like that. That nothing else is looked at then makes steps of small models fast.
     """
@@ -28,7 +28,7 @@ class Usual(NamedTuple):
 
     @classmethod
     def of(cls, asked: Sequence[Asked]) -> Usual | None:
-        """Returns what the steps are known by that are like the one asked for; None if that is not a usual one."""
+        """Returns what the steps are known by that are like the one asked for, or None if that is not a usual one."""
         if not all(each.is_usual for each in asked):
             return None
         return cls([each.planned for each in asked], [len(each.owners) for each in asked], asked[0].wanted_backend)
@@ -36,7 +36,7 @@ class Usual(NamedTuple):
     def tensors(
         self, groups: Sequence[Mapping[str, Any]], facts: Sequence[Facts], state: Mapping[Tensor, Any]
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Returns the parameters and their gradients; None if a step with them is not such a one."""
+        """Returns the parameters and their gradients, or None if a step with them is not such a one."""
         lists = [group["params"] for group in groups]
         params = list(chain.from_iterable(lists))
         if [each.planned for each in facts] != self.planned or list(map(len, lists)) != self.counts:

@@ -34,7 +34,7 @@ from opt8bit.recipe.runtimes import runtime_of
 
 
 class Streams(NamedTuple):
-    """Of every batch, in the float model and in the one that is compressed so far: hidden states, or a block's call."""
+    """Holds, for every batch, hidden states or a block's call, in the float model and in the one compressed so far."""
 
     exact: list[Any]
     compressed: list[Any]
@@ -95,7 +95,7 @@ class BlockTask:
         return self._why_uncorrected(layer) is None
 
     def _why_uncorrected(self, layer: str) -> str | None:
-        """Why the model gets no correction of a layer where it is asked for; None where it gets one."""
+        """Returns why the model gets no correction of a layer where it is asked for, or None where it gets one."""
         full, runtime = f"{self.name}.{layer}", runtime_of(self.result.plan.runtime)
         why = why_uncorrected(full, self.result.places)
         if why is None and runtime is not None:
@@ -195,7 +195,7 @@ class BlockTask:
             self.see(report)
 
     def _note(self, layer: str, stage: Stage) -> str | None:
-        """Why a layer was not corrected, or which servers drop its bias; None if there is nothing to say."""
+        """Returns why a layer was not corrected, or which servers drop its bias, or None."""
         why = self._why_uncorrected(layer)
         if why is None and stage.is_routed and stage.layers[layer].shift is None:
             return "it sees only some of the tokens"
@@ -257,7 +257,7 @@ class BlockTask:
         return Stage(done, errors, time.perf_counter() - started, is_routed=True)
 
     def _block_errors(self, calls: Sequence[Call]) -> Iterator[Tensor]:
-        """Of each batch, the float block's output minus the compressed one's, both for the float model's hidden states.
+        """Yields, for each batch, the float block's output minus the compressed one's for the same hidden states.
 
         NaN where a token does not count.
 
@@ -278,7 +278,7 @@ class BlockTask:
 
 @contextmanager
 def _named(layer: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, a check that fails is about this layer, whose inputs are of this dtype."""
+    """Adds this layer's name, and the dtype of its inputs, to the errors of checks inside the context."""
     with named(layer):
         try:
             yield

@@ -182,7 +182,7 @@ def _check_ranks(plan: Plan, batches: list[dict[str, Tensor]]) -> None:
 
 
 def _identity(source: Source, plan: Plan, *texts: list[dict[str, Tensor]]) -> dict[str, str]:
-    """What the result depends on, told from other runs'."""
+    """Returns what the result depends on, which distinguishes it from other runs'."""
     tokens = [digest(tensor for batch in text for _, tensor in sorted(batch.items())) for text in texts]
     return {
         "options": described(plan.recipe),

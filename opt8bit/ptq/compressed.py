@@ -35,6 +35,6 @@ class Compressed:
 
     @property
     def changes(self) -> dict[str, QuantizedWeight | Tensor]:
-        """What has changed, by the names of the layer's parameters."""
+        """Returns what has changed, by the names of the layer's parameters."""
         bias = {} if self.bias is None or self.shift is None else {"bias": self.bias}
         return {"weight": self.rounded, **bias}

@@ -42,7 +42,7 @@ LISTED = 8
 
 @dataclass(frozen=True)
 class CorrectedModule:
-    """What was done to one module.
+    """Says what was done to one module.
 
     Attributes:
         name: of the module.
@@ -59,7 +59,7 @@ class CorrectedModule:
 
 @dataclass
 class Correction:
-    """What :func:`correct` has done.
+    """Says what :func:`correct` has done.
 
     Attributes:
         modules: that have an error which the calibration supports a bias against.

@@ -1,4 +1,4 @@
-"""How good a language model is on a text: the loss over windows that do not overlap."""
+"""Measures how good a language model is on a text: the loss over windows that do not overlap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def windows(
     length: int,
     samples: int,
 ) -> Tensor:
-    """The first ``samples`` windows of ``length`` tokens, one after another, (samples, length).
+    """Returns the first ``samples`` windows of ``length`` tokens, one after another, (samples, length).
 
     Raises:
         ValueError: ``tokens`` are too few.
@@ -56,7 +56,7 @@ def mean_loss(
     model: nn.Module,
     samples: Tensor,  # (samples, length) token ids
 ) -> float:
-    """Mean cross-entropy, in nats, over the tokens that a window lets predict: all but its first.
+    """Returns the mean cross-entropy, in nats, over the tokens that a window lets predict: all except its first.
 
     Raises:
         ValueError: ``samples`` are not what the model takes, or of one token.
@@ -77,12 +77,12 @@ def perplexity(
     model: nn.Module,
     samples: Tensor,  # (samples, length) token ids
 ) -> float:
-    """``exp`` of :func:`mean_loss`, which raises the same; infinite where that is beyond float64."""
+    """Returns ``exp`` of :func:`mean_loss`, which raises the same; infinite where that is beyond float64."""
     return perplexity_of(mean_loss(model, samples))
 
 
 def perplexity_of(loss: float) -> float:
-    """``exp`` of a mean loss in nats."""
+    """Returns ``exp`` of a mean loss in nats."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""What is inside a checkpoint, told from its files' headers and scales: layers, grids, biases, size, single codes."""
+"""Lists what is inside a checkpoint, from its files' headers and scales: layers, grids, biases, size, single codes."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def unpacked_weight(folder: str | Path, layer: str) -> Unpacked:
 
 
 def _format(path: Path) -> tuple[str, CheckpointFormat, Any]:
-    """The name of a checkpoint's format, the format and the quantization header."""
+    """Returns the name of a checkpoint's format, the format and the quantization header."""
     try:
         config = json.loads(path.read_text())
         format, quantization = format_of(config), config.get("quantization_config")

@@ -1,4 +1,4 @@
-"""What there is to report on a compressed layer."""
+"""Reports on a compressed layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done to one layer.
+    """Says what was done to one layer.
 
     Attributes:
         name: of the layer in the model.
@@ -50,12 +50,12 @@ class LayerReport:
 
     @property
     def weights(self) -> int:
-        """How many it has."""
+        """The number of its weights."""
         return math.prod(self.shape)
 
     @property
     def stored_bits(self) -> int:
-        """Everything stored, but the bias."""
+        """The bits of everything stored, except the bias."""
         return round(self.bits_per_weight * self.weights)
 
 
@@ -68,7 +68,7 @@ def layer_report(
     note: str | None,
     seconds: float,
 ) -> LayerReport:
-    """The report on a layer that had these weights and bias."""
+    """Returns the report on a layer that had these weights and bias."""
     weight, shift = matrix(had), layer.shift
     moved = place is not None and place.kind == "through"
     stored = 0
@@ -90,7 +90,7 @@ def layer_report(
 
 
 def symmetry_cost(weight: Tensor, rounded: QuantizedWeight) -> float | None:
-    """By how much a grid's symmetry raises the squared error of rounding to nearest; None where it is not symmetric."""
+    """Returns by how much a grid's symmetry raises the squared error of rounding to nearest, or None without it."""
     part = rounded.parts[0]
     grid = part.grid
     if not is_uniform(grid) or not grid.symmetric:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Inside, a check that fails is about a layer, or a block, of this name."""
+    """Adds the name of a layer or block to the errors of checks inside the context."""
     try:
         yield
     except (TypeError, ValueError) as error:

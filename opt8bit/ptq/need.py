@@ -1,4 +1,4 @@
-"""What a run takes of the machine's memory, estimated before it begins.
+"""Estimates what a run takes of the machine's memory, before it begins.
 
 The factors are fitted to what runs on LLaMAs of 512, 1024 and 2048 features took: they are an estimate, not a bound.
 """
@@ -24,7 +24,7 @@ LOGITS = 5  # of one sequence, in float32: of both models, their logarithms, and
 
 
 class Need(NamedTuple):
-    """Bytes of memory that a run takes, by what takes them.
+    """Counts the bytes of memory that a run takes, by what takes them.
 
     Attributes:
         model: what is in memory of the model all the time.

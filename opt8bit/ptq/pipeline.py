@@ -113,7 +113,7 @@ def run(
 def _started(
     known: Rehearsal, model: nn.Module, blocks: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
 ) -> tuple[list[list[Call]], Streams]:
-    """How the model calls its blocks on each batch, without hidden states; and what goes into the first block."""
+    """Returns how the model calls its blocks on each batch, and what goes into the first block."""
     calls = [known.calls(model, blocks, batch) for batch in batches]
     embedded = [of_batch[0].hidden for of_batch in calls]
     # Hidden states are the streams' alone, to be let go with the first block.
@@ -122,7 +122,7 @@ def _started(
 
 
 def _gone_on(work: Work, device: torch.device, result: Result, see: Callable[[LayerReport], None]) -> Streams:
-    """The streams behind the blocks that are finished; their layers' reports are the result's."""
+    """Returns the streams behind the blocks that are finished; their layers' reports are the result's."""
     if not ranks.rank():
         logger.info("%d blocks are finished already", work.finished)
     saved = [stream.to(device) for stream in work.streams()]
@@ -133,7 +133,7 @@ def _gone_on(work: Work, device: torch.device, result: Result, see: Callable[[La
 
 
 class _Done(NamedTuple):
-    """What is left of a block that is compressed."""
+    """Holds what is left of a block that is compressed."""
 
     changes: dict[str, Change]
     reports: list[LayerReport]
@@ -177,7 +177,7 @@ def _run_block(
 
 
 def _reconstructed(engine: Reconstruction, task: BlockTask, calls: Sequence[Call], behind: Streams) -> Streams:
-    """The streams behind a block whose weights have been trained; the task's layers have them."""
+    """Returns the streams behind a block whose weights have been trained; the task's layers have them."""
     layers = {full.removeprefix(f"{task.name}."): layer for full, layer in task.done.items()}
     weights: dict[str, TrainedWeight] = {}
     for name, layer in layers.items():
@@ -195,7 +195,7 @@ def _reconstructed(engine: Reconstruction, task: BlockTask, calls: Sequence[Call
 
 
 def _places(model: nn.Module, plan: Plan) -> Places:
-    """What lets each layer hold a bias, if any is asked for."""
+    """Returns what lets each layer hold a bias, if any is asked for."""
     everywhere = list(block_layers(model))
     if plan.bias_correction == "none":
         return dict.fromkeys(everywhere)
@@ -234,7 +234,7 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
 
 
 def _hand_on_more(known: Rehearsal, calls: Sequence[Sequence[Call]]) -> bool:
-    """Whether blocks hand more to later ones than their hidden states, which a folder of work does not keep."""
+    """Tells whether blocks hand more to later ones than their hidden states, which a folder of work does not keep."""
     return any(part.changes for part in known.parts) or any(call.hands for call in calls[0])
 
 

@@ -1,4 +1,4 @@
-"""What a recipe comes to for the layers of a model: which method rounds each of them, and to which scheme."""
+"""Plans what a recipe means for the layers of a model: which method rounds each of them, and to which scheme."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from opt8bit.recipe.runtimes import Runs, runtime_of
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How a layer is rounded and corrected; see :class:`Recipe`.
+    """Says how a layer is rounded and corrected; see :class:`Recipe`.
 
     Attributes:
         method: rounds its weight.
@@ -43,7 +43,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a model.
+    """Says what becomes of a model.
 
     Attributes:
         recipe: that was asked for, with what depends on the model filled in.
@@ -75,7 +75,7 @@ class Plan:
         return any(plan is not None and plan.method.looks_at_inputs for plan in self.layers.values())
 
     def of(self, name: str) -> LayerPlan | None:
-        """The plan for one layer; None where it stays as it is."""
+        """Returns the plan for one layer, or None where it stays as it is."""
         return self.layers[name]
 
 
@@ -123,13 +123,13 @@ def plan_for(
 
 
 def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
-    """What a runtime runs of a packed format; None where no runtime is named, or the format is not packed."""
+    """Returns what a runtime runs of a packed format, or None without a runtime, or where the format is not packed."""
     named = runtime_of(runtime)
     return None if named is None or checkpoint_format is None else named.formats.get(checkpoint_format)
 
 
 def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> Recipe:
-    """The recipe with what depends on the model, the checkpoint's format and its runtime filled in."""
+    """Returns the recipe with what depends on the model, the checkpoint's format and its runtime filled in."""
     if recipe.group_size == AUTO:
         sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
         recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
@@ -142,7 +142,7 @@ def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, ru
 
 
 def _needs_symmetry(recipe: Recipe, model: nn.Module, runs: Runs) -> bool:
-    """Whether a runtime runs only symmetric grids of layers whose grids were left to it.
+    """Tells whether a runtime runs only symmetric grids of layers whose grids were left to it.
 
     Where grids may have zero points they do: their squared error is the lowest. Layers of several widths or group sizes
     are loaded with symmetric grids only; see the format compressed-tensors.
@@ -176,12 +176,12 @@ def _rounder_of(recipe: Recipe) -> Rounder:
 
 
 def polished(start: Rounder) -> QuantEase:
-    """A method with the polish that the default recipe has."""
+    """Returns a method with the polish that the default recipe has."""
     return QuantEase(start=start, **POLISH)
 
 
 def _given(recipe: Recipe, *names: str) -> dict[str, Any]:
-    """Those options that were given; the method has defaults for the others."""
+    """Returns those options that were given; the method has defaults for the others."""
     values = {name: getattr(recipe, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -20,17 +20,17 @@ if dist.is_available():
 
 
 def rank() -> int:
-    """This process's number; 0 where it is alone."""
+    """Returns this process's number; 0 where there is no other."""
     return dist.get_rank() if _are_several() else 0
 
 
 def size() -> int:
-    """How many there are."""
+    """Returns the number of processes."""
     return dist.get_world_size() if _are_several() else 1
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """This process's part."""
+    """Returns this process's part."""
     return list(items[rank() :: size()])
 
 
@@ -42,12 +42,12 @@ def add(*tensors: Tensor) -> None:
 
 
 def total(values: Sequence[float]) -> list[float]:
-    """The sums of all processes' numbers."""
+    """Returns the sums of all processes' numbers."""
     return [sum(parts) for parts in zip(*gathered(list(values)), strict=True)]
 
 
 def gathered(value: T) -> list[T]:
-    """What each process has, in the order of their numbers."""
+    """Returns what each process has, in the order of their numbers."""
     if not _are_several():
         return [value]
     found: list[Any] = [None] * size()
@@ -56,7 +56,7 @@ def gathered(value: T) -> list[T]:
 
 
 def concatenated(*tensors: Tensor) -> list[Tensor]:
-    """Each with the rows of all processes, however many each has, in the order of their numbers."""
+    """Returns each with the rows of all processes, however many each has, in the order of their numbers."""
     if not _are_several():
         return list(tensors)
     found = gathered([tensor.cpu() for tensor in tensors])  # as they are, they would come back on the senders' devices
@@ -64,20 +64,20 @@ def concatenated(*tensors: Tensor) -> list[Tensor]:
 
 
 def rows_of_this(tensor: Tensor) -> Tensor:
-    """This process's part of the rows of a tensor that all have; the same number for each, the last ones twice."""
+    """Returns this process's part of the rows of a tensor that all have; equally many for each, the last ones twice."""
     each = -(-len(tensor) // size())
     start = first_row(len(tensor))
     return tensor[start : start + each]
 
 
 def first_row(rows: int) -> int:
-    """Where this process's part of so many rows begins. Some of the last one's are another's, too."""
+    """Returns where this process's part of so many rows begins. Some of the last one's are another's, too."""
     each = -(-rows // size())
     return min(rank() * each, rows - each)
 
 
 def rows_of_all(part: Tensor, rows: int) -> Tensor:
-    """The tensor whose part :func:`rows_of_this` gave each process."""
+    """Returns the tensor whose part :func:`rows_of_this` gave each process."""
     if not _are_several():
         return part
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size())]

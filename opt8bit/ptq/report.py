@@ -1,12 +1,11 @@
-"""What a compression did, for machines and for eyes: JSON, CSV, a picture, and what the checkpoint is checked by."""
+"""Writes what a compression did, and what the checkpoint is checked by."""
 
 from __future__ import annotations
 
 import csv
-import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from opt8bit.ptq.result import Result
 from opt8bit.ptq.tasks.task import Probe, Quality
 
 FOLDER = "opt8bit"  # inside a checkpoint
-REPORT, LAYERS, PICTURE, PROBE = "report.json", "layers.csv", "report.html", "probe.safetensors"
+REPORT, LAYERS, PAGE, PROBE = "report.json", "layers.csv", "report.html", "probe.safetensors"
 
 
 def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> Path:
@@ -35,7 +34,6 @@ def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> 
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    (folder / PICTURE).write_text(picture(result.report), encoding="utf-8")
     return folder
 
 
@@ -72,7 +70,8 @@ def read_report(checkpoint: Path) -> StoredReport:
     """
     path = checkpoint / FOLDER / REPORT
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}: it is not what opt8bit compress has written")
+        writer = "which opt8bit compress writes, and ptq.export does not"
+        raise ValueError(f"{checkpoint} has no {FOLDER}/{REPORT}, {writer}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         held_out = found.pop("held_out")
@@ -96,7 +95,7 @@ def _quality(held_out: Mapping[str, Any]) -> Quality:
 
 
 def _layer(row: Mapping[str, Any]) -> LayerReport:
-    """What :func:`_row` has written."""
+    """Reads what :func:`_row` has written."""
     numbers = ("bits_per_weight", "error_rounded", "error_corrected", "bias_norm", "seconds")
     found = {**row, **{name: _number(row[name]) for name in numbers}}
     return LayerReport(shape=(int(found.pop("outputs")), int(found.pop("inputs"))), **found)
@@ -113,7 +112,7 @@ def write_probe(probe: Probe, checkpoint: Path) -> None:
 
 
 def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The report: ``about``, sums over all layers, quality on held-out text, and one object a layer."""
+    """Returns the report: ``about``, sums over all layers, quality on held-out text, and one object a layer."""
     return {
         "version": version("opt8bit"),
         **about,
@@ -127,7 +126,7 @@ def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def valid_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no number that is not finite: null stands for it."""
+    """Returns JSON, with null for every number that is not finite, as JSON has no such numbers."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -144,51 +143,3 @@ def _row(layer: LayerReport) -> dict[str, Any]:
     row = asdict(layer)
     del row["shape"]
     return {"name": row.pop("name"), "outputs": outputs, "inputs": inputs, **row}
-
-
-def powers_of_ten(values: Sequence[float]) -> tuple[int, int]:
-    """Returns exponents between whose powers all values lie that a logarithmic axis can show."""
-    shown = [value for value in values if is_shown(value)]
-    if not shown:
-        return -1, 0
-    low = math.floor(math.log10(min(shown)))
-    return low, max(math.ceil(math.log10(max(shown))), low + 1)
-
-
-def is_shown(value: float) -> bool:
-    """Whether a logarithmic axis can show a value."""
-    return 0 < value < math.inf
-
-
-WIDTH, HEIGHT, LABELS = 480, 14, 330
-STYLE = "body{font:13px sans-serif;margin:2em}text{font:11px monospace}.rounded{fill:#bbb}.corrected{fill:#2a6fb0}"
-
-
-def picture(layers: list[LayerReport]) -> str:
-    """A page with a bar for each layer: the error of its output, on a logarithmic scale."""
-    low, high = powers_of_ten([error for layer in layers for error in (layer.error_rounded, layer.error_corrected)])
-
-    def length(error: float) -> float:
-        return WIDTH * max(math.log10(error) - low, 0) / (high - low) if is_shown(error) else 0.0
-
-    bars = []
-    for i, layer in enumerate(layers):
-        y = (i + 1) * HEIGHT
-        label = f"{layer.name}: {layer.error_rounded:.3%}, corrected {layer.error_corrected:.3%}"
-        bars.append(
-            f"<g><title>{html.escape(label)}</title>"
-            f'<text x="{LABELS - 6}" y="{y + 10}" text-anchor="end">{html.escape(layer.name)}</text>'
-            f'<rect class="rounded" x="{LABELS}" y="{y}" width="{length(layer.error_rounded):.1f}" height="10"/>'
-            f'<rect class="corrected" x="{LABELS}" y="{y + 3}" width="{length(layer.error_corrected):.1f}" height="4"/>'
-            "</g>"
-        )
-    marks = [
-        f'<text x="{LABELS + WIDTH * (power - low) / (high - low):.1f}" y="9" text-anchor="middle">1e{power}</text>'
-        for power in range(low, high + 1)
-    ]
-    size = f'width="{LABELS + WIDTH + 40}" height="{(len(layers) + 2) * HEIGHT}"'
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>opt8bit</title><style>{STYLE}</style>'
-        "<h1>Error of each layer's output</h1><p>Squared, relative to the output of the float model: grey as rounded, "
-        f"blue with its bias.</p><svg {size}>{''.join(marks)}{''.join(bars)}</svg>\n"
-    )

@@ -1,4 +1,4 @@
-"""What compression gives: rounded weights and biases by layer, a report on each, and the model that they make."""
+"""Holds what compression returns: rounded weights and biases by layer, their reports, and the model they make."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ class Result:
 
     @property
     def recipe(self) -> Recipe:
-        """What was asked for, with what depends on the model filled in."""
+        """The recipe, with what depends on the model filled in."""
         return self.plan.recipe
 
     @property
     def model(self) -> nn.Module:
-        """As it was; where it is read block by block, its blocks' parameters are on the meta device."""
+        """The model as it was; where it is read block by block, its blocks' parameters are on the meta device."""
         return self.source.model
 
     @property
     def weights(self) -> int:
-        """How many were compressed."""
+        """The number of weights that were compressed."""
         return sum(layer.weights for layer in self.report)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of all compressed layers together, everything stored counted, but the biases."""
+        """The bits of all compressed layers together, everything stored counted, except the biases."""
         stored = sum(layer.bits_per_weight * layer.weights for layer in self.report)
         return stored / self.weights
 
     @property
     def bias_bytes(self) -> int:
-        """That biases take beyond what the model had."""
+        """The bytes that biases take beyond what the model had."""
         return sum(layer.bias_bytes for layer in self.report)
 
     def compressed_model(self) -> nn.Module:
-        """A copy of the model with the compressed weights, as the exported one will be, all in memory."""
+        """Returns a copy of the model with the compressed weights, as the exported one will be, all in memory."""
         result = self.source.copy()
         install(result, self.changes)
         return result

@@ -1,4 +1,4 @@
-"""What an unfinished run keeps on disk: every finished block, and the hidden states that go into the next one."""
+"""Keeps an unfinished run on disk: every finished block, and the hidden states that go into the next one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Work:
         return self.folder / f"streams-{ranks.rank()}.{finished}.safetensors"
 
     def streams(self) -> list[Tensor]:
-        """What was saved with the last finished block."""
+        """Returns what was saved with the last finished block."""
         with tensor_files.opened(self._streams(self.finished)) as file:
             return [file.get_tensor(f"{i}").clone() for i in range(len(file.keys()))]
 
@@ -82,12 +82,12 @@ class Work:
         self.finished = block + 1
 
     def reports(self) -> list[LayerReport]:
-        """On the layers of all finished blocks."""
+        """Returns the reports on the layers of all finished blocks."""
         rows = [row for block in range(self.finished) for row in self._about(block)["reports"]]
         return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
     def changes(self, plan: Plan) -> Mapping[str, Change]:
-        """What has changed in all finished blocks, read when it is asked for."""
+        """Returns what has changed in all finished blocks, read when it is asked for."""
         files = {name: self._file(i) for i in range(self.finished) for name in self._about(i)["changes"]}
         return _SavedChanges(files, plan)
 
@@ -140,7 +140,7 @@ def _parts(change: Change) -> dict[str, Tensor]:
 
 
 def _about(opened: Any) -> dict[str, Any]:
-    """What a block's open file says of its layers."""
+    """Returns what a block's open file says of its layers."""
     return json.loads(opened.metadata()["block"])
 
 

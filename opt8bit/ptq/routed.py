@@ -32,12 +32,12 @@ LEAST = 1.0
 
 
 def tokens_seen(x_hat: Sequence[Tensor]) -> int:
-    """Of all processes, from what a layer has seen."""
+    """Returns the number of tokens that a layer has seen, of all processes."""
     return int(ranks.total([float(sum(x.shape[:-1].numel() for x in x_hat))])[0])
 
 
 def are_enough(tokens: int, features: int) -> bool:
-    """Whether the statistics of so many tokens are better than none."""
+    """Tells whether the statistics of so many tokens are better than none."""
     return tokens >= LEAST * features
 
 
@@ -80,11 +80,11 @@ def _on_grid(rounded: QuantizedWeight, grid: Grid) -> QuantizedWeight:
 
 
 def as_sequences(x_hat: Sequence[Tensor]) -> list[Tensor]:
-    """The tokens of each pass as one sequence, (1, length, d)."""
+    """Returns the tokens of each pass as one sequence, (1, length, d)."""
     return [x.reshape(1, -1, x.shape[-1]) for x in x_hat]
 
 
 def of_all_features(layer: nn.Module) -> Tensor:
-    """Inputs that weigh all weights of a layer alike, (1, d, d), for where nothing is known of what it will see."""
+    """Returns inputs that weigh all weights of a layer alike, (1, d, d), for a layer that may see anything."""
     weight = matrix(layer)
     return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).unsqueeze(0)

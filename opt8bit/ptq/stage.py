@@ -23,7 +23,7 @@ from opt8bit.quant.weight import Outliers, QuantizedWeight
 
 
 class Stage(NamedTuple):
-    """Layers that are compressed, while the passes go through them."""
+    """Holds layers that are compressed, while the passes go through them."""
 
     layers: dict[str, Compressed]
     errors: OutputErrors
@@ -32,7 +32,7 @@ class Stage(NamedTuple):
 
 
 def by_plan(plans: dict[str, LayerPlan | None]) -> list[tuple[LayerPlan, list[str]]]:
-    """Layers of a stage that go together."""
+    """Returns the layers of a stage that go together."""
     groups: list[tuple[LayerPlan, list[str]]] = []
     for name, plan in plans.items():
         group = next((names for other, names in groups if other == plan), None)
@@ -119,7 +119,7 @@ def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dic
 
 
 def _of_all_ranks(own: QuantizedWeight, rows: int) -> QuantizedWeight:
-    """The weight of which each process has rounded some rows."""
+    """Returns the weight of which each process has rounded some rows."""
     outliers = own.outliers
     if outliers is not None:
         first = ranks.first_row(rows)
@@ -130,7 +130,7 @@ def _of_all_ranks(own: QuantizedWeight, rows: int) -> QuantizedWeight:
 
 
 def _missing(weight: Tensor, moments: Moments) -> Tensor:
-    """``E[(y - W x̂) x̂ᵀ]``, (out, in)."""
+    """Returns ``E[(y - W x̂) x̂ᵀ]``, (out, in)."""
     weight = weight.to(moments.cross.dtype)
     if moments.are_wanted:
         return moments.cross - weight @ moments.x_hat_x_hat
@@ -144,7 +144,7 @@ def _shift(
     inputs: Sequence[Inputs],
     plan: LayerPlan,
 ) -> Tensor:
-    """What Bias Compensation adds to a layer's bias."""
+    """Returns what Bias Compensation adds to a layer's bias."""
     local = plan.bias_correction == "local"
     drift_share = plan.error_propagation if statistics.sum_wanted.shape[1] else 0.0
     if plan.statistic == "position":

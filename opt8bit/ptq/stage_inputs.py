@@ -1,4 +1,4 @@
-"""What a stage's layers see of each batch, taken from passes that stand before them."""
+"""Collects what a stage's layers see of each batch, from passes that stand before them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opt8bit.ptq.model.walk import Walk
 
 
 class StageInputs(Sequence[Inputs]):
-    """Inputs of each batch. What a writer should put out is made when a batch is asked for, and not kept.
+    """Lists the inputs of each batch. The wanted output is computed when a batch is asked for, and not kept.
 
     A writer's output that is as precise as what it should put out is handed to the float model's pass.
 
@@ -46,7 +46,7 @@ class StageInputs(Sequence[Inputs]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs."""
+        """The dtype of the inputs."""
         return self._passes[0][1].x.dtype
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class StageInputs(Sequence[Inputs]):
         return Inputs(x.reshape(shape), x_hat.reshape(shape), self._masks[i], wanted)
 
     def _wanted(self, i: int, writer: nn.Module, x: Tensor) -> Tensor:
-        """What the writer should put out of batch i, but for its bias, where the float model's sees x."""
+        """Returns what the writer should put out of batch i, except its bias, where the float model's sees x."""
         if self._outputs:
             y = self._outputs[i]
             bias: Tensor | None = writer.bias  # type: ignore[assignment]

@@ -35,7 +35,7 @@ TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, tor
 
 
 class Verification(NamedTuple):
-    """What was found.
+    """Says what was found.
 
     Attributes:
         error: the largest difference of a logit, relative to the logits' standard deviation; infinite where a parameter
@@ -163,7 +163,7 @@ def verify_unpacked(folder: Path, written: Checkpoint, trust_remote_code: bool =
 
 
 def _read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """The inputs and the logits that a checkpoint was written with.
+    """Returns the inputs and the logits that a checkpoint was written with.
 
     Raises:
         ValueError: there are none.
@@ -182,7 +182,7 @@ def _read_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _contents(folder: Path) -> Contents | None:
-    """What is inside a checkpoint; None where its format is none of those that are written here."""
+    """Returns what is inside a checkpoint, or None where its format is not written here."""
     try:
         return inspect(folder)
     except UnknownFormat:
@@ -241,7 +241,7 @@ def _error(model: Any, inputs: dict[str, Tensor], expected: Tensor) -> float:
 
 
 def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers found on loading it."""
+    """Returns the model, and what transformers found on loading it."""
     transformers: Any = importlib.import_module("transformers")
     importlib.import_module("accelerate")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -256,7 +256,7 @@ def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tupl
 
 
 def _offloading(config: Any, unpacked: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Arguments by which transformers leaves the blocks on disk, unpacked; none where it cannot."""
+    """Returns arguments by which transformers leaves the blocks on disk, unpacked, or none where it cannot."""
     quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
     format = format_of({"quantization_config": quantization})
     options = None if format is None else format.load_options(quantization)
@@ -271,7 +271,7 @@ def _offloading(config: Any, unpacked: str, trust_remote_code: bool) -> dict[str
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """No warnings of a logger: that parameters are on disk is what was asked for."""
+    """Silences a logger's warnings: that parameters are on disk is what was asked for."""
     logger = logging.getLogger(name)
     had = logger.level
     logger.setLevel(logging.ERROR)

@@ -17,7 +17,7 @@ QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BlockView(NamedTuple):
-    """How a tensor is cut into blocks: ``rows`` rows of ``row_length`` elements each, every row cut by itself.
+    """Says how a tensor is cut into blocks: ``rows`` rows of ``row_length`` elements each, every row cut by itself.
 
     A tensor of shape (d0, d1, ..., dk) is d0 rows of d1 * ... * dk elements in row-major order; a tensor of
     one dimension (or none) is one row. The last block of a row may be short. A shard along dimension 0
@@ -36,7 +36,7 @@ class BlockView(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def block_view(shape: torch.Size | tuple[int, ...], block_size: int) -> BlockView:
-    """The block view of a tensor of ``shape``; ``block_size`` is the largest number of elements of a block.
+    """Returns the block view of a tensor of ``shape``; ``block_size`` is the largest number of elements of a block.
 
     Raises:
         ValueError: ``block_size`` is not a positive integer.
@@ -97,7 +97,7 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """The values of codes: ``codebook[codes] * absmax``, computed in float32, rounded once to ``dtype``.
+    """Returns the values of codes: ``codebook[codes] * absmax``, computed in float32, rounded once to ``dtype``.
 
     Args:
         codes: uint8 of any shape and strides.

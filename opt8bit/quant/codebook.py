@@ -14,7 +14,7 @@ DOUBLES: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """The 256 values of dynamic (non-linear) 8-bit quantization, ascending, as float32 on the CPU.
+    """Returns the 256 values of dynamic (non-linear) 8-bit quantization, ascending, as float32 on the CPU.
 
     For i = 0..6 the middles of 2^i (signed; mirrored below zero) or 2^(i+1) (unsigned) equal cells of
     [0.1, 1], times 10^(i-6); and 0 and 1. A code thus spends its bits on exponent or fraction as the
@@ -44,7 +44,7 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 
 def linear_map(signed: bool = True, bits: int = 8) -> Tensor:
-    """Evenly spaced values as float32 on the CPU: ``2^bits - 1`` of them from -1 to 1, or ``2^bits`` from 0 to 1.
+    """Returns evenly spaced float32 values on the CPU: ``2^bits - 1`` from -1 to 1, or ``2^bits`` from 0 to 1.
 
     Args:
         signed: whether there are values below zero. The count is then odd, so that zero is one of them.
@@ -62,7 +62,7 @@ def linear_map(signed: bool = True, bits: int = 8) -> Tensor:
 
 
 def normal_float(bits: int = 4) -> Tensor:
-    """Values whose cells hold equal shares of a normal distribution, as float32 on the CPU: ``2^bits`` of them.
+    """Returns ``2^bits`` float32 values on the CPU whose cells hold equal shares of a normal distribution.
 
     From -1 to 1 with an exact 0: ``2^(bits-1)`` quantiles below and ``2^(bits-1) + 1`` above it, evenly
     spaced in probability and scaled by the largest.

@@ -13,13 +13,13 @@ from opt8bit.quant.grid import FRACTIONS, Grid, best, checked_range
 
 
 class CodebookParams(NamedTuple):
-    """What a :class:`CodebookGrid` keeps per block."""
+    """Holds what a :class:`CodebookGrid` keeps per block."""
 
     scale: Tensor  # positive
 
 
 class CodebookGrid(Grid[CodebookParams]):
-    """Any values: ``codebook[q] * scale``, as the optimizer states are stored.
+    """Rounds to any values: ``codebook[q] * scale``, as the optimizer states are stored.
 
     Args:
         codebook: (n,) float32, ascending, 2 to 256 values: :func:`normal_float`, :func:`dynamic_map` ...

@@ -1,4 +1,4 @@
-"""What a grid owes to whoever uses it, tried on a few blocks."""
+"""Checks, on a few blocks, what a grid owes to whoever uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an object is, in words that are the same in another process."""
+"""Describes an object in words that are the same in another process."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Grid(ABC, Generic[P]):
     @property
     @abstractmethod
     def bits(self) -> int:
-        """Bits of one code."""
+        """The bits of one code."""
 
     @abstractmethod
     def stored_bits(self, codes: Tensor, params: P) -> int:
@@ -67,18 +67,18 @@ class Grid(ABC, Generic[P]):
 
     @abstractmethod
     def encode(self, x: Tensor, params: P) -> Tensor:
-        """The codes of the grid values nearest to ``x``, as uint8 of its shape."""
+        """Returns the codes of the grid values nearest to ``x``, as uint8 of its shape."""
 
     @abstractmethod
     def decode(self, codes: Tensor, params: P) -> Tensor:
-        """The values of ``codes``, in the dtype of the params."""
+        """Returns the values of ``codes``, in the dtype of the params."""
 
     @abstractmethod
     def nearest(self, x: Tensor, params: P) -> Tensor:
-        """``decode(encode(x, params), params)``, without the codes."""
+        """Returns ``decode(encode(x, params), params)``, without the codes."""
 
     def storable(self, scale: Tensor) -> Tensor:
-        """The nearest positive scales that ``scale_dtype`` holds, in the dtype of ``scale``; float32 takes all."""
+        """Returns the nearest positive scales that ``scale_dtype`` holds, in the dtype of ``scale``."""
         if self.scale_dtype == torch.float32:
             return scale
         info = torch.finfo(self.scale_dtype)
@@ -93,7 +93,7 @@ def checked_range(range: str) -> str:
 
 
 def best(grid: Grid[P], block: Tensor, importance: Tensor | None, candidates: Iterable[P], full: P) -> P:
-    """The candidate of least squared error, block by block; ties go to the earlier one."""
+    """Returns the candidate of least squared error, block by block; ties go to the earlier one."""
     least, best = torch.full_like(full[0], torch.inf), full
     for candidate in candidates:
         error = (grid.nearest(block, candidate) - block).square_()

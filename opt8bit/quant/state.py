@@ -1,4 +1,4 @@
-"""How a state of an optimizer is stored: codes counted from that of zero, and a scale that carries a sign."""
+"""Defines how a state of an optimizer is stored: codes counted from that of zero, and a scale that carries a sign."""
 
 from __future__ import annotations
 

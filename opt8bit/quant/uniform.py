@@ -16,14 +16,14 @@ RESTRICTED = "restricted"
 
 
 class UniformParams(NamedTuple):
-    """What a :class:`UniformGrid` keeps per block."""
+    """Holds what a :class:`UniformGrid` keeps per block."""
 
     scale: Tensor  # positive
     zero_point: Tensor  # integers
 
 
 class UniformGrid(Grid[UniformParams]):
-    """Evenly spaced values: ``(q - zero_point) * scale`` for q = 0 .. 2^bits - 1, zero among them.
+    """Rounds to evenly spaced values: ``(q - zero_point) * scale`` for q = 0 .. 2^bits - 1, zero among them.
 
     Args:
         bits: 2 to 8.
@@ -97,7 +97,7 @@ class UniformGrid(Grid[UniformParams]):
         return full if self.range == "minmax" else best(self, block, importance, chain([full], candidates), full)
 
     def _either(self, low: Tensor, high: Tensor) -> Iterator[UniformParams]:
-        """Each fraction of the range, with the weight of largest magnitude at the grid's end and mirrored."""
+        """Yields each fraction of the range, with the weight of largest magnitude at the grid's end and mirrored."""
         middle = 2 ** (self._bits - 1)
         magnitude = torch.maximum(high, -low)
         zero_point = torch.where(high > -low, middle - 1, middle).to(magnitude.dtype)
@@ -107,7 +107,7 @@ class UniformGrid(Grid[UniformParams]):
             yield UniformParams(scale, self.largest - zero_point)
 
     def _spans(self, low: Tensor, high: Tensor) -> Iterator[UniformParams]:
-        """Each fraction of the range from the smallest to the largest weight."""
+        """Yields each fraction of the range from the smallest to the largest weight."""
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
@@ -134,7 +134,7 @@ class UniformGrid(Grid[UniformParams]):
 
 
 def signed(grid: UniformGrid, codes: Tensor, params: UniformParams) -> tuple[Tensor, UniformParams]:
-    """The same values with the zero point ``2^(bits-1)`` in every block, as formats without zero points have them.
+    """Returns the same values with the zero point ``2^(bits-1)`` in every block, for formats without zero points.
 
     Args:
         grid: symmetric.
@@ -152,5 +152,5 @@ def signed(grid: UniformGrid, codes: Tensor, params: UniformParams) -> tuple[Ten
 
 
 def is_uniform(grid: Grid) -> TypeGuard[UniformGrid]:
-    """Whether a grid is a :class:`UniformGrid` itself. A class made from it may fit, encode or decode otherwise."""
+    """Tells whether a grid is a :class:`UniformGrid` itself. A subclass may fit, encode or decode otherwise."""
     return type(grid) is UniformGrid

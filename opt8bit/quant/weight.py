@@ -14,7 +14,7 @@ from opt8bit.quant.grid import Grid, at, mapped
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How a weight (out, in) is stored: a grid, fitted to every ``group_size`` weights of a row.
+    """Says how a weight (out, in) is stored: a grid, fitted to every ``group_size`` weights of a row.
 
     Args:
         grid: the values of one group.
@@ -71,14 +71,14 @@ class Part:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the codes and params, and 32 for the number of each column where not all are here."""
+        """The bits of the codes and params, and 32 for the number of each column where not all are here."""
         indices = 0 if self.columns is None else 32 * self.columns.numel()
         return self.grid.stored_bits(self.codes, self.params) + indices
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """Weights that are kept exact: ``values`` at (``rows``, ``columns``), added to what the codes hold there."""
+    """Holds weights that are kept exact: ``values`` at (``rows``, ``columns``), added to what the codes hold there."""
 
     rows: Tensor  # (k,) int64
     columns: Tensor  # (k,) int64
@@ -87,7 +87,7 @@ class Outliers:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the values, at 16, and of the indices that say where they are, at 32."""
+        """The bits of the values, at 16, and of the indices that say where they are, at 32."""
         indices = len(self.columns.unique()) if self.whole_columns else self.values.numel()
         return 16 * self.values.numel() + 32 * indices
 
@@ -148,13 +148,13 @@ class QuantizedWeight:
 
     @property
     def stored_bits(self) -> int:
-        """Everything stored: codes, scales, zero points, and 16 bits of value and 32 of place per outlier."""
+        """The bits of everything stored: codes, scales, zero points, and 16 of value and 32 of place per outlier."""
         outliers = 0 if self.outliers is None else self.outliers.stored_bits
         return sum(part.stored_bits for part in self.parts) + outliers
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored, divided by the number of weights."""
+        """The bits of everything stored, divided by the number of weights."""
         return self.stored_bits / (self.shape[0] * self.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What can be asked of a compression, without torch: the command's help and recipe files need no more."""
+"""Describes compressions without torch: the command's help and recipe files need no more."""
 
 from opt8bit.recipe.overrides import Override
 from opt8bit.recipe.recipe import Recipe

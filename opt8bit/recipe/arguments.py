@@ -1,4 +1,4 @@
-"""What the arguments of methods and recipes may be."""
+"""Checks the arguments of methods and recipes."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def unknown(name: object, allowed: Iterable[str], whose: str = "") -> str:
 
 
 def with_checked_names(owner: Owner) -> Owner:
-    """Has a dataclass accept the names that its fields had before, with a warning, and explain unknown ones."""
+    """Makes a dataclass accept its fields' earlier names, with a warning, and explain unknown ones."""
     create: Any = owner.__init__  # type: ignore[misc]
     allowed = [each.name for each in fields(owner)]
 

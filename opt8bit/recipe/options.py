@@ -13,7 +13,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 @dataclass(frozen=True)
 class Option:
-    """What one field may be.
+    """Says what one field may be.
 
     Attributes:
         kind: type of its values: int, float or bool; or the words that it can be, which may become more.

@@ -15,7 +15,7 @@ WHOLE_ROWS = (0, -1)  # in files, where None cannot stand; GPTQ's checkpoints ha
 
 @dataclass(frozen=True)
 class Override:
-    """What becomes of the layers of a name otherwise.
+    """Says what becomes of the layers whose names fit a pattern.
 
     Args:
         pattern: of names, with ``*``, ``?`` and ``[...]`` as a shell has them.

@@ -30,7 +30,7 @@ OVERRIDES = "overrides"
 @with_checked_names
 @dataclass(frozen=True)
 class Recipe:
-    """What is to become of a model's layers.
+    """Says what becomes of a model's layers.
 
     Args:
         method: rounds: "gptq", "rtn" or "quantease", which is coordinate descent from rounding to nearest; or a
@@ -136,7 +136,7 @@ class Recipe:
         return self.overrides
 
     def of(self, name: str) -> Recipe | None:
-        """The recipe for one layer, without overrides; None where it stays as it is."""
+        """Returns the recipe for one layer, without overrides, or None where it stays as it is."""
         for override in reversed(self.override_list):
             if fnmatchcase(name, override.pattern):
                 return self._overridden(override)
@@ -233,7 +233,7 @@ def _in_file(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _named(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's options that are not their defaults, but for rounding methods that are no names, and whole rows."""
+    """Returns the options that are not their defaults, except whole rows and methods that are no names."""
     found = {}
     for each in fields(Recipe):
         value, is_option = getattr(recipe, each.name), "option" in each.metadata

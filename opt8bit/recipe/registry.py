@@ -1,4 +1,4 @@
-"""What a recipe can name: each thing in a file of its own, and a line here. Nothing is imported before it is used."""
+"""Lists what a recipe can name: each thing in a file of its own, imported when it is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opt8bit.recipe.objects import FORMAT, PARAMETRIZATION, ROUNDER, TRANSFORM, 
 
 
 class Registry(Mapping[str, Any]):
-    """Objects by name.
+    """Maps names to objects.
 
     Args:
         kind: what they are, for messages.

@@ -24,7 +24,7 @@ MARLIN = (32, 64, 128, None)  # the group sizes of the kernels that both servers
 
 @dataclass(frozen=True)
 class Runs:
-    """What a runtime runs of a packed format.
+    """Says what a runtime runs of a packed format.
 
     Attributes:
         symmetric: widths in bits of symmetric grids.
@@ -128,7 +128,7 @@ SERVERS = (
 
 
 def runtime_of(name: str | None) -> Runtime | None:
-    """Returns a runtime by its name; None for none.
+    """Returns a runtime by its name, or None for none.
 
     Raises:
         ValueError: nothing has that name.

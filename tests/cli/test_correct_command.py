@@ -226,6 +226,7 @@ def test_what_compress_has_corrected_is_corrected_already(
     for name in ("report.json", "recipe.json"):
         own = Path("opt8bit") / name
         assert (tmp_path / "out" / own).read_bytes() == (tmp_path / "plain" / own).read_bytes()
+    assert not (tmp_path / "out" / "opt8bit" / "report.html").exists()  # which would be out of date
 
 
 def test_a_bias_that_is_there_is_raised_in_its_own_dtype(place: Path, tmp_path: Path) -> None:

@@ -44,15 +44,26 @@ def test_the_first_steps_are_commands_that_there_are() -> None:
         assert program == "opt8bit" and isinstance(parser().parse_args(arguments), argparse.Namespace)
 
 
+def loaded_by(arguments: list[str], module: str, folder: Path) -> bool:
+    """Whether the command has loaded a module when it ends."""
+    code = (
+        "import atexit, sys; from opt8bit.cli.main import main; "
+        f"atexit.register(lambda: print({module!r} in sys.modules, file=sys.stderr)); "
+        f"main({arguments})"
+    )
+    # Elsewhere than here, where Python would find the sources before the package.
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout and done.stderr in ("False\n", "True\n")
+    return done.stderr == "True\n"
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["compress", "--help"], ["completion", "bash"]], ids=" ".join
 )
 def test_what_only_prints_words_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
-    code = (
-        "import atexit, sys; from opt8bit.cli.main import main; "
-        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
-        f"main({arguments})"
-    )
-    # Elsewhere than here, where Python would find the sources before the package.
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout and done.stderr == "False\n"
+    assert not loaded_by(arguments, "torch", tmp_path)
+
+
+def test_only_the_version_is_looked_up(tmp_path: Path) -> None:
+    assert loaded_by(["--version"], "importlib.metadata", tmp_path)
+    assert not loaded_by(["--help"], "importlib.metadata", tmp_path)

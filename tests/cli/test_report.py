@@ -225,7 +225,7 @@ def damage(out: Path, name: str, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("opt8bit/report.json", None, r"has no opt8bit/report\.json: it is not what opt8bit compress has written"),
+        ("opt8bit/report.json", None, r"has no opt8bit/report\.json, which opt8bit compress writes"),
         ("opt8bit/report.json", "[", r"report\.json is damaged"),
         ("opt8bit/report.json", "[]", r"report\.json is damaged"),
         ("opt8bit/report.json", "{}", r"report\.json is damaged: KeyError\('held_out'\)"),

@@ -159,6 +159,11 @@ def test_what_torch_does_not_have_is_refused(ours: type[Any]) -> None:
         to_torch_state_dict(ours(parameters()))
 
 
+def test_other_optimizers_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="optimizer must be one of opt8bit, got AdamW"):
+        to_torch_state_dict(torch.optim.AdamW(parameters()))  # type: ignore[arg-type]
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this version of torch has no Muon")
 def test_a_hyper_parameter_that_torch_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parameter group 0: torch.optim.Muon has no maximize, got True"):

@@ -1,4 +1,4 @@
-"""What the kernels of a step load and store of a tile.
+"""Loads and stores what the kernels of a step need of a tile.
 
 Where ALIGNED, addresses and lengths are multiples of 16, and loads 16 bytes wide. The compiler keeps what it is told
 so only of values that the function at hand has computed itself.
@@ -28,7 +28,7 @@ from opt8bit.backends.triton.layout import (
 
 @triton.jit
 def elements(row, field, start, columns, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where those of a tile are, of the tensor whose address a row has as that field."""
+    """Returns where a tile's elements are, of the tensor whose address a row has as that field."""
     pointer = tl.load(row + field).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -37,13 +37,13 @@ def elements(row, field, start, columns, DTYPE: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def scales(row, s, block):
-    """Where the scales of a state's blocks are."""
+    """Returns where the scales of a state's blocks are."""
     return tl.load(row + SCALES + s).to(tl.pointer_type(tl.float32)) + block
 
 
 @triton.jit
 def tile_of(row, tile, BLOCKS_PER_TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The blocks of a tile, by its number among all."""
+    """Returns the blocks of a tile, by its number among all."""
     return blockwise.blocks_of(
         tile - tl.load(row + FIRST_TILE),
         tl.load(row + ROW_LENGTH),
@@ -68,7 +68,7 @@ def loaded_grad(row, start, columns, mask, grad_scale, DTYPE: tl.constexpr, ALIG
 def loaded_states(
     row, block, start, length, columns, mask, maps, SIGNED: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Those of the rule, in float32."""
+    """Returns the states of the rule, in float32."""
     states = ()
     for s in tl.static_range(len(SIGNED)):
         if CODED:

@@ -18,7 +18,7 @@ def blocks_of(
     BLOCKS_PER_TILE: tl.constexpr,
     ALIGNED: tl.constexpr = False,  # rows and blocks are multiples of 16, which the compiler may know
 ):
-    """Of the blocks of a tile: their numbers, where they begin, and their lengths, 0 behind the last of the tensor."""
+    """Returns the numbers of a tile's blocks, where they begin, and their lengths, 0 behind the tensor's last."""
     block = tile * BLOCKS_PER_TILE + tl.arange(0, BLOCKS_PER_TILE)
     in_row = block % blocks_per_row
     start = block // blocks_per_row * row_length + in_row * block_size

@@ -38,7 +38,7 @@ UNSIGNED_INTERCEPT = tl.constexpr(SIGNED_INTERCEPT.value + (1 << 23))
 
 
 def midpoints(values: Tensor) -> Tensor:
-    """(n + 1,) float64: between neighbours, exactly, with the infinities at both ends; for values in any order."""
+    """Returns what lies between neighbours, exactly, with the infinities at both ends, (n + 1,) float64."""
     values = values.double().sort().values
     inner = (values[1:] + values[:-1]) / 2
     inf = inner.new_full((1,), torch.inf)
@@ -46,7 +46,7 @@ def midpoints(values: Tensor) -> Tensor:
 
 
 def tables(values: Tensor, signed: bool) -> Tensor:
-    """(TABLES,) float32: those of a state map, (256,)."""
+    """Returns the tables of a state map (256,) as (TABLES,) float32."""
     first = 0 if signed else 1  # the count of zero
     zero_code = 127 if signed else 0
     between = midpoints(values)[1:-1].tolist()
@@ -71,26 +71,26 @@ def tables(values: Tensor, signed: bool) -> Tensor:
 
 
 def _with_low_bits(x: float, bits: int) -> float:
-    """The least float32 with these low 4 bits that is above x by more than rounding may move it."""
+    """Returns the least float32 with these low 4 bits that is above x by more than rounding may move it."""
     found = int(numpy.float32(x).view(numpy.int32))
     return float(numpy.int32(((found + 4 + 15 - bits) & ~15) | bits).view(numpy.float32))
 
 
 @triton.jit
 def decode(codes, tables):
-    """float32 values of a state's uint8 codes, in units of their block's scale."""
+    """Returns float32 values of a state's uint8 codes, in units of their block's scale."""
     return tl.load(tables + VALUES + codes.to(tl.int32))
 
 
 @triton.jit
 def from_zero(codes, SIGNED: tl.constexpr):
-    """Codes of the ascending map as states hold them: counted from that of zero, modulo 256."""
+    """Returns codes of the ascending map as states hold them: counted from that of zero, modulo 256."""
     return (codes + 129) & 255 if SIGNED else codes
 
 
 @triton.jit
 def kept_positive(codes, x):
-    """Codes of an unsigned state. Steps divide by its root: what is positive does not become zero."""
+    """Returns codes of an unsigned state. Steps divide by its root: what is positive does not become zero."""
     return tl.where((codes == 0) & (x > 0) & (x < float("inf")), 1, codes)
 
 
@@ -99,7 +99,7 @@ def first_largest(
     x,  # (blocks, length), float32, finite
     columns,  # (1, length)
 ):
-    """(blocks,): the element of each with the largest magnitude; of several, the first."""
+    """Returns the element of each block with the largest magnitude, (blocks,); of several, the first."""
     magnitude = tl.abs(x)
     largest = tl.max(magnitude, 1)
     first = tl.min(tl.where(magnitude == largest[:, None], columns, 2147483647), 1)
@@ -114,7 +114,7 @@ def encode(
     midpoints,
     SIGNED: tl.constexpr,
 ):
-    """The codes nearest to x, int32, counted from that of zero."""
+    """Returns the codes nearest to x, int32, counted from that of zero."""
     if SIGNED:
         x = tl.where(scale[:, None] < 0, -x, x)
     absmax = tl.abs(scale)
@@ -141,7 +141,7 @@ def encode(
 
 @triton.jit
 def decided(x, absmax, codes, midpoints):
-    """The nearest codes, from such that may be one off."""
+    """Returns the nearest codes, from such that may be one off."""
     wide, scale = x.to(tl.float64), absmax.to(tl.float64)[:, None]
     is_above = wide > tl.load(midpoints + codes + 1) * scale
     is_below = wide <= tl.load(midpoints + codes) * scale
@@ -150,7 +150,7 @@ def decided(x, absmax, codes, midpoints):
 
 @triton.jit
 def search(x, absmax, midpoints, size):
-    """The codes nearest to x in any codebook of ``size`` ascending values, int32; shapes as in :func:`encode`.
+    """Returns the codes nearest to x in any codebook of ``size`` ascending values, int32; shapes as in :func:`encode`.
 
     An infinity is coded as the last or first value; x must not be NaN.
     """

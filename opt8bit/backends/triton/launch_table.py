@@ -1,4 +1,4 @@
-"""How the tensors of a batch are cut into tiles, and the table that the kernels read of them."""
+"""Cuts the tensors of a batch into tiles, and writes the table that the kernels read of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPARE_BUFFERS = 4  # for graphs
 
 
 class Shape(NamedTuple):
-    """Of a tile: tensors that are cut alike go into one launch."""
+    """Describes a tile: tensors that are cut alike go into one launch."""
 
     block: int  # elements that a block has room for, a power of two
     is_aligned: bool
@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How tensors are cut into tiles."""
+    """Says how tensors are cut into tiles."""
 
     launches: list[Launch]
     places: NDArray[numpy.int64]  # (n, 2): of each tensor the first tile, and how many
@@ -68,7 +68,7 @@ class Table:
         self._refill()
 
     def holding(self, words: Words) -> Tensor:
-        """The table with these words, on the current stream; nothing is copied that it holds already.
+        """Returns the table with these words, on the current stream; nothing is copied that it holds already.
 
         Raises:
             RuntimeError: more graphs were captured, without a step between them, than there are spare buffers.
@@ -84,7 +84,7 @@ class Table:
         return self.on_device
 
     def _of_graph(self, words: Words) -> Tensor:
-        """A table of the graph's own. The copy is a part of it, and repeated whenever it is replayed."""
+        """Returns a table of the graph's own. The copy is a part of it, and repeated whenever it is replayed."""
         if not self._spare:
             raise RuntimeError(f"{SPARE_BUFFERS} steps were captured in graphs without one between them: take one")
         pinned, table = self._spare.pop(), torch.empty_like(self.on_device)

@@ -1,4 +1,4 @@
-"""What is kept of a batch of parameters between steps, and how a step of it is launched."""
+"""Keeps what is known of a batch of parameters between steps, and launches its steps."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Launches:
             run(kernels.step_kernel, launch.tiles, launch.shape.warps, **arguments, **written)
 
     def _arguments(self, cut: Cut, launch: Launch, table: Tensor, grad_scale: Tensor | None) -> dict[str, Any]:
-        """What the kernels that go through tiles take alike."""
+        """Returns what the kernels that go through tiles take alike."""
         batch, shape = self._batch, launch.shape
         return {
             "table": table,
@@ -148,7 +148,7 @@ class Launches:
         self._compiled.add(kind)
 
     def _cut(self, aligned: NDArray[numpy.bool_]) -> Cut:
-        """The tensors cut into tiles; ``aligned`` says whose addresses are multiples of 16.
+        """Returns the tensors cut into tiles; ``aligned`` says whose addresses are multiples of 16.
 
         None is ever given up: gradients come back to where they were, and graphs hold on to it.
         """
@@ -159,7 +159,7 @@ class Launches:
         return self._cuts[key]
 
     def _check_no_capture(self) -> None:
-        """Before what a graph cannot hold: memory that is copied from the host, and kernels that are loaded."""
+        """Refuses what a graph cannot hold: memory that is copied from the host, and kernels that are loaded."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NEW_IN_CAPTURE)
 
@@ -183,7 +183,7 @@ class Launches:
         return Cut(launches, places, tiles, squares)
 
     def _words(self, group: BatchStep, cut: Cut) -> Words:
-        """What the kernels know of this step's tensors."""
+        """Returns what the kernels know of this step's tensors."""
         head, rows = self._head, self._rows
         hyper = [0.0 if isinstance(value, Tensor) else float(value) for value in group.hyper.values()]
         head["hyper"][: len(hyper)] = hyper
@@ -193,7 +193,7 @@ class Launches:
 
 
 def _rows(batch: Batch) -> NDArray[numpy.void]:
-    """(n,): what does not change about the tensors; states that are not coded are one row of any blocks."""
+    """Returns what does not change about the tensors, (n,); states that are not coded are one row of any blocks."""
     rows = numpy.zeros(len(batch.views), layout.ROW_FIELDS)
     rows["number"], rows["first_element"] = batch.numbers, batch.firsts
     for row, view in zip(rows, batch.views, strict=True):
@@ -212,7 +212,7 @@ def _shape(row: numpy.void, is_aligned: bool) -> Shape:
 
 
 def _is_aligned(group: BatchStep) -> NDArray[numpy.bool_]:
-    """(n,): whether all elements that are loaded 16 bytes at a time lie at multiples of that."""
+    """Tells whether all elements that are loaded 16 bytes at a time lie at multiples of that, (n,)."""
     at, batch = group.addresses, group.batch
     bits = at["param"] | at["grad"] | numpy.bitwise_or.reduce(at["states"][:, : len(batch.codebooks)], axis=1)
     if batch.rounding == "compensated":

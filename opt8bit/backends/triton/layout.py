@@ -1,4 +1,4 @@
-"""Where the kernels of a step find what they know of the tensors.
+"""Says where the kernels of a step find what they know of the tensors.
 
 It is a table, in words of 64 bits: first the head, then the tensors' rows.
 """
@@ -25,7 +25,7 @@ ROW_FIELDS = numpy.dtype(
 
 
 def _word(name: str, fields: numpy.dtype = ROW_FIELDS) -> tl.constexpr:
-    """At which word of a row, or of the head, a field begins."""
+    """Returns at which word of a row, or of the head, a field begins."""
     assert fields.fields is not None
     return tl.constexpr(fields.fields[name][1] // 8)
 

@@ -35,7 +35,7 @@ def constants_kernel(
     HYPER: tl.constexpr,
     AFTER_MEASURE: tl.constexpr,
 ):
-    """Of each tensor, by one program: counts the step, and computes what its rule needs to know of it."""
+    """Counts the step of a tensor, one for each program, and computes what its rule needs to know of it."""
     tensor = tl.program_id(0)
     row = table + HEAD + tensor * ROW
     hyper = ()
@@ -65,7 +65,7 @@ def constants_kernel(
 
 @triton.jit
 def norms_of(row, squares):
-    """Two norms over a tensor, float64, from what its tiles contribute, in an order that is always the same."""
+    """Returns two norms over a tensor, float64, from its tiles' contributions, in an order that is always the same."""
     first, count = tl.load(row + FIRST_TILE), tl.load(row + TILES)
     lanes = tl.arange(0, 1024)
     sums = (tl.zeros((1024,), tl.float64), tl.zeros((1024,), tl.float64))
@@ -100,7 +100,7 @@ def step_kernel(
     BLOCK: tl.constexpr,  # the power of two that a block has room in
     ALIGNED: tl.constexpr,
 ):
-    """Of each tile, by one program: decodes the states, applies the rule, and codes them anew."""
+    """Decodes the states of a tile, one for each program, applies the rule, and codes them again."""
     tile = first_tile + tl.program_id(0)
     tensor = tl.load(tiles + tile)
     row = table + HEAD + tensor * ROW
@@ -145,7 +145,7 @@ def measure_kernel(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Of each tile, by one program: what it contributes to the squares of the norms."""
+    """Computes what a tile, one for each program, contributes to the squares of the norms."""
     tile = first_tile + tl.program_id(0)
     tensor = tl.load(tiles + tile)
     row = table + HEAD + tensor * ROW

@@ -12,7 +12,7 @@ from opt8bit.backends.triton.rules.rule import Functions
 
 @functools.cache
 def functions_of(rule: Rule) -> Functions | None:
-    """What a rule has here; None if nothing.
+    """Returns what a rule has here, or None if nothing.
 
     Raises:
         TypeError: its hyper-parameters are others, or in another order.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from opt8bit.cli.report.markup import Html, element, joined
-from opt8bit.ptq.report import is_shown
 
 WIDTH, HEIGHT = 300, 120  # of a chart, in the units of its viewBox
 LEFT, BOTTOM = 34, 16  # that its axes take of these
@@ -85,3 +84,17 @@ def lines(
 
 def _chart(label: str, content: Html) -> Html:
     return element("svg", content, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
+
+
+def powers_of_ten(values: Sequence[float]) -> tuple[int, int]:
+    """Returns exponents between whose powers all values lie that a logarithmic axis can show."""
+    shown = [value for value in values if is_shown(value)]
+    if not shown:
+        return -1, 0
+    low = math.floor(math.log10(min(shown)))
+    return low, max(math.ceil(math.log10(max(shown))), low + 1)
+
+
+def is_shown(value: float) -> bool:
+    """Tells whether a logarithmic axis can show a value."""
+    return 0 < value < math.inf

@@ -1,4 +1,4 @@
-"""How the codes and scales of a few layers are distributed."""
+"""Shows how the codes and scales of a few layers are distributed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BINS = 24  # of scales
 
 
 def codes(record: Record) -> Html | None:
-    """Returns histograms of the layers with the least, the middle and the largest error; None where none is packed.
+    """Returns histograms of the layers with the least, the middle and the largest error, or None where none is packed.
 
     Raises:
         CommandError: a layer is damaged.

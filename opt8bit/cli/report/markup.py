@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Marks text that is HTML already."""
 
 
 def element(tag: str, *content: str, **attributes: str | float) -> Html:

@@ -1,4 +1,4 @@
-"""What there is to say of a compressed model: what its folder records, and what its files hold."""
+"""Collects what a compressed model's folder records, and what its files hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opt8bit.cli.compress import RUN
 from opt8bit.cli.errors import CommandError
 from opt8bit.ptq.corrected_checkpoint.recognition import RECORD as CORRECTION
 from opt8bit.ptq.export.source_record import read_record
@@ -20,6 +19,7 @@ from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.ptq.report import FOLDER, REPORT, StoredReport, read_report
 from opt8bit.recipe.runtimes import DENSE
 
+RECIPE, RUN = "recipe.json", "run.json"  # beside the report
 ELEMENT_BITS = re.compile(r"\d+")  # in safetensors' name of a dtype: 8 in F8_E4M3
 
 
@@ -110,7 +110,7 @@ def _bytes(dtype: str) -> int:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """What a file of JSON has; None where there is no file.
+    """Returns the object in a file of JSON, or None where there is no file.
 
     Raises:
         CommandError: it is no object.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 
-from opt8bit.cli.compress import RECIPE
-from opt8bit.cli.report.charts import lines, strip
+from opt8bit.cli.report.charts import lines, powers_of_ten, strip
 from opt8bit.cli.report.markup import Html, element, section, table
-from opt8bit.cli.report.record import Record, numbers_of
+from opt8bit.cli.report.record import RECIPE, Record, numbers_of
 from opt8bit.cli.report.serving import command
 from opt8bit.ptq.layer_report import LayerReport
-from opt8bit.ptq.report import FOLDER, powers_of_ten
+from opt8bit.ptq.report import FOLDER
 
 DARKEST = 9  # bits a weight: 8 and a scale
 
@@ -41,7 +40,7 @@ def _of_source(record: Record) -> str:
 
 
 def quality(record: Record) -> Html | None:
-    """Returns what held-out text says; None where there was none."""
+    """Returns what held-out text says, or None where there was none."""
     found = record.report.held_out
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""How each runtime runs a compressed model, or why it does not."""
+"""Says how each runtime runs a compressed model, or why it does not."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _problems(contents: Contents, runtime: Runtime) -> Iterator[str]:
 
 
 def _layers(contents: Contents) -> dict[str, Layer]:
-    """The matrices of the blocks, packed or not."""
+    """Returns the matrices of the blocks, packed or not."""
     found = {
         name.removesuffix(".weight"): Layer((header.shape[0], header.shape[1]), None)
         for name, header in contents.tensors.items()
@@ -77,7 +77,7 @@ def _layers(contents: Contents) -> dict[str, Layer]:
 
 
 def _group_size(contents: Contents, name: str, shape: tuple[int, int]) -> int | None:
-    """Weights of a row that share a scale; None where all of them do."""
+    """Returns how many weights of a row share a scale, or None where all of them do."""
     outputs, inputs = shape
     headers = [contents.tensors[f"{name}.{part}"] for part in SCALES if f"{name}.{part}" in contents.tensors]
     groups = math.prod(headers[0].shape) // outputs if headers else 1

@@ -1,4 +1,4 @@
-"""Which windows of a text are calibrated on: the first ones, or with a seed any."""
+"""Chooses the windows of a text to calibrate on: the first ones, or random ones with a seed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def first_windows(text: Text, tokenizer: Any, length: int, samples: int, *, bos:
 
 
 def lacks_bos(tokenizer: Any) -> str | None:
-    """Returns a sentence on windows without the token that a tokenizer puts before a text; None if it puts none."""
+    """Returns a sentence on windows without the token that a tokenizer puts before a text, or None if it puts none."""
     first = getattr(tokenizer, "bos_token_id", None)
     if first is None or tokens("", tokenizer)[:1].tolist() != [first]:
         return None

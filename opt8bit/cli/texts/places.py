@@ -1,4 +1,4 @@
-"""Where a text is: in a file, in the files of a folder, or in a data set."""
+"""Finds a text: in a file, in the files of a folder, or in a data set."""
 
 from __future__ import annotations
 

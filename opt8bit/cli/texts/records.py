@@ -46,12 +46,12 @@ def text_of(record: Any, where: str, column: str | None, tokenizer: Any) -> str:
 
 
 def is_message(value: Any) -> bool:
-    """Whether this is a message of a chat, in either form."""
+    """Tells whether this is a message of a chat, in either form."""
     return isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"})
 
 
 def _value(record: Any, where: str, column: str | None) -> Any:
-    """What a record has in its column of text."""
+    """Returns what a record has in its column of text."""
     if isinstance(record, str) and column is None:
         return record
     if not isinstance(record, dict):

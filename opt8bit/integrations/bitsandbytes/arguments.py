@@ -1,4 +1,4 @@
-"""What becomes of the arguments that all of bitsandbytes' optimizers share: how states are stored."""
+"""Translates the arguments that all of bitsandbytes' optimizers share: how states are stored."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def storage(
 
 
 def has_accelerator() -> bool:
-    """Whether parameters can lie outside of the CPU's memory."""
+    """Tells whether parameters can lie outside of the CPU's memory."""
     return torch.cuda.is_available() or torch.xpu.is_available()

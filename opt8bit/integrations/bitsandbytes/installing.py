@@ -54,7 +54,7 @@ def uninstall() -> None:
 
 
 def _is_missing() -> bool:
-    """Whether bitsandbytes cannot be imported: it is not installed, or someone has put something else in its place."""
+    """Tells whether bitsandbytes cannot be imported: it is not installed, or something else is in its place."""
     try:
         return importlib.util.find_spec("bitsandbytes") is None
     except ValueError:  # a module without a spec, as tests put there
@@ -122,7 +122,7 @@ class Linear4bit(_Layer):
 
 
 def _ask_again() -> None:
-    """Has transformers look anew whether there is a bitsandbytes: it remembers the answer."""
+    """Makes transformers look again whether there is a bitsandbytes: it remembers the answer."""
     asked = sys.modules.get("transformers.utils.import_utils")
     forget = getattr(getattr(asked, "is_bitsandbytes_available", None), "cache_clear", None)
     if forget is not None:

@@ -29,7 +29,7 @@ def strings_read(init: Init) -> Init:
 
 
 class StandIn(Optimizer8bit):
-    """What the classes that stand in for bitsandbytes' have in common: how states are stored.
+    """Gives the classes that stand in for bitsandbytes' what they have in common: how states are stored.
 
     Attributes:
         bits: of the states, where the name says it.
@@ -43,7 +43,7 @@ class StandIn(Optimizer8bit):
 
     @property
     def optim_bits(self) -> int:
-        """Bits of the states, which accelerate asks for where DeepSpeed offloads the optimizer."""
+        """The bits of the states, which accelerate asks for where DeepSpeed offloads the optimizer."""
         return self.defaults["state_bits"]
 
     def _storage(

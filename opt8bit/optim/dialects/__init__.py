@@ -11,7 +11,7 @@ DIALECTS = (OWN, BITSANDBYTES, TORCH)
 
 
 def dialect_of(group: Group, states: Sequence[State]) -> Dialect:
-    """That of a parameter group and the states of its parameters."""
+    """Returns the dialect of a parameter group and the states of its parameters."""
     return next(dialect for dialect in DIALECTS if dialect.is_of(group, states))
 
 

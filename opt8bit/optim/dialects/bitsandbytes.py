@@ -62,7 +62,7 @@ def _states(place: Place, group: Group, state: State) -> Read:
 
 
 def _slot(place: Place, state: State, number: int, count: int, signed: bool) -> Tensor:
-    """What ``state1`` or ``state2`` holds: (count, *shape of the parameter), of full precision."""
+    """Returns what ``state1`` or ``state2`` holds: (count, *shape of the parameter), of full precision."""
     name, shape = f"state{number}", place.param.shape
     if place.param.is_complex():
         raise ValueError(f"{place.where}: state {name!r} must be complex as the parameter is")

@@ -1,4 +1,4 @@
-"""What a dialect is: a form of state dict that can be loaded, read into the names of our rules."""
+"""Defines a dialect: a form of state dict that can be loaded, read into the names of our rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ State = Mapping[Any, Any]  # of one parameter, as it was saved
 
 
 class Place(NamedTuple):
-    """Whose state is read."""
+    """Names the parameter whose state is read, and what is known of it."""
 
     where: str  # the parameter, in words
     param: Tensor

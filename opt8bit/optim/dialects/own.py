@@ -43,7 +43,7 @@ def _states(place: Place, group: Group, state: State) -> Read:
 
 
 def _state(place: Place, name: str, signed: bool, block_size: int, state: State) -> Tensor | Coded:
-    """One state: in codes, in the codes of the old layout, or in full, which wins over codes that lie beside it."""
+    """Reads one state: in codes, in the codes of the old layout, or in full, which wins over codes beside it."""
     codes, scale = stored_as(name)
     if is_old(state, name):
         values = value_of(place, state, name), state[old_absmax(name)]

@@ -1,4 +1,4 @@
-"""torch.optim's dialect: states in full, by the names of our rules but for one."""
+"""torch.optim's dialect: states in full, by the names of our rules except one."""
 
 from __future__ import annotations
 

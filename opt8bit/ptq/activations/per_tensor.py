@@ -10,7 +10,7 @@ from opt8bit.quant.uniform import RESTRICTED, UniformGrid, UniformParams
 
 
 class StaticPerTensor(InputQuantizer):
-    """Evenly spaced values from the least to the largest number that was observed; what lies beyond is clipped.
+    """Rounds inputs to evenly spaced values between the least and the largest number observed, and clips the rest.
 
     Args:
         bits: 2 to 8.

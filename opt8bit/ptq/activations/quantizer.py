@@ -1,4 +1,4 @@
-"""What a quantizer of inputs has to say; a model's layers are made to use it here."""
+"""Defines what a quantizer of inputs has to say, and makes a model's layers use it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which layers get how many bits: sensitivities, and an exact allocator under a budget."""
+"""Chooses how many bits each layer gets: sensitivities, and an exact allocator under a budget."""

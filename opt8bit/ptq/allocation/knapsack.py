@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Choice(NamedTuple):
-    """What an item may be.
+    """Says what an item may be.
 
     Attributes:
         size: of it, a whole number from 0.
@@ -68,7 +68,7 @@ def allocate(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
 
 
 def _extended(partials: Sequence[_Partial | None], choices: Sequence[Choice], room: int) -> list[_Partial | None]:
-    """The partial choices with each of one more item's, by size, without those that another one beats."""
+    """Returns the partial choices with each of one more item's, by size, without those that another one beats."""
     found = [
         _Partial(size, (0.0 if partial is None else partial.cost) + choice.cost, number, partial)
         for partial in partials

@@ -1,4 +1,4 @@
-"""How far the outputs of compressed layers are from the float model's, measured while passes go through both."""
+"""Measures how far the outputs of compressed layers are from the float model's, while passes go through both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opt8bit.ptq import ranks
 
 
 class OutputErrors:
-    """Sums of squares over the tokens of all batches, by layer.
+    """Sums squares over the tokens of all batches, by layer.
 
     For every batch the float model's pass goes through its layers, then the compressed model's through the layers of
     the same names, then :meth:`compare` takes what both put out.
@@ -44,7 +44,7 @@ class OutputErrors:
         ]
 
     def compare(self, shape: torch.Size, mask: Tensor | None) -> dict[str, Tensor]:
-        """The outputs' differences, float minus compressed, (sequences, length, out) each, of the batch just seen.
+        """Returns the outputs' differences in the batch just seen, float minus compressed, (sequences, length, out).
 
         Args:
             shape: (sequences, length): some models put all tokens of a batch into one dimension on the way.
@@ -73,7 +73,7 @@ class OutputErrors:
         self.compare(x.shape[:2], None)
 
     def relative(self, name: str) -> tuple[float, float]:
-        """``E|y - ŷ|² / E|y|²``, without the shift and with it."""
+        """Returns ``E|y - ŷ|² / E|y|²``, without the shift and with it."""
         signal, rounded, corrected = ranks.total([self._signal[name], self._rounded[name], self._corrected[name]])
         return rounded / (signal or 1.0), corrected / (signal or 1.0)
 

@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs: sums over tokens, of the float stream and of the quantized one."""
+"""Sums what calibration keeps of a layer's inputs over tokens, in the float and the quantized stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRIANGLE = 192  # columns of one piece of a symmetric product: small enough to l
 
 
 class Inputs(NamedTuple):
-    """What a layer sees of one batch, in the float model and in the one that is quantized so far."""
+    """Holds what a layer sees of one batch, in the float model and in the one that is quantized so far."""
 
     x: Tensor  # (sequences, length, d)
     x_hat: Tensor  # (sequences, length, d)
@@ -76,7 +76,7 @@ class Statistics:
 
     @property
     def count(self) -> Tensor:
-        """Tokens seen, ()."""
+        """The number of tokens seen, ()."""
         return self.tokens.sum()
 
     def update(
@@ -136,7 +136,7 @@ class Statistics:
         self.sum_cross += other.sum_cross
 
     def take_squares(self) -> tuple[Tensor, Tensor]:
-        """``Σ x̂ x̂ᵀ`` and the cross sum, for whoever asks to change: none are kept from now on."""
+        """Hands over ``Σ x̂ x̂ᵀ`` and the cross sum for the caller to change; none are kept from now on."""
         taken = self.sum_x_hat_x_hat, self.sum_cross
         self.sum_x_hat_x_hat, self.sum_cross = (square.new_zeros(0, 0) for square in taken)
         return taken
@@ -150,22 +150,22 @@ class Statistics:
 
     @property
     def mean_x(self) -> Tensor:
-        """E[x], (d,)."""
+        """The mean E[x], (d,)."""
         return self.sum_x.sum(0) / self.count
 
     @property
     def mean_x_hat(self) -> Tensor:
-        """E[x̂], (d,)."""
+        """The mean E[x̂], (d,)."""
         return self.sum_x_hat.sum(0) / self.count
 
     @property
     def mean_wanted(self) -> Tensor:
-        """E[y], (h,)."""
+        """The mean E[y], (h,)."""
         return self.sum_wanted.sum(0) / self.count
 
 
 class InputStatistics(NamedTuple):
-    """What a rounding method may ask of a layer's inputs in the compressed model; None where it is not known."""
+    """Holds what a rounding method may ask of a layer's inputs in the compressed model; None where it is not known."""
 
     second_moments: Tensor | None = (
         None  # E[x̂ x̂ᵀ], (in, in), symmetric, positive semi-definite; of what is centred: Cov
@@ -183,7 +183,7 @@ class InputStatistics(NamedTuple):
 
 
 class Moments:
-    """Second moments per token, (d, d) or (h, d), about zero until they are centred; empty where their sums are.
+    """Holds second moments per token, (d, d) or (h, d), about zero until centred; empty where their sums are.
 
     They are made in the memory of the sums, which of a wide layer is the most that there is: the statistics have none
     from then on.

@@ -29,7 +29,7 @@ AGAIN = "ask for another correction on top, by again=True or --again"
 
 @dataclass(frozen=True)
 class CorrectedCheckpoint:
-    """What was done to a checkpoint.
+    """Says what was done to a checkpoint.
 
     Attributes:
         correction: of the model.
@@ -49,11 +49,11 @@ class CorrectedCheckpoint:
 
     @property
     def bias_bytes(self) -> int:
-        """That biases take beyond what the checkpoint had."""
+        """The bytes that biases take beyond what the checkpoint had."""
         return sum(bias.values.nbytes for bias in self.biases.values() if bias.is_new)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as a JSON object."""
+        """Returns everything as a JSON object."""
         held_out = self.correction.held_out
         return {
             "held_out": None if held_out is None else held_out._asdict(),
@@ -153,7 +153,7 @@ def _refuse_corrected(why: str | None, again: bool) -> None:
 
 
 def _kept(correction: Correction) -> list[str]:
-    """The names of the layers whose biases are kept.
+    """Returns the names of the layers whose biases are kept.
 
     Raises:
         ValueError: there are none, or one is no bias of its layer.
@@ -171,7 +171,7 @@ def _kept(correction: Correction) -> list[str]:
 
 
 def _probe(quantized: Running, biases: Mapping[str, Bias], ids: Tensor) -> Probe:
-    """What the written checkpoint is checked by; the model gets the biases as they are stored."""
+    """Returns what the written checkpoint is checked by; the model gets the biases as they are stored."""
     for name, bias in biases.items():
         layer = quantized.model.get_submodule(name)
         values = bias.values.to(matrix(layer).dtype)

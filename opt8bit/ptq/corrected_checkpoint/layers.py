@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint can be corrected by a bias that whoever loads it uses, and why others cannot."""
+"""Finds the layers of a checkpoint that can be corrected by a bias that whoever loads it uses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def layers_of(source: Source, quantized: Running, reference: Running, unknown: C
 
 
 def _used(place: Place | None) -> Place | None:
-    """A place that is used here."""
+    """Returns a place that is used here."""
     return place if place is not None and place.kind in USED else None
 
 
@@ -90,7 +90,7 @@ def _check_related(quantized: Running, reference: Running, names: Iterable[str])
 
 
 def _why_left(source: Source, name: str, places: Places) -> str | None:
-    """Why a layer gets no correction; None where it gets one."""
+    """Returns why a layer gets no correction, or None where it gets one."""
     place: Place | None = places[name]
     if place is not None and place.kind == "llama":
         return f"its class has no place for a bias here, only {place} has, and the class stays as it is"

@@ -1,4 +1,4 @@
-"""Whether a checkpoint has been corrected before, and whether it was made of the float model at hand."""
+"""Finds out whether a checkpoint has been corrected before, and whether the float model is its origin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LISTED = 4
 
 
 def recorded_correction(folder: Path) -> str | None:
-    """Returns what a checkpoint's files say of an earlier correction, as a clause; None where they say nothing.
+    """Returns what a checkpoint's files say of an earlier correction, as a clause, or None where they say nothing.
 
     Raises:
         ValueError: a file is damaged.

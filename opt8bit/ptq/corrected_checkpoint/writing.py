@@ -22,7 +22,7 @@ from opt8bit.ptq.model.blocks import matrix
 from opt8bit.ptq.model.checkpoint_files import CONFIG, QUANTIZATION, CheckpointFiles
 from opt8bit.ptq.model.source import FromFiles
 from opt8bit.ptq.model.tensor_files import headers
-from opt8bit.ptq.report import FOLDER, PROBE, valid_json, write_probe
+from opt8bit.ptq.report import FOLDER, PAGE, PROBE, valid_json, write_probe
 from opt8bit.ptq.tasks.task import Probe
 
 
@@ -137,12 +137,12 @@ def _more_side_files(folder: Path) -> Iterator[Path]:
     if (folder / QUANTIZATION).is_file():
         yield Path(QUANTIZATION)
     for file in sorted((folder / FOLDER).glob("*")):
-        if file.is_file() and file.name not in (PROBE, SOURCE_RECORD, RECORD):
+        if file.is_file() and file.name not in (PAGE, PROBE, SOURCE_RECORD, RECORD):
             yield file.relative_to(folder)
 
 
 def _record(source: FromFiles, biases: Collection[Bias]) -> SourceRecord:
-    """What the checkpoint had, to compare with what is written."""
+    """Returns what the checkpoint had, to compare with what is written."""
     files: CheckpointFiles = source.files
     found = {name: header for file in set(files.stored.values()) for name, header in headers(file)}
     tensors = {name: (found[name].dtype, found[name].shape) for name in files.stored}

@@ -1,4 +1,4 @@
-"""What two ONNX models are called with: arrays by the names of the inputs."""
+"""Reads what two ONNX models are called with: arrays by the names of the inputs."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class _Run:
         return choose(placed, Judge(Running(quantized), Running(reference), held_out, measure, None, None))
 
     def corrected(self) -> Model:
-        """The model with the corrections that are kept."""
+        """Returns the model with the corrections that are kept."""
         return edited(self.quantized.model, [edit for name, edit in self.edits.items() if name in self.kept])
 
     def report(self, chosen: HeldOut | None) -> Correction:

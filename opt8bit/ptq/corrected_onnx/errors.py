@@ -25,7 +25,7 @@ RELATED = 0.5  # the least cosine of a layer's outputs in both models; that of u
 
 
 class Statistic(NamedTuple):
-    """What biases are of the errors, as of :class:`BiasCompensation`."""
+    """Says which statistic of the errors biases are, as in :class:`BiasCompensation`."""
 
     name: str
     shrink: bool
@@ -33,7 +33,7 @@ class Statistic(NamedTuple):
 
 @dataclass
 class OnnxError:
-    """What a layer of a quantized model puts out wrong.
+    """Measures what a layer of a quantized model puts out wrong.
 
     Attributes:
         pair: the layer in both models.
@@ -59,7 +59,7 @@ class OnnxError:
             self.compensation.observe(y, y_hat, mask_for(mask, y, self.pair.channel_axis))
 
     def edit(self) -> Edit | None:
-        """What changes in the quantized file; None where the samples support nothing, or codes are too coarse."""
+        """Returns what changes in the quantized file, or None where the samples or the codes allow no change."""
         self.compensation.settle()
         shift = self.compensation.bias.detach().numpy()
         return self.pair.slot.edit(shift) if shift.any() else None
@@ -67,7 +67,7 @@ class OnnxError:
 
 @dataclass
 class Tried:
-    """What a first batch shows.
+    """Holds what a first batch shows.
 
     Attributes:
         errors: of layers that can be corrected, with nothing seen yet.

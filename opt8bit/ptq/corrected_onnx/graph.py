@@ -17,7 +17,7 @@ Initializer = Any  # an onnx.TensorProto
 
 
 class Behind(NamedTuple):
-    """What some tensors are computed by.
+    """Lists what some tensors are computed by.
 
     Attributes:
         nodes: in the order of the graph.
@@ -88,15 +88,15 @@ class Graph:
         return cls(model, path.parent)
 
     def named(self, name: str) -> Node | None:
-        """The node of a name; None if none or several have it."""
+        """Returns the node of a name, or None if none or several have it."""
         return self._by_name[name] if name and self._names[name] == 1 else None
 
     def is_private(self, name: str) -> bool:
-        """Whether a single node reads a tensor, and nobody else does."""
+        """Tells whether a single node reads a tensor, and nobody else does."""
         return len(self.consumers.get(name, ())) == 1 and name not in self.outputs
 
     def values(self, name: str) -> np.ndarray:
-        """The values of an initializer, from whichever file they are in.
+        """Returns the values of an initializer, from whichever file they are in.
 
         Raises:
             ValueError: they cannot be read.
@@ -107,14 +107,14 @@ class Graph:
             raise ValueError(f"the values of {name} cannot be read: {error}") from error
 
     def fresh(self, name: str) -> str:
-        """A name that no tensor has: this one, or a longer one."""
+        """Returns a name that no tensor has: this one, or a longer one."""
         taken = (self.producers, self.initializers, self.consumers, {each.name for each in self.inputs})
         while any(name in names for names in taken):
             name += "_"
         return name
 
     def float_type(self, name: str) -> int:
-        """The ONNX type of a constant's numbers, or of what codes stand for; float32 where that is not known."""
+        """Returns the ONNX type of a constant's numbers, or of what codes stand for; float32 if it is not known."""
         kinds = onnx().TensorProto
         while name in self.producers and self.producers[name].input:
             source = self.producers[name]
@@ -176,11 +176,11 @@ def read_by(node: Node) -> Iterator[str]:
 
 
 def has_subgraph(node: Node) -> bool:
-    """Whether a node has a graph within it, as loops and branches do."""
+    """Tells whether a node has a graph within it, as loops and branches do."""
     return any(each.HasField("g") or len(each.graphs) for each in node.attribute)
 
 
 def attribute(node: Node, name: str, default: Any) -> Any:
-    """The value of a node's attribute, or the default."""
+    """Returns the value of a node's attribute, or the default."""
     found = next((each for each in node.attribute if each.name == name), None)
     return default if found is None else onnx().helper.get_attribute_value(found)

@@ -1,4 +1,4 @@
-"""What an ONNX model takes, and what it is given to read a text."""
+"""Finds what an ONNX model takes, and what it is given to read a text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inputs_of(path: Path) -> list[OnnxInput]:
 
 
 def batch_size(inputs: list[OnnxInput]) -> int | None:
-    """The number of samples that a model takes at once; None where it takes any."""
+    """Returns the number of samples that a model takes at once, or None where it takes any."""
     return next((each.dims[0] for each in inputs if each.dims and each.dims[0]), None)
 
 

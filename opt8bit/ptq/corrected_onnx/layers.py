@@ -36,7 +36,7 @@ class FloatLayer:
     channel_axis: int
 
     def is_among(self, patterns: tuple[str, ...]) -> bool:
-        """Whether a pattern means it."""
+        """Tells whether a pattern means it."""
         return any(fnmatchcase(word, pattern) for word in self.words for pattern in patterns)
 
 
@@ -72,7 +72,7 @@ def _layer(graph: Graph, node: Node, taken: set[str]) -> FloatLayer | None:
 
 
 def _input(graph: Graph, node: Node) -> str | None:
-    """The tensor that goes into a layer; None where the node is none."""
+    """Returns the tensor that goes into a layer, or None where the node is none."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in (*CONVOLUTIONS, *PRODUCTS):
         return None
     x, weight = node.input[:2]
@@ -92,7 +92,7 @@ def _constants_behind(graph: Graph, node: Node) -> Iterator[Node]:
 
 
 def _activated(graph: Graph, output: str) -> str | None:
-    """What an activation makes of an output; None where none follows, or where it is not all that follows."""
+    """Returns what an activation makes of an output, or None where none follows, or more follows than that."""
     if not graph.is_private(output):
         return None
     (after,) = graph.consumers[output]

@@ -34,7 +34,7 @@ class OnnxPair(NamedTuple):
 
 
 class OnnxMatches(NamedTuple):
-    """What can be corrected, and what can not, with the reason."""
+    """Lists what can be corrected, and what cannot, with the reason."""
 
     pairs: list[OnnxPair]
     skipped: dict[str, str]
@@ -65,7 +65,7 @@ def match_onnx(quantized: Graph, reference: Graph, leave: Sequence[str]) -> Onnx
 
 
 def _pair(quantized: Graph, reference: Graph, layer: FloatLayer) -> OnnxPair | str:
-    """A layer and its counterpart; or why there is none to correct."""
+    """Returns a layer and its counterpart; or why there is none to correct."""
     reasons = []
     for y, y_hat in _candidates(quantized, layer):
         slot = find_slot(quantized, y_hat)
@@ -86,7 +86,7 @@ def _pair(quantized: Graph, reference: Graph, layer: FloatLayer) -> OnnxPair | s
 
 
 def _candidates(quantized: Graph, layer: FloatLayer) -> list[tuple[str, str]]:
-    """The outputs of a layer that have a counterpart, with that, from the last output to the first."""
+    """Returns the outputs of a layer that have a counterpart, with that, from the last output to the first."""
     found = [(output, _before_codes(quantized, output)) for output in reversed(layer.outputs)]
     if layer.ahead is not None:
         ahead = _before_codes(quantized, layer.ahead)
@@ -105,7 +105,7 @@ def _renamed(quantized: Graph, name: str) -> Node | None:
 
 
 def _before_codes(quantized: Graph, name: str) -> str:
-    """What a tensor is before it is quantized and dequantized, or cast; itself where it is neither."""
+    """Returns what a tensor is before it is quantized and dequantized, or cast; itself where it is neither."""
     source = quantized.producers.get(name)
     while source is not None and source.op_type == "Cast" and source.input[0] in quantized.producers:
         name = source.input[0]
@@ -119,7 +119,7 @@ def _before_codes(quantized: Graph, name: str) -> str:
 
 
 def _counterpart(quantized: Graph, reference: Graph, name: str) -> str | None:
-    """The tensor of the quantized model that is a tensor of the float one."""
+    """Returns the tensor of the quantized model that is a tensor of the float one."""
     if name in quantized.producers or any(each.name == name for each in quantized.inputs):
         return name
     node = reference.producers.get(name)

@@ -104,7 +104,7 @@ class OnnxModule(nn.Module):
         self._session: Session | None = None
 
     def renew(self) -> None:
-        """Has the model built again before the next call."""
+        """Lets the next call build the model again."""
         self._session = None
 
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class OnnxModule(nn.Module):
 
 
 def main_output(graph: Graph) -> str:
-    """The output by which two models are compared: the logits, or the first one."""
+    """Returns the output by which two models are compared: the logits, or the first one."""
     return LOGITS if LOGITS in graph.outputs else graph.outputs[0]
 
 

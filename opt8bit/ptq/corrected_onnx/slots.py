@@ -1,4 +1,4 @@
-"""Where a node of a quantized model takes a bias, and what changes in the file when that is raised."""
+"""Finds where a node of a quantized model takes a bias, and what changes in the file when that is raised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTEGERS = ("Conv", "Gemm")  # that onnxruntime computes in integers where the b
 
 @dataclass(frozen=True)
 class Edit:
-    """What a correction changes in a graph.
+    """Says what a correction changes in a graph.
 
     Attributes:
         words: say what the place is.
@@ -39,11 +39,11 @@ class Slot(ABC):
 
     @abstractmethod
     def fits(self, shape: tuple[int, ...], channel_axis: int) -> bool:
-        """Whether it has one number for each channel of an output of a shape."""
+        """Tells whether it has one number for each channel of an output of a shape."""
 
     @abstractmethod
     def edit(self, shift: np.ndarray) -> Edit | None:
-        """Returns what raises the output by a shift (channels,), float64; None where no stored number changes."""
+        """Returns what raises the output by a shift (channels,), float64, or None where no stored number changes."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class EmptySlot(Slot):
         return {self.node.output[0]: _with_input(self.node, self.index, name)}
 
     def _scale(self, channels: int) -> np.ndarray | None:
-        """The scale of the products that the node sums up; None where its inputs are not both dequantized."""
+        """Returns the scale of the products that the node sums, or None where an input is not dequantized."""
         factors = self.node.input[:2]
         if self.node.op_type not in INTEGERS or not all(_is_dequantized(self.graph, name) for name in factors):
             return None
@@ -206,7 +206,7 @@ def _of_bias(graph: Graph, node: Node, index: int, factor: float = 1.0, own: boo
 
 
 def _reshaped(graph: Graph, node: Node) -> tuple[int, ...] | None:
-    """The shape that a node gives an initializer; None for a node that does something else with it."""
+    """Returns the shape that a node gives an initializer, or None for a node that does something else with it."""
     dims = tuple(graph.initializers[node.input[0]].dims) if node.input else ()
     if node.op_type == "Identity":
         return dims
@@ -229,7 +229,7 @@ def _stored(
 
 
 def _fits(bias: tuple[int, ...], shape: tuple[int, ...], channel_axis: int, own: bool) -> bool:
-    """Whether a bias of a shape adds a number of its own to each channel of an output."""
+    """Tells whether a bias of a shape adds a number of its own to each channel of an output."""
     if own:
         return bias == (shape[channel_axis],)
     wanted = [1] * len(shape)
@@ -238,7 +238,7 @@ def _fits(bias: tuple[int, ...], shape: tuple[int, ...], channel_axis: int, own:
 
 
 def _replaced(graph: Graph, name: str, reader: tuple[Node, int], had: Any, values: np.ndarray) -> Edit | None:
-    """Other values in place of an initializer, or beside it where other nodes read it, too."""
+    """Puts other values in place of an initializer, or beside it where other nodes read it, too."""
     if np.array_equal(had, values):
         return None
     node, index = reader
@@ -253,7 +253,7 @@ def _tensor(values: np.ndarray, name: str) -> Initializer:
 
 
 def _with_input(node: Node, index: int, name: str) -> Node:
-    """A copy of a node that reads another tensor. Optional inputs before it stay empty."""
+    """Returns a copy of a node that reads another tensor. Optional inputs before it stay empty."""
     result = onnx().NodeProto()
     result.CopyFrom(node)
     result.input.extend([""] * (index + 1 - len(node.input)))

@@ -55,7 +55,7 @@ def _side_by_side(graph: Graph, pairs: Sequence[OnnxPair]) -> Model:
 
 
 def _input(pair: OnnxPair) -> str:
-    """What goes into a float layer, as an input of its counterpart; layers that read the same have one."""
+    """Returns the name of a float layer's input as its counterpart's; layers that read the same have one."""
     return f"into/{pair.x}"
 
 
@@ -64,7 +64,7 @@ def _within(pair: OnnxPair, name: str) -> str:
 
 
 def _copied(node: Node, pair: OnnxPair, constants: Collection[str]) -> Node:
-    """A copy of a node whose tensors belong to one layer."""
+    """Returns a copy of a node whose tensors belong to one layer."""
     result = onnx().NodeProto()
     result.CopyFrom(node)
     result.name = _within(pair, node.name)
@@ -79,7 +79,7 @@ def _copied(node: Node, pair: OnnxPair, constants: Collection[str]) -> Node:
 
 
 def _type(graph: Graph, nodes: Sequence[Node], x_hat: str) -> int:
-    """The ONNX type of what goes into a layer."""
+    """Returns the ONNX type of what goes into a layer."""
     reader = next(node for node in nodes if x_hat in node.input)
     constants = [name for name in reader.input if name in graph.constants]
     index = TYPED_BY.get(reader.op_type)

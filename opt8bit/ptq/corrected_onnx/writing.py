@@ -14,7 +14,7 @@ RECORD = "opt8bit.correction"  # the key of an entry in a model's metadata
 
 
 def is_corrected(model: Model) -> bool:
-    """Whether a model has been corrected before."""
+    """Tells whether a model has been corrected before."""
     return any(entry.key == RECORD for entry in model.metadata_props)
 
 
@@ -81,7 +81,7 @@ def write_onnx(model: Model, source: Graph, output: Path, check: Callable[[Path]
 
 
 def _beside(output: Path, source: Graph) -> Iterator[tuple[Path, Path]]:
-    """Yields each file that has weights of a model, and where it goes; none where it can stay."""
+    """Yields each file that has weights of a model, and where it goes, or none where it can stay."""
     if output.parent.resolve() == source.folder.resolve():
         return
     for place in sorted(_locations(source)):
@@ -94,7 +94,7 @@ def _beside(output: Path, source: Graph) -> Iterator[tuple[Path, Path]]:
 
 
 def _locations(source: Graph) -> set[str]:
-    """The names of the files that hold weights of a model."""
+    """Returns the names of the files that hold weights of a model."""
     external = onnx().TensorProto.EXTERNAL
     tensors = list(source.model.graph.initializer)
     return {

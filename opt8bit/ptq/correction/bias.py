@@ -22,7 +22,7 @@ def mean_shift(
     local: bool = False,
     drift_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``W E[x] - Ŵ E[x̂]``, the constant that leaves the least squared output error; ``local`` has x for x̂.
+    """Returns ``W E[x] - Ŵ E[x̂]``, the constant of least squared output error; ``local`` has x for x̂.
 
     The mean squared error falls by the square of the constant, channel by channel, and never rises. For a layer whose
     output is added to hidden states that have drifted by δ, ``drift_share`` times δ is part of the error.
@@ -43,7 +43,7 @@ def mean_shift(
 
 
 def _mean(sums: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over tokens whose sequences are independent, and its standard error: a ratio estimator's."""
+    """Returns the mean over tokens whose sequences are independent, and its standard error: a ratio estimator's."""
     mean = sums.sum(0) / tokens.sum()
     sequences = int((tokens > 0).sum())
     if sequences < 2:
@@ -53,7 +53,7 @@ def _mean(sums: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ratio_error(squares: Tensor, sequences: int | Tensor, tokens: Tensor) -> Tensor:
-    """The standard error of a mean over tokens, from the squares of what each sequence's sum differs from its share.
+    """Returns the standard error of a mean over tokens, from how far each sequence's sum is from its share.
 
     Args:
         squares: ``Σ (sum - tokens · mean)²`` over sequences.
@@ -72,7 +72,7 @@ def median_shift(
     drift_share: float = 0.0,
     channels: int = CHANNELS,
 ) -> tuple[Tensor, Tensor]:
-    """The median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error.
+    """Returns the median over tokens of ``W x - Ŵ x̂``, channel by channel: the constant of least absolute error.
 
     Arguments as of :func:`mean_shift`, with the inputs in place of their sums.
 
@@ -89,7 +89,7 @@ def median_shift(
 
 
 def _medians(errors: Callable[[slice], Sequence[Tensor]], outputs: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Of every channel over tokens, and their standard errors; ``errors`` of some of the channels, by batch."""
+    """Returns the medians of every channel over tokens, and their standard errors."""
     shifts, noises = [], []
     for start in range(0, outputs, channels):
         part = errors(slice(start, start + channels))
@@ -100,7 +100,7 @@ def _medians(errors: Callable[[slice], Sequence[Tensor]], outputs: int, channels
 
 
 def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
-    """Of a batch, for some of the channels, (sequences, length, channels): NaN where a token does not count."""
+    """Returns a batch's errors in some channels, (sequences, length, channels): NaN where a token does not count."""
     x, x_hat, mask, wanted = batch.to(weight.dtype)
     outputs = linear(x, weight[part])
     if drift_share and wanted is not None:
@@ -110,7 +110,7 @@ def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: 
 
 
 def _spread(of_sequences: Tensor) -> Tensor:
-    """The standard error of what sequences (n, channels) say, each for itself; infinite for a single one."""
+    """Returns the standard error of what sequences (n, channels) say, each for itself; infinite for a single one."""
     count = len(of_sequences)
     return of_sequences.std(0) / count**0.5 if count > 1 else torch.full_like(of_sequences[0], torch.inf)
 
@@ -123,7 +123,7 @@ def position_shift(
     local: bool = False,
     drift_share: float = 0.0,
 ) -> Tensor:
-    """``W E[x_t] - Ŵ E[x̂_t]`` at each position t of a sequence, (length, out): 0 where no token counts.
+    """Returns ``W E[x_t] - Ŵ E[x̂_t]`` at each position t of a sequence, (length, out): 0 where no token counts.
 
     Arguments as of :func:`mean_shift`, with the inputs in place of their sums. Takes ``length`` times the memory of a
     bias, is not shrunk, and no server applies it: for comparison.
@@ -137,7 +137,7 @@ def position_shift(
 
 
 def _by_position(errors: Iterable[Tensor]) -> Tensor:
-    """The mean over sequences at each position, (length, out)."""
+    """Returns the mean over sequences at each position, (length, out)."""
     total, tokens = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for error in errors:
         if total.dim() and len(total) != error.shape[1]:
@@ -148,7 +148,7 @@ def _by_position(errors: Iterable[Tensor]) -> Tensor:
 
 
 def block_shift(errors: Iterable[Tensor], statistic: str) -> Tensor:
-    """The bias that makes up for what a whole block puts out wrong.
+    """Returns the bias that makes up for what a whole block puts out wrong.
 
     Args:
         errors: of each batch, (sequences, length, h), the float block's output minus the rounded one's for the same
@@ -174,6 +174,6 @@ def block_shift(errors: Iterable[Tensor], statistic: str) -> Tensor:
 
 
 def shrunk(shift: Tensor, standard_error: Tensor) -> Tensor:
-    """A shift times ``1 - (standard error / shift)²``, or 0 where that is negative: what its data can support."""
+    """Returns what data can support of a shift: ``1 - (standard error / shift)²`` of it, or 0 if that is negative."""
     noise = (standard_error / shift).square()
     return torch.where(noise < 1, shift * (1 - noise), 0)

@@ -84,12 +84,12 @@ class BiasCompensation(nn.Module):
 
     @property
     def rank_error(self) -> float:
-        """By how much the rank of the median may be off 1/2, as a fraction of the tokens; 0 where it is exact."""
+        """The most that the median's rank may be off 1/2, as a fraction of the tokens; 0 where it is exact."""
         return self._running.rank_error if isinstance(self._running, RunningMedian) else 0.0
 
     @property
     def standard_error(self) -> Tensor | None:
-        """Of the bias before it is shrunk, (*channel_size,), in float64; None before the first update."""
+        """The standard error of the bias before it is shrunk, (*channel_size,), in float64, or None at first."""
         return None if self._running is None else self._running.shift()[1]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where a layer's output has its channels, and how a bias behind a layer becomes part of the layer."""
+"""Finds the channels of a layer's output, and makes a bias behind a layer part of the layer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CONVOLUTIONS: dict[type[nn.Module], int] = {  # and the dimensions of their imag
 
 
 def image_dims(layer: nn.Module) -> int | None:
-    """The dimensions of a convolution's images; None if it is none."""
+    """Returns the dimensions of a convolution's images, or None if it is none."""
     return next((dims for kind, dims in CONVOLUTIONS.items() if isinstance(layer, kind)), None)
 
 
 def channel_axis_of(layer: nn.Module) -> int | None:
-    """The dimension of the channels in a layer's output, from the back; None for a class that is not known."""
+    """Returns the dimension of the channels in a layer's output, from the back, or None for an unknown class."""
     if is_linear(layer):
         return -1
     dims = image_dims(layer)
@@ -73,5 +73,5 @@ def fold(
 
 
 def raised(bias: Tensor, shift: Tensor) -> Tensor:
-    """A bias plus what corrects it, added in float64, in the bias's own dtype."""
+    """Returns a bias plus what corrects it, added in float64, in the bias's own dtype."""
     return (bias.to(torch.float64) + shift.to(bias.device, torch.float64)).to(bias.dtype)

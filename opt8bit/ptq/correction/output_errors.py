@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Axes(NamedTuple):
-    """Which dimensions of an output the channels are.
+    """Says which dimensions of an output the channels are.
 
     Attributes:
         channels: dimensions that keep a bias of their own each, counted from the front, in increasing order.
@@ -61,7 +61,7 @@ def check_output(name: str, output: Any) -> Tensor:
 
 
 def counted(mask: Tensor, shape: torch.Size) -> Tensor:
-    """What of an output counts, as a view of the mask in the output's shape.
+    """Returns the mask of what counts, as a view in the output's shape.
 
     Args:
         mask: true where a token counts: it has the output's leading dimensions, or broadcasts to all of them.
@@ -80,7 +80,7 @@ def counted(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 def difference(float_output: Tensor, quantized_output: Tensor, counts: Tensor | None) -> Tensor:
-    """The float output minus the quantized one, in float32 or float64; NaN where a token does not count.
+    """Returns the float output minus the quantized one, in float32 or float64; NaN where a token does not count.
 
     Raises:
         ValueError: an output that counts is not finite; it names the output, the place and the value.
@@ -98,7 +98,7 @@ def difference(float_output: Tensor, quantized_output: Tensor, counts: Tensor | 
 
 
 def _adds_up(output: Tensor) -> bool:
-    """Whether the sum is finite, and so every value. To ask each takes many times as long."""
+    """Tells whether the sum is finite, and so every value. To ask each takes many times as long."""
     return math.isfinite(output.sum().item())
 
 
@@ -116,7 +116,7 @@ def check_finite(name: str, output: Tensor, counts: Tensor | None = None) -> Non
 
 
 def by_sample(error: Tensor, axes: Axes) -> Tensor:
-    """The error as (samples, tokens, *channels)."""
+    """Returns the error as (samples, tokens, *channels)."""
     sample = () if axes.sample is None else (axes.sample,)
     ordered = error.permute(*sample, *axes.tokens, *axes.channels)
     sizes = [error.shape[i] for i in axes.channels]

@@ -1,4 +1,4 @@
-"""Where a correction of a module's output can stand: in a bias of the module, or in a module behind it."""
+"""Places a correction of a module's output: in a bias of the module, or in a module behind it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Write = Callable[[Any, Tensor], Any]
 
 
 class BiasPlace(NamedTuple):
-    """Where a module keeps its bias: among its parameters, or among its buffers."""
+    """Says where a module keeps its bias: among its parameters, or among its buffers."""
 
     values: dict[str, Any]
     are_parameters: bool
 
     @staticmethod
     def of(layer: nn.Module) -> BiasPlace | None:
-        """Returns the place of a bias that the state dict has; None where the module has no place for one."""
+        """Returns the place of a bias that the state dict has, or None where the module has no place for one."""
         if "bias" in layer._parameters:
             return BiasPlace(layer._parameters, True)
         if "bias" in layer._buffers and "bias" not in layer._non_persistent_buffers_set:
@@ -126,7 +126,7 @@ def takes_bias(
     read: Read,
     channel_axis: int,
 ) -> bool:
-    """Whether what is added to a module's bias is added to its output. A trial determines it, whatever the class.
+    """Tells whether what is added to a module's bias is added to its output. A trial determines it, whatever the class.
 
     Args:
         layer: is left as it was.

@@ -48,7 +48,7 @@ class RunningMean:
         self.samples += (tokens > 0).sum(0)
 
     def shift(self) -> tuple[Tensor, Tensor]:
-        """The mean and its standard error, both (*channels).
+        """Returns the mean and its standard error, both (*channels).
 
         The mean is 0 where no token counts. The standard error is infinite where fewer than two samples do.
         """
@@ -99,7 +99,7 @@ class RunningMedian:
 
     @property
     def rank_error(self) -> float:
-        """By how much the rank of the result may be off 1/2, as a fraction of the tokens; 0 where it is exact."""
+        """The most that the result's rank may be off 1/2, as a fraction of the tokens; 0 where it is exact."""
         if not self._moved:
             return 0.0
         # Ranks move by at most the sum of the weights. Where masks leave channels with unlike numbers of errors, the
@@ -107,7 +107,7 @@ class RunningMedian:
         return min(1.0, 1.5 * self._moved / max(1.0, float(self.tokens.min())))
 
     def shift(self) -> tuple[Tensor, Tensor]:
-        """The median and its standard error, both (*channels); the median is 0 where no token counts.
+        """Returns the median and its standard error, both (*channels); the median is 0 where no token counts.
 
         The standard error says how much the samples' own medians differ. It is infinite for fewer than two samples.
         """
@@ -149,7 +149,7 @@ def _weighted_median(
     rows: Tensor,  # (n, channels), NaN where one does not count
     weights: Tensor,  # (n,)
 ) -> Tensor:
-    """The least value at or below which lies half of the weight, (channels,); NaN where there is none."""
+    """Returns the least value at or below which lies half of the weight, (channels,); NaN where there is none."""
     ordered, order = rows.sort(0)  # NaN comes last
     sums = torch.where(ordered.isnan(), 0, weights[order]).cumsum(0)
     at = torch.searchsorted(sums.T.contiguous(), (sums[-1:] / 2).T.contiguous())  # (channels, 1)

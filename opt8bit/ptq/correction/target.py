@@ -17,7 +17,7 @@ def asymmetric_target(
     strength: float,
     damping: float = DAMPING,
 ) -> Tensor:
-    """``W* = W + α E[(y - W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λI)⁻¹``, in the dtype of ``weight``.
+    """Returns ``W* = W + α E[(y - W x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λI)⁻¹``, in the dtype of ``weight``.
 
     The layer will see x̂ where the float model saw x, and should put out y: ``W x``, and where its output is added to
     hidden states that have drifted by δ from the float model's, ``W x + δ``. With α = 1 and λ = 0, ``W* x̂`` is the best

@@ -25,7 +25,7 @@ def value_bias_through(places: Places, layers: dict[str, Compressed], model: nn.
 
 
 def _per_query_head(bias: Tensor, features: int, model: nn.Module) -> Tensor:
-    """A bias of the values as the output projection sees it: heads that share values repeat them."""
+    """Returns a bias of the values as the output projection sees it: heads that share values repeat them."""
     shared = features // len(bias)
     if shared == 1:
         return bias

@@ -98,7 +98,7 @@ def warn_of_servers(format: str, source: Source, plan: Plan) -> None:
 
 
 def _not_run(format: str, source: Source, planned: Mapping[str, Planned], runtimes: Sequence[Runtime]) -> list[str]:
-    """What runtimes refuse, or get wrong, of what is to be written, in sentences."""
+    """Returns, in sentences, what runtimes refuse, or get wrong, of what is to be written."""
     layers = block_layers(source.model)
     stored = {name: Layer(_shape(layer), _packing(planned.get(name))) for name, layer in layers.items()}
     has_experts = any(".experts." in name for name in layers)
@@ -120,7 +120,7 @@ def _packing(planned: Planned | None) -> Packing | None:
 
 
 def _planned(source: Source, plan: Plan) -> tuple[dict[str, Planned], list[str]]:
-    """The layers that will be rounded, and the names of those that stay as they are."""
+    """Returns the layers that will be rounded, and the names of those that stay as they are."""
     layers = block_layers(source.model)
     plans = {name: plan.of(name) for name in layers}
     planned = {name: Planned(layers[name], own.scheme, own.method) for name, own in plans.items() if own is not None}
@@ -128,7 +128,7 @@ def _planned(source: Source, plan: Plan) -> tuple[dict[str, Planned], list[str]]
 
 
 def format_of(config: Mapping[str, Any]) -> CheckpointFormat | None:
-    """Returns the format of a checkpoint with this configuration; None if it is none of :data:`FORMATS`.
+    """Returns the format of a checkpoint with this configuration, or None if it is none of :data:`FORMATS`.
 
     Raises:
         KeyError, TypeError: it is no configuration.

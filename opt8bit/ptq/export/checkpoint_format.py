@@ -1,4 +1,4 @@
-"""What a format of checkpoints is: what it can hold, how it is written, what its files say, how it is loaded."""
+"""Defines a format of checkpoints: what it can hold, how it is written, what its files say, how it is loaded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StoredLayer:
 
 
 class StoredCodes(NamedTuple):
-    """How the codes of a matrix are stored; see :class:`StoredLayer`."""
+    """Says how the codes of a matrix are stored; see :class:`StoredLayer`."""
 
     bits: int
     whole_codes: bool = False
@@ -138,7 +138,7 @@ class CheckpointFormat(ABC):
         return None
 
     def codes_of(self, layer: str, columns: int, parts: Mapping[str, Header], header: Any) -> StoredCodes | None:
-        """Returns how the codes of a packed weight are stored, where shapes do not tell; None where they do.
+        """Returns how the codes of a packed weight are stored, where shapes do not tell, or None where they do.
 
         Args:
             layer: its name in the checkpoint.
@@ -150,7 +150,7 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        """Returns what transformers' configuration must have to unpack one tensor at a time; None where it cannot.
+        """Returns what transformers' configuration must have to unpack one tensor at a time, or None where it cannot.
 
         Args:
             quantization: the checkpoint's quantization header, if it has one.

@@ -172,7 +172,7 @@ def _ignored(result: Result, left: Iterable[str]) -> list[str]:
 
 
 def _tower(model: nn.Module, name: str) -> str | None:
-    """Returns the own name of the largest module around a layer that has no blocks in it; None if there is none."""
+    """Returns the own name of the largest module around a layer that has no blocks in it, or None if there is none."""
     blocks, parts = find_blocks(model)[0].split("."), name.split(".")
     shared = 0
     while shared < len(blocks) and parts[shared] == blocks[shared]:
@@ -181,7 +181,7 @@ def _tower(model: nn.Module, name: str) -> str | None:
 
 
 def experts_of(module: str) -> list[str]:
-    """The names under which servers have the experts that a module holds as one tensor.
+    """Returns the names under which servers have the experts that a module holds as one tensor.
 
     Most call the list ``experts``. Where the model has no such name, the experts are in its own module here, and beside
     it in servers: Granite's ``block_sparse_moe.input_linear`` is ``block_sparse_moe.experts`` there.
@@ -193,13 +193,13 @@ def experts_of(module: str) -> list[str]:
 
 
 def _names(result: Result, name: str) -> list[str]:
-    """A layer's in the model and in the checkpoint: which of them is read differs among transformers and servers."""
+    """Returns a layer's names in the model and in the checkpoint; programs differ in which of them they read."""
     stored = result.source.stored_name(f"{name}.weight")
     return [name] if stored is None else list(dict.fromkeys([name, stored.removesuffix(".weight")]))
 
 
 def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:
-    """Whether transformers must be told to dequantize on loading: it runs plain nn.Linear and symmetric grids alone."""
+    """Tells whether transformers must dequantize on loading: it runs only nn.Linear and symmetric grids."""
     return not all(type(module) is nn.Linear for module in modules) or not all(grid.symmetric for grid in grids)
 
 

@@ -100,7 +100,7 @@ def with_places(config: dict[str, Any], model: Any, places: Iterable[Place]) -> 
 
 
 def _section(config: Mapping[str, Any], model_type: str | None) -> str | None:
-    """Returns the part of a composite configuration that is the text model's; None where that is the whole."""
+    """Returns the part of a composite configuration that is the text model's, or None where that is the whole."""
     if config.get("model_type") == model_type:
         return None
     parts = [name for name, part in config.items() if isinstance(part, dict) and part.get("model_type") == model_type]

@@ -15,7 +15,7 @@ LOCK = "lock"
 
 @contextmanager
 def new_folder(path: Path, *, resume: bool = False) -> Iterator[Path]:
-    """A folder beside ``path`` to write into; it takes that name at the end.
+    """Yields a folder beside ``path`` to write into; it takes that name at the end.
 
     With an error it disappears, unless its folder :data:`WORK` has something in it: then a later call may go on.
 
@@ -66,7 +66,7 @@ def _remove(folders: list[Path]) -> None:
 
 
 def _readable(folder: Path) -> None:
-    """For whom new files are: safetensors makes its own for their owner alone."""
+    """Lets everyone read the files that new files let read: safetensors makes its own for their owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.rglob("*"):
@@ -76,7 +76,7 @@ def _readable(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, and by none that has ended.
+    """Holds a lock on a folder, which one process has at a time, and none that has ended.
 
     Raises:
         FileExistsError: another one holds it.

@@ -21,7 +21,7 @@ BITS = (4, 8)
 
 
 class GPTQFormat(HuggingFaceFormat):
-    """Symmetric integers of 4 or 8 bits, by group or by row, one scheme for all layers: what servers still take.
+    """Writes symmetric integers of 4 or 8 bits, by group or row, in one scheme for all layers: what servers still take.
 
     ``qweight``, int32 (in * bits / 32, out), has the codes of an output in a column; ``qzeros``, int32
     (groups, out * bits / 32), the zero points less one; ``scales`` (groups, out) are of the

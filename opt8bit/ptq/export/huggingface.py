@@ -40,7 +40,7 @@ class HuggingFaceFormat(CheckpointFormat):
         """Returns the tensors that are the weight of a layer, by what stands behind the layer's name."""
 
     def quantization(self, result: Result) -> dict[str, Any] | None:
-        """Returns what the configuration says of the weights, under ``headers``; None for nothing."""
+        """Returns what the configuration says of the weights, under ``headers``, or None for nothing."""
         return None
 
     def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
@@ -146,7 +146,7 @@ def _new_bias(result: Result, layer: str, module: nn.Module) -> Tensor | None:
 
 
 def stored_parameter(result: Result, name: str) -> str | None:
-    """Returns the checkpoint's name of a parameter; None where the model has none of that name."""
+    """Returns the checkpoint's name of a parameter, or None where the model has none of that name."""
     owner, _, kind = name.rpartition(".")
     if getattr(result.model.get_submodule(owner), kind) is None:
         return None

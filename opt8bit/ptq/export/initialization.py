@@ -1,4 +1,4 @@
-"""Whether a model can be loaded and run without the weights that its checkpoint has packed."""
+"""Tries whether a model can be loaded and run without the weights that its checkpoint has packed."""
 
 from __future__ import annotations
 

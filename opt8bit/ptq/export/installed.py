@@ -1,4 +1,4 @@
-"""Which packed weights the installed transformers and compressed-tensors do not load, though others do."""
+"""Finds packed weights that the installed transformers and compressed-tensors do not load, though others do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STREAM = (0, 18)  # of compressed-tensors: from then on codes stand bit to bit, 
 
 
 class Codes(NamedTuple):
-    """What tells whether the packed weight of a layer can be loaded.
+    """Holds what decides whether the packed weight of a layer can be loaded.
 
     Attributes:
         bits: of a code.
@@ -26,7 +26,7 @@ class Codes(NamedTuple):
 
 
 def not_loaded_here(layers: Iterable[Codes]) -> list[str]:
-    """Returns a line for each kind of packed weights that cannot be loaded here; none where nothing is installed."""
+    """Returns a line for each kind of packed weights that cannot be loaded here, or none where nothing is installed."""
     found, kinds = [], set(layers)
     transformers, package = _installed("transformers"), _installed("compressed-tensors")
     if transformers is None or package is None:
@@ -47,7 +47,7 @@ def not_loaded_here(layers: Iterable[Codes]) -> list[str]:
 
 
 def _installed(package: str) -> tuple[int, ...] | None:
-    """The first two numbers of a package's version; None if it is not installed."""
+    """Returns the first two numbers of a package's version, or None if it is not installed."""
     try:
         return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version(package).split(".")[:2])
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What a checkpoint was made from: the names, dtypes and shapes of the source's tensors, of which none may get lost."""
+"""Records the names, dtypes and shapes of the source's tensors, of which none may get lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SourceRecord:
 
 
 def read_record(checkpoint: Path) -> SourceRecord | None:
-    """Returns the record in a checkpoint's folder; None where there is none.
+    """Returns the record in a checkpoint's folder, or None where there is none.
 
     Raises:
         ValueError: it is damaged.

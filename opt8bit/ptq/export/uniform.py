@@ -1,4 +1,4 @@
-"""What packed formats ask of a layer: integers on an evenly spaced grid, scales of its own dtype, an nn.Linear."""
+"""Checks what packed formats ask of a layer: evenly spaced integers, scales of its own dtype, an nn.Linear."""
 
 from __future__ import annotations
 

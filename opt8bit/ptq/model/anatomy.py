@@ -1,4 +1,4 @@
-"""What a block does with its linear layers, determined by watching it run."""
+"""Determines what a block does with its linear layers, by watching it run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opt8bit.ptq.model.usage import used, watched
 
 
 class Anatomy(NamedTuple):
-    """What a block does with its linear layers, by name."""
+    """Says what a block does with its linear layers, by name."""
 
     stages: list[list[str]]  # in the order of their calls; those of a stage read one tensor
     writers: set[str]  # whose output is added to the hidden states as it is, such as o_proj and down_proj
@@ -40,7 +40,7 @@ def anatomy(block: nn.Module, call: Call) -> Anatomy:
 
 
 def _stages(order: list[tuple[str, Tensor]]) -> list[list[str]]:
-    """The names in the order of their calls; those that read one tensor go together.
+    """Returns the names in the order of their calls; those that read one tensor go together.
 
     So queries, keys and values are one stage and share their statistics, and so are the two halves of a gated MLP.
     """
@@ -55,7 +55,7 @@ def _stages(order: list[tuple[str, Tensor]]) -> list[list[str]]:
 
 
 def apart(order: list[list[str]], names: set[str]) -> list[list[str]]:
-    """Stages of which each of the named layers has one of its own."""
+    """Divides stages so that each of the named layers has one of its own."""
     result: list[list[str]] = []
     for stage in order:
         last_is_alone = True
@@ -68,7 +68,7 @@ def apart(order: list[list[str]], names: set[str]) -> list[list[str]]:
 
 
 def stream_writers(block: nn.Module, call: Call) -> set[str]:
-    """The linear layers whose output is added to the hidden states as it is, such as ``o_proj`` and ``down_proj``.
+    """Returns the linear layers whose output is added to the hidden states as it is, such as ``o_proj``.
 
     A trial determines it: with all other layers silent, the block returns its input plus what the layer puts out.
     """
@@ -95,7 +95,7 @@ def _gives(block: nn.Module, call: Call, expected: Tensor) -> bool:
 
 
 def overwritten(block: nn.Module, call: Call) -> set[str]:
-    """The linear layers whose output the block changes in place, as Falcon's does to save memory."""
+    """Returns the linear layers whose output the block changes in place, as Falcon's does to save memory."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, x: Any, output: Any) -> None:
@@ -113,7 +113,7 @@ def _constant(output: Tensor) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, each module runs the function given for it; afterwards what it ran before."""
+    """Lets each module run the function given for it inside the context, and its own afterwards."""
     had = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward

@@ -1,4 +1,4 @@
-"""Where a model's layers can hold a bias, so that whoever loads its checkpoint uses it."""
+"""Finds where a model's layers can hold a bias, so that whoever loads its checkpoint uses it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LLAMA = "LlamaForCausalLM"
 
 
 class Place(NamedTuple):
-    """What lets a layer hold a bias.
+    """Says what lets a layer hold a bias.
 
     Attributes:
         kind: "own" for a bias that it has; "switch" of the model's configuration; the same of "llama", where the model
-            is one but for its name and is written as such; "through" another layer.
+            is one except for its name and is written as such; "through" another layer.
         name: of the switch, or of the other layer.
     """
 
@@ -39,7 +39,7 @@ Places = dict[str, "Place | None"]
 
 
 def bias_places(model: nn.Module, names: Iterable[str], statistic: str = "mean") -> Places:
-    """For each layer, what lets it hold a bias of a statistic.
+    """Returns, for each layer, what lets it hold a bias of a statistic.
 
     Attention weights sum to 1, so that a constant passes from the values through to the output projection unchanged;
     one by position does not. None where the architecture has no place: who loads the checkpoint would drop the bias.
@@ -62,7 +62,7 @@ def bias_places(model: nn.Module, names: Iterable[str], statistic: str = "mean")
 
 
 def why_uncorrected(name: str, places: Places) -> str | None:
-    """Why a layer gets no correction; None where it gets one.
+    """Returns why a layer gets no correction, or None where it gets one.
 
     What a constant in the keys adds to the scores of a query is the same for all positions, and lost in the softmax.
     Under rotary embedding it is not the same, and has been seen to do harm.
@@ -75,7 +75,7 @@ def why_uncorrected(name: str, places: Places) -> str | None:
 def skipped_by_servers(
     model: nn.Module, name: str, places: Places, runtimes: Sequence[Runtime] = SERVERS
 ) -> str | None:
-    """Which servers load a layer's bias from the written checkpoint and do not use it; None where there are none."""
+    """Says which servers load a layer's bias from the written checkpoint and do not use it, or returns None."""
     place = places[name]
     holder = place.name if place is not None and place.kind == "through" else name
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -85,7 +85,7 @@ def skipped_by_servers(
 
 
 def config_with_places(model: nn.Module, places: Iterable[Place | None]) -> Any:
-    """The configuration of a model whose layers hold biases in these places."""
+    """Returns the configuration of a model whose layers hold biases in these places."""
     used = {place for place in places if place is not None}
     switches = {kind: [place.name for place in used if place.kind == kind] for kind in ("switch", "llama")}
     if not switches["llama"]:
@@ -98,9 +98,9 @@ def config_with_places(model: nn.Module, places: Iterable[Place | None]) -> Any:
 
 
 def _as_llama(model: nn.Module) -> tuple[Any, type[nn.Module]] | None:
-    """The configuration and the class that make the same model as a LLaMA, whose switches it lacks; None if it is none.
+    """Returns the configuration and the class that make the same model as a LLaMA, with its switches, or None.
 
-    Mistral and Qwen2 are LLaMAs but for their names, unless their attention sees a window; and Qwen2's queries, keys
+    Mistral and Qwen2 are LLaMAs except for their names, unless their attention sees a window; and Qwen2's queries, keys
     and values have biases, which the switch gives LLaMA's.
     """
     config: Any = getattr(model, "config", None)
@@ -135,7 +135,7 @@ def _off(config: Any) -> list[str]:
 
 
 def _enabled_by(model: nn.Module, config: Any, model_class: type[Any], switch: str) -> set[str]:
-    """The layers that have a bias when the switch is on; none, if anything but linear layers changes with it."""
+    """Returns the layers that a switch gives a bias; none, if it changes anything except linear layers."""
     try:
         with torch.device("meta"):
             switched = model_class(_with_switches(config, [switch]))
@@ -154,7 +154,7 @@ def _enabled_by(model: nn.Module, config: Any, model_class: type[Any], switch: s
 
 
 def _output_of(name: str, places: Places) -> str | None:
-    """The output projection beside attention values, if it can hold a bias itself."""
+    """Returns the output projection beside attention values, if it can hold a bias itself."""
     parent, _, own = name.rpartition(".")
     candidates = [f"{parent}.{output}" for output in OUTPUTS if own == VALUES]
     return next((output for output in candidates if places.get(output)), None)

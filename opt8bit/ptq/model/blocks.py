@@ -13,7 +13,7 @@ from opt8bit.ptq.model.products import fast_products
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is ``nn.Linear``, or GPT-2's Conv1D, which is one with its weight transposed."""
+    """Tells whether it is ``nn.Linear``, or GPT-2's Conv1D, which is one with its weight transposed."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
@@ -23,18 +23,18 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in), sharing its memory."""
+    """Returns the weight of a linear layer as (out, in), sharing its memory."""
     weight: Tensor = layer.weight.detach()  # type: ignore[union-attr]
     return weight.T if _is_conv1d(layer) else weight
 
 
 def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A weight (out, in) as the layer has its own."""
+    """Returns a weight (out, in) as the layer has its own."""
     return weight.T if _is_conv1d(layer) else weight
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Its linear layers by name."""
+    """Returns a block's linear layers by name."""
     return {name: module for name, module in block.named_modules() if is_linear(module)}
 
 
@@ -72,7 +72,7 @@ def _decoder(model: nn.Module) -> str:
 
 
 def block_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of all its blocks, by their names in the model.
+    """Returns the linear layers of all its blocks, by their names in the model.
 
     Raises:
         ValueError: it has no blocks.
@@ -84,7 +84,7 @@ def block_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What else its blocks multiply by, maybe: their matrices outside linear layers, such as fused experts, by name.
+    """Returns matrices outside linear layers that blocks may multiply by, such as fused experts, by name.
 
     Raises:
         ValueError: it has no blocks.
@@ -95,7 +95,7 @@ def other_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def by_pattern(about: Mapping[str, str], prefix: str, blocks: int) -> list[tuple[str, str]]:
-    """What there is to say about layers, once for those of all blocks: ``*`` stands for the number of any block."""
+    """Merges what is said about the layers of all blocks: ``*`` stands for the number of any block."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for name, why in about.items():
         number, _, own = name.removeprefix(f"{prefix}.").partition(".")
@@ -113,7 +113,7 @@ def _are_blocks(modules: nn.ModuleList) -> bool:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside, and fast products; every module's mode is as before afterwards."""
+    """Turns off dropout and gradients, and turns on fast products, inside the context; restores every module's mode."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()

@@ -1,4 +1,4 @@
-"""From the last block's hidden states to logits, of the float and of the compressed model."""
+"""Turns the last block's hidden states into logits, of the float and of the compressed model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opt8bit.ptq.model.recording import handing_on, no_cache, without_blocks
 
 
 class ModelEnd:
-    """What a model does behind its blocks.
+    """Runs what a model does behind its blocks.
 
     Args:
         model: whose blocks need not be able to run.
@@ -26,7 +26,7 @@ class ModelEnd:
         self._model, self._blocks, self._outputs, self._axes = model, blocks, outputs, axes
 
     def logits(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
-        """Of hidden states (sequences, length, ...) that the last block puts out; None where the model has none."""
+        """Returns the logits of the last block's hidden states (sequences, length, ...), or None without a head."""
         if self._axes != (0, 1):
             hidden = hidden.movedim((0, 1), self._axes)
         with (

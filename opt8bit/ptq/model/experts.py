@@ -12,7 +12,7 @@ Family = dict[str, tuple[int, str]]  # the number of the expert and the layer's 
 
 
 def expert_families(block: nn.Module, usage: Mapping[str, Use], tokens: int) -> list[Family]:
-    """The layers of each list of experts in a block.
+    """Returns the layers of each list of experts in a block.
 
     A list of modules has experts if a pass calls some of its members with fewer tokens than there are, or calls some
     and leaves out others that are built alike.
@@ -27,7 +27,7 @@ def expert_families(block: nn.Module, usage: Mapping[str, Use], tokens: int) -> 
 
 
 def _places(name: str) -> Iterator[tuple[str, int, str]]:
-    """The ways to read a layer's name as that of a list, a number in it, and the layer's own name there."""
+    """Yields the ways to read a layer's name as that of a list, a number in it, and the layer's own name there."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if i and part.isdecimal():
@@ -49,7 +49,7 @@ def _are_routed(block: nn.Module, family: Family, usage: Mapping[str, Use], toke
 
 
 def with_experts(stages: Sequence[Sequence[str]], families: Sequence[Family]) -> list[list[str]]:
-    """Stages with those of all experts in them, in the order of their numbers, where the first that was called stood.
+    """Puts the stages of all experts in the order of their numbers, where the first that was called stood.
 
     What one expert does with its layers, all of its list do: so those have stages that the pass did not call.
     """

@@ -68,17 +68,17 @@ def fold(block: nn.Module, link: Link, scale: Tensor) -> None:
 
 
 def relative_error(call: Call, block: nn.Module, reference: nn.Module) -> float:
-    """How far what a block makes of a call is from what another one makes of it, relative to the latter."""
+    """Returns how far two blocks' outputs for one call are apart, relative to the reference's."""
     return relative_difference(call.of(block), call.of(reference))
 
 
 def relative_difference(output: Tensor, expected: Tensor) -> float:
-    """``|y - ŷ| / |y|``."""
+    """Returns ``|y - ŷ| / |y|``."""
     return float((output.to(expected) - expected).norm() / expected.norm())
 
 
 def doubled(call: Call) -> Call:
-    """The same call with every number in float64."""
+    """Returns the same call with every number in float64."""
     parts = [part for _, part in flattened((call.args, call.kwargs)) if isinstance(part, Tensor)]
     copies: dict[int, Any] = {id(part): part.double() for part in parts if part.is_floating_point()}
     args, kwargs = copied((call.args, call.kwargs), copies)

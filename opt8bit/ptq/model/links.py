@@ -1,4 +1,4 @@
-"""Which norm or linear layer of a block feeds which linear layers: found by trial, with no table of names.
+"""Finds which norm or linear layer of a block feeds which linear layers, by trial, with no table of names.
 
 A link is a place where a block can be rewritten and compute the same: channels of the producer are multiplied, or moved
 by a constant, and the weights of its consumers undo it. The trials run on a copy of the block in float64. What a module
@@ -80,7 +80,7 @@ class _Trial:
             self.sizes.setdefault(name, output.shape[-1])
 
     def _seen(self, call: Call, note: Callable[[str, Any], None] | None = None) -> dict[str, Tensor]:
-        """What each linear layer sees in a pass, (tokens, in)."""
+        """Returns what each linear layer sees in a pass, (tokens, in)."""
         seen: dict[str, Tensor] = {}
 
         def see(name: str, x: Any, output: Any) -> None:
@@ -95,7 +95,7 @@ class _Trial:
         return seen
 
     def link(self, producer: str) -> Link | None:
-        """The link that begins at a producer; None if none does."""
+        """Returns the link that begins at a producer, or None if none does."""
         size = self.sizes[producer]
         factors = _distinct(size)
         found = self._followers(producer, factors)
@@ -112,7 +112,7 @@ class _Trial:
         return self._checked(Link(producer, consumers, channels), factors)
 
     def _followers(self, producer: str, factors: Tensor, by: float = 1.0) -> dict[str, Tensor]:
-        """The layers each of whose inputs is multiplied by a factor other than 1, and by which.
+        """Returns the layers each of whose inputs is multiplied by a factor other than 1, and by which.
 
         Args:
             producer: whose channels are multiplied.
@@ -143,7 +143,7 @@ class _Trial:
         return None
 
     def _checked(self, link: Link, factors: Tensor) -> Link | None:
-        """The link with all that there is to know of it; None if other modules read what the consumers read."""
+        """Returns the complete link, or None if other modules read what the consumers read."""
         module = self.block.get_submodule(link.producer)
         if not is_linear(module):
             offset = _offset(module, self.sizes[link.producer])
@@ -172,7 +172,7 @@ class _Trial:
         return True
 
     def _error(self, link: Link, factors: Tensor) -> float | None:
-        """How far the block is from what it was when the link is used; None if that is more than rounding."""
+        """Returns how far the block moves when the link is used, or None if that is more than rounding."""
         scale = torch.where(_is_followed(link, len(factors)), factors, 1)
         rewritten = copy.deepcopy(self.block)
         fold(rewritten, link, scale)
@@ -185,7 +185,7 @@ class _Trial:
 
 
 def _is_followed(link: Link, channels: int) -> Tensor:
-    """Of each of the producer's channels whether an input of the consumers follows it."""
+    """Tells for each of the producer's channels whether an input of the consumers follows it."""
     return torch.isin(torch.arange(channels), link.channels)
 
 
@@ -195,7 +195,7 @@ def _distinct(count: int) -> Tensor:
 
 
 def _followed(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
-    """Which factor each column of what a layer sees was multiplied by, int64 (in,); None if one was by none."""
+    """Returns which factor each column of what a layer sees was multiplied by, int64 (in,), or None if one has none."""
     tiny = before.abs().amax(0, keepdim=True) * 1e-6
     counts = before.abs() > tiny
     if not bool(counts.any(0).all()):
@@ -212,7 +212,7 @@ def _followed(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
 
 
 def _offset(norm: nn.Module, size: int) -> float | None:
-    """What a norm adds to its weight before it multiplies by it; None if it does neither so."""
+    """Returns what a norm adds to its weight before it multiplies by it, or None if it does neither."""
     x = torch.randn(1, 2, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     factors = _distinct(size)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def _offset(norm: nn.Module, size: int) -> float | None:
 
 @contextmanager
 def changed_output(block: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, a module of a block puts out what ``change`` makes of it."""
+    """Lets a module of a block put out what ``change`` makes of its output, inside the context."""
 
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return change(output)

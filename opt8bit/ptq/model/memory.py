@@ -57,7 +57,7 @@ def check_room(model: nn.Module) -> None:
 
 
 def return_freed() -> None:
-    """Has the C library return freed memory to the system, where it can be told to: glibc keeps much of it for later.
+    """Makes the C library return freed memory to the system, where it can be told to: glibc keeps much of it for later.
 
     Tensors of some megabytes come and go by the hundred while passes go through a block, and leave holes that larger
     ones do not fit into.
@@ -68,7 +68,7 @@ def return_freed() -> None:
 
 
 def return_large_at_once(model: nn.Module) -> None:
-    """Has the C library return large tensors to the system as soon as they are freed, where it can be told to.
+    """Makes the C library return large tensors to the system as soon as they are freed, where it can be told to.
 
     For a process that does nothing but compute with this model: it holds until the process ends.
     """
@@ -81,7 +81,7 @@ def return_large_at_once(model: nn.Module) -> None:
 
 
 def _of_c_library(name: str) -> Any:
-    """A function of glibc's; None where there is no such library."""
+    """Returns a function of glibc's, or None where there is no such library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 

@@ -1,4 +1,4 @@
-"""What a model must be to be compressed: a causal language model whose weights are all there, and all its own."""
+"""Checks that a model can be compressed: a causal language model that has all its weights, and only its own."""
 
 from __future__ import annotations
 

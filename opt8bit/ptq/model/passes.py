@@ -16,7 +16,7 @@ class ModelError(RuntimeError):
 
 
 class Refused(ValueError):
-    """What a model does with its blocks is not what calibration can follow."""
+    """Raised where calibration cannot follow what a model does with its blocks."""
 
 
 # What to do about activations that are beyond the largest float16, 65504.
@@ -28,7 +28,7 @@ OVERFLOW = (
 
 @contextmanager
 def raised_by(what: str, kind: type[ModelError | Refused] = ModelError) -> Iterator[None]:
-    """Inside, an exception is one of the model's own code, and is reported as that.
+    """Reports an exception inside the context as one of the model's own code.
 
     Raises:
         ModelError: one was raised; its cause is the exception itself. Or another ``kind``, if that is given.
@@ -42,7 +42,7 @@ def raised_by(what: str, kind: type[ModelError | Refused] = ModelError) -> Itera
 
 
 class Call(NamedTuple):
-    """How a model called one of its blocks.
+    """Records how a model called one of its blocks.
 
     Attributes:
         hidden: the hidden states, (sequences, length, ...), wherever the model itself has these dimensions.
@@ -72,16 +72,16 @@ class Call(NamedTuple):
     fields: tuple[tuple[str, str, Any], ...] = ()
 
     def of(self, block: nn.Module) -> Tensor:
-        """The hidden states that ``block`` makes of this call. It can be run again: what it changes is lost."""
+        """Returns the hidden states that ``block`` makes of this call. It can be run again: what it changes is lost."""
         return self.hidden_of(self.output(block))
 
     def output(self, block: nn.Module) -> Any:
-        """Everything that ``block`` returns, as :meth:`of`."""
+        """Returns everything that ``block`` returns, as :meth:`of`."""
         state = self.state or State()
         return self._run(block, copied(state.own((self.args, self.kwargs)), {}))
 
     def through(self, block: nn.Module) -> Tensor:
-        """The hidden states that ``block`` makes, where this is the stream's only pass through it.
+        """Returns the hidden states that ``block`` makes, where this is the stream's only pass through it.
 
         What it changes, or hands on besides the hidden states, is there for the stream's later blocks.
         """
@@ -93,7 +93,7 @@ class Call(NamedTuple):
         return self.hidden_of(output)
 
     def repeatable(self) -> Call:
-        """The same call, for :meth:`of` at any later time: the stream's own pass may go through the block meanwhile."""
+        """Returns the same call for a later :meth:`of`; meanwhile the stream's own pass may go through the block."""
         return self if self.state is None else self._replace(state=self.state.snapshot())
 
     def _run(self, block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -113,12 +113,12 @@ class Call(NamedTuple):
             reset(block, self.fields)
 
     def hidden_of(self, output: Any) -> Tensor:
-        """The hidden states in what a block has returned."""
+        """Returns the hidden states in what a block has returned."""
         hidden: Tensor = hidden_in(output)
         return hidden if self.axes == (0, 1) else hidden.movedim(self.axes, (0, 1))
 
     def without_cache(self) -> Call:
-        """The same call with nothing to keep keys, values or states of earlier calls in."""
+        """Returns the same call with nothing to keep keys, values or states of earlier calls in."""
         args = tuple(None if is_cache("", value) else value for value in self.args)
         kwargs = {name: None if is_cache(name, value) else value for name, value in self.kwargs.items()}
         if isinstance(kwargs.get("use_cache"), bool):

@@ -24,7 +24,7 @@ CPUINFO = Path("/proc/cpuinfo")  # of Linux, where platform does not tell the pr
 
 
 class Products(TorchFunctionMode):
-    """Inside, ``nn.functional.linear``, and so ``nn.Linear``, goes to oneDNN where that serves; without gradients."""
+    """Sends ``nn.functional.linear``, and so ``nn.Linear``, to oneDNN where that serves; without gradients."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ def fast_products() -> Iterator[None]:
 
 
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN can multiply them, and fast: parts of rows or columns go to its reference code."""
+    """Tells whether oneDNN can multiply them, and fast: parts of rows or columns go to its reference code."""
     operands = [x, weight] if bias is None else [x, weight, bias]
     return (
         _operator() is not None
@@ -68,7 +68,7 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether their shapes are a layer's; torch knows what to do, or to say, where they are not."""
+    """Tells whether their shapes are a layer's; torch knows what to do, or to say, where they are not."""
     is_layer = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     return is_layer and (bias is None or bias.shape == weight.shape[:1])
 
@@ -93,7 +93,7 @@ def _operator() -> Any:
 
 @functools.cache
 def _is_intels() -> bool:
-    """Whether Intel made the processor."""
+    """Tells whether Intel made the processor."""
     return "GenuineIntel" in (CPUINFO.read_text() if CPUINFO.is_file() else platform.processor())
 
 

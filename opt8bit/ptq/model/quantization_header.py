@@ -1,4 +1,4 @@
-"""What the header of a quantized checkpoint says: how its weights are scaled, or that they are more than scaled."""
+"""Reads the header of a quantized checkpoint: how its weights are scaled, or that they are more than scaled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELOPT: Mapping[str, tuple[Block, ...]] = {
 
 
 class Scheme(NamedTuple):
-    """How the weights of a checkpoint are scaled: per tensor or per row, or per block where blocks are named.
+    """Says how the weights of a checkpoint are scaled: per tensor or per row, or per block where blocks are named.
 
     Attributes:
         codes: names of the dtypes that codes may have.
@@ -104,7 +104,7 @@ def _caches(header: Header) -> bool:
 
 
 def _fp8(header: Header) -> Scheme:
-    """Of transformers' FineGrainedFP8Config, as DeepSeek-V3 has it, and of AutoFP8 where there are no blocks."""
+    """Reads transformers' FineGrainedFP8Config, as DeepSeek-V3 has it, and AutoFP8's where there are no blocks."""
     if header.get("expert_dtype") == "fp4":
         raise _refused("fp8 with experts in fp4")
     size = header.get("weight_block_size")
@@ -143,7 +143,7 @@ def _compressed_tensors(header: Header) -> Scheme:
 
 
 def weight_groups(header: Header) -> Iterator[tuple[Header, str]]:
-    """Those of a configuration's groups that have quantized weights, and the formats in which they are stored."""
+    """Yields a configuration's groups that have quantized weights, each with the format in which they are stored."""
     for name, group in (header.get("config_groups") or {}).items():
         if not isinstance(group, Mapping):
             raise _refused(f"compressed-tensors, and its header does not say how {name} is stored")
@@ -164,7 +164,7 @@ def refuse_transforms(header: Header) -> None:
 
 
 def _quark(header: Header) -> Scheme:
-    """Of AMD's Quark, where every weight is fp8 with one scale, or one for each row."""
+    """Reads the header of AMD's Quark, where every weight is fp8 with one scale, or one for each row."""
     others = (header.get("layer_quant_config") or {}, header.get("layer_type_quant_config") or {})
     layers = [header.get("global_quant_config") or {}, *(layer for some in others for layer in some.values())]
     for weights in (layer.get("weight") for layer in layers):

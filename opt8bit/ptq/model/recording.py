@@ -1,4 +1,4 @@
-"""How a model calls its blocks, recorded while they do not run."""
+"""Records how a model calls its blocks, while they do not run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN = "hidden_states"  # what nearly all models call them
 
 
 def no_cache(model: nn.Module) -> dict[str, Any]:
-    """The argument that keeps a model from building a cache, if it has one.
+    """Returns the argument that keeps a model from building a cache, if it has one.
 
     A configuration may have it in one of its parts only, and the default in another: an argument overrules them all.
     """
@@ -33,7 +33,7 @@ def no_cache(model: nn.Module) -> dict[str, Any]:
 
 
 def taken(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: torch.Size, axes: tuple[int, int] | None) -> Call:
-    """The call of a block with these arguments.
+    """Returns the call of a block with these arguments.
 
     Args:
         args: positional ones.
@@ -63,7 +63,7 @@ def _are_hidden(value: Any) -> bool:
 
 
 def _axes(hidden: Tensor, tokens: torch.Size) -> tuple[int, int]:
-    """The dimensions of sequences and length: mostly the first two; Gemma 3n has others before, XLNet swaps them.
+    """Returns the dimensions of sequences and length: mostly the first two, but not in Gemma 3n and XLNet.
 
     Raises:
         Refused: no dimensions are as long as the input's.
@@ -79,7 +79,7 @@ def _axes(hidden: Tensor, tokens: torch.Size) -> tuple[int, int]:
 
 
 def same_hidden(before: Tensor, after: Tensor) -> bool:
-    """Whether what a block is called with is what the block before it returned."""
+    """Tells whether what a block is called with is what the block before it returned."""
     return after is before or (after.shape == before.shape and torch.equal(after, before))
 
 
@@ -93,7 +93,7 @@ def block_calls(
     keeps_cache: bool = False,
     as_made: bool = False,
 ) -> list[Call]:
-    """How the model calls each of its blocks on a batch; only the first call's hidden states mean anything.
+    """Records how the model calls each of its blocks on a batch; only the first call's hidden states mean anything.
 
     The blocks do not run: each hands its input on, in such a thing as it returns. So what the model computes on the way
     from the embedding (masks, positions, rotary angles) is seen as every single block gets it, whatever it depends on.
@@ -102,7 +102,7 @@ def block_calls(
         model: whose blocks need not be able to run.
         blocks: of it.
         batch: what the model is called with.
-        outputs: what each block returns, for any input. Without them, blocks return their hidden states alone.
+        outputs: what each block returns, for any input. Without them, blocks return only their hidden states.
         axes: dimensions of sequences and length in the hidden states; None to find them.
         keeps_cache: whether blocks are to have the model's cache.
         as_made: whether blocks hand on the ``outputs`` themselves, besides the hidden states, and not what stands for
@@ -142,7 +142,7 @@ def block_calls(
 
 
 def without_blocks(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, a model runs with stubs in place of its blocks; one that cannot is refused."""
+    """Runs a model with stubs in place of its blocks inside the context, and refuses one that cannot run so."""
     return raised_by(f"{type(model).__name__} cannot run without its blocks: it", Refused)
 
 
@@ -156,7 +156,7 @@ def check_order(model: nn.Module, i: int, expected: int) -> None:
 
 
 def changed_between(i: int) -> Refused:
-    """The exception for hidden states that are not what the block before returned."""
+    """Returns the exception for hidden states that are not what the block before returned."""
     return Refused(f"the model changes the hidden states between its blocks {i - 1} and {i}")
 
 
@@ -165,7 +165,7 @@ def _numbered(record: Callable[..., Any], i: int) -> Callable[..., Any]:
 
 
 def _linked(calls: list[Call], outputs: list[Any]) -> Iterator[Call]:
-    """The calls, with what each block hands to later ones, and what those are called with."""
+    """Yields the calls, with what each block hands to later ones, and what those are called with."""
     later: frozenset[int] = frozenset()
     found = []
     for call, output in zip(reversed(calls), reversed(outputs), strict=True):
@@ -178,12 +178,12 @@ def _linked(calls: list[Call], outputs: list[Any]) -> Iterator[Call]:
 
 
 class _Seen(BaseException):
-    """What was looked for is found: the rest of the forward pass need not run."""
+    """Raised where what was looked for is found: the rest of the forward pass need not run."""
 
 
 @contextmanager
 def handing_on(blocks: nn.ModuleList, outputs: Sequence[Any], hidden: Tensor) -> Iterator[None]:
-    """Inside, every block returns these hidden states, whatever it is called with."""
+    """Lets every block return these hidden states inside the context, whatever it is called with."""
 
     def forward(output: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: with_hidden(output, hidden)

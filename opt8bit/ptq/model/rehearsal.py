@@ -24,7 +24,7 @@ from opt8bit.ptq.model.walk import halting, walks
 
 
 class Part(NamedTuple):
-    """What is known of a block."""
+    """Holds what is known of a block."""
 
     anatomy: Anatomy
     output: Any  # what it returned
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Rehearsal(NamedTuple):
-    """What is known of a model.
+    """Holds what is known of a model.
 
     Attributes:
         parts: of each block.
@@ -48,11 +48,11 @@ class Rehearsal(NamedTuple):
 
     @property
     def outputs(self) -> list[Any]:
-        """What each block returns."""
+        """The output of each block."""
         return [part.output for part in self.parts]
 
     def calls(self, model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]) -> list[Call]:
-        """How the model calls its blocks on a batch; see :func:`block_calls`."""
+        """Returns how the model calls its blocks on a batch; see :func:`block_calls`."""
         calls = block_calls(model, blocks, batch, self.outputs, axes=self.axes, keeps_cache=self.keeps_cache)
         return [
             call._replace(clones=part.clones, fields=part.fields) for call, part in zip(calls, self.parts, strict=True)
@@ -102,7 +102,7 @@ class _Watch:
         self.keeps_cache = False
 
     def visit(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """What block i is to run in place of its own ``forward``."""
+        """Returns what block i runs in place of its own ``forward``."""
 
         def visited(*args: Any, **kwargs: Any) -> Any:
             check_order(self.model, i, len(self.parts))
@@ -135,7 +135,7 @@ class _Watch:
         return Part(anatomy(block, call), call.output(block), _changes(block, call), clones, fields)
 
     def _apart(self, block: nn.Module) -> Call:
-        """The call as it is to be made apart from the model: without the cache, unless the block needs it.
+        """Returns the call as it is to be made apart from the model: without the cache, unless the block needs it.
 
         Raises:
             Refused: either way the block computes something else than it has in the model.
@@ -158,7 +158,7 @@ def _check_range(what: str, block: str, hidden: Tensor) -> None:
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same up to rounding: in half of their digits."""
+    """Tells whether they are the same up to rounding: in half of their digits."""
     if found.shape != expected.shape or not bool(expected.isfinite().all()):
         return found.shape == expected.shape  # what is not finite is reported with the layer that sees it
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
@@ -166,7 +166,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def _overwrites(block: nn.Module, call: Call) -> bool:
-    """Whether a block changes its hidden states in place."""
+    """Tells whether a block changes its hidden states in place."""
     call = call._replace(hidden=call.hidden.clone())
     version = call.hidden._version
     call.of(block)
@@ -177,7 +177,7 @@ Attributes = dict[tuple[str, str], Any]  # by the module's name and their own
 
 
 def _attributes(block: nn.Module) -> Attributes:
-    """The attributes and buffers of a block's modules that are tensors, or nothing yet."""
+    """Returns the attributes and buffers of a block's modules that are tensors, or nothing yet."""
     return {
         (module_name, name): value
         for module_name, module in block.named_modules()
@@ -187,7 +187,7 @@ def _attributes(block: nn.Module) -> Attributes:
 
 
 def _changed(before: Attributes, block: nn.Module) -> tuple[tuple[str, str, Any], ...]:
-    """What other values a block's modules had for their attributes before a pass."""
+    """Returns what other values a block's modules had for their attributes before a pass."""
     after = _attributes(block)
     return tuple((*key, value) for key, value in before.items() if after.get(key, value) is not value)
 
@@ -209,7 +209,7 @@ def _check_interleaved(block: nn.Module, call: Call) -> None:
 
 
 def _interleaved(block: nn.Module, *calls: Call) -> list[Tensor]:
-    """The hidden states that a block makes of calls, each pass going on to its next layer in turn."""
+    """Returns the hidden states that a block makes of calls, each pass going on to its next layer in turn."""
     with halting(linear_layers(block).values()), walks([partial(call.of, block) for call in calls]) as passes:
         while not all(walk.ended for walk in passes):
             for walk in passes:
@@ -219,7 +219,7 @@ def _interleaved(block: nn.Module, *calls: Call) -> list[Tensor]:
 
 
 def _changes(block: nn.Module, call: Call) -> bool:
-    """Whether a block changes a container that it is called with.
+    """Tells whether a block changes a container that it is called with.
 
     Raises:
         Refused: it changes a tensor.
@@ -253,7 +253,7 @@ def _check_arguments(model: nn.Module, blocks: nn.ModuleList, few: dict[str, Ten
 
 
 def _same(value: Any, real: Any) -> bool:
-    """Whether two arguments are the same, up to what blocks may change of them."""
+    """Tells whether two arguments are the same, up to what blocks may change of them."""
     if isinstance(value, tuple) and isinstance(real, tuple):
         return len(value) == len(real) and all(_same(*parts) for parts in zip(value, real, strict=True))
     if isinstance(value, Tensor) and isinstance(real, Tensor):

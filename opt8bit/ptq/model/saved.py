@@ -1,4 +1,4 @@
-"""What a model's tensors are in its checkpoint: transformers 5 renames some on loading, and puts others together."""
+"""Finds a model's tensors in its checkpoint: transformers 5 renames some on loading, and puts others together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _older_name(model: nn.Module, name: str) -> str:
 
 
 def saved_name(model: nn.Module, name: str, tensor: Tensor) -> str | None:
-    """Returns the name that a tensor is saved under; None if it is not the tensor itself that is saved."""
+    """Returns the name that a tensor is saved under, or None if it is not the tensor itself that is saved."""
     tensor = tensor.to("meta")
     saved = as_saved(model, {name: tensor})
     return next(iter(saved)) if _is_itself(saved, tensor) else None

@@ -148,7 +148,7 @@ class Scaled(CodedWeights):
         return f"the weights are dequantized to {dtype}, and the quantization of {' and of '.join(dropped)} is dropped"
 
     def _fitted(self, name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Block]:
-        """A scale or zero point in float32 with as many dimensions as its weight, and the block that it belongs to."""
+        """Returns a scale or zero point in float32, with its weight's dimensions, and the block that it belongs to."""
         if name not in tensors:
             raise ValueError(f"{name} is missing")
         scale = tensors[name]
@@ -179,7 +179,7 @@ def scaled_checkpoint(folder: Path, stored: Collection[str]) -> Scaled | None:
 
 
 def read_json(path: Path) -> Any:
-    """Returns what is in a file; None where there is none.
+    """Returns what is in a file, or None where there is none.
 
     Raises:
         ValueError: the file is damaged.
@@ -235,20 +235,19 @@ def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block: 
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
-    """Returns 2 to the power of (exponents - 127), exactly: by the bits of a float64, whose own exponents begin at
-    -1023."""
+    """Returns 2 to the power of (exponents - 127), exactly, by the bits of a float64."""
     return ((exponents.to(torch.int64) + (1023 - 127)) << 52).view(torch.float64)
 
 
 def _of_rows(scale: Tensor, rows: int, codes: Tensor) -> Tensor:
-    """A scale of each row, where there is one of each block of rows; as it is where it is broadcast."""
+    """Returns a scale of each row, where there is one of each block of rows; as it is where it is broadcast."""
     if scale.dim() < 2 or scale.shape[-2] == 1 or rows == 1:
         return scale
     return scale.repeat_interleave(rows, -2)[..., : codes.shape[-2], :]
 
 
 def _scales(stored: Collection[str]) -> dict[str, str]:
-    """The name of each weight's scale.
+    """Returns the name of each weight's scale.
 
     Raises:
         ValueError: a weight has two.
@@ -266,7 +265,7 @@ def _scales(stored: Collection[str]) -> dict[str, str]:
 
 
 def _fits(scale: tuple[int, ...], shape: tuple[int, ...], blocks: Collection[Block]) -> dict[Block, tuple[int, ...]]:
-    """The blocks of a weight whose scales may have a shape, each with that shape in as many dimensions as the weight.
+    """Returns the blocks of a weight whose scales may have a shape, each with that shape in the weight's dimensions.
 
     A block is cut to the weight's size, so that two that mean the same are one.
     """

@@ -1,4 +1,4 @@
-"""What of a packed checkpoint its runtimes do not run, in sentences that say what to do about it.
+"""Says, in sentences, what of a packed checkpoint its runtimes do not run, and what to do about it.
 
 What each runtime runs is in :mod:`opt8bit.recipe.runtimes`. The tables here were read in the same versions.
 """
@@ -32,7 +32,7 @@ ROUTER = re.compile(r".*\.(gate|router|shared_expert_gate)(\.(layer|proj|classif
 
 
 class Packing(NamedTuple):
-    """How a weight is packed, as far as servers tell weights apart."""
+    """Says how a weight is packed, as far as servers tell weights apart."""
 
     bits: int
     symmetric: bool
@@ -90,7 +90,7 @@ def warnings_of(
 def _unlike_or_router(
     titles: Sequence[str], layers: Mapping[str, Layer], named: Callable[[Iterable[str]], str], has_experts: bool
 ) -> list[str]:
-    """What runtimes that fuse layers get wrong of how layers are packed beside each other."""
+    """Returns what runtimes that fuse layers get wrong of how neighbouring layers are packed."""
     found, who, s = [], " and ".join(titles), "" if len(titles) > 1 else "s"
     unlike = _unlike(layers)
     if unlike:
@@ -106,7 +106,7 @@ def _unlike_or_router(
 
 
 def who_skips(model_type: str | None, layer: str, runtimes: Sequence[Runtime] = SERVERS) -> str | None:
-    """Returns a sentence on the runtimes that do not use a layer's bias; None if all of them do.
+    """Returns a sentence on the runtimes that do not use a layer's bias, or None if all of them do.
 
     Args:
         model_type: as the written configuration has it.
@@ -145,7 +145,7 @@ def _not_run(
 
 
 def _remedies(runs: Runs, packing: Packing) -> list[str]:
-    """What to ask for so that a runtime runs a packing; nothing where it does."""
+    """Returns what to ask for so that a runtime runs a packing; nothing where it does."""
     found = []
     if packing.bits not in (runs.symmetric if packing.symmetric else runs.asymmetric):
         has_width = packing.bits in runs.symmetric
@@ -162,19 +162,19 @@ def _or(numbers: Iterable[int]) -> str:
 
 
 def _odd_shapes(layers: Mapping[str, Layer], multiple: int) -> list[str]:
-    """The layers whose inputs, or whose outputs together with those of fused ones, are no multiple."""
+    """Returns the layers whose inputs, or whose outputs together with those of fused ones, are no multiple."""
     outputs = {name: sum(layers[each].shape[0] for each in _fused(name) if each in layers) for name in layers}
     return [name for name, layer in layers.items() if layer.shape[1] % multiple or outputs[name] % multiple]
 
 
 def _fused(name: str) -> list[str]:
-    """The names of the layers that share one matrix in a server, this one among them."""
+    """Returns the names of the layers that share one matrix in a server, this one among them."""
     parent, _, own = name.rpartition(".")
     return [f"{parent}.{each}" for each in next((names for names in FUSED if own in names), (own,))]
 
 
 def _unlike(layers: Mapping[str, Layer]) -> list[str]:
-    """The layers that a server puts together, though they are not packed alike."""
+    """Returns the layers that a server puts together, though they are not packed alike."""
     groups: dict[str, list[str]] = {}
     for name in layers:
         groups.setdefault(_fused(name)[0], []).append(name)

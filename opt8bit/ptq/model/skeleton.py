@@ -77,7 +77,7 @@ def _first_dtype(files: CheckpointFiles) -> torch.dtype:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters of new modules take no memory. Buffers do: nobody else would compute them."""
+    """Lets parameters of new modules take no memory inside the context. Buffers do: nobody else would compute them."""
     had = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: from a model in memory, or block by block from its checkpoint's files."""
+"""Provides a model's weights: from a model in memory, or block by block from its checkpoint's files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Source(ABC):
 
     @abstractmethod
     def stored_name(self, name: str) -> str | None:
-        """Returns the checkpoint's name of one of the model's parameters; None where it is not stored as it is."""
+        """Returns the checkpoint's name of one of the model's parameters, or None where it is not stored as it is."""
 
     @abstractmethod
     def check_stored(self, layers: Iterable[str], *, packed: bool) -> None:
@@ -69,12 +69,12 @@ class Source(ABC):
 
     @property
     def without_place(self) -> Collection[str]:
-        """Names of the checkpoint's tensors that the model does not load."""
+        """The names of the checkpoint's tensors that the model does not load."""
         return ()
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """In which the model is computed, now and by those who load the result, if not as the checkpoint says."""
+        """The dtype of the computation, now and for those who load the result, or None if the checkpoint says it."""
         return None
 
 
@@ -270,7 +270,7 @@ class LoadedCheckpoint(FromFiles, Loaded):
 
 
 def give_back_memory() -> None:
-    """What has been freed goes back to the system: glibc would keep it, as much in the end as the whole model takes."""
+    """Gives freed memory back to the system: glibc would keep it, in the end as much as the model takes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

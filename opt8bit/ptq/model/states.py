@@ -1,4 +1,4 @@
-"""What blocks change besides the hidden states, such as caches and shared keys: a copy for every pass."""
+"""Copies, for every pass, what blocks change besides the hidden states, such as caches and shared keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "past", "cache
 
 
 class State:
-    """What the blocks of one stream have changed or handed on so far, for one batch.
+    """Holds what the blocks of one stream have changed or handed on so far, for one batch.
 
     A model passes the same object to several blocks, such as the dictionary in which Gemma 4's later blocks find the
     keys and values of earlier ones. Each stream works on its own copy of it, from its first block to its last. Tensors
@@ -25,7 +25,7 @@ class State:
         self._copies: dict[int, Any] = {}  # by the id of what was recorded, which the recorded calls keep alive
 
     def own(self, value: Any) -> Any:
-        """What was recorded, as this stream has it."""
+        """Returns what was recorded, as this stream has it."""
         return copied(value, self._copies)
 
     def hand(self, recorded: Any, made: Any) -> None:
@@ -33,7 +33,7 @@ class State:
         self._copies[id(recorded)] = made
 
     def snapshot(self) -> State:
-        """What it holds now, to run a block with while the stream's own pass goes on."""
+        """Returns what it holds now, to run a block with while the stream's own pass goes on."""
         result, copies = State(), dict[int, Any]()
         result._copies = {key: copied(own, copies) for key, own in self._copies.items()}
         return result
@@ -44,7 +44,7 @@ class State:
 
 
 def copied(value: Any, copies: dict[int, Any]) -> Any:
-    """A copy whose containers can be changed without a change of the original's. Tensors and modules stay the same.
+    """Copies containers, so that they can be changed without the original's; tensors and modules stay the same.
 
     Args:
         value: anything that is passed to a block.
@@ -72,7 +72,7 @@ def copied(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def is_container(value: Any) -> bool:
-    """Whether a block can change what is in it: lists, dictionaries, and objects with attributes, such as caches."""
+    """Tells whether a block can change what is in a value: a list, a dictionary, or an object such as a cache."""
     if isinstance(value, list | dict | set):
         return True
     # Modules, functions and classes are callable; a stream has no copies of them.
@@ -80,7 +80,7 @@ def is_container(value: Any) -> bool:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """The parts of a container that may be containers themselves, by key or name."""
+    """Yields the parts of a container that may be containers themselves, by key or name."""
     if isinstance(value, tuple | list):
         yield from enumerate(list(value))
     elif isinstance(value, Mapping):
@@ -90,7 +90,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def flattened(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The tensors and containers in it, itself first, each with its path; a container that comes again is left out."""
+    """Yields the tensors and containers in it, itself first, each with its path, and no container twice."""
     yield from _flattened(value, path, set())
 
 
@@ -108,14 +108,14 @@ def _flattened(value: Any, path: tuple[Any, ...], seen: set[int]) -> Iterator[tu
 
 
 def at(value: Any, path: tuple[Any, ...]) -> Any:
-    """What :func:`flattened` found there."""
+    """Returns what :func:`flattened` found there."""
     for key in path:
         value = value[key] if isinstance(value, tuple | list | Mapping) else getattr(value, key)
     return value
 
 
 def is_cache(name: str, value: Any) -> bool:
-    """Whether an argument of a block holds what earlier calls have left."""
+    """Tells whether an argument of a block holds what earlier calls have left."""
     if value is None or isinstance(value, Tensor | bool | int | str):
         return False
     named = name in CACHE_NAMES and (isinstance(value, tuple) or is_container(value))
@@ -126,13 +126,13 @@ def is_cache(name: str, value: Any) -> bool:
 
 
 def hidden_in(output: Any) -> Any:
-    """The hidden states in what a block returns."""
+    """Returns the hidden states in what a block returns."""
     key = _hidden_key(output)
     return output if key is None else at(output, (key,))
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """What a block returns, with other hidden states in it."""
+    """Returns what a block returns, with other hidden states in it."""
     key = _hidden_key(output)
     if key is None:
         return hidden
@@ -158,6 +158,6 @@ def _hidden_key(output: Any) -> Any:
 
 
 def placeholder(output: Any) -> Any:
-    """A copy with tensors of its own: what is passed on of it can be told from everything else."""
+    """Returns a copy with tensors of its own: what is passed on of it can be told from everything else."""
     copies = {id(part): part.clone() for _, part in flattened(output) if isinstance(part, Tensor)}
     return copied(output, copies)

@@ -44,7 +44,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's elements in row-major order, as they are in memory."""
+    """Returns a tensor's elements in row-major order, as they are in memory."""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
     flat.view(tensor.shape).copy_(tensor.detach())
     return memoryview(flat.view(torch.uint8).numpy().data).cast("B") if flat.numel() else memoryview(b"")
@@ -52,7 +52,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names the file where it cannot be written."""
+    """Adds the file's name to errors of writing it."""
     try:
         yield
     except OSError as error:
@@ -116,7 +116,7 @@ class Writer:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file to read tensors from. What is read may be mapped, and then counts as the process's memory until the end.
+    """Yields a file to read tensors from. What is read may be mapped, and is the process's memory until the end.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -132,7 +132,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 class Header(NamedTuple):
-    """What a file says of one of its tensors."""
+    """Holds what a file says of one of its tensors."""
 
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""How a block uses its linear layers in one pass."""
+"""Watches how a block uses its linear layers in one pass."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from opt8bit.ptq.model.passes import Call
 
 
 class Use(NamedTuple):
-    """How a block used a layer in one pass."""
+    """Says how a block used a layer in one pass."""
 
     calls: int = 0
     rows: int = 0  # of its input, all dimensions but the last together
     returns_tensor: bool = True
 
     def why_left(self, tokens: int) -> str | None:
-        """Why a layer that is no expert cannot be rounded on what it sees; None if it can."""
+        """Returns why a layer that is no expert cannot be rounded on what it sees, or None if it can."""
         if not self.calls:
             return "is not called"
         if self.calls > 1:
@@ -33,7 +33,7 @@ class Use(NamedTuple):
 
 
 def used(block: nn.Module, call: Call) -> tuple[dict[str, Use], list[tuple[str, Tensor]]]:
-    """How a block uses each of its layers; and which input it calls them with, in the order of the calls."""
+    """Returns how a block uses each of its layers, and which input it calls them with, in the order of the calls."""
     usage = {name: Use() for name in linear_layers(block)}
     order: list[tuple[str, Tensor]] = []
 
@@ -51,7 +51,7 @@ def used(block: nn.Module, call: Call) -> tuple[dict[str, Use], list[tuple[str, 
 
 @contextmanager
 def watched(layers: dict[str, nn.Module], see: Callable[[str, Any, Any], object]) -> Iterator[None]:
-    """Inside, ``see(name, input, output)`` runs after each of the layers."""
+    """Calls ``see(name, input, output)`` after each of the layers inside the context."""
 
     def hook(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which rows of a layer that puts out queries, keys and values together are the values."""
+"""Finds the rows that are the values in a layer that puts out queries, keys and values together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-9
 
 
 def value_rows(block: nn.Module, call: Call, producer: str, reader: str) -> Tensor | None:
-    """Finds the channels of a producer that a reader's inputs are weighted sums of, int64; None if there are none.
+    """Finds the channels of a producer that a reader's inputs are weighted sums of, int64, or None if there are none.
 
     With attention weights as they are, what a head puts out is linear in its values and in nothing else: of one of the
     reader's inputs ``t``, at one token, and the producer's outputs ``y``, only for the channel j of its own values is
@@ -51,7 +51,7 @@ def value_rows(block: nn.Module, call: Call, producer: str, reader: str) -> Tens
 
 
 def _rows(y: Tensor, t: Tensor) -> Tensor | None:
-    """The channel of ``y`` (..., channels) for each of the inputs ``t`` (in,), without those that come again."""
+    """Returns the channel of ``y`` (..., channels) for each of the inputs ``t`` (in,), each channel only once."""
     if y.shape[-1] <= len(t):
         return None
     found = []

@@ -35,12 +35,12 @@ class Walk:
 
     @property
     def layer(self) -> nn.Module | None:
-        """The layer that the pass stands before; None at its start and at its end."""
+        """The layer that the pass stands before, or None at its start and at its end."""
         return None if self._greenlet.dead else self._greenlet.layer
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the layer that the pass stands at is called with; known where it stands behind one."""
+        """The arguments of the layer that the pass stands at; known where it stands behind one."""
         return self._greenlet.arguments
 
     @property
@@ -98,7 +98,7 @@ class Walk:
 
 
 def greenlets() -> Any:
-    """The package that lets a pass stand still.
+    """Returns the package that lets a pass stand still.
 
     Raises:
         ImportError: it is not installed.
@@ -111,7 +111,7 @@ def greenlets() -> Any:
 
 @contextmanager
 def halting(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, every :class:`Walk` halts before each of the layers; other passes go through."""
+    """Lets every :class:`Walk` halt before each of the layers inside the context; other passes go through."""
     layers = list(layers)
     # A module that has no hook when it is called would not see those that come while a pass stands in it.
     handles = [layer.register_forward_pre_hook(lambda *_: None) for layer in layers]
@@ -137,7 +137,7 @@ def _halting(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., 
 
 @contextmanager
 def halting_behind(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, every :class:`Walk` halts behind each of the layers, with its output; other passes go through.
+    """Lets every :class:`Walk` halt behind each of the layers, with its output; other passes go through.
 
     What the walk is answered takes the place of the output.
     """
@@ -161,7 +161,7 @@ def _halting_behind(layer: nn.Module, forward: Callable[..., Any]) -> Callable[.
 
 @contextmanager
 def walks(forwards: Iterable[Callable[[], Tensor]]) -> Iterator[list[Walk]]:
-    """One :class:`Walk` for each pass; closed at the end, whatever happens."""
+    """Yields one :class:`Walk` for each pass, and closes them at the end, whatever happens."""
     opened = [Walk(forward) for forward in forwards]
     try:
         yield opened

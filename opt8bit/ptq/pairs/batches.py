@@ -1,4 +1,4 @@
-"""What both models are called with: batches of any form, and which of their tokens count."""
+"""Reads what both models are called with: batches of any form, and which of their tokens count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opt8bit.ptq.model.recording import no_cache
 
 
 class Target(NamedTuple):
-    """Where a model computes, and in which dtype; the dtype is None where batches need not be cast."""
+    """Says where a model computes, and in which dtype; the dtype is None where batches need not be cast."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -42,14 +42,14 @@ def as_batches(name: str, data: Iterable[Any]) -> list[Any]:
 
 
 def samples_of(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor."""
+    """Returns how many samples a batch has: the length of its first tensor."""
     values = batch.values() if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
     first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
     return 1 if first is None else len(first)
 
 
 def mask_of(batch: Any) -> Tensor | None:
-    """True where a token counts: a dictionary's ``attention_mask`` (samples, length); None where all tokens do."""
+    """Returns the ``attention_mask`` (samples, length) of a dictionary as true and false, or None: all tokens count."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return None
@@ -57,7 +57,7 @@ def mask_of(batch: Any) -> Tensor | None:
 
 
 def mask_for(mask: Tensor | None, output: Tensor, channel_axis: int) -> Tensor | None:
-    """A batch's mask in the form of a layer's output; None where the layer's output is not one row for each token."""
+    """Returns a batch's mask in the form of a layer's output, or None where that has not one row for each token."""
     if mask is None or channel_axis != -1:
         return None
     if output.dim() > 2 and output.shape[:2] == mask.shape:
@@ -76,7 +76,7 @@ def call(model: nn.Module, batch: Any, target: Target | None = None) -> Any:
 
 
 def moved(value: Any, target: Target) -> Any:
-    """Arguments with their tensors on another device, those of floating-point numbers cast. All else stays as it is."""
+    """Moves the tensors in arguments to another device, and casts those of floating-point numbers."""
     if isinstance(value, Tensor):
         dtype = target.dtype if value.is_floating_point() else None
         return value.to(target.device, dtype)
@@ -88,7 +88,7 @@ def moved(value: Any, target: Target) -> Any:
 
 
 def target_of(quantized: nn.Module, reference: nn.Module) -> Target | None:
-    """How batches and activations of the float model become those of the quantized one; None where they are."""
+    """Returns how batches of the float model become those of the quantized one, or None where they are the same."""
     dtypes, devices = zip(*(_computes_in(model) for model in (quantized, reference)), strict=True)
     if devices[0] == devices[1] and (dtypes[0] == dtypes[1] or None in dtypes):
         return None
@@ -96,7 +96,7 @@ def target_of(quantized: nn.Module, reference: nn.Module) -> Target | None:
 
 
 def _computes_in(model: nn.Module) -> tuple[torch.dtype | None, torch.device]:
-    """The dtype of most parameters outside of layers' weights, which may be packed, and the device."""
+    """Returns the dtype of most parameters outside of layers' weights, which may be packed, and the device."""
     params = list(model.named_parameters())
     tensors = [tensor for _, tensor in params] or list(model.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")

@@ -26,7 +26,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class HeldOut(NamedTuple):
-    """What was chosen on held-out data.
+    """Says what was chosen on held-out data.
 
     Attributes:
         before, after: the loss without any correction, and with those that were kept; never more than before.
@@ -42,13 +42,13 @@ class HeldOut(NamedTuple):
 
 
 def kl_divergence(output_hat: Tensor, output: Tensor) -> Tensor:
-    """The divergence of the quantized model's predictions from the float model's, in nats, for each row of logits."""
+    """Returns the divergence of the quantized model's predictions from the float model's, in nats, by row."""
     log_p, log_q = (logits.to(torch.float32).log_softmax(-1) for logits in (output, output_hat))
     return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def squared_error(output_hat: Tensor, output: Tensor) -> Tensor:
-    """The mean squared error of each row."""
+    """Returns the mean squared error of each row."""
     return (output_hat.to(torch.float32) - output.to(torch.float32)).square().mean(-1)
 
 
@@ -71,7 +71,7 @@ def groups_of(names: Sequence[str], most: int = GROUPS) -> list[list[str]]:
 
 
 def _runs(names: list[str], count: int) -> list[list[str]]:
-    """At most ``count`` runs of nearly the same length."""
+    """Divides names into at most ``count`` runs of nearly the same length."""
     count = min(count, len(names))
     ends = [len(names) * i // count for i in range(count + 1)]
     return [names[a:b] for a, b in itertools.pairwise(ends)]
@@ -109,7 +109,7 @@ class Judge:
             self._outputs.append(output)
 
     def measure(self) -> float:
-        """The mean loss over rows that count; infinite where it is not finite."""
+        """Returns the mean loss over rows that count; infinite where it is not finite."""
         self.passes += 1
         total, rows = 0.0, 0.0
         for batch, output, output_hat in self._outputs_of_both():
@@ -122,7 +122,7 @@ class Judge:
         return total / rows if math.isfinite(total) and rows else math.inf
 
     def _outputs_of_both(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """Each batch with the outputs of the float model and of the quantized one."""
+        """Yields each batch with the outputs of the float model and of the quantized one."""
         kept = len(self._outputs)
         parts: list[tuple[Sequence[Any], Iterable[Tensor]]] = [(self.batches[:kept], self._outputs)]
         if kept < len(self.batches):

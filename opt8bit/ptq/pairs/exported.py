@@ -77,12 +77,12 @@ def _put(model: fx.GraphModule, layers: dict[str, fx.GraphModule]) -> None:
 
 
 def _tensors(model: fx.GraphModule) -> set[str]:
-    """The names of the tensors that a graph reads."""
+    """Returns the names of the tensors that a graph reads."""
     return {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
 
 
 def _name(node: fx.Node) -> str:
-    """The module that an operator comes from; empty where it is none of a layer."""
+    """Returns the module that an operator comes from; empty where it is none of a layer."""
     packet = getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in [getattr(torch.ops.aten, name) for name in OPERATORS]:
         return ""
@@ -91,7 +91,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _constants(node: fx.Node) -> list[fx.Node] | None:
-    """What makes an operator's weight and bias, in order; None where that depends on an input of the model."""
+    """Returns what makes an operator's weight and bias, in order, or None where that depends on the model's input."""
     found: dict[fx.Node, None] = {}
 
     def visit(each: fx.Node) -> None:
@@ -107,7 +107,7 @@ def _constants(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _layer(model: fx.GraphModule, node: fx.Node, constants: list[fx.Node]) -> fx.GraphModule:
-    """The operator as a module that takes its input. A weight or bias that nothing is done with keeps that name."""
+    """Returns the operator as a module that takes its input. Untouched weights and biases keep their names."""
     graph, tensors = fx.Graph(), {}
     new = {node.all_input_nodes[0]: graph.placeholder("input")}
     own = {argument: name for argument, name in zip(node.args[1:3], OWN, strict=False) if isinstance(argument, fx.Node)}

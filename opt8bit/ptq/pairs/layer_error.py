@@ -24,12 +24,12 @@ KEPT_NUMBERS = 2**18  # in mean inputs, until the quantized module is called wit
 
 
 class Mismatch(ValueError):
-    """Two modules of one name do not do the same."""
+    """Raised where two modules of one name do not do the same."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a correction does with every module.
+    """Says what a correction does with every module.
 
     Attributes:
         statistic, shrink, max_bytes: as of :class:`BiasCompensation`.
@@ -47,7 +47,7 @@ class Options:
 
 
 class Means(NamedTuple):
-    """Inputs and outputs, summed up over units: the tokens of a sample, several rows, or several images."""
+    """Holds inputs and outputs summed over units: the tokens of a sample, several rows, or several images."""
 
     x: Tensor  # (units, ...): the mean input of a unit
     y: Tensor  # (units, channels): the sum of its outputs
@@ -136,7 +136,7 @@ class LayerError:
         self.compensation.observe(y, y_hat, mask)
 
     def corrected(self, output_hat: Any) -> Any:
-        """An output of the quantized module with the correction so far."""
+        """Returns an output of the quantized module with the correction so far."""
         if self.compensation is None or not self.is_matched:
             return output_hat
         return self.write(output_hat, self.compensation(self.read(output_hat)))
@@ -152,7 +152,7 @@ class LayerError:
             self.compensation.settle()
 
     def placed(self) -> Placed | None:
-        """The correction in its place, not put there yet; None where there is nothing to correct."""
+        """Returns the correction in its place, not put there yet, or None where there is nothing to correct."""
         if self.compensation is None or not self.is_matched or not bool(self.compensation.bias.any()):
             return None
         if self._in_bias:
@@ -173,7 +173,7 @@ class LayerError:
         return Mismatch(why)
 
     def _means(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Means | None:
-        """The means of a call; None where they do not say the mean error, or are as many as what they are of."""
+        """Returns the means of a call, or None where they do not say the mean error or save nothing."""
         if self.options.statistic != "mean":
             return None
         images = image_dims(self.pair.reference)
@@ -186,7 +186,7 @@ class LayerError:
         return _means_of_samples(x, y, mask)
 
     def _tells(self, x: Tensor, y: Tensor) -> bool:
-        """Whether the quantized module makes of the mean of a few inputs what it makes of them, on the average.
+        """Tells whether the quantized module makes of the mean of a few inputs what it makes of them, on the average.
 
         A module that rounds its inputs does not: the error of a mean input is not the mean of their errors.
         """
@@ -228,7 +228,7 @@ class LayerError:
 
 
 def _means_of_samples(x: Tensor, y: Tensor, mask: Tensor | None) -> Means:
-    """Of the tokens of each sample: a linear layer acts on the last dimension alone."""
+    """Sums over the tokens of each sample, as a linear layer acts only on the last dimension."""
     x, y = x.flatten(1, -2), y.flatten(1, -2)  # (samples, tokens, features)
     tokens = torch.full((len(x),), x.shape[1], device=x.device)
     if mask is not None:
@@ -239,7 +239,7 @@ def _means_of_samples(x: Tensor, y: Tensor, mask: Tensor | None) -> Means:
 
 
 def _means_of_rows(x: Tensor, y: Tensor, mask: Tensor | None, unit: int) -> Means:
-    """Of several rows each."""
+    """Sums over several rows each."""
     counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
     if mask is not None:
         x, y = (torch.where(counts.to(each.device)[:, None], each, 0) for each in (x, y))
@@ -248,7 +248,7 @@ def _means_of_rows(x: Tensor, y: Tensor, mask: Tensor | None, unit: int) -> Mean
 
 
 def _means_of_images(x: Tensor, y: Tensor, unit: int) -> Means:
-    """Of several images each. Their positions stay apart: at the edge, padding makes a layer do something else."""
+    """Sums over several images each. Positions stay apart: at the edge, padding makes a layer do something else."""
     images = torch.full((-(-len(x) // unit),), unit, device=x.device)
     images[-1:] = len(x) - unit * (len(images) - 1)  # the last ones may be fewer
     means = _unit_sums(x, unit) / images.view(-1, *[1] * (x.dim() - 1))
@@ -256,7 +256,7 @@ def _means_of_images(x: Tensor, y: Tensor, unit: int) -> Means:
 
 
 def _unit_sums(x: Tensor, unit: int) -> Tensor:
-    """Sums over ``unit`` rows each, (units, ...); the last ones may be fewer."""
+    """Returns sums over ``unit`` rows each, (units, ...); the last ones may be fewer."""
     full, rest = divmod(len(x), unit)
     if not rest:
         return _sum(x.unflatten(0, (full, unit)), 1)
@@ -265,10 +265,10 @@ def _unit_sums(x: Tensor, unit: int) -> Tensor:
 
 
 def _sum(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """In at least float32; counts stay integers."""
+    """Sums in at least float32; counts stay integers."""
     return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.int64)
 
 
 def _channels_last(y: Tensor, channel_axis: int) -> Tensor:
-    """An output as (tokens, channels)."""
+    """Returns an output as (tokens, channels)."""
     return y.movedim(channel_axis, -1).flatten(0, -2)

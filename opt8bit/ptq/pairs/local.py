@@ -59,7 +59,7 @@ def local_errors(reference: Running, errors: Sequence[LayerError], batches: Sequ
 
 @contextmanager
 def about(error: LayerError) -> Iterator[None]:
-    """Inside, an argument that is wrong is reported with the name of the module."""
+    """Adds the name of the module to errors about arguments, inside the context."""
     try:
         yield
     except Mismatch:

@@ -34,16 +34,16 @@ class Pair(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its name in messages."""
+        """The name of the pair in messages."""
         return self.name or "the model"
 
     def contains(self, other: Pair) -> bool:
-        """Whether the other one's modules lie in this one's."""
+        """Tells whether the other one's modules lie in this one's."""
         return other.name != self.name and (not self.name or other.name.startswith(f"{self.name}."))
 
 
 class Matches(NamedTuple):
-    """What is corrected, and what is not, with the reason."""
+    """Lists what is corrected, and what is not, with the reason."""
 
     pairs: list[Pair]
     skipped: dict[str, str]  # as asked for
@@ -108,7 +108,7 @@ def without_unquantized(matches: Matches, quantized: Running, reference: Running
 
 
 def _is_alike(pair: Pair) -> bool:
-    """Whether a layer has the float model's class, and nothing on it changes what goes in or comes out."""
+    """Tells whether a layer has the float model's class, and nothing on it changes what goes in or comes out."""
     layer, other = pair.reference, pair.quantized
     if type(layer) is not type(other) or layer._modules or other._modules:
         return False
@@ -131,12 +131,12 @@ def _are_equal(tensor: Tensor | None, other: Tensor | None) -> bool:
 
 
 def already_corrected(quantized: nn.Module) -> list[str]:
-    """The modules of a model behind which a bias stands already."""
+    """Returns the modules of a model behind which a bias stands already."""
     return [name for name, module in quantized.named_modules() if COMPENSATION in module._modules]
 
 
 def generations(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """The pairs so that each comes after those that lie in it: what a block does wrong depends on its layers."""
+    """Sorts the pairs so that each comes after those within it: what a block does wrong depends on its layers."""
     rest, result = list(pairs), []
     while rest:
         inner = [pair for pair in rest if not any(pair.contains(other) for other in rest)]
@@ -162,7 +162,7 @@ def _selects(selector: Selector, name: str, module: nn.Module) -> bool:
 
 
 def _mismatch(module: nn.Module, other: nn.Module) -> str | None:
-    """Why two modules cannot be a pair. Weights may be packed in other shapes, unless the classes are the same."""
+    """Returns why two modules cannot be a pair, or None. Packed weights may have other shapes if classes differ."""
     weights = [getattr(each, "weight", None) for each in (module, other)]
     shapes = [tuple(weight.shape) for weight in weights if isinstance(weight, Tensor)]
     if type(module) is type(other) and len(shapes) == 2 and shapes[0] != shapes[1]:

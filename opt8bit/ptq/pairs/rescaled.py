@@ -25,7 +25,7 @@ GAIN = 0.75  # what is left, at most, of the difference of weights where scales 
 
 
 class Followed(NamedTuple):
-    """What was found.
+    """Says what was found.
 
     Attributes:
         producers: names of the norms and layers whose scales lie where the quantized model has them now.
@@ -37,7 +37,7 @@ class Followed(NamedTuple):
 
 
 def resemblance(layer: nn.Module, other: nn.Module) -> float:
-    """The cosine between the weights of two layers: 1 for the same, about 0.9 at 2 bits, and 0 for unrelated ones."""
+    """Returns the cosine between two layers' weights: 1 for the same, about 0.9 at 2 bits, 0 for unrelated ones."""
     a, b = (matrix(each).to(torch.float32).flatten() for each in (layer, other))
     return float(torch.dot(a, b) / (a.norm() * b.norm()).clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -78,7 +78,7 @@ def follow_scales(quantized: Running, reference: Running, few: dict[str, Tensor]
 
 
 def _structure(block: nn.Module) -> tuple[Any, ...]:
-    """The classes of a block's modules, and the shapes of its parameters, by name."""
+    """Returns the classes of a block's modules, and the shapes of its parameters, by name."""
     modules = ((name, type(module)) for name, module in block.named_modules())
     return (*modules, *((name, param.shape) for name, param in block.named_parameters()))
 
@@ -96,7 +96,7 @@ def _follow(block_hat: nn.Module, block: nn.Module, links: Sequence[Link]) -> li
 
 
 def _scale(block_hat: nn.Module, block: nn.Module, link: Link) -> Tensor:
-    """By what the quantized model's producer puts more out than the float model's, (channels,); 1 where that is odd.
+    """Returns by how much more the quantized model's producer puts out, (channels,); 1 where that is odd.
 
     Of a norm the weights say it. Each row of a layer's weight was multiplied by a scale and then rounded: least squares
     tells the scale.
@@ -113,7 +113,7 @@ def _scale(block_hat: nn.Module, block: nn.Module, link: Link) -> Tensor:
 
 
 def _difference(block_hat: nn.Module, block: nn.Module, link: Link, scale: Tensor) -> float:
-    """How far the consumers' weights are from the quantized ones, squared, if the link is used.
+    """Returns how far the consumers' weights are from the quantized ones, squared, if the link is used.
 
     Each row may be multiplied by any number: the consumers may be producers of another link.
     """
@@ -127,7 +127,7 @@ def _difference(block_hat: nn.Module, block: nn.Module, link: Link, scale: Tenso
 
 
 def _have_same_norms(quantized: nn.Module, reference: nn.Module, block: str) -> bool:
-    """Whether the vectors of a block that are no biases of linear layers are the same in both models."""
+    """Tells whether the vectors of a block that are no biases of linear layers are the same in both models."""
     params = dict(quantized.get_submodule(block).named_parameters())
     layers = linear_layers(reference.get_submodule(block))
     for name, param in reference.get_submodule(block).named_parameters():

@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How blocks are trained once their layers are rounded.
+    """Says how blocks are trained once their layers are rounded.
 
     The loss is the mean squared error of the block's output over the tokens that count, relative to the variance of
     what the block adds. The parameters of the least loss on batches that were not learned from are kept, those at the
@@ -123,7 +123,7 @@ def _held_out_loss(block: nn.Module, weights: Mapping[str, TrainedWeight], examp
 
 
 def _divided(examples: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
-    """The batches to learn from, and those that tell what is best; of a single one, both are the same."""
+    """Returns the batches to learn from, and those that tell what is best; of a single one, both are the same."""
     count = max(1, len(examples) // HELD_OUT)
     return (examples[:-count], examples[-count:]) if len(examples) > 1 else (examples, examples)
 
@@ -140,7 +140,7 @@ def _loss(block: nn.Module, weights: Mapping[str, TrainedWeight], example: Examp
 
 @contextmanager
 def _with_weights(block: nn.Module, weights: Mapping[str, TrainedWeight], progress: float) -> Iterator[None]:
-    """Inside, layers of a block compute with weights that gradients pass through."""
+    """Lets layers of a block compute with weights that gradients pass through, inside the context."""
 
     def forward(layer: Any, weight: TrainedWeight) -> Any:
         return lambda x: linear(x, weight.weight(progress).to(x.dtype), layer.bias)

@@ -1,4 +1,4 @@
-"""What a way to train rounded weights has to say of one layer; the engine knows all else."""
+"""Defines what a way to train rounded weights says of one layer; the engine knows the rest."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ FARTHEST = 0.5  # of a logarithm: scales stay within e^0.5 of where they began
 
 @dataclass(frozen=True)
 class TrainScales(Parametrization):
-    """Scales are ``s exp(u)``, in the dtype in which they are stored from the first step on.
+    """Trains scales as ``s exp(u)``, in the dtype in which they are stored from the first step on.
 
     Args:
         lr: of u: a step of Adam changes a scale by about this fraction.

@@ -66,7 +66,7 @@ class CompiledEngine(Engine[UniformParams]):
         matrix: Tensor | None = None,
         rounded: Tensor | None = None,
     ) -> tuple[WeightRounding, list[Any]]:
-        """What the kernels take, and the tensors that must outlive the call."""
+        """Returns what the kernels take, and the tensors that must outlive the call."""
         fractions = weight.new_tensor(self._grid.fractions if self._grid.range == "mse" else [])
         weight, group_of = weight.contiguous(), group_of.contiguous()
         importance, matrix = (None if t is None else t.contiguous() for t in (importance, matrix))

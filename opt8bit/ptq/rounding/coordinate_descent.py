@@ -19,7 +19,7 @@ def descend(
     grid: Grid[P],
     sweeps: int,
 ) -> Tensor:
-    """Coordinate descent on a fixed grid; returns the weight (out, in), of which every value lies on the grid.
+    """Descends coordinate by coordinate on a fixed grid; returns the weight (out, in), whose values lie on the grid.
 
     ``sweeps`` go over all columns, at most; rows in which nothing changed are left out of the next one.
     """
@@ -42,7 +42,7 @@ def _sweep(
     params: P,  # (in, out)
     grid: Grid[P],
 ) -> Tensor:
-    """One pass over all columns; returns the weight (out, in) after it."""
+    """Returns one pass over all columns; returns the weight (out, in) after it."""
     rounded = on_grid.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the weight is a row here
     residual = hessian @ (weight.T - rounded)  # [(W - Ŵ) H]ᵀ
     for start in range(0, len(rounded), PIECE):
@@ -54,7 +54,7 @@ def _sweep(
 
 
 def _sweep_piece(rounded: Tensor, residual: Tensor, hessian: Tensor, params: P, grid: Grid[P]) -> None:
-    """The columns of one piece, (n, out) each; ``residual`` is kept up to date inside it."""
+    """Sweeps over the columns of one piece, (n, out) each, and keeps ``residual`` up to date inside it."""
     for j, curvature in enumerate(hessian.diagonal().tolist()):
         if curvature <= 0:
             continue  # no input reaches this column

@@ -1,4 +1,4 @@
-"""What runs the loops over the columns of a weight."""
+"""Defines what runs the loops over the columns of a weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Engine(ABC, Generic[P]):
         group_size: int,
         importance: Tensor | None = None,  # (in,)
     ) -> P:
-        """The grid's params (out, groups); errors of column j weigh by ``importance[j]`` (default 1)."""
+        """Returns the grid's params (out, groups); errors of column j weigh by ``importance[j]`` (default 1)."""
 
     @abstractmethod
     def error_feedback(
@@ -31,7 +31,7 @@ class Engine(ABC, Generic[P]):
         group_of: Tensor,  # (in,)
         params: P | None,  # (out, groups); fitted on the way where None: columns then go group by group
     ) -> tuple[Tensor, P]:
-        """GPTQ's loop: the rounded weight, (out, in), and its params, (out, groups)."""
+        """Runs GPTQ's loop; returns the rounded weight, (out, in), and its params, (out, groups)."""
 
     @abstractmethod
     def coordinate_descent(
@@ -43,4 +43,4 @@ class Engine(ABC, Generic[P]):
         params: P,  # (out, groups)
         sweeps: int,
     ) -> Tensor:
-        """QuantEase's loop: the weight (out, in) after up to ``sweeps`` sweeps, every value on the grid."""
+        """Runs QuantEase's loop; returns the weight (out, in) after up to ``sweeps`` sweeps, all on the grid."""

@@ -22,7 +22,7 @@ def round_columns(
     params: P | None,  # (out, groups); fitted on the way where None: columns then go group by group
     grid: Grid[P],
 ) -> tuple[Tensor, P]:
-    """The rounded weight, (out, in), and its params, (out, groups)."""
+    """Returns the rounded weight, (out, in), and its params, (out, groups)."""
     fits = params is None
     free = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the weight is a row here
     reached = -1

@@ -9,7 +9,7 @@ from opt8bit.quant.grid import P, mapped
 
 
 def group_numbers(weight: Tensor, group_size: int) -> Tensor:
-    """The group that each column of a weight (out, in) belongs to, (in,)."""
+    """Returns the group that each column of a weight (out, in) belongs to, (in,)."""
     return torch.arange(weight.shape[1], device=weight.device) // group_size
 
 

@@ -9,7 +9,7 @@ ATTEMPTS = 12  # of tenfold damping: from 1% to beyond any matrix of float64
 
 
 def cholesky(hessian: Tensor, damping: float) -> Tensor:
-    """The lower Cholesky factor of ``H + λI``, with λ the least ``damping * 10^k * mean(diag H)`` that has one.
+    """Returns the lower Cholesky factor of ``H + λI``, with λ the least ``damping * 10^k * mean(diag H)`` that has one.
 
     A column without any signal (``H_jj = 0``) has no say in the others: its row and column are those of the identity.
 
@@ -43,7 +43,7 @@ def cholesky(hessian: Tensor, damping: float) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
-    """U, upper triangular, with ``UᵀU = (H + λI)⁻¹`` as in :func:`cholesky`, with rows and columns in this order.
+    """Returns U, upper triangular, with ``UᵀU = (H + λI)⁻¹`` as in :func:`cholesky`, rows and columns in this order.
 
     With the order of rows and columns reversed, a lower factor is an upper one: ``H = R Rᵀ`` with R upper, so that
     ``U = R⁻¹``. The inverse itself is never formed.

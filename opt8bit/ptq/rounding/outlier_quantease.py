@@ -19,7 +19,7 @@ from opt8bit.recipe.recipe import STRUCTURES
 
 @dataclass(frozen=True)
 class OutlierQuantEase(Rounder):
-    """``W ≈ Ŵ + S`` with Ŵ on a grid and S sparse: coordinate descent on Ŵ alternates with hard thresholding of S.
+    """Rounds to ``W ≈ Ŵ + S``, S sparse: coordinate descent on Ŵ alternates with hard thresholding of S.
 
     S starts as the weights of largest magnitude (or the columns of largest norm), and the grid is fitted to what is
     left. Then, in turn, Ŵ descends towards ``W - S``, and ``S = P(S + (W - Ŵ - S) H / λ_max(H))``, where P keeps the
@@ -79,7 +79,7 @@ class OutlierQuantEase(Rounder):
         return QuantizedWeight((weight.shape[0], weight.shape[1]), (part,), outliers)
 
     def _largest(self, weight: Tensor) -> Tensor:
-        """True where a weight (out, in) is one of the largest, or stands in one of the largest columns."""
+        """Returns a mask, true where a weight (out, in) is one of the largest, or in one of the largest columns."""
         sizes = weight.abs().flatten() if self.structure == "unstructured" else weight.square().sum(0)
         chosen = sizes.topk(round(self.fraction * sizes.numel())).indices
         kept = torch.zeros_like(sizes, dtype=torch.bool)

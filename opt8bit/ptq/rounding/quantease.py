@@ -78,7 +78,7 @@ def descended(
     hessian: Tensor,  # (in, in), of the dtype of the target
     sweeps: int,
 ) -> Part:
-    """The part after coordinate descent towards a target, on the grid as it is."""
+    """Returns the part after coordinate descent towards a target, on the grid as it is."""
     group_of = group_numbers(target, target.shape[1] // part.params[0].shape[1])
     engine = engine_for(target, part.grid)
     on_grid = engine.coordinate_descent(target, part.dequantize(), hessian, group_of, part.params, sweeps)

@@ -1,4 +1,4 @@
-"""What every rounding method takes and gives."""
+"""Defines what every rounding method takes and returns."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rounder(ABC):
         statistics: InputStatistics,
         scheme: WeightScheme,
     ) -> QuantizedWeight:
-        """A weight Ŵ of the scheme that makes ``objective(weight, Ŵ, statistics.second_moments)`` small.
+        """Returns a weight Ŵ of the scheme that makes ``objective(weight, Ŵ, statistics.second_moments)`` small.
 
         Raises:
             ValueError: the group size does not divide ``in``, or the second moments are not finite or not those of any
@@ -137,6 +137,6 @@ def objective(
     rounded: Tensor,  # (out, in)
     hessian: Tensor,  # (in, in)
 ) -> Tensor:
-    """``tr((W - Ŵ) H (W - Ŵ)ᵀ)``: with H = E[x xᵀ] the squared error of the layer's output, summed over outputs."""
+    """Returns ``tr((W - Ŵ) H (W - Ŵ)ᵀ)``: with H = E[x xᵀ] the squared error of the output, summed over outputs."""
     difference = (weight - rounded).to(hessian.dtype)
     return ((difference @ hessian) * difference).sum()

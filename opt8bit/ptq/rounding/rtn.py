@@ -14,7 +14,7 @@ from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 
 @dataclass(frozen=True)
 class RTN(Rounder):
-    """Round to nearest: ``Ŵ_ij = argmin_v |W_ij - v|`` over the grid of the group. Looks at no input.
+    """Rounds to nearest: ``Ŵ_ij = argmin_v |W_ij - v|`` over the grid of the group. Looks at no input.
 
     The range "mse" that serves other methods hurts this one: what it clips is what matters most.
     """

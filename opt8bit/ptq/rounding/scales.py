@@ -21,7 +21,7 @@ def refit_scales(
     part: Part,  # all columns of Ŵ
     hessian: Tensor,  # (in, in)
 ) -> Part:
-    """The same codes with new scales, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is least; no row's share of it rises.
+    """Returns the same codes with new scales, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is least; no row's share of it rises.
 
     That takes a grid whose values are proportional to a param ``scale``. Where a row's are not, it is left as it is.
 
@@ -55,7 +55,7 @@ def _are_proportional(
     values: Tensor,  # (out, groups, g), at scale 1
     part: Part,
 ) -> Tensor:
-    """Whether a row's values are those at scale 1 times its scales, (out,)."""
+    """Tells whether a row's values are those at scale 1 times its scales, (out,)."""
     expected = (values * part.params.scale[..., None]).flatten(1)
     off = (part.dequantize() - expected).abs().amax(1)
     return off <= PROPORTIONAL * expected.abs().amax(1)

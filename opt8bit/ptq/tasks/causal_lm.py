@@ -22,7 +22,7 @@ FEW = 8  # tokens: enough for experts to share them, and for as many passes as a
 
 @dataclass(frozen=True)
 class CausalLM(Task):
-    """Causal language models, called as ``model(input_ids=...)``, which put out ``logits``."""
+    """Handles causal language models, called as ``model(input_ids=...)``, which put out ``logits``."""
 
     def batches(self, name: str, data: Any, size: int, model: nn.Module) -> list[dict[str, Tensor]]:
         # Of a checkpoint the blocks' parameters are on the meta device.
@@ -45,14 +45,14 @@ class CausalLM(Task):
         return [{key: value.to(device) for key, value in batch.items()} for batch in given]
 
     def smallest(self, batch: Batch) -> Batch:
-        """The first tokens of the first sequence."""
+        """Returns the first tokens of the first sequence."""
         first = {name: value[:1, :FEW] for name, value in batch.items()}
         if "attention_mask" in first:
             first["attention_mask"] = torch.ones_like(first["attention_mask"])
         return first
 
     def probe(self, end: ModelEnd, batch: dict[str, Tensor], hidden: Tensor) -> Probe | None:
-        """Of the batch's first sequence; None where the model puts out no logits."""
+        """Returns the probe of the batch's first sequence, or None where the model puts out no logits."""
         # Copies: files hold no two tensors that share memory, as input_ids and labels may.
         first = {name: value[:1].clone() for name, value in batch.items()}
         logits = end.logits(first, hidden[:1])
@@ -65,7 +65,7 @@ class CausalLM(Task):
         hidden: Sequence[Tensor],
         hidden_hat: Sequence[Tensor],
     ) -> Quality | None:
-        """How well both predict every token of the batches from those before it."""
+        """Measures how well both models predict every token of the batches from those before it."""
         tokens = losses = losses_hat = divergence = 0.0
         for batch, x, x_hat in _sequences(batches, hidden, hidden_hat):
             logits, logits_hat = end.logits(batch, x), end.logits(batch, x_hat)
@@ -104,7 +104,7 @@ def _check_batch(where: str, batch: Mapping[str, Tensor], model: nn.Module) -> N
 
 
 def _counted(batch: dict[str, Tensor]) -> Tensor | slice:
-    """The tokens of its one sequence, from the second on, that are no padding, nor predicted from it."""
+    """Returns the tokens of its one sequence, from the second on, that are no padding, nor predicted from it."""
     if "attention_mask" not in batch:
         return slice(None)
     mask = batch["attention_mask"][0].bool()
@@ -114,7 +114,7 @@ def _counted(batch: dict[str, Tensor]) -> Tensor | slice:
 def _sequences(
     batches: Sequence[dict[str, Tensor]], *streams: Sequence[Tensor]
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """One sequence at a time: logits are large."""
+    """Yields one sequence at a time: logits are large."""
     for batch, x, x_hat in zip(batches, *streams, strict=True):
         for i in range(len(x)):
             yield {name: value[i : i + 1] for name, value in batch.items()}, x[i : i + 1], x_hat[i : i + 1]

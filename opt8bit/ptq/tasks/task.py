@@ -1,4 +1,4 @@
-"""What a model is for: what it is given, and how good it is at what it makes of that."""
+"""Defines what a model is for: what it is given, and how good it is at what it makes of that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Probe(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """On text that nothing was learned from.
+    """Measures how good a model is on held-out text.
 
     Attributes:
         tokens: that were predicted.
@@ -59,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def probe(self, end: ModelEnd, batch: Batch, hidden: Tensor) -> Probe | None:
-        """Returns what a written checkpoint can be checked by; None where the model puts out nothing to compare.
+        """Returns what a written checkpoint can be checked by, or None where the model puts out nothing to compare.
 
         Args:
             end: of the model.
@@ -71,7 +71,7 @@ class Task(ABC):
     def quality(
         self, end: ModelEnd, batches: Sequence[Batch], hidden: Sequence[Tensor], hidden_hat: Sequence[Tensor]
     ) -> Quality | None:
-        """Returns how good both models are on batches of which nothing was learned; None where there are none.
+        """Returns how good both models are on batches of which nothing was learned, or None where there are none.
 
         Args:
             end: of the model.

@@ -1,4 +1,4 @@
-"""What a transform gives: a scale for the channels of links. Applying it, and the proof of it, are everyone's."""
+"""Defines a transform: a scale for the channels of links. Applying and proving it is common to all."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _version(block: nn.Module) -> int:
 
 
 def _channels(block: nn.Module, link: Link) -> int:
-    """Of the producer of a link."""
+    """Returns the number of the producer's channels."""
     producer: Any = block.get_submodule(link.producer)
     return len(matrix(producer) if is_linear(producer) else producer.weight)
 

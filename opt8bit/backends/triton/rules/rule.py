@@ -1,4 +1,4 @@
-"""What a rule has on a GPU, and what the rules share."""
+"""Defines what a rule has on a GPU, and what the rules share."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Functions(NamedTuple):
 
 @triton.jit
 def power(base, exponent):
-    """base^exponent of float64 numbers, neither negative."""
+    """Returns base^exponent of float64 numbers, neither negative."""
     result = tl.exp2(tl.log2(tl.where(base > 0, base, 1.0)) * exponent)
     return tl.where((base > 0) | (exponent == 0), result, 0.0)
 
@@ -48,18 +48,18 @@ def quotient(x, root, eps):
 
 @triton.jit
 def caution_scale(norms):
-    """One over the share of the elements that agree; see kernels/rules/caution.h."""
+    """Returns one over the share of the elements that agree; see kernels/rules/caution.h."""
     elements = tl.where(norms[1] > 0, norms[1] * norms[1], 1.0)
     return 1 / tl.maximum(norms[0] * norms[0] / elements, 1e-3)
 
 
 @triton.jit
 def agreement(direction, grad):
-    """1 where a direction and the gradient have the same sign, else 0."""
+    """Returns 1 where a direction and the gradient have the same sign, else 0."""
     return (((direction > 0) & (grad > 0)) | ((direction < 0) & (grad < 0))).to(tl.float32)
 
 
 @triton.jit
 def caution_measure(direction, grad):
-    """What the norms are of: their squares are how many elements agree, and how many there are."""
+    """Returns what the norms are of: their squares are how many elements agree, and how many there are."""
     return agreement(direction, grad), tl.full(grad.shape, 1.0, tl.float32)

@@ -18,7 +18,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's eight codes, from the lowest bit
 
 @dataclass(frozen=True)
 class AWQLayout(Layout):
-    """Codes of eight neighbouring outputs share a word, in the order :data:`ORDER`.
+    """Stores the codes of eight neighbouring outputs in a word, in the order :data:`ORDER`.
 
     ``qweight``, int32 (in, out / 8), has the codes, ``qzeros``, int32 (groups, out / 8), the zero points as they are,
     and ``scales`` are (groups, out).
@@ -51,7 +51,7 @@ class AWQLayout(Layout):
 def _in_order(
     words: Tensor,  # int32 (rows, n / 8)
 ) -> Tensor:
-    """Codes in the order of their outputs, uint8 (rows, n)."""
+    """Returns codes in the order of their outputs, uint8 (rows, n)."""
     each = WORD // BITS
     codes = unpack(words, BITS, each * words.shape[1]).unflatten(1, (-1, each))
     return codes[..., torch.tensor(ORDER).argsort()].flatten(1)

@@ -101,7 +101,7 @@ class Packed(CodedWeights):
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Names the layer whose weight cannot be unpacked."""
+    """Adds the name of the layer to errors of unpacking its weight."""
     try:
         yield
     except (ValueError, ZeroDivisionError) as error:

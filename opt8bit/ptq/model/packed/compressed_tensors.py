@@ -19,7 +19,7 @@ FORMAT = "pack-quantized"
 
 @dataclass(frozen=True)
 class CompressedTensorsLayout(Layout):
-    """Codes of an output are a row of words.
+    """Stores the codes of an output as a row of words.
 
     ``weight_packed``, int32, has the codes, ``weight_scale`` is (out, groups), ``weight_zero_point``, where there is
     one, int32 packed along the outputs, or int8 (out, groups); ``weight_shape`` is (out, in), ``weight_g_idx`` (in,)
@@ -107,7 +107,7 @@ def has_whole_codes(words: int, bits: int, count: int) -> bool:
 
 
 def _zero_point(stored: Tensor | None, bits: int, shape: torch.Size, whole_codes: bool) -> Tensor:
-    """Zero points as codes are counted, int32 (out, groups)."""
+    """Returns zero points as codes are counted, int32 (out, groups)."""
     middle = 2 ** (bits - 1)
     if stored is None:
         return torch.full(shape, middle, dtype=torch.int32)

@@ -16,7 +16,7 @@ ZERO_SHIFTS = {"gptq": 1, "gptq_v2": 0}  # by the header's word: version 1 store
 
 @dataclass(frozen=True)
 class GPTQLayout(Layout):
-    """Codes of an output are a column of words.
+    """Stores the codes of an output as a column of words.
 
     ``qweight``, int32 (in * bits / 32, out), has the codes, ``qzeros``, int32 (groups, out * bits / 32), the zero
     points, ``scales`` are (groups, out), and ``g_idx``, int32 (in,), names each input's group.

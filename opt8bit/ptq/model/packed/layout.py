@@ -1,4 +1,4 @@
-"""What a layout of packed weights is: which tensors are a layer's weight, and what they stand for."""
+"""Defines a layout of packed weights: which tensors are a layer's weight, and what they stand for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def part_of(parts: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def groups_of_columns(columns: int, groups: int, group_size: int | None = None) -> Tensor:
-    """The group of each input, int64 (in,), where groups are runs of inputs of one length.
+    """Returns the group of each input, int64 (in,), where groups are runs of inputs of one length.
 
     Args:
         columns: how many inputs there are.
