@@ -23,6 +23,7 @@ from opt8bit.ptq import loss_gradients, token_weights
 from opt8bit.ptq.calibration.loss_weighting import LossWeighting, TokenWeights
 from opt8bit.ptq.model.blocks import block_layers, matrix
 from opt8bit.ptq.model.passes import ModelError
+from opt8bit.ptq.tasks import causal_lm
 
 OPTIONS: dict[str, Any] = {"bits": 3, "group_size": 16, "batch_size": 4}
 
@@ -92,6 +93,7 @@ def test_weights_are_those_of_a_backward_pass_through_the_whole_model(
 ) -> None:
     model, batches = MODELS[name]().double(), padded()
     masks = [batch["attention_mask"] for batch in batches]
+    monkeypatch.setattr(causal_lm, "PREDICTED", 5)
     seen = watch_stages(monkeypatch)
     ptq.compress(model, batches, bits=3, group_size=16, loss_weighting=weighting)
     squares = exact_squares(model, batches)
