@@ -54,6 +54,8 @@ RECIPES |= {
 RECIPES |= {
     "default, symmetric": {"symmetric": True},
     "default, symmetric restricted": {"symmetric": "restricted"},
+    "default, weighted by the loss": {"loss_weighting": "tokens"},
+    "default, weighted by the loss, power 1": {"loss_weighting": ptq.LossWeighting(power=1.0)},
 }
 SIZES = {"samples": 64, "windows": 20, "length": 512}
 QUICK_SIZES = {"samples": 2, "windows": 2, "length": 64}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from opt8bit.backends.processor import has_amx, has_bfloat16
 
 LARGE = 512  # rows from which on it pays to do with fewer or smaller products
 LARGE_WITH_AMX = 4096  # and where a processor multiplies tiles, so that products take little beside copies
@@ -127,21 +125,3 @@ def _product(
 def product_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of products on a tensor's device."""
     return torch.bfloat16 if x.device.type != "cpu" or has_bfloat16() else torch.float32
-
-
-def has_bfloat16() -> bool:
-    """Tells whether this processor has arithmetic for bfloat16, or torch cannot tell."""
-    known = _capabilities()
-    found = [known[name] for name in ("avx512_bf16", "amx_bf16", "bf16") if name in known]
-    return any(found) or not found
-
-
-def has_amx() -> bool:
-    """Tells whether this processor has instructions that multiply tiles of bfloat16."""
-    return _capabilities().get("amx_bf16", False)
-
-
-@functools.cache
-def _capabilities() -> Mapping[str, Any]:
-    """Returns what torch 2.10 and later know of this processor; an empty mapping with others."""
-    return getattr(torch.cpu, "get_capabilities", dict)()

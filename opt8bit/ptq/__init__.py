@@ -2,6 +2,7 @@
 
 from opt8bit.ptq.activations.quantizer import InputQuantizer
 from opt8bit.ptq.allocation.layer_objective import allocate_bits
+from opt8bit.ptq.calibration.loss_weighting import LossWeighting
 from opt8bit.ptq.compress import compress
 from opt8bit.ptq.correct import CorrectedModule, Correction, correct
 from opt8bit.ptq.corrected_onnx.correction import correct_onnx
@@ -40,6 +41,7 @@ __all__ = [
     "InputQuantizer",
     "LayerReport",
     "Link",
+    "LossWeighting",
     "OutlierQuantEase",
     "Parametrization",
     "QuantEase",

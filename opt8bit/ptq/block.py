@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opt8bit.backends import first_of
 from opt8bit.ptq import ranks
+from opt8bit.ptq.calibration.loss_weighting import TokenWeights
 from opt8bit.ptq.calibration.outputs import OutputErrors
 from opt8bit.ptq.calibration.statistics import NotFinite
 from opt8bit.ptq.compressed import Compressed
@@ -49,6 +50,7 @@ class BlockTask:
         parts: what it does with its layers.
         result: gets the reports.
         masks: of each batch that is learned from; those behind them only go through.
+        weights: of the tokens; None where they count alike.
         see: gets each report.
 
     Attributes:
@@ -64,9 +66,11 @@ class BlockTask:
         parts: Anatomy,
         result: Result,
         masks: Sequence[Tensor | None],
+        weights: TokenWeights | None,
         see: Callable[[LayerReport], None],
     ) -> None:
         self.name, self.block, self.parts, self.result, self.masks, self.see = name, block, parts, result, masks, see
+        self.weights = weights
         self.compressed = copy.deepcopy(block)
         self.done: dict[str, Compressed] = {}
         self.reports: list[LayerReport] = []
@@ -142,7 +146,8 @@ class BlockTask:
             all_tokens = all(ranks.gathered(all_tokens))
         if all_tokens:
             writer = layers[0] if names[0] in self.writers else None
-            inputs = StageInputs(pairs, self.shapes, self.masks, writer, self.drifts)
+            weights = self.weights and self.weights.of([f"{self.name}.{name}" for name in names])
+            inputs = StageInputs(pairs, self.shapes, self.masks, weights, writer, self.drifts)
             self.pending = self._compress(names, inputs, repeated)
             del inputs  # before the passes go on
         else:

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from opt8bit.backends import first_of, warn
 from opt8bit.ptq import ranks
 from opt8bit.ptq.block import BlockTask, Streams
+from opt8bit.ptq.calibration.loss_weighting import TokenWeights
 from opt8bit.ptq.correction.value_biases import value_bias_through
 from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.loss_gradients import Losses
 from opt8bit.ptq.model.anatomy import Anatomy
 from opt8bit.ptq.model.bias_places import Places, bias_places
 from opt8bit.ptq.model.blocks import block_layers, by_pattern, evaluating, find_blocks, matrix
@@ -31,6 +34,7 @@ from opt8bit.ptq.reconstruction.parametrization import TrainedWeight, hardened, 
 from opt8bit.ptq.result import Change, Result, install
 from opt8bit.ptq.resume import Work
 from opt8bit.ptq.tasks.task import Task
+from opt8bit.ptq.token_weights import token_weights, warn_alike
 from opt8bit.ptq.transforms.transform import transformed
 
 logger = logging.getLogger(__name__)
@@ -80,23 +84,22 @@ def run(
         if plan.reconstruction is not None and _hand_on_more(known, calls):
             raise Refused("blocks hand more to later ones than hidden states: they cannot be trained apart")
         first = work.finished if work and not _hand_on_more(known, calls) else 0
+        weights = None
+        if plan.loss_weighting is not None and first < len(blocks):
+            losses = [partial(task.losses, ends, batch) for batch in batches]
+            weights = _weights(result, prefix, known, calls, streams.exact, masks, losses, work)
+
+        def show(report: LayerReport) -> None:
+            see(report, layers)
+
         if work and first:
-            streams = _gone_on(work, streams.exact[0].device, result, lambda r: see(r, layers))
+            streams = _gone_on(work, streams.exact[0].device, result, show)
         trials = known.calls(model, blocks, few) if plan.transforms else None
         too_few: dict[str, int] = {}
         for i in range(first, len(blocks)):
-            streams, done = _run_block(
-                source,
-                f"{prefix}.{i}",
-                known.parts[i].anatomy,
-                result,
-                masks,
-                [of[i] for of in calls],
-                streams,
-                states,
-                lambda r: see(r, layers),
-                trials[i] if trials else None,
-            )
+            name, parts, here = f"{prefix}.{i}", known.parts[i].anatomy, [of[i] for of in calls]
+            trial = trials[i] if trials else None
+            streams, done = _run_block(source, name, parts, result, masks, weights, here, streams, states, show, trial)
             too_few |= done.too_few
             if work:
                 work.save(i, done.changes, done.reports, [*streams.exact, *streams.compressed])
@@ -108,6 +111,30 @@ def run(
         result.probe = task.probe(ends, alone, streams.compressed[-1])
         result.quality = task.quality(ends, held_out, *(stream[len(batches) : -1] for stream in streams))
     return result
+
+
+def _weights(
+    result: Result,
+    prefix: str,
+    known: Rehearsal,
+    calls: Sequence[Sequence[Call]],
+    embedded: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    losses: Sequence[Losses],
+    work: Work | None,
+) -> TokenWeights | None:
+    """Of the tokens that are learned from; None where they count alike."""
+    if result.plan.loss_weighting is None:
+        return None
+    if _hand_on_more(known, calls):
+        warn_alike("blocks hand more to later ones than hidden states")
+        return None
+    layers = {
+        f"{prefix}.{i}": [f"{prefix}.{i}.{name}" for stage in part.anatomy.stages for name in stage]
+        for i, part in enumerate(known.parts)
+    }
+    layers = {block: [name for name in own if result.plan.of(name) is not None] for block, own in layers.items()}
+    return token_weights(result.plan.loss_weighting, result.source, layers, calls, embedded, masks, losses, work)
 
 
 def _started(
@@ -146,6 +173,7 @@ def _run_block(
     parts: Anatomy,
     result: Result,
     masks: Sequence[Tensor | None],
+    weights: TokenWeights | None,
     calls: Sequence[Call],
     streams: Streams,
     states: Streams,
@@ -165,7 +193,7 @@ def _run_block(
             block = copy.deepcopy(block)
             seen = [here.exact[0].repeatable()]
             rewritten = transformed(name, block, trial._replace(name=name), result.plan.transforms, seen)
-        task = BlockTask(name, block, parts, result, masks, see)
+        task = BlockTask(name, block, parts, result, masks, weights, see)
         repeatable = [call.repeatable() for call in here.compressed] if result.plan.reconstruction else []
         behind = task.run(here)
         if result.plan.reconstruction is not None:

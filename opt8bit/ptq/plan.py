@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opt8bit.ptq.calibration.loss_weighting import LossWeighting
 from opt8bit.ptq.group_sizes import default_group_size
 from opt8bit.ptq.model.blocks import block_layers, matrix
 from opt8bit.ptq.reconstruction.engine import Reconstruction
@@ -19,7 +20,15 @@ from opt8bit.ptq.transforms.transform import Transform
 from opt8bit.quant.grid import SCALE_DTYPES, Grid
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import WeightScheme
-from opt8bit.recipe.recipe import AUTO, ERROR_PROPAGATION, GROUP_SIZES, POLISH, SERVED_SYMMETRIC, Recipe
+from opt8bit.recipe.recipe import (
+    AUTO,
+    ERROR_PROPAGATION,
+    GROUP_SIZES,
+    LOSS_WEIGHTING,
+    POLISH,
+    SERVED_SYMMETRIC,
+    Recipe,
+)
 from opt8bit.recipe.registry import FORMATS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
 from opt8bit.recipe.runtimes import Runs, runtime_of
 
@@ -49,6 +58,7 @@ class Plan:
         recipe: that was asked for, with what depends on the model filled in.
         layers: by name; None for those that stay as they are.
         error_propagation: of layers that look at their inputs.
+        loss_weighting: of the tokens in all statistics; None where they count alike.
         transforms: of each block, before its layers are rounded.
         reconstruction: of each block afterwards; None for none.
         runtime: that is to run the result, a name of :data:`RUNTIMES`; None for none in particular.
@@ -57,6 +67,7 @@ class Plan:
     recipe: Recipe
     layers: Mapping[str, LayerPlan | None]
     error_propagation: float
+    loss_weighting: LossWeighting | None = None
     transforms: tuple[Transform, ...] = ()
     reconstruction: Reconstruction | None = None
     runtime: str | None = None
@@ -104,6 +115,9 @@ def plan_for(
     strength = recipe.error_propagation
     if strength is None:
         strength = ERROR_PROPAGATION if whole.looks_at_inputs and recipe.bias_correction != "local" else 0.0
+    weighting = recipe.loss_weighting
+    if weighting is None:
+        weighting = LOSS_WEIGHTING if whole.looks_at_inputs else "none"
     _check_inputs(recipe, whole, strength)
     plans: dict[tuple[Recipe, torch.dtype], LayerPlan] = {}  # one object for those that are alike
     found: dict[str, LayerPlan | None] = {}
@@ -119,7 +133,8 @@ def plan_for(
     if not any(found.values()):
         raise ValueError("overrides leave every layer as it is")
     transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
-    return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction), runtime)
+    trained = _reconstruction(recipe.reconstruction)
+    return Plan(recipe, found, strength, _loss_weighting(weighting), transforms, trained, runtime)
 
 
 def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
@@ -197,6 +212,14 @@ def _check_inputs(recipe: Recipe, rounder: Rounder, strength: float) -> None:
         raise ValueError(f"{rounder!r} looks at no inputs: with bias_correction='joint' it would round as ever")
     if strength:
         raise ValueError(f"{rounder!r} looks at no inputs: error_propagation must be 0")
+    if recipe.loss_weighting not in (None, "none"):
+        raise ValueError(f"{rounder!r} looks at no inputs: loss_weighting must be 'none'")
+
+
+def _loss_weighting(given: Any) -> LossWeighting | None:
+    if isinstance(given, str):
+        return LossWeighting() if given == "tokens" else None
+    return given
 
 
 def _reconstruction(given: Any) -> Reconstruction | None:

@@ -81,6 +81,16 @@ class Work:
                 path.unlink()
         self.finished = block + 1
 
+    def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Returns this process's tensors of a name; they are made, and kept whole or not at all, if there are none."""
+        path = self.folder / f"{name}-{ranks.rank()}.safetensors"
+        if not path.is_file():
+            made = make()
+            _replace(path, lambda partial: tensor_files.save(made, partial))
+            return made
+        with tensor_files.opened(path) as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}
+
     def reports(self) -> list[LayerReport]:
         """Returns the reports on the layers of all finished blocks."""
         rows = [row for block in range(self.finished) for row in self._about(block)["reports"]]

@@ -23,6 +23,7 @@ class StageInputs(Sequence[Inputs]):
         passes: of each batch, through the float block and the compressed one; both stand before the same layer.
         shapes: (sequences, length) of each batch: some models put all tokens of a batch into one dimension on the way.
         masks: of each batch.
+        weights: of each batch's tokens, (sequences, length); None where all that count weigh 1.
         writer: the float model's layer, if its output is added to the hidden states.
         drifts: of each batch, by how much the hidden states have drifted, (sequences, length, h); if there is a writer.
     """
@@ -32,10 +33,11 @@ class StageInputs(Sequence[Inputs]):
         passes: Sequence[tuple[Walk, Walk]],
         shapes: Sequence[torch.Size],
         masks: Sequence[Tensor | None],
+        weights: Sequence[Tensor] | None = None,
         writer: nn.Module | None = None,
         drifts: Sequence[Tensor] = (),
     ) -> None:
-        self._passes, self._shapes, self._masks = passes, shapes, masks
+        self._passes, self._shapes, self._masks, self._weights = passes, shapes, masks, weights
         self._writer, self._drifts = writer, drifts
         self._outputs: list[Tensor] = []
         self._wanted_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -62,7 +64,8 @@ class StageInputs(Sequence[Inputs]):
         x, x_hat = (walk.x for walk in self._passes[i])
         shape = (*self._shapes[i], x.shape[-1])
         wanted = None if self._writer is None else self._wanted(i, self._writer, x)
-        return Inputs(x.reshape(shape), x_hat.reshape(shape), self._masks[i], wanted)
+        weights = None if self._weights is None else self._weights[i]
+        return Inputs(x.reshape(shape), x_hat.reshape(shape), self._masks[i], wanted, weights)
 
     def _wanted(self, i: int, writer: nn.Module, x: Tensor) -> Tensor:
         """Returns what the writer should put out of batch i, except its bias, where the float model's sees x."""

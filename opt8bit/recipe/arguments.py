@@ -7,6 +7,15 @@ from collections.abc import Collection
 from numbers import Real
 
 
+def check_at_least(name: str, value: float, least: float) -> None:
+    """
+    Raises:
+        ValueError: ``value`` is not a finite number of at least ``least``.
+    """
+    if not _is_number(value) or not least <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     """
     Raises:

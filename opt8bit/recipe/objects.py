@@ -39,9 +39,11 @@ ROUNDER = Kind("opt8bit.ptq.rounding.rounder", "Rounder", "one of opt8bit.ptq, s
 TRANSFORM = Kind("opt8bit.ptq.transforms.transform", "Transform", "names, or transforms")
 PARAMETRIZATION = Kind("opt8bit.ptq.reconstruction.parametrization", "Parametrization", "such as TrainScales()")
 RECONSTRUCTION = Kind("opt8bit.ptq.reconstruction.engine", "Reconstruction", "a name, or a Reconstruction")
+LOSS_WEIGHTING = Kind("opt8bit.ptq.calibration.loss_weighting", "LossWeighting", "a name, or a LossWeighting")
 FORMAT = Kind("opt8bit.ptq.export.checkpoint_format", "CheckpointFormat", "a CheckpointFormat")
 GRID = Kind("opt8bit.quant.grid", "Grid", "one of opt8bit.quant, such as UniformGrid(4)")
-NAMED = {"method": ROUNDER, "reconstruction": RECONSTRUCTION}  # options that may have a name instead
+# Options that may have a name instead.
+NAMED = {"method": ROUNDER, "loss_weighting": LOSS_WEIGHTING, "reconstruction": RECONSTRUCTION}
 
 
 def check_objects(recipe: Any) -> None:

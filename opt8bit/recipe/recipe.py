@@ -20,9 +20,11 @@ GROUP_SIZES = (64, 32, 16)  # the first that divides all layers
 SERVED_SYMMETRIC = (4, 8)  # bits that servers run on symmetric grids alone
 ERROR_PROPAGATION = 0.5
 POLISH = {"sweeps": 5, "refits": 3}  # a little descent, and the scales refitted, in turn
+LOSS_WEIGHTING = "none"
 CORRECTIONS = ("none", "local", "sequential", "joint")
 STATISTICS = ("mean", "median", "position")
 RANGES = ("minmax", "mse")
+LOSS_WEIGHTINGS = ("none", "tokens")
 STRUCTURES = ("unstructured", "column")
 OVERRIDES = "overrides"
 
@@ -61,6 +63,9 @@ class Recipe:
             drift of the hidden states is in the errors that a bias of "sequential" or "joint" corrects. None for 0.5,
             and 0 where it has no place: for RTN, which looks at no inputs, and for
             ``bias_correction="local"``, which would undo it.
+        loss_weighting: "tokens" for statistics in which a token counts as much as the loss of the model's predictions
+            depends on it, or a :class:`LossWeighting` with another power or cap, which costs a pass forward and
+            backward; "none" for statistics in which all tokens count alike. None for "none".
         transforms: rewrites of each block that leave its function as it is, before it is rounded, one after another:
             names, such as "fold_norm", or transforms themselves.
         reconstruction: what is trained of each block after its layers are rounded, so that it puts out what the float
@@ -108,6 +113,9 @@ class Recipe:
     )
     error_propagation: float | None = option(
         None, float, "strength of the asymmetric target, 0 to 1 (default: 0.5; 0 for rtn and local)", metavar="ALPHA"
+    )
+    loss_weighting: str | Any = option(
+        None, LOSS_WEIGHTINGS, "tokens count as much as the loss depends on them, or alike (default: none)"
     )
     transforms: Sequence[Any] = option(
         (), TRANSFORMS, "rewrites of each block that leave its function as it is, before it is rounded", several=True
@@ -225,7 +233,7 @@ def _in_file(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {name: 0 if name == "group_size" and value is None else value for name, value in values}
     if "transforms" in found:
         found["transforms"] = list(found["transforms"])
-    for name in ("method", "grid", "transforms", "reconstruction"):
+    for name in ("method", "grid", "loss_weighting", "transforms", "reconstruction"):
         value = found.get(name)
         if not all(isinstance(each, str | None) for each in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{name}={value!r} cannot be written into a file")

@@ -137,5 +137,34 @@ def test_shapes_and_dtypes_are_checked() -> None:
         Statistics(4).update(x, x_hat[..., :3])
     with pytest.raises(ValueError, match=r"mask must be \(6, 5\), got \(6, 4\)"):
         Statistics(4).update(x, x_hat, torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"weights must be \(6, 5\), got \(5,\)"):
+        Statistics(4).update(x, x_hat, weights=torch.ones(5))
     with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.float64, got torch.bfloat16"):
         Statistics(4, dtype=torch.bfloat16)
+
+
+def test_a_token_of_weight_two_counts_as_two() -> None:
+    x, x_hat = streams()
+    weights = torch.tensor([0, 1, 2, 1, 2], dtype=torch.float64).repeat(6, 1)
+    mask = torch.ones(6, 5)
+    mask[2, 4:] = 0
+    wanted = x_hat[..., :3] + 1
+    repeated = Statistics(4, wanted=3)
+    for i in range(6):
+        each = torch.arange(5).repeat_interleave((weights[i] * mask[i]).long())
+        repeated.update(x[i, each][None], x_hat[i, each][None], None, wanted[i, each][None])
+    weighted = Statistics(4, wanted=3)
+    weighted.update(x, x_hat, mask, wanted, weights)
+    assert_same(weighted, repeated)
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    x, x_hat = (stream.float() for stream in streams())
+    mask = torch.ones(6, 5)
+    mask[2, 4:] = 0
+    for each in (None, mask):
+        plain, ones = Statistics(4), Statistics(4)
+        plain.update(x, x_hat, each)
+        ones.update(x, x_hat, each, weights=torch.ones(6, 5, dtype=torch.float64))
+        for name, value in vars(plain).items():
+            assert torch.equal(value, getattr(ones, name)), name

@@ -34,6 +34,7 @@ OTHERS: dict[str, Any] = {
     "outliers": 0.25,
     "outlier_structure": "column",
     "error_propagation": 0.125,
+    "loss_weighting": "tokens",
     "transforms": ["fold_norm"],
     "reconstruction": "scales",
 }

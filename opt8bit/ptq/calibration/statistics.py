@@ -21,10 +21,11 @@ class Inputs(NamedTuple):
     mask: Tensor | None = None  # (sequences, length), true where a token counts
     wanted: Tensor | None = None  # (sequences, length, h), of a layer whose output is added to the hidden states:
     # W x + δ, what it puts out in the float model, without its bias, and by how much the hidden states have drifted
+    weights: Tensor | None = None  # (sequences, length), of the tokens; None where all that count weigh 1
 
     def to(self, dtype: torch.dtype) -> Inputs:
         wanted = None if self.wanted is None else self.wanted.to(dtype)
-        return Inputs(self.x.to(dtype), self.x_hat.to(dtype), self.mask, wanted)
+        return self._replace(x=self.x.to(dtype), x_hat=self.x_hat.to(dtype), wanted=wanted)
 
 
 class NotFinite(ValueError):
@@ -34,7 +35,8 @@ class NotFinite(ValueError):
 class Statistics:
     """Sums over the tokens that one layer has seen: x in the float model, x̂ in the model quantized so far.
 
-    Both streams see the same tokens in the same order. A batch is multiplied, and the tokens of a sequence are added,
+    Both streams see the same tokens in the same order. Where tokens have weights, all sums are weighted, and so is the
+    number of tokens. A batch is multiplied, and the tokens of a sequence are added,
     in the streams' own dtype, all else in ``dtype``, so that batches of any size come to the same sums up to rounding.
     Means are kept per sequence: how much they differ says how far the mean of all tokens can be trusted. Sums that are
     not asked for stay empty.
@@ -76,7 +78,7 @@ class Statistics:
 
     @property
     def count(self) -> Tensor:
-        """The number of tokens seen, ()."""
+        """The number of tokens seen, or the sum of their weights, ()."""
         return self.tokens.sum()
 
     def update(
@@ -85,13 +87,14 @@ class Statistics:
         x_hat: Tensor,  # (sequences, length, d)
         mask: Tensor | None = None,  # (sequences, length), true where a token counts
         wanted: Tensor | None = None,  # (sequences, length, h)
+        weights: Tensor | None = None,  # (sequences, length)
     ) -> None:
         """Adds a batch of :class:`Inputs`.
 
         Raises:
             ValueError: the shapes do not agree, or an input that counts is not finite.
         """
-        self._check(x, x_hat, mask, wanted)
+        self._check(x, x_hat, mask, wanted, weights)
         tokens = torch.full(x.shape[:1], x.shape[1], device=x.device)
         streams = [x, x_hat, x[..., :0] if wanted is None else wanted]
         if mask is not None:
@@ -99,7 +102,12 @@ class Statistics:
             tokens = counts.sum((1, 2))
             # Not a product: what does not count may be infinite.
             streams = [torch.where(counts, stream, 0) for stream in streams]
-        sums = [stream.sum(1).to(self.sum_x.dtype) for stream in streams]
+        roots = None
+        if weights is not None:
+            tokens = (weights if mask is None else torch.where(mask.bool(), weights, 0)).sum(1)
+            roots = weights.sqrt().to(x.dtype).unsqueeze(-1)
+            streams = [stream * roots for stream in streams]
+        sums = [(stream if roots is None else stream * roots).sum(1).to(self.sum_x.dtype) for stream in streams]
         if not all(bool(part.isfinite().all()) for part in sums):
             raise NotFinite("an input is not finite")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)])
@@ -114,13 +122,16 @@ class Statistics:
             if self.sum_cross.numel():
                 self.sum_cross += linear((rows if wanted is None else rows_wanted).T, by_feature)  # rowsᵀ rows_hat
 
-    def _check(self, x: Tensor, x_hat: Tensor, mask: Tensor | None, wanted: Tensor | None) -> None:
+    def _check(
+        self, x: Tensor, x_hat: Tensor, mask: Tensor | None, wanted: Tensor | None, weights: Tensor | None
+    ) -> None:
         features, outputs = self.sum_x.shape[1], self.sum_wanted.shape[1]
         if x.dim() != 3 or x.shape != x_hat.shape or x.shape[-1] != features:
             expected = f"(sequences, length, {features})"
             raise ValueError(f"x and x_hat must both be {expected}, got {tuple(x.shape)} and {tuple(x_hat.shape)}")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        for name, of_tokens in (("mask", mask), ("weights", weights)):
+            if of_tokens is not None and of_tokens.shape != x.shape[:2]:
+                raise ValueError(f"{name} must be {tuple(x.shape[:2])}, got {tuple(of_tokens.shape)}")
         found = None if wanted is None else tuple(wanted.shape)
         expected = (*x.shape[:2], outputs) if outputs else None
         if found != expected:

@@ -101,7 +101,7 @@ def _medians(errors: Callable[[slice], Sequence[Tensor]], outputs: int, channels
 
 def _errors(weight: Tensor, rounded: Tensor, batch: Inputs, part: slice, local: bool, drift_share: float) -> Tensor:
     """Returns a batch's errors in some channels, (sequences, length, channels): NaN where a token does not count."""
-    x, x_hat, mask, wanted = batch.to(weight.dtype)
+    x, x_hat, mask, wanted, _ = batch.to(weight.dtype)
     outputs = linear(x, weight[part])
     if drift_share and wanted is not None:
         outputs = outputs.lerp(wanted[..., part], drift_share)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
 
 from opt8bit.ptq import ranks
 from opt8bit.ptq.evaluate import check_token_ids, perplexity_of
@@ -17,6 +17,8 @@ from opt8bit.ptq.tasks.task import Batch, Probe, Quality, Task
 from opt8bit.recipe.arguments import check_count
 
 PROBED = 4  # tokens whose logits a checkpoint is checked by
+IGNORED = -100  # in place of a token that is not to be predicted
+PREDICTED = 256  # tokens whose logits and their gradients are in memory together
 FEW = 8  # tokens: enough for experts to share them, and for as many passes as an anatomy takes
 
 
@@ -57,6 +59,22 @@ class CausalLM(Task):
         first = {name: value[:1].clone() for name, value in batch.items()}
         logits = end.logits(first, hidden[:1])
         return None if logits is None else Probe(first, logits[0, -PROBED:].float())
+
+    def losses(self, end: ModelEnd, batch: dict[str, Tensor], hidden: Tensor) -> Iterator[Tensor]:
+        """The cross-entropy of every token of the batch, predicted from those before it, of some tokens at a time."""
+        if hidden.shape[:2] != batch["input_ids"].shape:
+            return  # which token a hidden state predicts is not known
+        for one, x, _ in _sequences([batch], [hidden], [hidden]):
+            targets, counts = one["input_ids"][0, 1:], _counted(one)
+            if isinstance(counts, Tensor):
+                targets = targets.where(counts, IGNORED)
+            for start in range(0, len(targets), PREDICTED):
+                part = slice(start, min(start + PREDICTED, len(targets)))
+                logits = end.logits({name: value[:, part] for name, value in one.items()}, x[:, part])
+                if logits is None:
+                    return
+                logits = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+                yield cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="sum")
 
     def quality(
         self,

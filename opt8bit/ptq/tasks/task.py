@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -65,6 +65,18 @@ class Task(ABC):
             end: of the model.
             batch: that went in.
             hidden: what came out of the last block.
+        """
+
+    @abstractmethod
+    def losses(self, end: ModelEnd, batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
+        """Yields parts of the float model's loss on a batch, (), whose sum is the loss; none where it has no loss.
+
+        One part's graph is freed before the next one is made, as what a model puts out is large.
+
+        Args:
+            end: of the model.
+            batch: that went in.
+            hidden: what comes out of the last block, with gradients.
         """
 
     @abstractmethod
