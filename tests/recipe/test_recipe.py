@@ -36,6 +36,7 @@ OTHERS: dict[str, Any] = {
     "error_propagation": 0.125,
     "transforms": ["fold_norm"],
     "reconstruction": "scales",
+    "learn": "fast",
 }
 
 
@@ -64,6 +65,7 @@ def test_a_recipe_comes_back_from_its_file() -> None:
         "bias_correction": "none",
         "statistic": "mean",
         "outliers": 0.0,
+        "learn": "none",
         "overrides": [],
     }
     assert Recipe(overrides=overrides).to_dict()["overrides"] == [
