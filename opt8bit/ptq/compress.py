@@ -115,8 +115,9 @@ def compress(
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
     if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
         raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
+    effort = EFFORTS[plan.recipe.learn]
     if plan.learns:
-        check_can_learn(batches)
+        check_can_learn(source, batches, effort.windows)
     if checkpoint_format is not None:
         check_format(checkpoint_format, source, plan)
     _check_layers(source, plan)
@@ -133,7 +134,6 @@ def compress(
     result = run(source, batches, plan, task, see or (lambda report, layers: None), held_out=kept, work=begun)
     if not plan.learns:
         return result
-    effort = EFFORTS[plan.recipe.learn]
     return refine(result, batches, steps=effort.steps, windows=effort.windows, held_out=kept or None, see=see_step)
 
 

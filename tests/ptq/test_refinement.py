@@ -16,7 +16,7 @@ from opt8bit.ptq.model.blocks import evaluating, find_blocks
 from opt8bit.ptq.model.rehearsal import rehearse
 from opt8bit.ptq.model.source import InMemory
 from opt8bit.ptq.reconstruction.scales import TrainScales
-from opt8bit.ptq.refinement import losses, passes, refine, training
+from opt8bit.ptq.refinement import losses, need, passes, refine, training
 from opt8bit.ptq.refinement.losses import kl_divergence, most_likely
 from opt8bit.ptq.refinement.passes import Chain
 from opt8bit.ptq.refinement.student import Student
@@ -278,3 +278,18 @@ def test_models_without_logits_are_refused() -> None:
     assert find_blocks(start.model)[0] == "layers"
     with pytest.raises(ValueError, match="LlamaModel puts out no logits"):
         ptq.refine(start, token_ids())
+
+
+def test_memory_that_will_not_do_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, steps = compressed(), []
+    fixed, of_windows = need.need(start.model, 4, 32, in_memory=True)
+    monkeypatch.setattr(need, "machine_memory", lambda: fixed + 0.6 * of_windows)
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refine, "Student", refused)
+    with pytest.warns(UserWarning, match=r"learning takes about 0.6 GB of memory.* 4 windows of a step, of which 2 would"):
+        with pytest.raises(KeyboardInterrupt):
+            ptq.refine(start, text(), see=steps.append)
+    assert not steps

@@ -11,9 +11,10 @@ from opt8bit.ptq import ranks
 from opt8bit.ptq.model.blocks import evaluating, find_blocks
 from opt8bit.ptq.model.recording import no_cache
 from opt8bit.ptq.model.rehearsal import rehearse
-from opt8bit.ptq.model.source import InMemory
+from opt8bit.ptq.model.source import InMemory, Loaded, Source
 from opt8bit.ptq.reconstruction.scales import TrainScales
 from opt8bit.ptq.refinement.losses import LOSSES, Windows, apart, counts_of, next_tokens
+from opt8bit.ptq.refinement.need import warn_of_memory
 from opt8bit.ptq.refinement.passes import Chain, mixed_precision, products_of
 from opt8bit.ptq.refinement.student import Student
 from opt8bit.ptq.refinement.training import Schedule, train
@@ -78,7 +79,7 @@ def refine(
 
     Warns:
         UserWarning: no step has lowered the held-out loss, so that the start is what is returned; or a step was dropped
-            as its loss or a gradient was not finite.
+            as its loss or a gradient was not finite; or the machine's memory will not do.
 
     Source: EfficientQAT: Efficient Quantization-Aware Training for Large Language Models, section 3.3
     (https://arxiv.org/abs/2407.11062), by distillation here.
@@ -87,7 +88,7 @@ def refine(
     check_one_of("loss", loss, LOSSES)
     batches = TASK.batches("text", text, windows, result.model)
     evaluated = [] if held_out is None else TASK.batches("held_out", held_out, windows, result.model)
-    check_can_learn(batches)
+    check_can_learn(result.source, batches, windows)
     few = TASK.smallest(batches[0])
     products = products_of(result.model, few)
     student = Student(result, TrainScales(lr), products, biases=biases)
@@ -107,16 +108,28 @@ def refine(
     return refined
 
 
-def check_can_learn(batches: Sequence[Batch]) -> None:
-    """
+def check_can_learn(source: Source, batches: Sequence[Batch], windows: int) -> None:
+    """Checks what is known before a refinement begins, and before the model is compressed for it.
+
+    Args:
+        source: of the float model.
+        batches: to learn from.
+        windows: of a step.
+
     Raises:
         ValueError: there are too few sequences, or several processes.
+
+    Warns:
+        UserWarning: the machine's memory will not do.
     """
     sequences = sum(len(batch["input_ids"]) for batch in batches)
     if sequences < 2:
         raise ValueError(f"learning takes 2 sequences of text at least, one of them to choose by, got {sequences}")
     if ranks.size() > 1:
         raise ValueError(f"learning is for a single process, got {ranks.size()}")
+    if batches[0]["input_ids"].device.type == "cpu":
+        length = max(batch["input_ids"].shape[1] for batch in batches)
+        warn_of_memory(source.model, windows, length, in_memory=isinstance(source, Loaded))
 
 
 def _checked(steps: int, windows: int, lr: float, vector_lr: float, looks: int, seed: int) -> Schedule:
