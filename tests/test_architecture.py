@@ -24,7 +24,7 @@ LAYERS = {  # each may import itself and what it names
     "recipe": set(),
     "warning": set(),
 }
-TRAINS = "opt8bit.ptq.reconstruction"  # by the library's own optimizers
+TRAINS = ("opt8bit.ptq.reconstruction", "opt8bit.ptq.refinement")  # by the library's own optimizers
 # Files and folders of opt8bit/ptq: each may import its own and those of the lines above.
 ORDER = (
     {"ranks", "naming"},
@@ -38,7 +38,7 @@ ORDER = (
     {"result", "routed", "allocation"},
     {"progress", "report", "resume"},
     {"block", "export", "token_weights"},
-    {"inspect", "pipeline"},
+    {"inspect", "pipeline", "refinement"},
     {"compress", "correct", "verify"},
     {"corrected_checkpoint", "corrected_onnx"},
     {"__init__"},

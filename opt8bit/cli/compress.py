@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from opt8bit import ptq
 from opt8bit.cli.errors import CommandError
 from opt8bit.cli.models import load_tokenizer, open_model
-from opt8bit.cli.progress import ShowLayer, compression, logged
+from opt8bit.cli.progress import ShowLayer, ShowRefined, compression, logged, refinement
 from opt8bit.cli.recipes import recipe_file
 from opt8bit.cli.report.page import page
 from opt8bit.cli.report.record import RECIPE, RUN, read
@@ -64,8 +64,8 @@ def run(settings: Settings) -> None:
     started = time.perf_counter()
     try:
         # First what can fail at once: a folder that cannot be written is known before hours are spent.
-        with logged(), _processes(), _folder(settings) as folder, _progress() as see:
-            result, tokenizer = _compressed(settings, folder, see)
+        with logged(), _processes(), _folder(settings) as folder, _progress() as shows:
+            result, tokenizer = _compressed(settings, folder, *shows)
             is_first = ranks.rank() == 0
             _part()  # what loads checkpoints would have all processes at it
             if not is_first:
@@ -95,7 +95,7 @@ def _about_run(settings: Settings, verified: str, seconds: float) -> dict[str, A
     }
 
 
-def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.Result, Any]:
+def _compressed(settings: Settings, folder: Path, see: ShowLayer, see_step: ShowRefined) -> tuple[ptq.Result, Any]:
     """Returns the compressed model and its tokenizer; what is finished of it is kept in the folder."""
     trusted, options = settings.trust_remote_code, settings.run
     text = find_text(settings.calibration, settings.text_column)
@@ -115,6 +115,7 @@ def _compressed(settings: Settings, folder: Path, see: ShowLayer) -> tuple[ptq.R
         checkpoint_format=options.checkpoint_format,
         runtime=options.runtime,
         see=see,
+        see_step=see_step,
     )
     return result, tokenizer
 
@@ -177,6 +178,11 @@ def _verified(settings: Settings, folder: Path) -> str:
     return f"loaded back: {verification}"
 
 
-def _progress() -> AbstractContextManager[ShowLayer]:
-    """Shows the layers that are finished, if this is the first process."""
-    return nullcontext(lambda report, layers: None) if ranks.rank() else compression()
+@contextmanager
+def _progress() -> Iterator[tuple[ShowLayer, ShowRefined]]:
+    """Shows the layers that are finished, and the steps of a refinement, if this is the first process."""
+    if ranks.rank():
+        yield lambda report, layers: None, lambda step: None
+        return
+    with compression() as see, refinement() as see_step:
+        yield see, see_step

@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from itertools import count
 
 from opt8bit.ptq import LayerReport
-from opt8bit.ptq.progress import LayerBar, described
+from opt8bit.ptq.progress import LayerBar, StepBar, described
+from opt8bit.ptq.result import Step
 
 ShowStep = Callable[[int, float, "float | None"], None]  # step, training loss, validation loss if it was measured
+ShowRefined = Callable[[Step], None]  # the step of a refinement that was just made
 ShowLayer = Callable[[LayerReport, int], None]  # the layer just finished, number of layers
 
 
@@ -53,6 +55,22 @@ def compression() -> Iterator[ShowLayer]:
         return
     numbers = count(1)
     yield lambda report, layers: print(f"layer {next(numbers)} of {layers}: {described(report)}", file=sys.stderr)
+
+
+@contextmanager
+def refinement() -> Iterator[ShowRefined]:
+    """Yields what shows the steps of a refinement: a bar, or a line whenever the held-out loss is measured."""
+    if not has_bars():
+        yield _show_refined_line
+        return
+    with closing(StepBar()) as bar:
+        yield bar
+
+
+def _show_refined_line(step: Step) -> None:
+    if step.held_out is not None:
+        left = f", {step.seconds_left:.0f} s left" if step.step else ""
+        print(f"learning, step {step.step} of {step.steps}: held-out loss {step.held_out:.4f}{left}", file=sys.stderr)
 
 
 @contextmanager

@@ -27,6 +27,12 @@ def summary(result: ptq.Result, output: Path, seconds: float, verified: str) -> 
         *_of_symmetry(rows),
         *(_of_biases(result) if result.recipe.bias_correction != "none" else ()),
     ]
+    refined = result.refined
+    if refined is not None:
+        lines.append(
+            f"learned: the loss on windows that were not learned from is {refined.best:.4f} nats a token, "
+            f"{refined.start:.4f} before ({refined.steps} steps, {refined.dropped} dropped)"
+        )
     quality = result.quality
     if quality is not None:
         lines.append(

@@ -17,6 +17,7 @@ from opt8bit.ptq.pairs.exported import with_modules
 from opt8bit.ptq.pairs.loading import prepare_corrected
 from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
+from opt8bit.ptq.refinement.refine import refine
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.rounding import GPTQ, RTN, OutlierQuantEase, QuantEase, Rounder
 from opt8bit.ptq.tasks.task import Task
@@ -64,6 +65,7 @@ __all__ = [
     "mean_loss",
     "perplexity",
     "prepare_corrected",
+    "refine",
     "verify",
     "with_modules",
 ]

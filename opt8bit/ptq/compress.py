@@ -23,12 +23,14 @@ from opt8bit.ptq.naming import named
 from opt8bit.ptq.need import warn_of_memory
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.plan import LayerPlan, Plan, plan_for
-from opt8bit.ptq.result import Result
+from opt8bit.ptq.refinement.refine import check_can_learn, refine
+from opt8bit.ptq.result import Result, Step
 from opt8bit.ptq.resume import LAYOUT, Work
 from opt8bit.ptq.tasks.causal_lm import CausalLM
 from opt8bit.ptq.tasks.task import Calibration, Task
 from opt8bit.quant.contract import check_grid
 from opt8bit.quant.described import described
+from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.recipe import Recipe, changed
 from opt8bit.recipe.registry import FORMATS
 from opt8bit.recipe.runtimes import check_reads, packed_format
@@ -50,6 +52,7 @@ def compress(
     runtime: str | None = None,
     task: Task = CAUSAL_LM,
     see: Callable[[LayerReport, int], None] | None = None,
+    see_step: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> Result:
     """Rounds the weights of a language model's blocks, block by block, and, if asked, corrects its outputs.
@@ -77,6 +80,7 @@ def compress(
         task: what the model is for.
         see: called after each layer with its report and the number of layers, such as
             :class:`opt8bit.ptq.progress.LayerBar`, which shows a bar.
+        see_step: called after each step of :func:`refine`, where the recipe says ``learn``.
         **options: fields of the recipe, in place of its own: ``compress(model, ids, bits=3)``.
 
     Returns:
@@ -111,10 +115,13 @@ def compress(
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
     if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
         raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
+    effort = EFFORTS[plan.recipe.learn]
+    if plan.learns:
+        check_can_learn(source, batches, effort.windows)
     if checkpoint_format is not None:
         check_format(checkpoint_format, source, plan)
     _check_layers(source, plan)
-    if plan.transforms:
+    if plan.transforms or plan.learns:
         _check_rewritable(source)
     if ranks.size() > 1:
         _check_ranks(plan, batches)
@@ -124,7 +131,10 @@ def compress(
     begun = None if work is None else Work(Path(work), _identity(source, plan, batches, kept))
     batches, kept = ranks.share(batches), ranks.share(kept)
     warn_of_memory(source.model, [*batches, *kept], plan, in_memory=isinstance(source, Loaded))
-    return run(source, batches, plan, task, see or (lambda report, layers: None), held_out=kept, work=begun)
+    result = run(source, batches, plan, task, see or (lambda report, layers: None), held_out=kept, work=begun)
+    if not plan.learns:
+        return result
+    return refine(result, batches, steps=effort.steps, windows=effort.windows, held_out=kept or None, see=see_step)
 
 
 def _source(model: nn.Module | Source) -> Source:
@@ -164,12 +174,13 @@ def _warn_of_others(model: nn.Module) -> None:
 def _check_rewritable(source: Source) -> None:
     """
     Raises:
-        ValueError: a parameter that a transform may change stands in other parts in the source's checkpoint.
+        ValueError: a parameter that a transform may change, or learning, stands in other parts in the source's
+            checkpoint.
     """
     prefix, blocks = find_blocks(source.model)
     for name, param in blocks.named_parameters(prefix):
         if param.dim() == 1 and source.stored_name(name) is None:
-            raise ValueError(f"{name} is in other parts in the checkpoint: leave transforms out")
+            raise ValueError(f"{name} is in other parts in the checkpoint: leave transforms and learn out")
 
 
 def _check_ranks(plan: Plan, batches: list[dict[str, Tensor]]) -> None:

@@ -33,7 +33,7 @@ from opt8bit.ptq.reconstruction.engine import Example, Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import TrainedWeight, hardened, started
 from opt8bit.ptq.result import Change, Result, install
 from opt8bit.ptq.resume import Work
-from opt8bit.ptq.tasks.task import Task
+from opt8bit.ptq.tasks.task import Probe, Task
 from opt8bit.ptq.token_weights import token_weights, warn_alike
 from opt8bit.ptq.transforms.transform import transformed
 
@@ -79,11 +79,11 @@ def run(
         masks = [batch.get("attention_mask") for batch in batches]
         _check_lengths(streams.exact, masks)
         ends = ModelEnd(model, blocks, known.outputs, known.axes)
-        task.probe(ends, alone, streams.exact[-1])  # of any hidden states: an end that cannot run is known at once
+        probe = task.probe(ends, alone, streams.exact[-1])  # of any hidden states: an end that cannot run is known now
         states = Streams(*([State() for _ in calls] for _ in streams))
-        if plan.reconstruction is not None and _hand_on_more(known, calls):
-            raise Refused("blocks hand more to later ones than hidden states: they cannot be trained apart")
-        first = work.finished if work and not _hand_on_more(known, calls) else 0
+        hand_on_more = known.hands_on_more(calls[0])  # what a folder of work does not keep
+        _check_trainable(plan, probe, hand_on_more)
+        first = work.finished if work and not hand_on_more else 0
         weights = None
         if plan.loss_weighting is not None and first < len(blocks):
             losses = [partial(task.losses, ends, batch) for batch in batches]
@@ -126,7 +126,7 @@ def _weights(
     """Of the tokens that are learned from; None where they count alike."""
     if result.plan.loss_weighting is None:
         return None
-    if _hand_on_more(known, calls):
+    if known.hands_on_more(calls[0]):
         warn_alike("blocks hand more to later ones than hidden states")
         return None
     layers = {
@@ -261,9 +261,15 @@ def _check_layers(known: Rehearsal, prefix: str, result: Result) -> int:
     return len(compressed)
 
 
-def _hand_on_more(known: Rehearsal, calls: Sequence[Sequence[Call]]) -> bool:
-    """Tells whether blocks hand more to later ones than their hidden states, which a folder of work does not keep."""
-    return any(part.changes for part in known.parts) or any(call.hands for call in calls[0])
+def _check_trainable(plan: Plan, probe: Probe | None, hand_on_more: bool) -> None:
+    """
+    Raises:
+        Refused: what is to be trained cannot be.
+    """
+    if (plan.reconstruction is not None or plan.learns) and hand_on_more:
+        raise Refused("blocks hand more to later ones than hidden states: they cannot be trained apart")
+    if plan.learns and probe is None:
+        raise Refused("the model puts out no logits: there is nothing to learn by")
 
 
 def _check_lengths(hidden: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:

@@ -20,6 +20,7 @@ from opt8bit.ptq.transforms.transform import Transform
 from opt8bit.quant.grid import SCALE_DTYPES, Grid
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import WeightScheme
+from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.recipe import (
     AUTO,
     ERROR_PROPAGATION,
@@ -79,6 +80,11 @@ class Plan:
     @property
     def statistic(self) -> str:
         return self.recipe.statistic
+
+    @property
+    def learns(self) -> bool:
+        """Whether the compressed model is trained as a whole."""
+        return EFFORTS[self.recipe.learn].steps > 0
 
     @property
     def looks_at_inputs(self) -> bool:

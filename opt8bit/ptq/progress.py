@@ -1,4 +1,4 @@
-"""A bar that shows how far a compression is, on a terminal or in a notebook."""
+"""Bars that show how far a compression is, on a terminal or in a notebook."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.ptq.result import Step
 
 SMOOTHING = 0.1  # of the rate that the time left is computed from: layers come in bursts, those of one input together
 
@@ -42,6 +43,39 @@ class LayerBar:
         self._bar.update()
         if self._bar.n == layers:
             self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and ends its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StepBar:
+    """A bar of tqdm's with the steps of a refinement, the time left and both losses.
+
+    It appears before the first step and is for one refinement.
+
+    Raises:
+        ImportError: tqdm is not installed.
+
+    Example:
+        >>> refined = ptq.refine(result, token_ids, see=StepBar())  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self._make, self._held_out = tqdm, ""
+        self._bar: Any = None
+
+    def __call__(self, step: Step) -> None:
+        """Counts a step."""
+        if self._bar is None:
+            self._bar = self._make(desc="learning", total=step.steps, unit="step")
+        if step.held_out is not None:
+            self._held_out = f", held-out {step.held_out:.4f}"
+        self._bar.set_postfix_str(f"loss {step.loss:.4f}{self._held_out}", refresh=False)
+        self._bar.update(step.step - self._bar.n)
 
     def close(self) -> None:
         """Leaves the bar as it is, and ends its line."""

@@ -112,7 +112,7 @@ def write_probe(probe: Probe, checkpoint: Path) -> None:
 
 
 def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the report: ``about``, sums over all layers, quality on held-out text, and one object a layer."""
+    """Returns the report: ``about``, sums over all layers, quality, what came of :func:`refine`, and one object a layer."""
     return {
         "version": version("opt8bit"),
         **about,
@@ -121,6 +121,7 @@ def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
         "bias_bytes": result.bias_bytes,
         "seconds": sum(layer.seconds for layer in result.report),
         "held_out": None if result.quality is None else result.quality._asdict(),
+        **({} if result.refined is None else {"refined": asdict(result.refined)}),
         "layers": [_row(layer) for layer in result.report],
     }
 

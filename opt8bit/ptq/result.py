@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,43 @@ from opt8bit.recipe.recipe import Recipe
 Change = QuantizedWeight | Tensor
 
 
+class Step(NamedTuple):
+    """How far a refinement is.
+
+    Attributes:
+        step: that was just made, from 1; 0 before the first.
+        steps: of all.
+        loss: on the windows of the step, nats per token; NaN if there was none, or it was dropped.
+        held_out: on the windows that are not learned from, where it was measured.
+        seconds_left: as the steps so far have taken; NaN before the first.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    held_out: float | None
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What came of :func:`refine`; losses are in nats a token, on windows that it did not learn from.
+
+    Attributes:
+        steps: that were asked for.
+        kept: the step that the result is from; 0 for the start.
+        start: loss before the first step.
+        best: that of the result.
+        dropped: steps that were not made, as their loss or a gradient was not finite.
+    """
+
+    steps: int
+    kept: int
+    start: float
+    best: float
+    dropped: int
+
+
 @dataclass
 class Result:
     """A compressed model.
@@ -34,6 +71,7 @@ class Result:
         report: one row a layer, in the order of compression.
         quality: how well the model predicts text that was held out, before and after.
         probe: what a written checkpoint is checked by.
+        refined: what came of training it as a whole; None where it was not.
     """
 
     source: Source
@@ -43,6 +81,7 @@ class Result:
     report: list[LayerReport] = field(default_factory=list)
     quality: Quality | None = None
     probe: Probe | None = None
+    refined: Refined | None = None
 
     @property
     def recipe(self) -> Recipe:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from opt8bit.recipe.contradictions import GRID_OPTIONS, METHOD_OPTIONS, check_contradictions
+from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.names import renamed, with_checked_names
 from opt8bit.recipe.objects import NAMED, check_objects
 from opt8bit.recipe.options import Option, check_values, defaults_of, option, options_of, values_of
@@ -71,6 +72,8 @@ class Recipe:
         reconstruction: what is trained of each block after its layers are rounded, so that it puts out what the float
             model's does: "scales", or a :class:`opt8bit.ptq.reconstruction.engine.Reconstruction`; None for nothing.
             What a report says of a layer is from before.
+        learn: how much of the compressed model is trained as a whole in the end, by :func:`opt8bit.ptq.refine`: "none",
+            "fast", "balanced" or "best".
         overrides: others of ``method``, ``bits``, ``group_size``, ``symmetric``, ``range``, ``grid``, ``polish``,
             ``outliers``, ``outlier_structure`` and ``act_order`` for layers by the pattern of their names, or None to
             leave the layers as they are. Only the last pattern that fits a layer counts; what it does not name is as in
@@ -122,6 +125,9 @@ class Recipe:
     )
     reconstruction: Any = option(
         None, RECONSTRUCTIONS, "what is trained of each block after its layers are rounded (default: nothing)"
+    )
+    learn: str = option(
+        "none", EFFORTS, "how long scales, norms and biases of the whole model are trained, once it is compressed"
     )
     grid: Any = None
     overrides: Mapping[str, Mapping[str, Any] | None] | tuple[Override, ...] = ()

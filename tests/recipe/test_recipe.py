@@ -37,6 +37,7 @@ OTHERS: dict[str, Any] = {
     "loss_weighting": "tokens",
     "transforms": ["fold_norm"],
     "reconstruction": "scales",
+    "learn": "fast",
 }
 
 
@@ -65,6 +66,7 @@ def test_a_recipe_comes_back_from_its_file() -> None:
         "bias_correction": "none",
         "statistic": "mean",
         "outliers": 0.0,
+        "learn": "none",
         "overrides": [],
     }
     assert Recipe(overrides=overrides).to_dict()["overrides"] == [

@@ -6,7 +6,7 @@ what they compute in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,14 @@ class Rehearsal(NamedTuple):
         return [
             call._replace(clones=part.clones, fields=part.fields) for call, part in zip(calls, self.parts, strict=True)
         ]
+
+    def hands_on_more(self, calls: Sequence[Call]) -> bool:
+        """Whether blocks hand more to later ones than their hidden states.
+
+        Args:
+            calls: of the blocks, on any batch.
+        """
+        return any(part.changes for part in self.parts) or any(call.hands for call in calls)
 
 
 def rehearse(source: Source, prefix: str, blocks: nn.ModuleList, few: dict[str, Tensor]) -> Rehearsal:

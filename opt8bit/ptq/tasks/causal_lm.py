@@ -82,11 +82,12 @@ class CausalLM(Task):
         batches: Sequence[dict[str, Tensor]],
         hidden: Sequence[Tensor],
         hidden_hat: Sequence[Tensor],
+        end_hat: ModelEnd | None = None,
     ) -> Quality | None:
         """Measures how well both models predict every token of the batches from those before it."""
         tokens = losses = losses_hat = divergence = 0.0
         for batch, x, x_hat in _sequences(batches, hidden, hidden_hat):
-            logits, logits_hat = end.logits(batch, x), end.logits(batch, x_hat)
+            logits, logits_hat = end.logits(batch, x), (end_hat or end).logits(batch, x_hat)
             if logits is None or logits_hat is None:
                 break
             counts = _counted(batch)

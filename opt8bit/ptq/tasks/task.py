@@ -81,7 +81,12 @@ class Task(ABC):
 
     @abstractmethod
     def quality(
-        self, end: ModelEnd, batches: Sequence[Batch], hidden: Sequence[Tensor], hidden_hat: Sequence[Tensor]
+        self,
+        end: ModelEnd,
+        batches: Sequence[Batch],
+        hidden: Sequence[Tensor],
+        hidden_hat: Sequence[Tensor],
+        end_hat: ModelEnd | None = None,
     ) -> Quality | None:
         """Returns how good both models are on batches of which nothing was learned, or None where there are none.
 
@@ -89,6 +94,7 @@ class Task(ABC):
             end: of the model.
             batches: that went in.
             hidden, hidden_hat: of each batch, what comes out of the last block of the float and the compressed model.
+            end_hat: of the compressed model, where it is another one.
         """
 
 
