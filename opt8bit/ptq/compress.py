@@ -108,6 +108,8 @@ def compress(
         check_reads(runtime, checkpoint_format)
     plan = plan_for(source.model, recipe, checkpoint_format, runtime)
     batches = task.batches("calibration", calibration, batch_size, source.model)
+    if plan.reconstruction is not None:
+        batches = plan.reconstruction.batches(batches)
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
     if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
         raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")

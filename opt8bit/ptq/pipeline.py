@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.states import State
 from opt8bit.ptq.naming import named
 from opt8bit.ptq.plan import Plan
-from opt8bit.ptq.reconstruction.engine import Example, Reconstruction
+from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import TrainedWeight, hardened, started
 from opt8bit.ptq.result import Change, Result, install
 from opt8bit.ptq.resume import Work
@@ -169,23 +170,36 @@ def _run_block(
         repeatable = [call.repeatable() for call in here.compressed] if result.plan.reconstruction else []
         behind = task.run(here)
         if result.plan.reconstruction is not None:
-            behind = _reconstructed(result.plan.reconstruction, task, repeatable, behind)
+            inputs = [call.hidden for call in here.exact]
+            behind = _reconstructed(result.plan.reconstruction, task, Streams(inputs, repeatable), behind)
     value_bias_through(result.places, task.done, source.model)
     changes: dict[str, Change] = {f"{name}.{own}": param for own, param in rewritten.items()}
     changes |= {f"{full}.{kind}": change for full, layer in task.done.items() for kind, change in layer.changes.items()}
     return behind, _Done(changes, task.reports, task.too_few)
 
 
-def _reconstructed(engine: Reconstruction, task: BlockTask, calls: Sequence[Call], behind: Streams) -> Streams:
-    """The streams behind a block whose weights have been trained; the task's layers have them."""
+def _reconstructed(engine: Reconstruction, task: BlockTask, inputs: Streams, behind: Streams) -> Streams:
+    """Trains the weights of a block, which its task's layers then have, and returns the streams behind it.
+
+    Args:
+        engine: trains them.
+        task: with its block rounded.
+        inputs: of each batch, the float model's hidden states that go into the block, and the compressed model's call.
+        behind: the streams behind the rounded block.
+    """
+    started_at, calls = time.perf_counter(), inputs.compressed
     layers = {full.removeprefix(f"{task.name}."): layer for full, layer in task.done.items()}
     weights: dict[str, TrainedWeight] = {}
     for name, layer in layers.items():
         with named(f"{task.name}.{name}"):
             weights[name] = started(engine.parametrization, matrix(task.block.get_submodule(name)), layer.rounded)
-    pairs = zip(calls, behind.exact, task.masks, strict=False)  # what is held out has no masks
     with named(task.name):
-        engine.train(task.compressed.requires_grad_(False), weights, [Example(*pair) for pair in pairs])
+        count = len(task.masks)  # what is held out behind them is not learned from
+        streams = (stream[:count] for stream in (calls, inputs.exact, behind.exact))
+        examples = engine.examples(task.block, *streams, task.masks)
+        training = engine.train(task.compressed.requires_grad_(False), weights, examples)
+    seconds = time.perf_counter() - started_at
+    logger.info("%s: loss %.4g, trained %.4g, %.1f s", task.name, training.before, training.after, seconds)
     for name, layer in layers.items():
         with named(f"{task.name}.{name}"):
             trained = replace(layer, rounded=hardened(weights[name]))

@@ -119,7 +119,7 @@ def plan_for(
     if not any(found.values()):
         raise ValueError("overrides leave every layer as it is")
     transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
-    return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction), runtime)
+    return Plan(recipe, found, strength, transforms, _reconstruction(recipe.reconstruction, found), runtime)
 
 
 def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
@@ -198,8 +198,19 @@ def _check_inputs(recipe: Recipe, rounder: Rounder, strength: float) -> None:
         raise ValueError(f"{rounder!r} looks at no inputs: error_propagation must be 0")
 
 
-def _reconstruction(given: Any) -> Reconstruction | None:
-    return Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
+def _reconstruction(given: Any, layers: Mapping[str, LayerPlan | None]) -> Reconstruction | None:
+    """
+    Raises:
+        ValueError: what is trained cannot be, on the grid of a layer. The message names it.
+    """
+    engine: Reconstruction | None = Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
+    if engine is None:
+        return None
+    for name, own in layers.items():
+        for grid in () if own is None else own.method.grids(own.scheme):
+            if not engine.parametrization.trains(grid):
+                raise ValueError(f"{name}: {type(engine.parametrization).__name__} cannot train weights on {grid!r}")
+    return engine
 
 
 def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> LayerPlan:
