@@ -194,9 +194,9 @@ def _reconstructed(engine: Reconstruction, task: BlockTask, inputs: Streams, beh
         with named(f"{task.name}.{name}"):
             weights[name] = started(engine.parametrization, matrix(task.block.get_submodule(name)), layer.rounded)
     with named(task.name):
-        count = len(task.masks)  # what is held out behind them is not learned from
-        streams = (stream[:count] for stream in (calls, inputs.exact, behind.exact))
-        examples = engine.examples(task.block, *streams, task.masks)
+        learned = slice(len(task.masks))  # what is held out is behind that
+        own, exact, outputs = calls[learned], inputs.exact[learned], behind.exact[learned]
+        examples = engine.examples(task.block, own, exact, outputs, task.masks)
         training = engine.train(task.compressed.requires_grad_(False), weights, examples)
     seconds = time.perf_counter() - started_at
     logger.info("%s: loss %.4g, trained %.4g, %.1f s", task.name, training.before, training.after, seconds)

@@ -85,7 +85,7 @@ class Reconstruction:
     propagation: float = 1.0
     float_inputs: float = 0.0
     token_cap: float | None = None
-    bfloat16: bool | None = False
+    bfloat16: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,9 +111,9 @@ class Reconstruction:
             ValueError: a learning rate is not positive.
         """
         kind, rates = type(self.parametrization).__name__, self.parametrization.rates(self.steps)
-        lr = getattr(self.parametrization, "lr", math.nan)
+        lr = getattr(self.parametrization, "lr", None)
         if lr is not None or not rates:
-            check_positive(f"{kind}.lr", lr)
+            check_positive(f"{kind}.lr", math.nan if lr is None else lr)
         for name, rate in rates.items():
             check_positive(f"{kind}.rates, {name},", rate)
 
@@ -170,6 +170,9 @@ class Reconstruction:
             block: with its layers rounded; it stays as it is.
             weights: of its layers, by name.
             examples: what it is to do.
+
+        Returns:
+            What became of it.
 
         Raises:
             ValueError: the loss at the start is not finite, or there are fewer than two examples.

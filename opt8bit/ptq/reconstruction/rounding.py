@@ -37,7 +37,7 @@ class TrainRounding(Parametrization):
     Source: SignRound's V (https://arxiv.org/abs/2309.05516), from another start and with scales as in EfficientQAT.
     """
 
-    lr: float = 1e-2
+    lr: float = 3e-3
     scale_lr: float = 3e-3
 
     def __post_init__(self) -> None:

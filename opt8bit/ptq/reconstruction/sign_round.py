@@ -55,10 +55,11 @@ class SignRound(Parametrization):
 class _SignRounded(TrainedWeight):
     def __init__(self, weight: Tensor, rounded: QuantizedWeight) -> None:
         super().__init__()
-        if len(rounded.parts) != 1 or rounded.outliers is not None:
+        if len(rounded.parts) != 1 or rounded.parts[0].columns is not None or rounded.outliers is not None:
             raise ValueError(f"SignRound trains weights on one grid, without outliers, got {len(rounded.parts)} parts")
         (part,) = rounded.parts
-        self.rounded = rounded
+        assert is_uniform(part.grid)
+        self.rounded, self.grid = rounded, part.grid
         self.groups = weight.to(part.params.scale.dtype).unflatten(1, (part.params.scale.shape[1], -1))
         self.low, self.high = self.groups.amin(-1).clamp(max=0), self.groups.amax(-1).clamp(min=0)
         self.offset = nn.Parameter(torch.zeros_like(self.groups))
@@ -80,13 +81,14 @@ class _SignRounded(TrainedWeight):
 
     def _part(self) -> Part:
         part = self.rounded.parts[0]
-        params = self._params(part.grid)
+        params = self._params()
         scale, zero_point = at(params, (..., None))
         steps = rounded_through(self.groups / scale + self.offset) + zero_point
-        return replace(part, codes=steps.clamp(0, 2**part.grid.bits - 1).flatten(1), params=params)
+        return replace(part, codes=steps.clamp(0, self.grid.largest).flatten(1), params=params)
 
-    def _params(self, grid: UniformGrid) -> UniformParams:
+    def _params(self) -> UniformParams:
         """Those of the ranges of now, as :class:`UniformGrid` fits them to a range from min to max."""
+        grid = self.grid
         low, high = self.low * self.alpha, self.high * self.beta
         middle = 2 ** (grid.bits - 1)
         if grid.symmetric is True:
