@@ -243,8 +243,8 @@ class Reconstruction:
             if not bool(loss.isfinite()):
                 return False
             loss.backward()
-        grads = [param.grad for param in trained.parameters() if param.grad is not None]
-        if not all(bool(grad.isfinite().all()) for grad in grads):
+        # A sum is finite where all of them are, and is known without a tensor of so many booleans.
+        if not all(math.isfinite(param.grad.sum()) for param in trained.parameters() if param.grad is not None):
             return False
         optimizer.step()
         trained.confine()
