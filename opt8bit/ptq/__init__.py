@@ -17,6 +17,10 @@ from opt8bit.ptq.pairs.exported import with_modules
 from opt8bit.ptq.pairs.loading import prepare_corrected
 from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
+from opt8bit.ptq.reconstruction.rounding import TrainRounding
+from opt8bit.ptq.reconstruction.scales import TrainScales
+from opt8bit.ptq.reconstruction.sign_round import SignRound
+from opt8bit.ptq.reconstruction.sign_sgd import SignSGD
 from opt8bit.ptq.refinement.refine import refine
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.rounding import GPTQ, RTN, OutlierQuantEase, QuantEase, Rounder
@@ -51,7 +55,11 @@ __all__ = [
     "Reconstruction",
     "Result",
     "Rounder",
+    "SignRound",
+    "SignSGD",
     "Task",
+    "TrainRounding",
+    "TrainScales",
     "TrainedWeight",
     "Transform",
     "UniformGrid",

@@ -111,10 +111,8 @@ def compress(
         FORMATS.check(checkpoint_format)
         check_reads(runtime, checkpoint_format)
     plan = plan_for(source.model, recipe, checkpoint_format, runtime)
-    batches = task.batches("calibration", calibration, batch_size, source.model)
+    batches = _learned(task.batches("calibration", calibration, batch_size, source.model), plan)
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
-    if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
-        raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
     effort = EFFORTS[plan.recipe.learn]
     if plan.learns:
         check_can_learn(source, batches, effort.windows)
@@ -135,6 +133,17 @@ def compress(
     if not plan.learns:
         return result
     return refine(result, batches, steps=effort.steps, windows=effort.windows, held_out=kept or None, see=see_step)
+
+
+def _learned(batches: list[dict[str, Tensor]], plan: Plan) -> list[dict[str, Tensor]]:
+    """Returns the batches as they are learned from.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
+        raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
+    return batches if plan.reconstruction is None else plan.reconstruction.batches(batches)
 
 
 def _source(model: nn.Module | Source) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,6 @@ from opt8bit.ptq.block import BlockTask, Streams
 from opt8bit.ptq.calibration.loss_weighting import TokenWeights
 from opt8bit.ptq.correction.value_biases import value_bias_through
 from opt8bit.ptq.layer_report import LayerReport
-from opt8bit.ptq.loss_gradients import Losses
 from opt8bit.ptq.model.anatomy import Anatomy
 from opt8bit.ptq.model.bias_places import Places, bias_places
 from opt8bit.ptq.model.blocks import block_layers, by_pattern, evaluating, find_blocks, matrix
@@ -29,12 +29,12 @@ from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.states import State
 from opt8bit.ptq.naming import named
 from opt8bit.ptq.plan import Plan
-from opt8bit.ptq.reconstruction.engine import Example, Reconstruction
+from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import TrainedWeight, hardened, started
 from opt8bit.ptq.result import Change, Result, install
 from opt8bit.ptq.resume import Work
 from opt8bit.ptq.tasks.task import Probe, Task
-from opt8bit.ptq.token_weights import token_weights, warn_alike
+from opt8bit.ptq.token_weights import token_weights
 from opt8bit.ptq.transforms.transform import transformed
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def run(
         weights = None
         if plan.loss_weighting is not None and first < len(blocks):
             losses = [partial(task.losses, ends, batch) for batch in batches]
-            weights = _weights(result, prefix, known, calls, streams.exact, masks, losses, work)
+            weights = token_weights(result, prefix, known, calls, streams.exact, masks, losses, work)
 
         def show(report: LayerReport) -> None:
             see(report, layers)
@@ -111,30 +111,6 @@ def run(
         result.probe = task.probe(ends, alone, streams.compressed[-1])
         result.quality = task.quality(ends, held_out, *(stream[len(batches) : -1] for stream in streams))
     return result
-
-
-def _weights(
-    result: Result,
-    prefix: str,
-    known: Rehearsal,
-    calls: Sequence[Sequence[Call]],
-    embedded: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    losses: Sequence[Losses],
-    work: Work | None,
-) -> TokenWeights | None:
-    """Of the tokens that are learned from; None where they count alike."""
-    if result.plan.loss_weighting is None:
-        return None
-    if known.hands_on_more(calls[0]):
-        warn_alike("blocks hand more to later ones than hidden states")
-        return None
-    layers = {
-        f"{prefix}.{i}": [f"{prefix}.{i}.{name}" for stage in part.anatomy.stages for name in stage]
-        for i, part in enumerate(known.parts)
-    }
-    layers = {block: [name for name in own if result.plan.of(name) is not None] for block, own in layers.items()}
-    return token_weights(result.plan.loss_weighting, result.source, layers, calls, embedded, masks, losses, work)
 
 
 def _started(
@@ -197,23 +173,36 @@ def _run_block(
         repeatable = [call.repeatable() for call in here.compressed] if result.plan.reconstruction else []
         behind = task.run(here)
         if result.plan.reconstruction is not None:
-            behind = _reconstructed(result.plan.reconstruction, task, repeatable, behind)
+            inputs = [call.hidden for call in here.exact]
+            behind = _reconstructed(result.plan.reconstruction, task, Streams(inputs, repeatable), behind)
     value_bias_through(result.places, task.done, source.model)
     changes: dict[str, Change] = {f"{name}.{own}": param for own, param in rewritten.items()}
     changes |= {f"{full}.{kind}": change for full, layer in task.done.items() for kind, change in layer.changes.items()}
     return behind, _Done(changes, task.reports, task.too_few)
 
 
-def _reconstructed(engine: Reconstruction, task: BlockTask, calls: Sequence[Call], behind: Streams) -> Streams:
-    """Returns the streams behind a block whose weights have been trained; the task's layers have them."""
+def _reconstructed(engine: Reconstruction, task: BlockTask, inputs: Streams, behind: Streams) -> Streams:
+    """Trains the weights of a block, which its task's layers then have, and returns the streams behind it.
+
+    Args:
+        engine: trains them.
+        task: with its block rounded.
+        inputs: of each batch, the float model's hidden states that go into the block, and the compressed model's call.
+        behind: the streams behind the rounded block.
+    """
+    started_at, calls = time.perf_counter(), inputs.compressed
     layers = {full.removeprefix(f"{task.name}."): layer for full, layer in task.done.items()}
     weights: dict[str, TrainedWeight] = {}
     for name, layer in layers.items():
         with named(f"{task.name}.{name}"):
             weights[name] = started(engine.parametrization, matrix(task.block.get_submodule(name)), layer.rounded)
-    pairs = zip(calls, behind.exact, task.masks, strict=False)  # what is held out has no masks
     with named(task.name):
-        engine.train(task.compressed.requires_grad_(False), weights, [Example(*pair) for pair in pairs])
+        learned = slice(len(task.masks))  # what is held out is behind that
+        own, exact, outputs = calls[learned], inputs.exact[learned], behind.exact[learned]
+        examples = engine.examples(task.block, own, exact, outputs, task.masks)
+        training = engine.train(task.compressed.requires_grad_(False), weights, examples)
+    seconds = time.perf_counter() - started_at
+    logger.info("%s: loss %.4g, trained %.4g, %.1f s", task.name, training.before, training.after, seconds)
     for name, layer in layers.items():
         with named(f"{task.name}.{name}"):
             trained = replace(layer, rounded=hardened(weights[name]))

@@ -139,7 +139,7 @@ def plan_for(
     if not any(found.values()):
         raise ValueError("overrides leave every layer as it is")
     transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
-    trained = _reconstruction(recipe.reconstruction)
+    trained = _reconstruction(recipe.reconstruction, found)
     return Plan(recipe, found, strength, _loss_weighting(weighting), transforms, trained, runtime)
 
 
@@ -228,8 +228,19 @@ def _loss_weighting(given: Any) -> LossWeighting | None:
     return given
 
 
-def _reconstruction(given: Any) -> Reconstruction | None:
-    return Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
+def _reconstruction(given: Any, layers: Mapping[str, LayerPlan | None]) -> Reconstruction | None:
+    """
+    Raises:
+        ValueError: what is trained cannot be, on the grid of a layer. The message names it.
+    """
+    engine: Reconstruction | None = Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
+    if engine is None:
+        return None
+    for name, own in layers.items():
+        for grid in () if own is None else own.method.grids(own.scheme):
+            if not engine.parametrization.trains(grid):
+                raise ValueError(f"{name}: {type(engine.parametrization).__name__} cannot train weights on {grid!r}")
+    return engine
 
 
 def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> LayerPlan:

@@ -112,7 +112,7 @@ def write_probe(probe: Probe, checkpoint: Path) -> None:
 
 
 def as_json(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the report: ``about``, sums over all layers, quality, what came of :func:`refine`, and one object a layer."""
+    """Returns the report: ``about``, sums over all layers, quality, what came of learning, and one object a layer."""
     return {
         "version": version("opt8bit"),
         **about,

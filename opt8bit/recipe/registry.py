@@ -87,6 +87,7 @@ RECONSTRUCTIONS = Registry(  # classes, subclasses of Parametrization
     "reconstruction",
     {
         "scales": "opt8bit.ptq.reconstruction.scales:TrainScales",
+        "rounding": "opt8bit.ptq.reconstruction.rounding:TrainRounding",
     },
     PARAMETRIZATION,
 )

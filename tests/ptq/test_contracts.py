@@ -310,7 +310,7 @@ def test_training_does_not_change_the_model_that_was_given() -> None:
 
 def test_training_that_diverges_is_said() -> None:
     late = spoiled(penalty=lambda self, progress: self.logarithms.sum() * (torch.nan if progress else 1.0))
-    with pytest.warns(UserWarning, match=r"the loss of .*q_proj.* became nan in training: the best weights before"):
+    with pytest.warns(UserWarning, match=r"2 steps of training .*q_proj.* had no finite loss and gradient$"):
         result = compress(method="rtn", reconstruction=Reconstruction(TrainRows(late), steps=3))
     assert all(bool(change.dequantize().isfinite().all()) for change in result.changes.values())  # type: ignore[union-attr]
 

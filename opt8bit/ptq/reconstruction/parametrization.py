@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opt8bit.quant.grid import Grid
 from opt8bit.quant.weight import QuantizedWeight
 
 
@@ -38,10 +40,25 @@ class Parametrization(ABC):
     """A way to train rounded weights: a frozen dataclass.
 
     Attributes:
-        lr: of the engine's optimizer, for the parameters of :class:`TrainedWeight`.
+        lr: learning rate of the parameters of :class:`TrainedWeight` at the first step.
     """
 
     lr: float
+
+    def rates(self, steps: int) -> Mapping[str, float]:
+        """Returns the learning rates of parameters whose rate is not ``lr``.
+
+        Args:
+            steps: of the training that the rates are for.
+
+        Returns:
+            Rates at the first step, by the name of the attribute of :class:`TrainedWeight` that holds the parameters.
+        """
+        return {}
+
+    def trains(self, grid: Grid) -> bool:
+        """Returns whether weights on a grid can be trained."""
+        return True
 
     @abstractmethod
     def start(self, weight: Tensor, rounded: QuantizedWeight) -> TrainedWeight:

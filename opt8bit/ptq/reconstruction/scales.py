@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
-from opt8bit.quant.weight import QuantizedWeight
+from opt8bit.quant.weight import Part, QuantizedWeight
 from opt8bit.recipe.arguments import check_positive
 
 FARTHEST = 0.5  # of a logarithm: scales stay within e^0.5 of where they began
@@ -35,29 +36,50 @@ class TrainScales(Parametrization):
         return _TrainedScales(rounded)
 
 
+class LogScales(nn.Module):
+    """The scales of a weight's parts as ``s exp(u)``: ``u``, which starts at 0, is trained.
+
+    Args:
+        parts: of the weight.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.starts = [part.params.scale for part in parts]
+        self.logarithms = nn.ParameterList(torch.zeros_like(start) for start in self.starts)
+
+    def of(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """Returns parts with these scales, in the dtype in which they are stored. Gradients pass this rounding."""
+        found = []
+        for part, start, logarithm in zip(parts, self.starts, self.logarithms, strict=True):
+            scale = start * logarithm.exp()
+            stored = part.grid.storable(scale.detach()) + (scale - scale.detach())
+            params: Any = part.params._replace(scale=stored)
+            found.append(replace(part, params=params))
+        return tuple(found)
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Moves scales back to within e^0.5 of where they began."""
+        for logarithm in self.logarithms:
+            logarithm.clamp_(-FARTHEST, FARTHEST)
+
+
 class _TrainedScales(TrainedWeight):
     def __init__(self, rounded: QuantizedWeight) -> None:
         super().__init__()
         self.rounded = rounded
-        self.logarithms = nn.ParameterList(torch.zeros_like(part.params.scale) for part in rounded.parts)
+        self.scales = LogScales(rounded.parts)
 
     def weight(self, progress: float) -> Tensor:
         return self._scaled().dequantize()
 
-    @torch.no_grad()
     def confine(self) -> None:
-        for logarithm in self.logarithms:
-            logarithm.clamp_(-FARTHEST, FARTHEST)
+        self.scales.confine()
 
     @torch.no_grad()
     def harden(self) -> QuantizedWeight:
         return self._scaled()
 
     def _scaled(self) -> QuantizedWeight:
-        parts = []
-        for part, logarithm in zip(self.rounded.parts, self.logarithms, strict=True):
-            scale = part.params.scale * logarithm.exp()
-            stored = part.grid.storable(scale.detach()) + (scale - scale.detach())  # the gradient passes the rounding
-            params: Any = part.params._replace(scale=stored)
-            parts.append(replace(part, params=params))
-        return replace(self.rounded, parts=tuple(parts))
+        return replace(self.rounded, parts=self.scales.of(self.rounded.parts))
