@@ -289,7 +289,9 @@ def test_memory_that_will_not_do_is_told_before_the_start(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(refine, "Student", refused)
-    with pytest.warns(UserWarning, match=r"learning takes about 0.6 GB of memory.* 4 windows of a step, of which 2 would"):
+    with pytest.warns(
+        UserWarning, match=r"learning takes about 0.6 GB of memory.* 4 windows of a step, of which 2 would"
+    ):
         with pytest.raises(KeyboardInterrupt):
             ptq.refine(start, text(), see=steps.append)
     assert not steps
