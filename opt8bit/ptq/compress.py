@@ -113,9 +113,8 @@ def compress(
     plan = plan_for(source.model, recipe, checkpoint_format, runtime)
     batches = _learned(task.batches("calibration", calibration, batch_size, source.model), plan)
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
-    effort = EFFORTS[plan.recipe.learn]
     if plan.learns:
-        check_can_learn(source, batches, effort.windows)
+        _check_learning(source, batches, plan, task)
     if checkpoint_format is not None:
         check_format(checkpoint_format, source, plan)
     _check_layers(source, plan)
@@ -132,6 +131,7 @@ def compress(
     result = run(source, batches, plan, task, see or (lambda report, layers: None), held_out=kept, work=begun)
     if not plan.learns:
         return result
+    effort = EFFORTS[plan.recipe.learn]
     return refine(result, batches, steps=effort.steps, windows=effort.windows, held_out=kept or None, see=see_step)
 
 
@@ -190,6 +190,16 @@ def _check_rewritable(source: Source) -> None:
     for name, param in blocks.named_parameters(prefix):
         if param.dim() == 1 and source.stored_name(name) is None:
             raise ValueError(f"{name} is in other parts in the checkpoint: leave transforms and learn out")
+
+
+def _check_learning(source: Source, batches: list[dict[str, Tensor]], plan: Plan, task: Task) -> None:
+    """
+    Raises:
+        ValueError: the task is not that of causal language models, or there is too little to learn from.
+    """
+    if not isinstance(task, CausalLM):
+        raise ValueError(f"learn is for causal language models: it must be 'none' for the task {task!r}")
+    check_can_learn(source, batches, EFFORTS[plan.recipe.learn].windows)
 
 
 def _check_ranks(plan: Plan, batches: list[dict[str, Tensor]]) -> None:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from opt8bit.ptq.refinement import losses, need, passes, refine, training
 from opt8bit.ptq.refinement.losses import kl_divergence, most_likely
 from opt8bit.ptq.refinement.passes import Chain
 from opt8bit.ptq.refinement.student import Student
+from opt8bit.ptq.tasks.causal_lm import CausalLM
 from opt8bit.quant.weight import QuantizedWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -268,6 +270,8 @@ def test_arguments_are_checked() -> None:
         ValueError, match="learning takes 2 sequences of text at least, one of them to choose by, got 1"
     ):
         ptq.refine(start, ids[:1])
+    with pytest.raises(ValueError, match="learn is for causal language models: it must be 'none' for the task <Mock"):
+        ptq.compress(start.model, ids, learn="fast", task=Mock(ptq.Task, batches=CausalLM().batches))
     with pytest.raises(ValueError, match="learn must be one of none, fast, balanced, best, got 'much'"):
         ptq.Recipe(learn="much")
 
@@ -295,3 +299,11 @@ def test_memory_that_will_not_do_is_told_before_the_start(monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             ptq.refine(start, text(), see=steps.append)
     assert not steps
+
+
+def test_windows_of_which_no_token_counts_teach_nothing() -> None:
+    start, mask = compressed(), torch.zeros(16, 32, dtype=torch.int64)
+    mask[:, 0] = 1
+    with pytest.warns(UserWarning, match=r"no step has lowered the loss of 0\.0000 on held-out windows"):
+        found = ptq.refine(start, [{"input_ids": text()[:16], "attention_mask": mask}], steps=2)
+    assert_same_changes(found, start)

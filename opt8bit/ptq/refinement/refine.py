@@ -22,18 +22,20 @@ from opt8bit.ptq.result import Refined, Result, Step
 from opt8bit.ptq.tasks.causal_lm import CausalLM
 from opt8bit.ptq.tasks.task import Batch, Calibration, Probe
 from opt8bit.recipe.arguments import check_count, check_one_of, check_positive
+from opt8bit.recipe.learning import EFFORTS
 
 HELD_OUT = 8  # one window of so many tells which parameters are best, and is not learned from
 TEACHER = 64  # most likely tokens of the float model that are kept for each token
 TASK = CausalLM()
+BALANCED = EFFORTS["balanced"]
 
 
 def refine(
     result: Result,
     text: Calibration,
     *,
-    steps: int = 50,
-    windows: int = 4,
+    steps: int = BALANCED.steps,
+    windows: int = BALANCED.windows,
     lr: float = 2e-3,
     vector_lr: float = 1e-3,
     loss: str = "kl",

@@ -118,7 +118,7 @@ def _is_look(step: int, schedule: Schedule) -> bool:
 
 def _gradients(student: Student, chain: Chain, windows: Sequence[Windows], loss: Loss) -> float:
     """The mean loss over the tokens that count; the student's parameters get its gradients."""
-    total, tokens = 0.0, sum(float(each.counts.sum()) for each in windows)
+    total, tokens = 0.0, _tokens(windows)
     in_blocks = [student.of_block(i) for i in range(len(chain.blocks))]
 
     def collect(i: int) -> None:
@@ -140,5 +140,9 @@ def _are_finite(loss: float, params: Sequence[nn.Parameter]) -> bool:
 def _mean_loss(chain: Chain, windows: Sequence[Windows], loss: Loss, at_once: int) -> float:
     """Nats per token that counts."""
     groups = [each for i in range(0, len(windows), at_once) for each in joined(windows[i : i + at_once])]
-    tokens = sum(float(group.counts.sum()) for group in groups)
-    return sum(chain.loss(group, loss) for group in groups) / tokens
+    return sum(chain.loss(group, loss) for group in groups) / _tokens(groups)
+
+
+def _tokens(windows: Sequence[Windows]) -> float:
+    """How many count; 1 where none does, as there is nothing to divide then."""
+    return max(sum(float(each.counts.sum()) for each in windows), 1.0)

@@ -82,6 +82,7 @@ class CausalLM(Task):
         batches: Sequence[dict[str, Tensor]],
         hidden: Sequence[Tensor],
         hidden_hat: Sequence[Tensor],
+        *,
         end_hat: ModelEnd | None = None,
     ) -> Quality | None:
         """Measures how well both models predict every token of the batches from those before it."""

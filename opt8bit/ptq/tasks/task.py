@@ -86,6 +86,7 @@ class Task(ABC):
         batches: Sequence[Batch],
         hidden: Sequence[Tensor],
         hidden_hat: Sequence[Tensor],
+        *,
         end_hat: ModelEnd | None = None,
     ) -> Quality | None:
         """Returns how good both models are on batches of which nothing was learned, or None where there are none.
