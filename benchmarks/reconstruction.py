@@ -38,7 +38,7 @@ SIGNED: dict[str, Any] = {"optimizer": ptq.SignSGD, "schedule": "linear"}
 # By name: what the recipe has, what is trained, and options of the engine.
 VARIANTS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "closed form": ({}, None, {}),
-    "scales": ({}, ptq.TrainScales(3e-3), {}),
+    "scales": ({}, ptq.TrainScales(), {}),
     "rounding": ({}, ptq.TrainRounding(), {}),
     "rounding, float32": ({}, ptq.TrainRounding(), {"bfloat16": False}),
     "rounding, torch's Adam": ({}, ptq.TrainRounding(), {"optimizer": torch.optim.Adam}),

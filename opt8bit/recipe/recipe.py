@@ -70,8 +70,9 @@ class Recipe:
         transforms: rewrites of each block that leave its function as it is, before it is rounded, one after another:
             names, such as "fold_norm", or transforms themselves.
         reconstruction: what is trained of each block after its layers are rounded, so that it puts out what the float
-            model's does: "scales", or a :class:`opt8bit.ptq.reconstruction.engine.Reconstruction`; None for nothing.
-            What a report says of a layer is from before.
+            model's does: "scales", "rounding" (codes and scales), or a
+            :class:`opt8bit.ptq.reconstruction.engine.Reconstruction`; None for nothing. What a report says of a layer
+            is from before.
         learn: how much of the compressed model is trained as a whole in the end, by :func:`opt8bit.ptq.refine`: "none",
             "fast", "balanced" or "best".
         overrides: others of ``method``, ``bits``, ``group_size``, ``symmetric``, ``range``, ``grid``, ``polish``,

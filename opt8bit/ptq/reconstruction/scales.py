@@ -27,7 +27,7 @@ class TrainScales(Parametrization):
     (https://arxiv.org/abs/2407.11062).
     """
 
-    lr: float = 1e-3
+    lr: float = 3e-3
 
     def __post_init__(self) -> None:
         check_positive("lr", self.lr)
