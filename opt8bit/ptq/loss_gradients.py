@@ -19,7 +19,7 @@ from opt8bit.ptq.model.passes import Call, raised_by
 from opt8bit.ptq.model.source import Loaded, Source
 from opt8bit.ptq.model.usage import watched
 
-# Copies of all tokens' hidden states that a compression holds later. As much may be held here.
+# A compression holds about so many copies of all tokens' hidden states. As much may be held here, before it.
 HELD = 12
 
 Losses = Callable[[Tensor], Iterator[Tensor]]  # of what comes out of the last block: parts of the loss, ()
@@ -105,7 +105,7 @@ class _Pass:
         with torch.enable_grad():
             with watched(linear_layers(block), partial(self._watch, name, hidden.shape[:2])):
                 output = self._next(hidden).of(block)
-            with raised_by(f"the backward pass of the model's block {name}"):
+            with raised_by(f"loss_weighting: the backward pass of the model's block {name}"):
                 if self._gradient is None:
                     self._gradient = self._of_losses(output.detach())
                 (self._gradient,) = torch.autograd.grad(output, hidden, self._gradient)

@@ -62,10 +62,8 @@ def token_weights(
         return {f"{name} {i}": each for name, squares in found.items() for i, each in enumerate(squares)}
 
     kept = make() if work is None else work.kept(KEPT, make)
-    found = {key.rpartition(" ")[0] for key in kept}
-    names = set.intersection(
-        *ranks.gathered(found)
-    )  # of a layer that sees only some tokens, one process may have seen all
+    # Where a layer sees only some of the tokens, one process may happen to have seen all of its own.
+    names = set.intersection(*ranks.gathered({key.rpartition(" ")[0] for key in kept}))
     missing = [name for own in layers.values() for name in own if name not in names]
     if missing:
         warn_alike(f"they do not all go through {first_of(missing, NAMED)}")
