@@ -59,6 +59,7 @@ def squared_gradients(
         for start in range(0, len(losses), at_once):
             own = (each[start : start + at_once] for each in (calls, embedded, losses))
             squares += _there_and_back(source, names, [_Pass(*parts) for parts in zip(*own, strict=False)])
+            return_freed()  # not after each block: its memory would be faulted in again
     complete = [name for name in squares[0] if all(name in of_batch for of_batch in squares)]
     return {name: [of_batch[name] for of_batch in squares] for name in complete}
 
@@ -73,7 +74,6 @@ def _there_and_back(source: Source, names: Sequence[str], passes: Sequence[_Pass
         with source.block(name) as block:
             for each in passes:
                 each.backward(name, block)
-        return_freed()
     return [each.squares for each in passes]
 
 
