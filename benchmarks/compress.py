@@ -59,7 +59,13 @@ RECIPES |= {
 }
 SIZES = {"samples": 64, "windows": 20, "length": 512}
 QUICK_SIZES = {"samples": 2, "windows": 2, "length": 64}
-QUICK_RECIPES = ["rtn", "gptq, bias local", "default, bias joint", "quantease, bias local, by position"]
+QUICK_RECIPES = [
+    "rtn",
+    "gptq, bias local",
+    "default, bias joint",
+    "quantease, bias local, by position",
+    "default, weighted by the loss",
+]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from opt8bit.ptq.model.passes import Call, raised_by
 from opt8bit.ptq.model.source import Loaded, Source
 from opt8bit.ptq.model.usage import watched
 
-# Copies of all tokens' hidden states that a compression holds later. As much may be held here.
+# A compression holds about so many copies of all tokens' hidden states. As much may be held here, before it.
 HELD = 12
 
 Losses = Callable[[Tensor], Iterator[Tensor]]  # of what comes out of the last block: parts of the loss, ()
@@ -59,7 +59,7 @@ def squared_gradients(
         for start in range(0, len(losses), at_once):
             own = (each[start : start + at_once] for each in (calls, embedded, losses))
             squares += _there_and_back(source, names, [_Pass(*parts) for parts in zip(*own, strict=False)])
-            return_freed()
+            return_freed()  # not after each block: its memory would be faulted in again
     complete = [name for name in squares[0] if all(name in of_batch for of_batch in squares)]
     return {name: [of_batch[name] for of_batch in squares] for name in complete}
 
@@ -69,7 +69,7 @@ def _there_and_back(source: Source, names: Sequence[str], passes: Sequence[_Pass
     for name in names[:-1]:
         with source.block(name) as block:
             for each in passes:
-                each.forward(block)
+                each.forward(name, block)
     for name in reversed(names):
         with source.block(name) as block:
             for each in passes:
@@ -95,24 +95,25 @@ class _Pass:
         self._inputs = [hidden]  # of the blocks up to the one that is next
         self._gradient: Tensor | None = None  # with respect to what comes out of the block that is next on the way back
 
-    def forward(self, block: nn.Module) -> None:
+    def forward(self, name: str, block: nn.Module) -> None:
         """Goes through the next block, which is not the last one."""
-        self._inputs.append(self._next(self._inputs[-1]).of(block))
+        self._inputs.append(self._call(name, self._inputs[-1]).of(block))
 
     def backward(self, name: str, block: nn.Module) -> None:
         """Goes back through a block, the last one first."""
         hidden = self._inputs[-1].detach().requires_grad_()
         with torch.enable_grad():
             with watched(linear_layers(block), partial(self._watch, name, hidden.shape[:2])):
-                output = self._next(hidden).of(block)
-            with raised_by(f"the backward pass of the model's block {name}"):
+                output = self._call(name, hidden).of(block)
+            with raised_by(f"loss_weighting: the backward pass of the model's block {name}"):
                 if self._gradient is None:
                     self._gradient = self._of_losses(output.detach())
                 (self._gradient,) = torch.autograd.grad(output, hidden, self._gradient)
         self._inputs.pop()
 
-    def _next(self, hidden: Tensor) -> Call:
-        return self._calls[len(self._inputs) - 1]._replace(hidden=hidden)
+    def _call(self, name: str, hidden: Tensor) -> Call:
+        """How the model calls the block that is next."""
+        return self._calls[len(self._inputs) - 1]._replace(hidden=hidden, name=name)
 
     def _of_losses(self, hidden: Tensor) -> Tensor:
         """The gradient of the loss with respect to what comes out of the last block."""

@@ -68,8 +68,8 @@ def token_weights(
         return {f"{name} {i}": each for name, squares in found.items() for i, each in enumerate(squares)}
 
     kept = make() if work is None else work.kept(KEPT, make)
-    found = ranks.gathered({key.rpartition(" ")[0] for key in kept})
-    names = set.intersection(*found)  # of a layer that sees only some tokens, one process may have seen all
+    # Where a layer sees only some of the tokens, one process may happen to have seen all of its own.
+    names = set.intersection(*ranks.gathered({key.rpartition(" ")[0] for key in kept}))
     missing = [name for name in _compressed(result, prefix, known) if name not in names]
     if missing:
         _alike(f"they do not all go through {first_of(missing, NAMED)}")
