@@ -1,4 +1,4 @@
-"""What the processor can do, as far as torch tells."""
+"""The abilities of the processor, as far as torch tells."""
 
 from __future__ import annotations
 

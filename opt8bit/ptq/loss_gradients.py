@@ -112,11 +112,11 @@ class _Pass:
         self._inputs.pop()
 
     def _call(self, name: str, hidden: Tensor) -> Call:
-        """How the model calls the block that is next."""
+        """Returns how the model calls the block that is next."""
         return self._calls[len(self._inputs) - 1]._replace(hidden=hidden, name=name)
 
     def _of_losses(self, hidden: Tensor) -> Tensor:
-        """The gradient of the loss with respect to what comes out of the last block."""
+        """Returns the gradient of the loss with respect to what comes out of the last block."""
         hidden.requires_grad_()
         for loss in self._losses(hidden):
             loss.backward()
@@ -137,7 +137,7 @@ class _Pass:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of a model gets a gradient."""
+    """Keeps the parameters of a model without gradients, inside the context."""
     learned = [param for param in model.parameters() if param.requires_grad]
     for param in learned:
         param.requires_grad_(False)
@@ -149,7 +149,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _NarrowProducts(TorchFunctionMode):
-    """Inside, ``nn.functional.linear``, and so ``nn.Linear``, computes products of float32 in bfloat16.
+    """Has ``nn.functional.linear``, and so ``nn.Linear``, compute products of float32 in bfloat16.
 
     Everything else is computed as ever. Under torch's own autocast, layers would put out bfloat16, which some models
     cannot add to their float32.
@@ -164,7 +164,7 @@ class _NarrowProducts(TorchFunctionMode):
 
 
 def _fast_products(hidden: Tensor) -> AbstractContextManager[object]:
-    """Inside, products take bfloat16 where that is far faster: a weight of a token needs few digits."""
+    """Computes products in bfloat16, inside the context, where that is far faster: weights of tokens need few digits."""
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and has_amx():
         return _NarrowProducts()
     return nullcontext()

@@ -22,7 +22,7 @@ Change = QuantizedWeight | Tensor
 
 
 class Step(NamedTuple):
-    """How far a refinement is.
+    """The progress of a refinement.
 
     Attributes:
         step: that was just made, from 1; 0 before the first.
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Refined:
-    """What came of :func:`refine`; losses are in nats a token, on windows that it did not learn from.
+    """The outcome of :func:`refine`; losses are in nats a token, on windows that it did not learn from.
 
     Attributes:
         steps: that were asked for.

@@ -1,4 +1,4 @@
-"""How much is learned once layers are rounded, by one word. Needs no torch."""
+"""The amounts of learning once layers are rounded, by one word each. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Effort:
-    """What a word stands for.
+    """The steps that a word stands for.
 
     Attributes:
         steps: of :func:`opt8bit.ptq.refine`; 0 for none.

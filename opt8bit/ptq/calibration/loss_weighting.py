@@ -101,7 +101,7 @@ class TokenWeights:
 
 
 def _mean(values: Sequence[Tensor], masks: Sequence[Tensor | None]) -> float:
-    """The mean over the tokens that count, of all batches and processes."""
+    """Returns the mean over the tokens that count, of all batches and processes."""
     counted = [each if mask is None else each[mask.bool()] for each, mask in zip(values, masks, strict=True)]
     total, tokens = ranks.total([sum(float(each.sum()) for each in counted), sum(each.numel() for each in counted)])
     return total / tokens

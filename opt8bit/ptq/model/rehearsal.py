@@ -59,7 +59,7 @@ class Rehearsal(NamedTuple):
         ]
 
     def hands_on_more(self, calls: Sequence[Call]) -> bool:
-        """Whether blocks hand more to later ones than their hidden states.
+        """Tells whether blocks hand more to later ones than their hidden states.
 
         Args:
             calls: of the blocks, on any batch.

@@ -30,7 +30,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # what is left of a learning
 
 
 class Training(NamedTuple):
-    """What became of the training of a block.
+    """The outcome of the training of a block.
 
     Attributes:
         before, after: the loss on held-out batches at the start, and with the parameters that were kept.

@@ -1,4 +1,4 @@
-"""What a block is trained on, and by what its output is judged."""
+"""The batches that a block is trained on, and the error by which its output is judged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def relative_error(y: Tensor, example: Example) -> Tensor:
 
 
 def _mean_square(x: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of squares of ``x`` (..., d), each token's by its weight."""
+    """Returns the mean of squares of ``x`` (..., d), each token's by its weight."""
     if weights is None:
         return x.square().mean()
     return (x.square().mean(-1) * weights).sum() / weights.sum()

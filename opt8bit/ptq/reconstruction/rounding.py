@@ -80,7 +80,7 @@ class _TrainedRounding(TrainedWeight):
         return replace(self.rounded, parts=self.scales.of(parts))
 
     def _parts(self) -> list[Part]:
-        """The parts with the codes of now, which are floats, so that they can have a gradient."""
+        """Returns the parts with the codes of now, which are floats, so that they can have a gradient."""
         found = []
         for part, start, offset in zip(self.rounded.parts, self.starts, self.offsets, strict=True):
             found.append(replace(part, codes=rounded_through(start + offset, 2**part.grid.bits - 1)))
@@ -88,7 +88,7 @@ class _TrainedRounding(TrainedWeight):
 
 
 def _inside_cells(weight: Tensor, part: Part) -> Tensor:
-    """The places of weights (out, in) on the grid of a part, (out, n), each moved into the cell of its code."""
+    """Returns the places of weights (out, in) on the grid of a part, (out, n), each moved into the cell of its code."""
     columns = weight if part.columns is None else weight[:, part.columns]
     scale, zero_point = at(part.params, (..., None))
     groups = columns.unflatten(1, (scale.shape[1], -1))

@@ -87,7 +87,7 @@ class _SignRounded(TrainedWeight):
         return replace(part, codes=steps.clamp(0, self.grid.largest).flatten(1), params=params)
 
     def _params(self) -> UniformParams:
-        """Those of the ranges of now, as :class:`UniformGrid` fits them to a range from min to max."""
+        """Returns the params of the ranges of now, as :class:`UniformGrid` fits them to a range from min to max."""
         grid = self.grid
         low, high = self.low * self.alpha, self.high * self.beta
         middle = 2 ** (grid.bits - 1)
@@ -102,6 +102,6 @@ class _SignRounded(TrainedWeight):
 
 
 def _stored(grid: UniformGrid, step: Tensor) -> Tensor:
-    """Scales as they are stored, 1 for groups of zeros. Gradients pass the rounding."""
+    """Returns scales as they are stored, 1 for groups of zeros. Gradients pass the rounding."""
     step = torch.where(step > 0, step, 1)
     return grid.storable(step.detach()) + (step - step.detach())

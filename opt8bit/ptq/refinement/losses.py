@@ -1,4 +1,4 @@
-"""What a refined model is to predict: what the float model predicts, or the next tokens of the text."""
+"""The losses of a refined model: what the float model predicts is the target, or the next tokens of the text."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def kl_divergence(
     ids: Tensor,  # (..., k)
     log_probs: Tensor,  # (..., k)
 ) -> Tensor:
-    """Kullback-Leibler divergence of predictions from those of which the most likely tokens are known, in nats.
+    """Returns the Kullback-Leibler divergence from predictions of which the most likely tokens are known, in nats.
 
     ``sum_i p_i log(p_i / q_i)`` over these tokens and one more class, which has the mass of all others. It is the
     divergence itself where k is the vocabulary, and never larger.
@@ -98,7 +98,7 @@ def next_token_loss(
     logits: Tensor,  # (..., vocabulary)
     targets: Tensor,  # (...)
 ) -> Tensor:
-    """Cross-entropy of the next token, in nats, (...)."""
+    """Returns the cross-entropy of the next token, in nats, (...)."""
     return cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 

@@ -1,4 +1,4 @@
-"""What a refinement takes of the machine's memory, estimated before it begins."""
+"""The memory that a refinement takes, estimated before it begins."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Chain:
         return total
 
     def _backward_from_logits(self, windows: Windows, hidden: Tensor, loss: Loss, scale: float) -> tuple[float, Tensor]:
-        """The sum of a loss, and the gradient of the hidden states behind the last block."""
+        """Returns the sum of a loss, and the gradient of the hidden states behind the last block."""
         total, gradient = 0.0, torch.empty_like(hidden)
         for few in self._few_tokens(windows.batch):
             x = hidden[:, few].detach().requires_grad_()

@@ -149,7 +149,7 @@ def _checked(steps: int, windows: int, lr: float, vector_lr: float, looks: int, 
 
 
 def _windows(batches: Sequence[Batch], teacher: Chain | None) -> list[Windows]:
-    """Sequences, and what they are to predict: what a teacher does, or without one their own next tokens."""
+    """Returns sequences, and what they are to predict: what a teacher does, or without one their own next tokens."""
     if teacher is None:
         found = [Windows(batch, (next_tokens(batch),), counts_of(batch)) for batch in batches]
     else:
@@ -161,10 +161,7 @@ def _windows(batches: Sequence[Batch], teacher: Chain | None) -> list[Windows]:
 
 
 def _warn(found: Refined) -> None:
-    """
-    Warns:
-        UserWarning: nothing was kept of the training, or steps were dropped.
-    """
+    """Warns that nothing was kept of the training, or that steps were dropped."""
     if found.dropped:
         warn(f"{found.dropped} steps were dropped: their loss or a gradient was not finite")
     if found.steps and not found.kept:

@@ -20,7 +20,7 @@ class Trained(Protocol):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer changes."""
+        """The parameters that an optimizer changes."""
         ...
 
     def collect(self) -> None:
@@ -156,7 +156,7 @@ class Student:
         return [p for each in self.trained.values() if isinstance(each, TrainedVector) for p in each.parameters]
 
     def of_block(self, i: int) -> list[Trained]:
-        """What is trained of a block."""
+        """Returns what is trained of a block."""
         prefix, _ = find_blocks(self.model)
         return [each for name, each in self.trained.items() if name.startswith(f"{prefix}.{i}.")]
 
@@ -171,7 +171,7 @@ class Student:
 
 
 def _vectors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """The norms of a model, and the biases of its blocks' layers: names, modules, and what they call them."""
+    """Yields the norms of a model, and the biases of its blocks' layers: names, modules, and what they call them."""
     prefix, _ = find_blocks(model)
     for name, param in list(model.named_parameters()):
         owner, _, kind = name.rpartition(".")

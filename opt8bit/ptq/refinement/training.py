@@ -117,7 +117,7 @@ def _is_look(step: int, schedule: Schedule) -> bool:
 
 
 def _gradients(student: Student, chain: Chain, windows: Sequence[Windows], loss: Loss) -> float:
-    """The mean loss over the tokens that count; the student's parameters get its gradients."""
+    """Returns the mean loss over the tokens that count; the student's parameters get its gradients."""
     total, tokens = 0.0, _tokens(windows)
     in_blocks = [student.of_block(i) for i in range(len(chain.blocks))]
 
@@ -144,5 +144,5 @@ def _mean_loss(chain: Chain, windows: Sequence[Windows], loss: Loss, at_once: in
 
 
 def _tokens(windows: Sequence[Windows]) -> float:
-    """How many count; 1 where none does, as there is nothing to divide then."""
+    """Counts the tokens that count; 1 where none does, as there is nothing to divide then."""
     return max(sum(float(each.counts.sum()) for each in windows), 1.0)

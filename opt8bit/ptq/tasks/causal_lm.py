@@ -61,7 +61,7 @@ class CausalLM(Task):
         return None if logits is None else Probe(first, logits[0, -PROBED:].float())
 
     def losses(self, end: ModelEnd, batch: dict[str, Tensor], hidden: Tensor) -> Iterator[Tensor]:
-        """The cross-entropy of every token of the batch, predicted from those before it, of some tokens at a time."""
+        """Yields the cross-entropy of the batch's tokens, predicted from those before them, some at a time."""
         if hidden.shape[:2] != batch["input_ids"].shape:
             return  # which token a hidden state predicts is not known
         for one, x, _ in _sequences([batch], [hidden], [hidden]):
