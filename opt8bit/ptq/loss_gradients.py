@@ -164,7 +164,7 @@ class _NarrowProducts(TorchFunctionMode):
 
 
 def _fast_products(hidden: Tensor) -> AbstractContextManager[object]:
-    """Computes products in bfloat16, inside the context, where that is far faster: weights of tokens need few digits."""
+    """Computes products in bfloat16 where that is far faster, inside the context: weights of tokens need few digits."""
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and has_amx():
         return _NarrowProducts()
     return nullcontext()
