@@ -155,11 +155,18 @@ def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, ru
         sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
         recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
     if recipe.symmetric is None and recipe.grid is None:
-        format = None if checkpoint_format is None else FORMATS[checkpoint_format]
-        symmetric = recipe.bits in SERVED_SYMMETRIC if runs is None else _needs_symmetry(recipe, model, runs)
-        packed = format is not None and format.is_packed
-        recipe = replace(recipe, symmetric=packed and (symmetric or format.is_symmetric))
+        recipe = replace(recipe, symmetric=_is_symmetric(recipe, model, checkpoint_format, runs))
     return recipe
+
+
+def _is_symmetric(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> bool:
+    """Tells whether grids are symmetric where the recipe leaves that open."""
+    format = None if checkpoint_format is None else FORMATS[checkpoint_format]
+    if format is None or not format.is_packed:
+        return False
+    if format.is_symmetric:
+        return True
+    return recipe.bits in SERVED_SYMMETRIC if runs is None else _needs_symmetry(recipe, model, runs)
 
 
 def _needs_symmetry(recipe: Recipe, model: nn.Module, runs: Runs) -> bool:
