@@ -23,11 +23,11 @@ from opt8bit.ptq.naming import named
 from opt8bit.ptq.need import warn_of_memory
 from opt8bit.ptq.pipeline import run
 from opt8bit.ptq.plan import LayerPlan, Plan, plan_for
-from opt8bit.ptq.refinement.refine import check_can_learn, refine
+from opt8bit.ptq.refinement.refine import check_can_learn, refine, set_aside
 from opt8bit.ptq.result import Result, Step
 from opt8bit.ptq.resume import LAYOUT, Work
 from opt8bit.ptq.tasks.causal_lm import CausalLM
-from opt8bit.ptq.tasks.task import Calibration, Task
+from opt8bit.ptq.tasks.task import Batch, Calibration, Task
 from opt8bit.quant.contract import check_grid
 from opt8bit.quant.described import described
 from opt8bit.recipe.learning import EFFORTS
@@ -111,10 +111,9 @@ def compress(
         FORMATS.check(checkpoint_format)
         check_reads(runtime, checkpoint_format)
     plan = plan_for(source.model, recipe, checkpoint_format, runtime)
-    batches = _learned(task.batches("calibration", calibration, batch_size, source.model), plan)
+    batches = task.batches("calibration", calibration, batch_size, source.model)
     kept = [] if held_out is None else task.batches("held_out", held_out, batch_size, source.model)
-    if plan.learns:
-        _check_learning(source, batches, plan, task)
+    batches, chosen = _divided(batches, source, plan, task)
     if checkpoint_format is not None:
         check_format(checkpoint_format, source, plan)
     _check_layers(source, plan)
@@ -132,18 +131,25 @@ def compress(
     if not plan.learns:
         return result
     effort = EFFORTS[plan.recipe.learn]
-    return refine(result, batches, steps=effort.steps, windows=effort.windows, held_out=kept or None, see=see_step)
+    numbers = {"steps": effort.steps, "windows": effort.windows}
+    return refine(result, batches, **numbers, choose_by=chosen, held_out=kept or None, see=see_step)
 
 
-def _learned(batches: list[dict[str, Tensor]], plan: Plan) -> list[dict[str, Tensor]]:
-    """Returns the batches as they are learned from.
+def _divided(batches: list[Batch], source: Source, plan: Plan, task: Task) -> tuple[list[Batch], list[Batch]]:
+    """Returns the batches that layers are rounded on, and those that tell what is kept of learning.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or ``task`` is not that of causal language models, and they are to be learned.
     """
+    chosen: list[Batch] = []
+    if plan.learns:
+        if not isinstance(task, CausalLM):
+            raise ValueError(f"learn is for causal language models: it must be 'none' for the task {task!r}")
+        check_can_learn(source, batches, EFFORTS[plan.recipe.learn].windows)
+        batches, chosen = set_aside(batches)
     if plan.bias_correction != "none" and sum(len(batch["input_ids"]) for batch in batches) < 2:
         raise ValueError("one sequence says nothing about how far its mean error can be trusted: give two at least")
-    return batches if plan.reconstruction is None else plan.reconstruction.batches(batches)
+    return batches if plan.reconstruction is None else plan.reconstruction.batches(batches), chosen
 
 
 def _source(model: nn.Module | Source) -> Source:
@@ -190,16 +196,6 @@ def _check_rewritable(source: Source) -> None:
     for name, param in blocks.named_parameters(prefix):
         if param.dim() == 1 and source.stored_name(name) is None:
             raise ValueError(f"{name} is in other parts in the checkpoint: leave transforms and learn out")
-
-
-def _check_learning(source: Source, batches: list[dict[str, Tensor]], plan: Plan, task: Task) -> None:
-    """
-    Raises:
-        ValueError: the task is not that of causal language models, or there is too little to learn from.
-    """
-    if not isinstance(task, CausalLM):
-        raise ValueError(f"learn is for causal language models: it must be 'none' for the task {task!r}")
-    check_can_learn(source, batches, EFFORTS[plan.recipe.learn].windows)
 
 
 def _check_ranks(plan: Plan, batches: list[dict[str, Tensor]]) -> None:

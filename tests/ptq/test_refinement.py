@@ -23,6 +23,7 @@ from opt8bit.ptq.refinement.passes import Chain
 from opt8bit.ptq.refinement.student import Student
 from opt8bit.ptq.tasks.causal_lm import CausalLM
 from opt8bit.quant.weight import QuantizedWeight
+from opt8bit.recipe.learning import EFFORTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -142,6 +143,28 @@ def test_the_start_is_kept_where_every_step_makes_it_worse() -> None:
     with pytest.warns(UserWarning, match=r"no step has lowered the loss of .* on held-out windows"):
         found = ptq.refine(start, text(), steps=3, lr=100.0, vector_lr=100.0)
     assert_same_changes(found, start)
+
+
+def test_what_tells_which_parameters_are_best_was_not_rounded_on() -> None:
+    """Compression that learns is rounding and learning on seven eighths of the text, and a choice by the last one."""
+    learned, chosen = text()[:42], text()[42:]
+    start = ptq.compress(shaken(MODELS["llama"]()), learned, bits=2, group_size=16)
+    batches = [{"input_ids": ids} for ids in learned.split(8)]
+    choose_by = [{"input_ids": chosen}]
+    expected = ptq.refine(start, batches, steps=EFFORTS["fast"].steps, windows=4, choose_by=choose_by)
+    found = compressed(learn="fast")
+    assert found.refined == expected.refined
+    assert_same_changes(found, expected)
+
+
+@pytest.mark.parametrize("sizes", [[8, 8], [5, 4, 3, 2, 1, 1], [16], [1, 15], [2], [1, 1]])
+def test_the_last_eighth_is_set_aside(sizes: list[int]) -> None:
+    ids = torch.arange(sum(sizes))[:, None]
+    learned, chosen = refine.set_aside([{"input_ids": part} for part in ids.split(sizes)])
+    found = [torch.cat([batch["input_ids"] for batch in batches]) for batches in (learned, chosen)]
+    count = max(1, len(ids) // 8)
+    assert torch.equal(found[0], ids[:-count]) and torch.equal(found[1], ids[-count:])
+    assert all(len(batch["input_ids"]) for batch in [*learned, *chosen])
 
 
 def test_what_tells_which_parameters_are_best_is_not_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from opt8bit.ptq.tasks.task import Batch, Calibration, Probe
 from opt8bit.recipe.arguments import check_count, check_one_of, check_positive
 from opt8bit.recipe.learning import EFFORTS
 
-HELD_OUT = 8  # one window of so many tells which parameters are best, and is not learned from
+SET_ASIDE = 8  # one window of so many tells which parameters are best, and is not learned from
 TEACHER = 64  # most likely tokens of the float model that are kept for each token
 TASK = CausalLM()
 BALANCED = EFFORTS["balanced"]
@@ -40,6 +40,7 @@ def refine(
     vector_lr: float = 1e-3,
     loss: str = "kl",
     biases: bool = False,
+    choose_by: Calibration | None = None,
     held_out: Calibration | None = None,
     looks: int = 5,
     seed: int = 0,
@@ -49,9 +50,9 @@ def refine(
 
     The loss is the Kullback-Leibler divergence from the float model's next-token distribution, of which the 64 most
     likely tokens and the mass of all others are kept, or the cross-entropy of the text's own next tokens. The optimizer
-    is :class:`opt8bit.AdamW8bit` without weight decay, whose learning rates fall to 0 along a cosine. The last eighth
-    of the sequences, one at least, is not learned from: the parameters of the least loss there are kept, those at the
-    start included, so that there the model is never worse than it was.
+    is :class:`opt8bit.AdamW8bit` without weight decay, whose learning rates fall to 0 along a cosine. The parameters of
+    the least loss on text that is not learned from are kept, those at the start included, so that there the model is
+    never worse than it was.
 
     Scales are trained by their logarithms, in the dtype in which they are stored; zero points are integers and stay.
     Where the processor has arithmetic for bfloat16, products of matrices are computed in it.
@@ -67,6 +68,9 @@ def refine(
             fine-tuning of a compressed model.
         biases: whether the model's own biases in its blocks' layers are trained, too. Those that the result has set
             always are.
+        choose_by: text to tell by which parameters are kept; by default the last eighth of the sequences of ``text``,
+            one at least. Layers fit the text that they were rounded on, so the choice is the better if it is another.
+            :func:`compress` with ``learn`` sets an eighth of its text aside before it rounds.
         held_out: text to tell by how good the new result is, as of :func:`compress`.
         looks: how often the loss on the windows that are not learned from is measured.
         seed: of the order of the windows. The same seed gives the same bytes, on the same machine with as many threads.
@@ -89,8 +93,11 @@ def refine(
     schedule = _checked(steps, windows, lr, vector_lr, looks, seed)
     check_one_of("loss", loss, LOSSES)
     batches = TASK.batches("text", text, windows, result.model)
+    chosen = [] if choose_by is None else TASK.batches("choose_by", choose_by, windows, result.model)
     evaluated = [] if held_out is None else TASK.batches("held_out", held_out, windows, result.model)
-    check_can_learn(result.source, batches, windows)
+    check_can_learn(result.source, [*batches, *chosen], windows)
+    if not chosen:
+        batches, chosen = set_aside(batches)
     few = TASK.smallest(batches[0])
     products = products_of(result.model, few)
     student = Student(result, TrainScales(lr), products, biases=biases)
@@ -98,9 +105,7 @@ def refine(
         known = rehearse(result.source, *find_blocks(result.model), few)
         with mixed_precision(few["input_ids"].device, products):
             chain, teacher = (Chain(source, known, few) for source in (InMemory(student.model), result.source))
-            examples = _windows(batches, teacher if loss == "kl" else None)
-            count = max(1, len(examples) // HELD_OUT)
-            learned, kept = examples[:-count], examples[-count:]
+            learned, kept = (_windows(each, teacher if loss == "kl" else None) for each in (batches, chosen))
             found = train(student, chain, learned, kept, LOSSES[loss], schedule, see or (lambda step: None))
         _warn(found)
         refined = replace(result, refined=found)
@@ -132,6 +137,21 @@ def check_can_learn(source: Source, batches: Sequence[Batch], windows: int) -> N
     if batches[0]["input_ids"].device.type == "cpu":
         length = max(batch["input_ids"].shape[1] for batch in batches)
         warn_of_memory(source.model, windows, length, in_memory=isinstance(source, Loaded))
+
+
+def set_aside(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Returns batches without the last eighth of their sequences, and that eighth, one sequence at least."""
+    learned, chosen = list(batches), list[Batch]()
+    wanted = max(1, sum(len(batch["input_ids"]) for batch in batches) // SET_ASIDE)
+    while wanted:
+        last = learned.pop()
+        count = min(wanted, len(last["input_ids"]))
+        kept = len(last["input_ids"]) - count
+        if kept:
+            learned.append({name: value[:kept] for name, value in last.items()})
+        chosen.insert(0, {name: value[kept:] for name, value in last.items()})
+        wanted -= count
+    return learned, chosen
 
 
 def _checked(steps: int, windows: int, lr: float, vector_lr: float, looks: int, seed: int) -> Schedule:
