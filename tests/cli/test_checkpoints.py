@@ -138,7 +138,7 @@ def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path,
         ('{"bits": null}', "bits must be a whole number, got None"),
         ('{"samples": 8.0}', r"samples must be a whole number, got 8\.0"),
         ('{"error_propagation": "0.5"}', "error_propagation must be a number, got '0.5'"),
-        ('{"format": "gguf"}', "format must be one of compressed-tensors, gptq, dense, got 'gguf'"),
+        ('{"format": "gguf"}', "format must be one of compressed-tensors, gptq, mlx, dense, got 'gguf'"),
         ('{"error_propagation": -1e-05}', "error_propagation must be from 0 to 1, got -1e-05"),
         ('{"overrides": [{"layers": "*.o_proj"}]}', r"has some of method, .*, got \{'layers': '\*\.o_proj'\}"),
         (
@@ -207,7 +207,7 @@ def test_inspect_tells_several_widths_apart(folder: Path, tmp_path: Path, capsys
         assert "config.json is missing or damaged" in capsys.readouterr().err
     (tmp_path / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     assert main(["inspect", str(tmp_path / "out")]) == 2
-    assert "of the format awq: only compressed-tensors, gptq, dense can be inspected" in capsys.readouterr().err
+    assert "of the format awq: only compressed-tensors, gptq, mlx, dense can be inspected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def centre(error: Tensor, mask: Tensor, statistic: str) -> Tensor:
 
 @unshrunk
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("statistic", ["mean", "median", "position"])
+@pytest.mark.parametrize("statistic", ["mean", "median", pytest.param("position", marks=pytest.mark.slow)])
 def test_a_local_bias_centres_the_error_of_a_whole_block(name: str, statistic: str) -> None:
     """For the float model's hidden states, where padding does not count; of no other block is the error centred."""
     model, ids = MODELS[name]().double(), token_ids()

@@ -31,7 +31,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("correct", ["none", "sequential"])
+@pytest.mark.parametrize("correct", [pytest.param("none", marks=pytest.mark.slow), "sequential"])
 def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: Path) -> None:
     result = ptq.compress(MODELS[name](), token_ids(), bits=3, group_size=16, bias_correction=correct)
     path = ptq.export(result, tmp_path / "out", format="dense")
@@ -308,7 +308,7 @@ def test_nobody_takes_a_folder_while_it_gets_its_name(tmp_path: Path, monkeypatc
 
 def test_formats_are_checked(tmp_path: Path) -> None:
     result = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16)
-    with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq, dense, got 'gguf'"):
+    with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq, mlx, dense, got 'gguf'"):
         ptq.export(result, tmp_path / "out", format="gguf")
     position = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16, bias_correction="local", statistic="position")
     with pytest.raises(ValueError, match="no checkpoint can hold a bias for each position"):

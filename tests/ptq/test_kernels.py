@@ -46,7 +46,14 @@ def both(method: object, kernels: str, shape: tuple[int, int, int | None], grid:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("method", [RTN(), GPTQ(), GPTQ(act_order=False), QuantEase(), QuantEase(3, GPTQ())], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(RTN(), GPTQ(), QuantEase(3, GPTQ())),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (GPTQ(act_order=False), QuantEase())),
+    ],
+    ids=str,
+)
 def test_kernels_do_what_the_reference_does(method, grid, shape, kernels: str, monkeypatch) -> None:
     weight, hessian, reference, native = both(method, kernels, shape, grid, monkeypatch)
     assert (reference.parts[0].codes == native.parts[0].codes).float().mean() > 0.97

@@ -66,7 +66,10 @@ def run(folder: Path, **options: Any) -> None:
 
 @pytest.mark.parametrize(
     ("correct", "weighting"),
-    [("none", "tokens"), pytest.param("local", "none", marks=pytest.mark.slow), ("joint", "none")],
+    [
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("none", "tokens"), ("local", "none"))),
+        ("joint", "none"),
+    ],
 )
 def test_two_do_what_one_does(correct: str, weighting: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {
