@@ -131,8 +131,15 @@ def compress(
     if not plan.learns:
         return result
     effort = EFFORTS[plan.recipe.learn]
-    numbers = {"steps": effort.steps, "windows": effort.windows}
-    return refine(result, batches, **numbers, choose_by=chosen, held_out=kept or None, see=see_step)
+    return refine(
+        result,
+        batches,
+        steps=effort.steps,
+        windows=effort.windows,
+        choose_by=chosen,
+        held_out=kept or None,
+        see=see_step,
+    )
 
 
 def _divided(batches: list[Batch], source: Source, plan: Plan, task: Task) -> tuple[list[Batch], list[Batch]]:
