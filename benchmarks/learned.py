@@ -29,7 +29,7 @@ from opt8bit import ptq
 from opt8bit.cli.models import load, load_tokenizer
 from opt8bit.cli.texts import find_text, first_windows
 from opt8bit.ptq.model.source import digest
-from opt8bit.ptq.refinement.refine import SET_ASIDE
+from opt8bit.ptq.refinement.refine import set_aside
 from opt8bit.recipe.learning import EFFORTS
 
 GROUP_SIZE = 64
@@ -67,14 +67,14 @@ def refined(model_name: str, texts: dict[str, torch.Tensor], bits: int, efforts:
     """Returns a row for the closed form, and one for each effort. Efforts go on from layers that are rounded once."""
     model, original = load(model_name), load(model_name)
     text = texts["calibration"]
-    aside = max(1, len(text) // SET_ASIDE)
+    learned, chosen = (torch.cat([batch["input_ids"] for batch in part]) for part in set_aside([{"input_ids": text}]))
     rows: list[dict[str, Any]] = []
     start, closed_form = rounded(model, text, bits)
     for effort in ["none", *efforts]:
         started, result = time.perf_counter(), start
         if effort != "none":
             numbers = asdict(EFFORTS[effort])
-            result = ptq.refine(start, text[:-aside], **numbers, choose_by=text[-aside:])
+            result = ptq.refine(start, learned, **numbers, choose_by=chosen)
         learning, peak = time.perf_counter() - started, peak_bytes()
         compressed = result.compressed_model()
         found = {
@@ -91,7 +91,7 @@ def refined(model_name: str, texts: dict[str, torch.Tensor], bits: int, efforts:
         )
         rows.append(found)
         if effort == "none":
-            start, closed_form = rounded(model, text[:-aside], bits)
+            start, closed_form = rounded(model, learned, bits)
     return rows
 
 

@@ -84,9 +84,9 @@ def run(
         hand_on_more = known.hands_on_more(calls[0])  # what a folder of work does not keep
         _check_trainable(plan, probe, hand_on_more)
         first = work.finished if work and not hand_on_more else 0
+        losses = [partial(task.losses, ends, batch) for batch in batches]
         weights = None
-        if plan.loss_weighting is not None and first < len(blocks):
-            losses = [partial(task.losses, ends, batch) for batch in batches]
+        if first < len(blocks):
             weights = token_weights(result, prefix, known, calls, streams.exact, masks, losses, work)
 
         def show(report: LayerReport) -> None:

@@ -11,7 +11,22 @@ from opt8bit.ptq.result import Step
 SMOOTHING = 0.1  # of the rate that the time left is computed from: layers come in bursts, those of one input together
 
 
-class LayerBar:
+class _Bar:
+    """A bar of tqdm's that appears when there is something to show."""
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self._make = tqdm
+        self._bar: Any = None
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and ends its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class LayerBar(_Bar):
     """A bar of tqdm's with the layers that are done, the time left and the error of the last layer.
 
     It appears with the first layer and is for one compression.
@@ -24,10 +39,8 @@ class LayerBar:
     """
 
     def __init__(self) -> None:
-        from tqdm.auto import tqdm
-
-        self._make, self._started = tqdm, time.time()
-        self._bar: Any = None
+        super().__init__()
+        self._started = time.time()
 
     def __call__(self, report: LayerReport, layers: int) -> None:
         """Counts a layer.
@@ -44,13 +57,8 @@ class LayerBar:
         if self._bar.n == layers:
             self.close()
 
-    def close(self) -> None:
-        """Leaves the bar as it is, and ends its line."""
-        if self._bar is not None:
-            self._bar.close()
 
-
-class StepBar:
+class StepBar(_Bar):
     """A bar of tqdm's with the steps of a refinement, the time left and both losses.
 
     It appears before the first step and is for one refinement.
@@ -63,10 +71,8 @@ class StepBar:
     """
 
     def __init__(self) -> None:
-        from tqdm.auto import tqdm
-
-        self._make, self._held_out = tqdm, ""
-        self._bar: Any = None
+        super().__init__()
+        self._held_out = ""
 
     def __call__(self, step: Step) -> None:
         """Counts a step."""
@@ -76,11 +82,6 @@ class StepBar:
             self._held_out = f", held-out {step.held_out:.4f}"
         self._bar.set_postfix_str(f"loss {step.loss:.4f}{self._held_out}", refresh=False)
         self._bar.update(step.step - self._bar.n)
-
-    def close(self) -> None:
-        """Leaves the bar as it is, and ends its line."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def described(report: LayerReport) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
+from opt8bit.ptq.reconstruction.straight_through import stored_through
 from opt8bit.quant.weight import Part, QuantizedWeight
 from opt8bit.recipe.arguments import check_positive
 
@@ -52,9 +53,7 @@ class LogScales(nn.Module):
         """Returns parts with these scales, in the dtype in which they are stored. Gradients pass this rounding."""
         found = []
         for part, start, logarithm in zip(parts, self.starts, self.logarithms, strict=True):
-            scale = start * logarithm.exp()
-            stored = part.grid.storable(scale.detach()) + (scale - scale.detach())
-            params: Any = part.params._replace(scale=stored)
+            params: Any = part.params._replace(scale=stored_through(part.grid, start * logarithm.exp()))
             found.append(replace(part, params=params))
         return tuple(found)
 

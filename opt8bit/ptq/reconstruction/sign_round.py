@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
-from opt8bit.ptq.reconstruction.straight_through import rounded_through
+from opt8bit.ptq.reconstruction.straight_through import rounded_through, stored_through
 from opt8bit.quant.grid import Grid, at
 from opt8bit.quant.uniform import RESTRICTED, UniformGrid, UniformParams, is_uniform
 from opt8bit.quant.weight import Part, QuantizedWeight
@@ -103,5 +103,4 @@ class _SignRounded(TrainedWeight):
 
 def _stored(grid: UniformGrid, step: Tensor) -> Tensor:
     """Returns scales as they are stored, 1 for groups of zeros. Gradients pass the rounding."""
-    step = torch.where(step > 0, step, 1)
-    return grid.storable(step.detach()) + (step - step.detach())
+    return stored_through(grid, torch.where(step > 0, step, 1))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opt8bit.quant.grid import Grid
+
 
 def rounded_through(x: Tensor, largest: int | None = None) -> Tensor:
     """Returns ``x`` rounded to integers; its gradient is that of what is returned.
@@ -17,6 +19,11 @@ def rounded_through(x: Tensor, largest: int | None = None) -> Tensor:
     """
     rounded: Tensor = _Rounded.apply(x, largest)
     return rounded
+
+
+def stored_through(grid: Grid, scale: Tensor) -> Tensor:
+    """Returns scales in the dtype in which a grid stores them; their gradient is that of what is returned."""
+    return grid.storable(scale.detach()) + (scale - scale.detach())
 
 
 class _Rounded(torch.autograd.Function):

@@ -105,8 +105,10 @@ def refine(
         known = rehearse(result.source, *find_blocks(result.model), few)
         with mixed_precision(few["input_ids"].device, products):
             chain, teacher = (Chain(source, known, few) for source in (InMemory(student.model), result.source))
-            learned, kept = (_windows(each, teacher if loss == "kl" else None) for each in (batches, chosen))
-            found = train(student, chain, learned, kept, LOSSES[loss], schedule, see or (lambda step: None))
+            examples = _windows([*batches, *chosen], teacher if loss == "kl" else None)
+            kept = sum(len(batch["input_ids"]) for batch in chosen)
+            learned, held_back = examples[:-kept], examples[-kept:]
+            found = train(student, chain, learned, held_back, LOSSES[loss], schedule, see or (lambda step: None))
         _warn(found)
         refined = replace(result, refined=found)
         if found.kept:

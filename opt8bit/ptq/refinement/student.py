@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -155,10 +156,14 @@ class Student:
         """Norms and biases."""
         return [p for each in self.trained.values() if isinstance(each, TrainedVector) for p in each.parameters]
 
-    def of_block(self, i: int) -> list[Trained]:
-        """Returns what is trained of a block."""
-        prefix, _ = find_blocks(self.model)
-        return [each for name, each in self.trained.items() if name.startswith(f"{prefix}.{i}.")]
+    @cached_property
+    def of_blocks(self) -> list[list[Trained]]:
+        """The parts of each block that are trained."""
+        prefix, blocks = find_blocks(self.model)
+        return [
+            [each for name, each in self.trained.items() if name.startswith(f"{prefix}.{i}.")]
+            for i in range(len(blocks))
+        ]
 
     def install(self) -> None:
         """Puts what the parameters stand for into the model."""

@@ -119,10 +119,9 @@ def _is_look(step: int, schedule: Schedule) -> bool:
 def _gradients(student: Student, chain: Chain, windows: Sequence[Windows], loss: Loss) -> float:
     """Returns the mean loss over the tokens that count; the student's parameters get its gradients."""
     total, tokens = 0.0, _tokens(windows)
-    in_blocks = [student.of_block(i) for i in range(len(chain.blocks))]
 
     def collect(i: int) -> None:
-        for each in in_blocks[i]:
+        for each in student.of_blocks[i]:
             each.collect()
 
     for group in joined(windows):
