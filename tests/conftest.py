@@ -1,7 +1,13 @@
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: more threads than cores wait for each other
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
 import torch
 
 if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
@@ -28,6 +34,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", backends)
     if "kernels" in metafunc.fixturenames:
         metafunc.parametrize("kernels", instruction_sets() or [pytest.param("", marks=NO_KERNELS)])
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow ones are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test's cases, one in so many as ``sampled`` says is always run. The others are slow ones."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        sampled, test = item.get_closest_marker("sampled"), item.nodeid.partition("[")[0]
+        if sampled is None or item.get_closest_marker("slow"):
+            continue
+        if cases[test] % sampled.args[0]:
+            item.add_marker(pytest.mark.slow)
+        cases[test] += 1
 
 
 NO_KERNELS = pytest.mark.skip(reason="installed without compiled kernels")

@@ -91,6 +91,7 @@ def steps() -> Iterator[Any]:
         yield pytest.param(name, 32, marks=interpreted)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("case", "bits"), list(steps()))
 def test_a_step_is_the_references(case: str, bits: int, use: Any) -> None:
     results = []
@@ -212,6 +213,7 @@ def encode_kernel(
     tl.store(scales + row, scale)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("block_size", [16, 100, 256, 4096])
 @pytest.mark.parametrize("values", [dynamic_map(), dynamic_map(False), linear_map(bits=3), normal_float(4)])
 def test_quantization_is_the_references(values: Tensor, block_size: int) -> None:

@@ -93,6 +93,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("count", [1, 100, 700, 1 << 20])
 def test_a_prefix_has_the_tokens_of_the_whole_text(case: str, count: int) -> None:

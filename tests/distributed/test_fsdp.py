@@ -75,6 +75,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert not different
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", [1, 2, MANY])
 def test_the_same_bits_on_any_number_of_processes(ranks: int, case: str, plain: Any, sharded: Any) -> None:
@@ -86,6 +87,7 @@ def test_what_is_in_8_bits_is_decided_by_the_whole(plain: Any) -> None:
     assert coded == {"square", "uneven", "few", "image"}
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("reader", [*USUAL, MANY])
 @pytest.mark.parametrize("writer", [*USUAL, MANY])

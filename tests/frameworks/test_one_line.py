@@ -83,6 +83,7 @@ def assert_coded(optimizer: Any, param: Tensor, count: int) -> None:
     assert all(value.shape == param.shape and bool(value.any()) for value in found)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "kind", "states"),
     [

@@ -114,6 +114,7 @@ SCRIPT = (
 )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", [["folder/script.py"], ["-m", "script"], ["-mscript"], ["folder"]])
 def test_run(tmp_path: Path, how: list[str]) -> None:
     folder = tmp_path / "folder"
@@ -144,6 +145,7 @@ atexit.register(dump)
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", [["folder/script.py"], ["-m", "folder.script"], ["-m", "folder"], ["folder"]])
 def test_a_script_finds_what_it_finds_under_python(tmp_path: Path, how: list[str]) -> None:
     folder = tmp_path / "folder"

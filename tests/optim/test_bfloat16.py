@@ -14,6 +14,7 @@ from opt8bit.optim.options import Options
 WAYS: dict[str, Options] = {"stochastic": {"stochastic_rounding": True}, "compensated": {"compensation": True}}
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ANY_SHAPE)
 def test_instruction_sets_and_threads_give_the_same_bits(

@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("name", KINDS)
 def test_no_element_moves_against_its_gradient(

@@ -79,6 +79,7 @@ ZEROED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("way", ZEROED)
 @pytest.mark.parametrize("name", ANY_SHAPE)
 @pytest.mark.slow_interpreted
@@ -98,6 +99,7 @@ def test_a_zeroed_state_is_zero(name: str, way: str, backend: str, monkeypatch: 
         assert_equal_steps(mine, theirs, backend)
 
 
+@pytest.mark.sampled(4)
 def test_new_tensors_of_zeros_are_zero(any_shape: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As zeros_like makes them of every state, whatever it is."""
     use(monkeypatch, backend)
@@ -117,6 +119,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("way", MASKS)
 @pytest.mark.slow_interpreted
 def test_a_mask_zeroes_what_it_masks(any_shape: Case, way: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +144,7 @@ def replaced(optimizer: Optimizer8bit, change: Callable[[Tensor], Tensor]) -> No
     optimizer.param_groups[0]["params"][0] = new
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("change", ["rows of zeros", "rows dropped", "rows in another order"])
 @pytest.mark.slow_interpreted
 def test_rows_come_and_go_with_those_of_codes_and_scales(
@@ -174,6 +178,7 @@ def copied_in_full(optimizer: Optimizer8bit) -> Optimizer8bit:
 # States in full, beside codes
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("which", ["one", "all"])
 @pytest.mark.parametrize("kind", ["zeros", "numbers", "bfloat16", "float64", "strided"])
 @pytest.mark.slow_interpreted
@@ -298,6 +303,7 @@ WRONG_CODES: dict[str, tuple[str, Any, str]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("wrong", [*WRONG_IN_FULL, *WRONG_CODES])
 def test_what_cannot_be_a_state_is_refused_and_nothing_changes(
     wrong: str, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -460,6 +466,7 @@ def test_what_is_of_another_optimizer_is_still_refused() -> None:
 # Reading
 
 
+@pytest.mark.sampled(4)
 def test_dequantized_states_are_what_a_step_starts_from(
     stateful: Case, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def channels_last(x: Tensor) -> Tensor:
 EVERY_FORM = "AdamW8bit weight decay"
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("state_bits", [8, 32])
 @pytest.mark.parametrize(
     ("name", "form"),

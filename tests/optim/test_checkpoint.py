@@ -86,6 +86,7 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -453,6 +454,7 @@ def test_a_damaged_state_dict_is_refused_and_nothing_changes(name: str) -> None:
     optimizer.load_state_dict(before)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("options", [{}, {"block_size": 64}, {"state_bits": 32}], ids=str)
 def test_the_layout_before_is_read_into_the_same_values(case: Case, options: dict[str, Any]) -> None:
     """Bit for bit, in blocks of the same size and into 32 bits; in other blocks as near as coding comes."""

@@ -25,6 +25,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return PAIRS[request.param]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("rare", [3e-4, 1e-5, 1e-15, 1e21])
 @pytest.mark.slow_interpreted
 def test_a_gradient_that_comes_once_moves_as_with_full_states(

@@ -58,6 +58,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_states_are_counted_as_they_are_allocated(name: str, options: dict[str, Any]) -> None:
     optimizer = memory.OPTIMIZERS[name](model().named_parameters(), **options)

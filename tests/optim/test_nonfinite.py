@@ -14,6 +14,7 @@ from opt8bit.optim.ruled import RULES
 ELEMENTWISE = [name for name, case in ANY_SHAPE.items() if not RULES[rule_of(case)].whole]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -84,6 +85,7 @@ def test_grad_scaler_hands_its_scale_over_or_unscales(
     assert torch.equal(ours, plain)  # the scale is a power of two
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler_skips_a_step_with_infinities(
     stateful: Case, fused: bool | None, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,7 @@ def skip_unless_products_repeat(case: Case) -> None:
             pytest.skip("products of matrices do not repeat here")
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bits", [8, 32])
@@ -97,6 +98,7 @@ def test_the_negative_trains_to_the_negative(
     assert_opposite(one, other)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("name", STATEFUL)
@@ -123,6 +125,7 @@ MAGNITUDES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MAGNITUDES)
 def test_gradients_of_one_magnitude_move_parameters_as_far_as_with_32_bits(name: str) -> None:
     """Within 1%, all up, all down, and both in one block, where those of the other sign than the scale end at 0.993."""

@@ -75,6 +75,7 @@ def test_32_bit_states_equal_the_oracle(case: Case, backend: str, monkeypatch: p
             assert ((value - exact).abs() <= ULPS * terms).all(), name
 
 
+@pytest.mark.sampled(4)
 def test_the_first_8_bit_step_is_torchs(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """States begin at zero, which has a code: nothing is lost before the second step."""
     use(monkeypatch, backend)
@@ -148,6 +149,7 @@ def test_8_bit_sgd_tracks_torch(backend: str, monkeypatch: pytest.MonkeyPatch) -
         assert ((ours - theirs).abs() <= bound).all()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backends_agree(stateful: Case, kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """From equal states a step's codes differ by one level at most, on few elements; parameters by rounding."""

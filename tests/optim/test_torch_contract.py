@@ -217,6 +217,7 @@ def test_repr_names_every_option(make: Maker) -> None:
     assert all(f"{name}: " in text for name in optimizer.defaults)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state dict", "weights_only"])
 def test_training_goes_on_as_if_nothing_happened(make: Maker, way: str) -> None:
     params, loss = problem()
@@ -377,6 +378,7 @@ def test_schedulers_do_what_they_do_to_torchs(name: str, tensor_lr: bool) -> Non
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("foreach", [True, False])
 def test_foreach_is_taken_and_changes_nothing(make: Maker, foreach: bool) -> None:
     results = []

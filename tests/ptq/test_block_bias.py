@@ -31,6 +31,7 @@ def centre(error: Tensor, mask: Tensor, statistic: str) -> Tensor:
     return counted.mean(0) if statistic == "mean" else counted.median(0).values
 
 
+@pytest.mark.sampled(5)
 @unshrunk
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("statistic", ["mean", "median", pytest.param("position", marks=pytest.mark.slow)])

@@ -89,6 +89,7 @@ def test_biases_go_where_the_architecture_holds_them(name: str) -> None:
         assert row.error_corrected <= row.error_rounded
 
 
+@pytest.mark.sampled(5)
 @every_model
 def test_batches_of_any_size_give_the_same(name: str) -> None:
     model, ids = MODELS[name]().double(), token_ids()
@@ -98,6 +99,7 @@ def test_batches_of_any_size_give_the_same(name: str) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.sampled(5)
 @every_model
 def test_padding_does_not_count(name: str) -> None:
     """Sequences with tokens behind them that are masked compress like the sequences alone."""
@@ -248,6 +250,7 @@ def test_layers_that_add_to_the_hidden_states_are_told_by_trial(name: str) -> No
     assert_untouched(model, before)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -30,6 +30,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     return loaded
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("correct", [pytest.param("none", marks=pytest.mark.slow), "sequential"])
 def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: Path) -> None:
@@ -43,6 +44,7 @@ def test_dense_loads_as_the_compressed_model(name: str, correct: str, tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group_size", [16, None])
 @pytest.mark.parametrize("symmetric", [True, False, "restricted"])
@@ -66,6 +68,7 @@ def test_compressed_tensors_load_bit_for_bit(
         assert torch.equal(loaded.eval()(token_ids()).logits, result.compressed_model()(token_ids()).logits)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "name", ["opt", "bloom", "llama", "mistral", "mistral-full", "qwen2", "qwen3", "falcon", "gemma2"]
 )

@@ -44,6 +44,7 @@ def both(method: object, kernels: str, shape: tuple[int, int, int | None], grid:
     return weight, hessian, *results
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def watch_stages(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return seen
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("weighting", [LossWeighting(), LossWeighting(power=1.0, cap=1.5)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_those_of_a_backward_pass_through_the_whole_model(
@@ -107,6 +108,7 @@ def test_weights_are_those_of_a_backward_pass_through_the_whole_model(
         assert float(everything.mean()) == pytest.approx(1) and float(everything.std()) > 0.1
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("correct", ["none", "sequential", "joint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_weights_that_are_all_alike_change_no_bit(correct: str, dtype: torch.dtype) -> None:

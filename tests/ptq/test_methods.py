@@ -64,6 +64,7 @@ def test_the_table_is_under_test() -> None:
     assert {type(method) for method in METHODS_UNDER_TEST.values()} == set(METHODS.values())
 
 
+@pytest.mark.sampled(7)
 @every_method
 @every_grid
 @pytest.mark.parametrize("group_size", [GROUP, None])

@@ -64,6 +64,7 @@ def run(folder: Path, **options: Any) -> None:
             process.kill()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("correct", "weighting"),
     [

@@ -271,6 +271,7 @@ def test_calibration_is_cut_into_batches_of_a_step() -> None:
         Reconstruction().train(*trainable(1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_model_is_nearer_to_what_it_was_with_trained_scales(name: str) -> None:
     model, ids = shaken(MODELS[name]()), token_ids(96, 16)
@@ -283,6 +284,7 @@ def test_a_model_is_nearer_to_what_it_was_with_trained_scales(name: str) -> None
     assert all(not param.requires_grad or param.grad is None for param in model.parameters())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", ["scales", "rounding"])
 def test_a_trained_model_is_exported_and_goes_on_after_a_kill(what: str, tmp_path: Any) -> None:
     pytest.importorskip("compressed_tensors")

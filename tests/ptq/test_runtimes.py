@@ -48,6 +48,7 @@ def grids(folder: Path) -> set[tuple[int | None, str | None]]:
     return {(layer.bits, layer.grid) for layer in inspect(folder).layers.values()}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("i", range(4), ids=["2", "3", "4", "8"])
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_each_runtime_gets_the_grids_that_it_runs_and_is_best_at(runtime: str, i: int, tmp_path: Path) -> None:
@@ -222,6 +223,7 @@ def test_whole_codes_come_back(bits: int, count: int) -> None:
         assert torch.equal(words, pack(codes, bits))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
 @pytest.mark.parametrize("runtime", [WHOLE, "vllm"])

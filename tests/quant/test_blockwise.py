@@ -48,6 +48,7 @@ def edge_values(codebook: Tensor, absmax: float) -> Tensor:
     return values[values.abs() <= absmax]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CODEBOOKS)
 @pytest.mark.parametrize("absmax", [1.0, 0.7, 3e-5, 1.5e38, 1e-37, 1e-44, 1.0000001])
 def test_midpoints_and_their_neighbours(backend: str, name: str, absmax: float) -> None:
@@ -84,6 +85,7 @@ def test_every_float32_exponent(backend: str, signed: bool) -> None:
     assert codes.tolist() == expected
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backends_give_the_same_bits(kernels: str, signed: bool, dtype: torch.dtype) -> None:

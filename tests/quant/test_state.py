@@ -109,6 +109,7 @@ def assert_same_bits(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
     assert torch.equal(found[1].view(torch.int32), expected[1].view(torch.int32))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_and_scales_are_those_of_the_definition(backend: str, signed: bool, block_size: int) -> None:
