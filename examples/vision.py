@@ -3,7 +3,7 @@
     pip install ".[examples]"
     python examples/vision.py
 
-Takes half a minute. The images are scikit-learn's 1,797 handwritten digits. Rounding is simulated: the weights and
+Takes 25 seconds. The images are scikit-learn's 1,797 handwritten digits. Rounding is simulated: the weights and
 inputs of linear layers are rounded to 16 values, and computed with in float32.
 """
 
