@@ -21,6 +21,11 @@ def has_amx() -> bool:
     return _capabilities().get("amx_bf16", False)
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which products of matrices are fast: bfloat16, but float32 on processors without it."""
+    return torch.bfloat16 if device.type != "cpu" or has_bfloat16() else torch.float32
+
+
 @functools.cache
 def _capabilities() -> Mapping[str, Any]:
     """Returns what torch 2.10 and later know of this processor; an empty mapping with others."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from opt8bit.backends import Rule
+from opt8bit.backends.processor import product_dtype
 from opt8bit.optim.base import Optimizer8bit
-from opt8bit.optim.newton_schulz import Coefficients, orthogonalized, product_dtype
+from opt8bit.optim.newton_schulz import Coefficients, orthogonalized
 from opt8bit.optim.options import LEAST, Options, check_count, check_flags, check_not_negative, check_real
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def direction_of(
     grad = -grad if maximize else grad
     momentum_buffer.lerp_(grad, 1 - momentum)
     direction = grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
-    return direction.to(product_dtype(direction)), momentum_buffer
+    return direction.to(product_dtype(direction.device)), momentum_buffer
 
 
 def orthogonalized_by_heads(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opt8bit.backends.processor import has_amx, has_bfloat16
+from opt8bit.backends.processor import has_amx, product_dtype
 
 LARGE = 512  # rows from which on it pays to do with fewer or smaller products
 LARGE_WITH_AMX = 4096  # and where a processor multiplies tiles, so that products take little beside copies
@@ -36,7 +36,7 @@ def orthogonalized(
     if x.dim() == 3 and len(x) == 1:  # products of batches of one are slower
         return orthogonalized(x[0], coefficients, steps, eps)[None]
     is_tall = x.shape[-2] > x.shape[-1]
-    x = x.to(product_dtype(x))
+    x = x.to(product_dtype(x.device))
     x = x.mT if is_tall else x
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)).contiguous()
     rows, columns = x.shape[-2:]
@@ -120,8 +120,3 @@ def _product(
         return torch.matmul(left, right, out=out)
     add_product = torch.addmm if left.dim() == 2 else torch.baddbmm
     return add_product(added, left, right, beta=beta, alpha=alpha, out=out)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of products on a tensor's device."""
-    return torch.bfloat16 if x.device.type != "cpu" or has_bfloat16() else torch.float32

@@ -6,16 +6,16 @@ from cases import gradients, parameter, train
 from torch.optim import _muon
 
 import opt8bit
-from opt8bit.backends import reference
+from opt8bit.backends import processor, reference
 from opt8bit.optim import muon as rules
 from opt8bit.optim import newton_schulz
 from opt8bit.optim.newton_schulz import LARGE, PANEL, orthogonalized, symmetric_product
 
 
 @pytest.fixture(autouse=True)
-def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that computes in bfloat16, as torch's Muon does on every one, and has no AMX."""
-    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: True)
     monkeypatch.setattr(newton_schulz, "has_amx", lambda: False)
 
 
@@ -90,7 +90,7 @@ def test_no_iterations_on_a_gram_matrix_leave_the_direction(
 def test_processors_without_bfloat16_compute_in_float32(
     shape: tuple[int, ...], large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: False)
     monkeypatch.setattr(newton_schulz, "LARGE", large)
     matrices = gradients(1, shape)[0]
     found = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)

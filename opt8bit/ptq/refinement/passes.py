@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from opt8bit.optim.newton_schulz import product_dtype
+from opt8bit.backends.processor import product_dtype
 from opt8bit.ptq.model.blocks import find_blocks
 from opt8bit.ptq.model.ends import ModelEnd
 from opt8bit.ptq.model.passes import Call, Refused
@@ -29,7 +29,7 @@ def products_of(model: nn.Module, batch: dict[str, Tensor]) -> torch.dtype:
     Float32 elsewhere, and float64 for a model in float64.
     """
     own = next(model.parameters()).dtype
-    return own if own == torch.float64 else product_dtype(batch["input_ids"])
+    return own if own == torch.float64 else product_dtype(batch["input_ids"].device)
 
 
 class Chain:
