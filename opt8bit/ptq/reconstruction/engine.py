@@ -17,16 +17,12 @@ from opt8bit.ptq.model.passes import Call
 from opt8bit.ptq.reconstruction.loss import Example, capped_weights, mixed_inputs, relative_error
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
 from opt8bit.ptq.reconstruction.scales import TrainScales
+from opt8bit.ptq.reconstruction.schedule import HOPELESS, SCHEDULES, is_look
 from opt8bit.ptq.reconstruction.trained_block import Best, TrainedBlock
 from opt8bit.recipe.arguments import check_count, check_flag, check_fraction, check_one_of, check_positive
 
 HELD_OUT = 8  # one batch of so many tells which parameters are best, and is not learned from
 FEWEST = 2  # batches: one to learn from and one to choose by
-HOPELESS = 5  # steps in a row without a finite loss and gradient end the training
-SCHEDULES: dict[str, Callable[[float], float]] = {  # what is left of a learning rate, by progress
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "linear": lambda progress: 1 - progress,
-}
 
 
 class Training(NamedTuple):
@@ -196,7 +192,7 @@ class Reconstruction:
                 dropped, in_a_row = dropped + 1, in_a_row + 1
             if in_a_row == HOPELESS:
                 break
-            if (step + 1) % math.ceil(self.steps / self.looks) == 0 or step + 1 == self.steps:
+            if is_look(step + 1, self.steps, self.looks):
                 best.look(step + 1)
         best.restore()
         if dropped:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.optim import AdamW8bit
+from opt8bit.ptq.reconstruction.schedule import HOPELESS, SCHEDULES, is_look
 from opt8bit.ptq.refinement.losses import Loss, Windows, joined
 from opt8bit.ptq.refinement.passes import Chain
 from opt8bit.ptq.refinement.student import Student
 from opt8bit.ptq.result import Refined, Step
-
-MOST_DROPPED = 5  # steps one after another, until training stops
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,13 @@ def train(
             found, dropped, in_a_row = math.nan, dropped + 1, in_a_row + 1
         optimizer.zero_grad()
         measured = None
-        if _is_look(step, schedule):
+        if is_look(step, schedule.steps, schedule.looks):
             measured = _mean_loss(chain, held_out, loss, schedule.windows)
             if measured < best:
                 best, kept, values = measured, step, [param.detach().clone() for param in params]
         left = (time.perf_counter() - started) / step * (schedule.steps - step)
         see(Step(step, schedule.steps, found, measured, left))
-        if in_a_row == MOST_DROPPED:
+        if in_a_row == HOPELESS:
             break
     with torch.no_grad():
         for param, value in zip(params, values, strict=True):
@@ -106,14 +105,10 @@ def _optimizer(student: Student, schedule: Schedule) -> AdamW8bit:
 
 def _set_lr(optimizer: AdamW8bit, schedule: Schedule, step: int) -> None:
     """Sets the learning rates of a step, counted from 1."""
-    fraction = (1 + math.cos(math.pi * (step - 1) / schedule.steps)) / 2
+    fraction = SCHEDULES["cosine"]((step - 1) / schedule.steps)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * fraction
-
-
-def _is_look(step: int, schedule: Schedule) -> bool:
-    return step == schedule.steps or step % math.ceil(schedule.steps / schedule.looks) == 0
 
 
 def _gradients(student: Student, chain: Chain, windows: Sequence[Windows], loss: Loss) -> float:
