@@ -1,0 +1,147 @@
+"""Adds a tokenizer to a GGUF file: byte-level BPE, from ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opt8bit.ptq.model.gguf.reading import package
+
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS: Mapping[str, tuple[tuple[Any, ...], ...]] = {  # llama.cpp's name: the parts in tokenizer.json
+    "gpt-2": (("ByteLevel", True),),
+    "smollm": (("Digits", True), ("ByteLevel", True)),
+    "llama-bpe": (("Split", _CONTRACTIONS + r"\p{N}{1,3}" + _REST), ("ByteLevel", False)),
+    "qwen2": (("Split", _CONTRACTIONS + r"\p{N}" + _REST), ("ByteLevel", False)),
+}
+KEEPS_WHOLE_WORDS = ("llama-bpe",)  # that llama.cpp looks up before it merges
+NORMALIZERS = (None, "NFC")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Checks that a tokenizer can be written, where there is one in a folder.
+
+    Raises:
+        ValueError: it is not byte-level BPE, or splits texts in a way that is not known here.
+    """
+    found = _read(folder)
+    if found is not None:
+        pre_tokenizer(found)
+
+
+def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
+    """Adds the tokenizer in a folder to a GGUF file, or says that there is none.
+
+    Args:
+        writer: of the file, gguf's ``GGUFWriter``.
+        folder: with the tokenizer's files, as transformers writes them.
+        vocabulary: rows of the embedding, of which the last may have no token.
+
+    Raises:
+        ValueError: as :func:`check_tokenizer`, or it has more tokens than the embedding has rows.
+    """
+    found, gguf = _read(folder), package()
+    if found is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    tokens, types = _tokens(found, vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(found))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    for kind in ("bos", "eos"):
+        special.add_special_token.setdefault(kind, False)  # or llama.cpp's own default for the pre-tokenizer holds
+    special.add_to_gguf(writer, quiet=True)
+
+
+def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
+    """Returns llama.cpp's name of how a tokenizer splits a text before it merges.
+
+    Args:
+        tokenizer: what ``tokenizer.json`` holds.
+
+    Raises:
+        ValueError: it is not byte-level BPE, or splits texts in a way that is not known here.
+    """
+    kind = tokenizer["model"].get("type")
+    parts = _parts(tokenizer.get("pre_tokenizer"))
+    if kind != "BPE" or not parts or parts[-1][0] != "ByteLevel":
+        raise ValueError(f"gguf holds tokenizers of byte-level BPE, got {kind} after {_words(parts)}")
+    normalizer = (tokenizer.get("normalizer") or {}).get("type")
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"gguf holds tokenizers with the normalizers none and NFC, got {normalizer}")
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == parts), None)
+    if name is None:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"gguf holds tokenizers that split texts as {known}, got {_words(parts)}")
+    if tokenizer["model"].get("ignore_merges") and name not in KEEPS_WHOLE_WORDS:
+        raise ValueError(f"llama.cpp has no ignore_merges for tokenizers that split texts as {name}")
+    return name
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Returns what ``tokenizer.json`` holds, or None where a folder has no tokenizer.
+
+    Raises:
+        ValueError: there is one in other files, or the file is damaged.
+    """
+    path = folder / TOKENIZER
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(found["model"], dict)
+            return found
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    others = [name for name in (SENTENCEPIECE, "vocab.json", "vocab.txt") if (folder / name).is_file()]
+    if others:
+        raise ValueError(f"gguf holds the tokenizer of {TOKENIZER}, and {folder} has only {', '.join(others)}")
+    return None
+
+
+def _parts(given: Any) -> tuple[tuple[Any, ...], ...]:
+    """Returns the parts of a pre-tokenizer, as :data:`PRE_TOKENIZERS` has them."""
+    if given is None:
+        return ()
+    found: list[tuple[Any, ...]] = []
+    for part in given["pretokenizers"] if given["type"] == "Sequence" else [given]:
+        kind = part["type"]
+        if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+            found.append((kind, part["pattern"].get("Regex")))
+        elif kind == "Digits":
+            found.append((kind, part.get("individual_digits")))
+        elif kind == "ByteLevel" and not part.get("add_prefix_space"):
+            found.append((kind, part.get("use_regex", True)))
+        else:
+            found.append((json.dumps(part),))
+    return tuple(found)
+
+
+def _words(parts: tuple[tuple[Any, ...], ...]) -> str:
+    return " and ".join(" ".join(map(str, part)) for part in parts) or "no pre-tokenizer"
+
+
+def _tokens(tokenizer: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+    """Returns the tokens by number, and their types.
+
+    Raises:
+        ValueError: there are more than the embedding has rows.
+    """
+    kinds = package().TokenType
+    tokens = [f"[PAD{i}]" for i in range(vocabulary)]
+    types = [int(kinds.UNUSED)] * vocabulary
+    found = [(token, i, kinds.NORMAL) for token, i in tokenizer["model"]["vocab"].items()]
+    found += [
+        (added["content"], added["id"], kinds.CONTROL if added["special"] else kinds.USER_DEFINED)
+        for added in tokenizer.get("added_tokens", [])
+    ]
+    for token, i, kind in found:
+        if i >= vocabulary:
+            raise ValueError(f"token {i}, {token!r}, has no row in the embedding, which has {vocabulary}")
+        tokens[i], types[i] = token, int(kind)
+    return tokens, types
