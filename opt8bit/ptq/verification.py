@@ -1,4 +1,4 @@
-"""What was found of a written checkpoint, and what is right."""
+"""Holds what verify finds of a checkpoint, and what it may find."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         {"mlx": Runs((2, 3, 4, 5, 6, 8), (), (32, 64, 128), otherwise="refuses")},
     ),
     "llama.cpp": Runtime(
-        "llama.cpp b11549",
+        "llama.cpp, as in xllamacpp 2026.10",
         "llama-cli --model {quoted}/model.gguf --prompt 'Once upon a time'",
         {"gguf": Runs((4, 5, 8), (), (32,))},
         # It adds biases to their queries, keys and values; in transformers those come with one of the output.

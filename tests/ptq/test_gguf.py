@@ -247,8 +247,9 @@ def test_how_a_text_is_split_is_told_by_name(found: dict[str, Any], expected: st
             "llama",
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             {},
-            "must be one of default, linear, llama3",
+            "llama has the rope_type default, linear, llama3",
         ),
+        ("qwen2", {"rope_scaling": LLAMA3}, {}, "llama.cpp's qwen2 has the rope_type default, linear, got 'llama3'"),
         ("qwen3", {"attention_bias": True}, {}, r"o_proj.bias: llama.cpp's qwen3 has no place for it"),
         ("gemma3", {"query_pre_attn_scalar": 64}, {}, "llama.cpp's gemma3 has query_pre_attn_scalar=16, got 64"),
     ],
@@ -272,7 +273,7 @@ def test_other_models_are_refused() -> None:
 def test_no_biases_are_made_that_llama_cpp_refuses(tmp_path: Path) -> None:
     made = compressed(make("qwen3"), bias_correction="sequential")
     notes = {row.note for row in made.report if row.name.endswith("q_proj")}
-    assert notes == {"llama.cpp b11549 does not load all biases that come with this one"}
+    assert notes == {"llama.cpp, as in xllamacpp 2026.10 does not load all biases that come with this one"}
     folder = ptq.export(made, tmp_path / "out")
     assert not any(name.endswith(".bias") for name in stored(folder))
     assert json.loads((folder / "config.json").read_text())["attention_bias"] is False

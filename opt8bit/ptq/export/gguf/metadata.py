@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model besides its tensors: sizes, rotary embedding, attention."""
+"""Adds what a GGUF file says of a model besides its tensors: sizes, rotary embedding, attention."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import Tensor
 
 from opt8bit.ptq.model.gguf.architectures import Architecture
 
-ROPE_TYPES = ("default", "linear", "llama3")
-
 
 class Rope(NamedTuple):
-    """A rotary embedding: ``kind`` is one of :data:`ROPE_TYPES`, ``options`` are what transformers keeps of it."""
+    """A rotary embedding: its base, its ``rope_type`` in transformers, and what else transformers keeps of it."""
 
     theta: float
     kind: str
@@ -34,8 +32,10 @@ def check_metadata(architecture: Architecture, config: Any) -> None:
     if activation != architecture.activation:
         wanted = architecture.activation
         raise ValueError(f"llama.cpp's {architecture.name} has the activation {wanted!r}, got {activation!r}")
-    for kind in ("full_attention", "sliding_attention"):
-        rope_of(config, kind)
+    rope = rope_of(config)
+    if rope.kind not in architecture.rope_types:
+        allowed = ", ".join(architecture.rope_types)
+        raise ValueError(f"llama.cpp's {architecture.name} has the rope_type {allowed}, got {rope.kind!r}")
 
 
 def _check_gemma3(config: Any) -> None:
@@ -52,19 +52,13 @@ def _check_gemma3(config: Any) -> None:
 
 
 def rope_of(config: Any, kind: str = "full_attention") -> Rope:
-    """Returns the rotary embedding of the layers of a kind, from the words of transformers 5 or of those before it.
-
-    Raises:
-        ValueError: llama.cpp has it not.
-    """
+    """Returns the rotary embedding of the layers of a kind, from the words of transformers 5 or of those before it."""
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     options = dict(options.get(kind) or options)
     theta = options.pop("rope_theta", None) or config.rope_theta
     if kind == "sliding_attention" and hasattr(config, "rope_local_base_freq"):
         theta, options = config.rope_local_base_freq, {}
     found = options.pop("rope_type", None) or options.pop("type", None) or "default"
-    if found not in ROPE_TYPES:
-        raise ValueError(f"the rotary embedding's rope_type must be one of {', '.join(ROPE_TYPES)}, got {found!r}")
     return Rope(float(theta), found, options)
 
 

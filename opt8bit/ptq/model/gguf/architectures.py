@@ -44,6 +44,7 @@ class Architecture:
             channels of its two halves: the rows of queries and keys stand in another order then.
         norm_offset: what it has added to the scales of norms.
         activation: of the MLP, as ``hidden_act`` of transformers has it.
+        rope_types: of its rotary embedding, as transformers has them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Architecture:
     turns_neighbours: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
+    rope_types: tuple[str, ...] = ("default", "linear")
 
     def stored_name(self, name: str) -> str | None:
         """Returns llama.cpp's name of a tensor of the model, or None where it has none."""
@@ -92,7 +94,13 @@ def as_halves(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-_LLAMA = Architecture("llama", _PRE_NORM, frozenset(_LAYERS.values()) - {"attn_norm"}, turns_neighbours=True)
+_LLAMA = Architecture(
+    "llama",
+    _PRE_NORM,
+    frozenset(_LAYERS.values()) - {"attn_norm"},
+    turns_neighbours=True,
+    rope_types=("default", "linear", "llama3"),
+)
 _GEMMA3 = Architecture(
     "gemma3",
     {**_LAYERS, **_HEAD_NORMS, **_SANDWICHED},
