@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +29,7 @@ from opt8bit.ptq.model.source import Checkpoint
 from opt8bit.ptq.report import FOLDER, PROBE
 from opt8bit.ptq.verification import TOLERANCES, Verification
 from opt8bit.recipe.registry import FORMATS
+from opt8bit.warning import quiet
 
 
 def verify(
@@ -220,7 +220,7 @@ def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tupl
     model_class = auto_class(config)
     if unpacked is not None:
         options |= _offloading(config, unpacked, trust_remote_code)
-    with _quiet("accelerate.big_modeling"):
+    with quiet("accelerate.big_modeling"):  # that parameters are on disk is what was asked for
         return model_class.from_pretrained(
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, **options
         )
@@ -238,18 +238,6 @@ def _offloading(config: Any, unpacked: str, trust_remote_code: bool) -> dict[str
     for name, value in options.items():
         setattr(config, name, value)
     return {"config": config, "device_map": device_map(skeleton), "offload_folder": unpacked}
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Silences a logger's warnings: that parameters are on disk is what was asked for."""
-    logger = logging.getLogger(name)
-    had = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(had)
 
 
 def _tolerance(folder: Path, model: Any) -> float:

@@ -44,6 +44,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", GEMMA),
 }
 LAYER = "model.layers.1.self_attn.q_proj"
+# The regular expressions of Qwen2's and LLaMA 3's tokenizer.json.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_BPE = QWEN2.replace(r"\p{N}| ", r"\p{N}{1,3}| ")
 
 
 def make(name: str = "llama", **options: Any) -> Any:
@@ -65,20 +70,46 @@ def compressed(model: Any, **options: Any) -> ptq.Result:
     return ptq.compress(model, ids(), **{"bits": 4, "runtime": "llama.cpp", "method": "rtn", **options})
 
 
-def tokenizer() -> Any:
-    """Byte-level BPE with a few words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tokenizer(pattern: str | None = None, digits: bool = False) -> Any:
+    """Byte-level BPE with a few words, of texts that are split before as GPT-2 does, or by a pattern."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     made: Any = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    parts += [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*parts, byte_level]) if parts else byte_level
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(["the cat sat on the mat. " * 20], trainer)
+    made.train_from_iterator(["the cat sat on the mat. It's 12345 \n\n" * 20], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece(prefix: bool) -> Any:
+    """BPE as transformers makes it of SentencePiece: spaces are letters, other letters are bytes, and all ways to make
+    a token are merges, in the order of the tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz.,'"]
+    words = ["th", "▁th", "▁the", "at", "▁c", "▁cat", "in", "ing", "▁s", "▁sat", "▁▁", "▁on", "the", "he", "▁m", "▁mat"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, *letters]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    splits = [(word[:i], word[i:]) for word in words for i in range(1, len(word))]
+    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    made: Any = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    replaced: list[Any] = [normalizers.Replace(" ", "▁")]
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *replaced] if prefix else replaced)
+    if not prefix:
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -188,6 +219,47 @@ def test_the_tokenizer_is_told(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.add_bos_token"] is False and found["tokenizer.chat_template"] == "{{ messages }}"
 
 
+def test_sentencepiece_is_told_by_its_merges(tmp_path: Path) -> None:
+    folder = ptq.export(compressed(make()), tmp_path / "out", tokenizer=sentencepiece(prefix=True))
+    found = fields(folder)
+    assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    scores = dict(zip(tokens, found["tokenizer.ggml.scores"], strict=True))
+    assert scores["th"] == 0 > scores["▁th"] > scores["▁the"] > scores["▁mat"] > scores["a"] == scores["</s>"]
+    kinds = gguf.TokenType
+    assert types[:4] == [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.BYTE] and types[-1] == kinds.UNUSED
+    assert found["tokenizer.ggml.add_bos_token"] is True
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "sentencepiece", "sentencepiece, prefix"])
+def test_llama_cpp_splits_texts_alike(kind: str, tmp_path: Path) -> None:
+    xllamacpp: Any = pytest.importorskip("xllamacpp")
+    if kind.startswith("sentencepiece"):
+        ours = sentencepiece(kind.endswith("prefix"))
+    else:
+        ours = tokenizer({"llama-bpe": LLAMA_BPE, "qwen2": QWEN2}.get(kind), digits=kind == "smollm")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(ptq.export(compressed(make()), tmp_path / "out", tokenizer=ours) / "model.gguf")
+    params.n_ctx, params.warmup = 128, False
+    server = xllamacpp.Server(params)
+    letter = ours.convert_tokens_to_ids("a")
+
+    def behind(prompt: Any) -> Any:
+        asked = {"n_predict": 1, "n_probs": 9, "cache_prompt": False, "logit_bias": [[letter, 1e3]]}
+        answer = server.handle_completions({"prompt": prompt, **asked})
+        (chosen,) = answer["choices"][0]["logprobs"]["content"]
+        return answer["usage"]["prompt_tokens"], [each["logprob"] for each in chosen["top_logprobs"]]
+
+    for text in [
+        "the cat sat on the mat.",
+        "  the  cat",
+        "naïve café, 日本語 🙂\n\nit's",
+        "THE CAT'S 123456 cats!",
+        "12",
+    ]:
+        assert behind(text) == behind(ours(text)["input_ids"]), text
+
+
 def with_parts(parts: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
     return {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}, **others}
 
@@ -197,11 +269,6 @@ def split(pattern: str) -> dict[str, Any]:
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-# The regular expressions of Qwen2's and LLaMA 3's tokenizer.json.
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA_BPE = QWEN2.replace(r"\p{N}| ", r"\p{N}{1,3}| ")
 
 
 @pytest.mark.parametrize(
@@ -216,8 +283,8 @@ LLAMA_BPE = QWEN2.replace(r"\p{N}| ", r"\p{N}{1,3}| ")
             r"that split texts as gpt-2, smollm, llama-bpe, qwen2, got Split \\d\+ and",
         ),
         (with_parts([split(QWEN2), BYTES], normalizer={"type": "NFKC"}), "normalizers none and NFC, got NFKC"),
-        ({"model": {"type": "WordLevel"}, "pre_tokenizer": BYTES}, "byte-level BPE, got WordLevel after ByteLevel"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "byte-level BPE, got BPE after no pre-tokenizer"),
+        ({"model": {"type": "WordLevel"}, "pre_tokenizer": BYTES}, "BPE and SentencePiece, got WordLevel after ByteL"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "BPE and SentencePiece, got BPE after no pre-tokenizer"),
         (
             {"model": {"type": "BPE", "ignore_merges": True}, "pre_tokenizer": {**BYTES, "use_regex": True}},
             "llama.cpp has no ignore_merges for tokenizers that split texts as gpt-2",
