@@ -12,7 +12,9 @@ from opt8bit.ptq.calibration.statistics import InputStatistics
 from opt8bit.ptq.model.blocks import find_blocks
 from opt8bit.ptq.result import Change
 from opt8bit.ptq.rounding import RTN
-from opt8bit.quant.weight import WeightScheme
+from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
+
+ROWS = 16_384  # that are rounded at once
 
 
 class Outside:
@@ -35,10 +37,8 @@ class Outside:
         for name, param in model.named_parameters():
             is_outside = not name.startswith(f"{prefix}.")
             if is_outside and param.dim() == 2 and param.shape[1] % (scheme.group_size or 1) == 0:
-                weight = param.detach().to(torch.promote_types(param.dtype, torch.float32))
-                rounded = RTN().round(weight, InputStatistics(), scheme)
-                self.changes[name] = rounded
-                self._rounded.append((param, rounded.dequantize().to(param.dtype)))
+                self.changes[name], weight = _rounded(param.detach(), scheme)
+                self._rounded.append((param, weight))
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -51,3 +51,14 @@ class Outside:
         finally:
             for (param, _), data in zip(self._rounded, had, strict=True):
                 param.data = data
+
+
+def _rounded(weight: Tensor, scheme: WeightScheme) -> tuple[QuantizedWeight, Tensor]:
+    """Returns a weight (out, in) rounded to nearest, and its values in its own dtype. Some rows are copied at a time."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    found = [RTN().round(rows.to(dtype), InputStatistics(), scheme) for rows in weight.split(ROWS)]
+    parts = [rounded.parts[0] for rounded in found]
+    params = type(parts[0].params)(*map(torch.cat, zip(*(part.params for part in parts), strict=True)))
+    whole = Part(scheme.grid, torch.cat([part.codes for part in parts]), params)
+    values = torch.cat([part.dequantize().to(weight.dtype) for part in parts])
+    return QuantizedWeight((weight.shape[0], weight.shape[1]), (whole,)), values

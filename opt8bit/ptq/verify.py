@@ -155,7 +155,8 @@ def _differences(folder: Path, contents: Contents | None, record: SourceRecord, 
     found = []
     if record.tensors and contents is not None:
         packed = {f"{name}.weight": layer.shape for name, layer in contents.layers.items() if layer.bits}
-        found += differences(record, contents.tensors, packed, FORMATS[contents.format].parts)
+        format = FORMATS[contents.format]
+        found += differences(record, contents.tensors, packed, format.parts, format.keeps_others)
     elif record.tensors:
         stored = {name: header for file in set(files_of(folder).values()) for name, header in headers(file)}
         found += differences(record, stored, {}, ())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import GATED, _make
 
 from opt8bit import ptq
@@ -318,6 +319,7 @@ def test_how_a_text_is_split_is_told_by_name(found: dict[str, Any], expected: st
         ),
         ("qwen2", {"rope_scaling": LLAMA3}, {}, "llama.cpp's qwen2 has the rope_type default, linear, got 'llama3'"),
         ("qwen3", {"attention_bias": True}, {}, r"o_proj.bias: llama.cpp's qwen3 has no place for it"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, {}, "gemma3 has final_logit_softcapping=None, got 30.0"),
         ("gemma3", {"query_pre_attn_scalar": 64}, {}, "llama.cpp's gemma3 has query_pre_attn_scalar=16, got 64"),
     ],
     ids=str,
@@ -353,6 +355,35 @@ def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.mlp\.down_proj.weight has values that float16 does not hold"):
         ptq.export(made, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_the_model_does_not_load_are_left(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    made = compressed(ptq.Checkpoint(tmp_path / "model"))
+    folder = ptq.export(made, tmp_path / "out")
+    assert ptq.verify(folder).is_right and not any("inv_freq" in name for name in stored(folder))
+
+
+def test_a_checkpoint_with_other_names_is_refused(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(
+        ValueError, match=r"model.embed_tokens.weight: .* the model's own names, got embed_tokens.weight"
+    ):
+        compressed(ptq.Checkpoint(tmp_path / "model"))
+
+
+def test_a_damaged_file_is_told_by_its_name(tmp_path: Path) -> None:
+    folder = ptq.export(compressed(make()), tmp_path / "out")
+    data = (folder / "model.gguf").read_bytes()
+    for kept in (0, 20, len(data) // 2):
+        (folder / "model.gguf").write_bytes(data[:kept])
+        with pytest.raises(ValueError, match=r"out/model\.gguf is missing or damaged"):
+            inspect(folder)
 
 
 def test_windows_of_attention_shorten_the_context(tmp_path: Path) -> None:

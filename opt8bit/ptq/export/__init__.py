@@ -75,8 +75,7 @@ def check_format(format: str, source: Source, plan: Plan) -> None:
     if source.files is None:
         _check_configurations(source.model)
     FORMATS[format].check(source.model, planned, left)
-    if source.files is not None:
-        FORMATS[format].check_files(source.files)
+    FORMATS[format].check_source(source)
     runtime = runtime_of(plan.runtime)
     refused = [] if runtime is None else _not_run(format, source, planned, [runtime])
     if refused:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.rounding import Rounder
@@ -73,6 +73,7 @@ class CheckpointFormat(ABC):
         is_packed: whether weights are stored as codes.
         is_symmetric: whether it holds symmetric grids alone.
         is_read_by_transformers: whether transformers loads it.
+        keeps_others: whether it holds tensors that the model does not load, too.
         runtime: the program that alone reads it, a name of :data:`RUNTIMES`; None for several.
         outside: how it stores the matrices outside of a model's blocks, if not as they are.
         scale_dtype: in which scales are stored, if it is not the dtype of the layer's weight.
@@ -83,6 +84,7 @@ class CheckpointFormat(ABC):
     is_packed: ClassVar[bool]
     is_symmetric: ClassVar[bool] = False
     is_read_by_transformers: ClassVar[bool] = True
+    keeps_others: ClassVar[bool] = True
     runtime: ClassVar[str | None] = None
     outside: ClassVar[WeightScheme | None] = None
     scale_dtype: ClassVar[torch.dtype | None] = None
@@ -105,8 +107,8 @@ class CheckpointFormat(ABC):
             ValueError: the format cannot hold one; the message names it, and what to use instead.
         """
 
-    def check_files(self, files: CheckpointFiles) -> None:
-        """Checks that what lies beside the weights of a source can be written.
+    def check_source(self, source: Source) -> None:
+        """Checks that what a source has besides its model can be written.
 
         Raises:
             ValueError: the format cannot hold it.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from opt8bit.ptq.export.gguf.tokenizer import add_tokenizer, check_tokenizer
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.uniform import check_uniform, kind_of, scheme_of, stored_part, uniform_grid
 from opt8bit.ptq.model.bias_places import config_with_places
-from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
 from opt8bit.ptq.model.gguf.architectures import BIAS, WEIGHT, Architecture, architecture_of, as_neighbours
 from opt8bit.ptq.model.gguf.blocks import GROUP, TYPES, bits_of, pack_blocks, unpack_blocks
 from opt8bit.ptq.model.gguf.reading import BLOCKS, FILE, opened, package
+from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.tensor_files import DTYPES, Header
 from opt8bit.ptq.result import Result
 from opt8bit.quant.uniform import UniformGrid
@@ -40,6 +41,7 @@ class GGUFFormat(HuggingFaceFormat):
     """
 
     parts = (BLOCKS,)
+    keeps_others = False
     runtime = "llama.cpp"
     is_packed = True
     is_symmetric = True
@@ -58,8 +60,13 @@ class GGUFFormat(HuggingFaceFormat):
         for name, planned in layers.items():
             _check_layer(name, planned)
 
-    def check_files(self, files: CheckpointFiles) -> None:
-        check_tokenizer(files.folder)
+    def check_source(self, source: Source) -> None:
+        for name, _ in source.model.named_parameters():
+            stored = source.stored_name(name)
+            if stored not in (None, name):
+                raise ValueError(f"{name}: gguf is written of checkpoints with the model's own names, got {stored}")
+        if source.files is not None:
+            check_tokenizer(source.files.folder)
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
         part, grid = stored_part(weight)
@@ -111,17 +118,17 @@ class GGUFFormat(HuggingFaceFormat):
 
 @contextmanager
 def _written(file: Path, architecture: Architecture) -> Iterator[Any]:
-    """Yields gguf's writer, whose tensors wait on disk: what it has been given is in the file at the end."""
+    """Yields gguf's writer: what it has been given is in the file at the end. Until then tensors wait beside it."""
     writer = package().GGUFWriter(file, architecture.name, use_temp_file=True)
-    try:
-        yield writer
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-        if writer.temp_file is not None:
-            writer.temp_file.close()
+    with TemporaryFile(dir=file.parent) as waiting:
+        writer.temp_file = waiting  # or it would make one where temporary files are, which may be the memory
+        try:
+            yield writer
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
 def stored_tensor(

@@ -33,6 +33,9 @@ def check_metadata(architecture: Architecture, config: Any) -> None:
         wanted = architecture.activation
         raise ValueError(f"llama.cpp's {architecture.name} has the activation {wanted!r}, got {activation!r}")
     rope = rope_of(config)
+    part = rope.options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    if part not in (None, 1):
+        raise ValueError(f"llama.cpp's {architecture.name} turns all channels of a head, got {part!r} of them")
     if rope.kind not in architecture.rope_types:
         allowed = ", ".join(architecture.rope_types)
         raise ValueError(f"llama.cpp's {architecture.name} has the rope_type {allowed}, got {rope.kind!r}")
@@ -43,10 +46,16 @@ def _check_gemma3(config: Any) -> None:
     Raises:
         ValueError: it is a variant that llama.cpp has not.
     """
-    wanted = {"query_pre_attn_scalar": config.head_dim, "attn_logit_softcapping": None}
-    for name, value in wanted.items():
-        if getattr(config, name, None) != value:
-            raise ValueError(f"llama.cpp's gemma3 has {name}={value!r}, got {getattr(config, name, None)!r}")
+    wanted = {
+        "query_pre_attn_scalar": (config.head_dim,),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "use_bidirectional_attention": (None, False),
+    }
+    for name, values in wanted.items():
+        found = getattr(config, name, None)
+        if found not in values:
+            raise ValueError(f"llama.cpp's gemma3 has {name}={values[0]!r}, got {found!r}")
     if rope_of(config, "sliding_attention").kind != "default":
         raise ValueError("llama.cpp's gemma3 does not scale the rotary embedding of layers that see a window")
 
@@ -107,8 +116,6 @@ def _add_gemma3(writer: Any, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     writer.add_float32("gemma3.rope.freq_base_swa", rope_of(config, "sliding_attention").theta)
-    if config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def frequency_divisors(config: Any) -> Tensor | None:
