@@ -54,7 +54,7 @@ class Outside:
 
 
 def _rounded(weight: Tensor, scheme: WeightScheme) -> tuple[QuantizedWeight, Tensor]:
-    """Returns a weight (out, in) rounded to nearest, and its values in its own dtype. Some rows are copied at a time."""
+    """Returns a weight (out, in) rounded to nearest, and its values in its dtype. Some rows at a time are copied."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     found = [RTN().round(rows.to(dtype), InputStatistics(), scheme) for rows in weight.split(ROWS)]
     parts = [rounded.parts[0] for rounded in found]

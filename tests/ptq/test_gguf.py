@@ -377,6 +377,15 @@ def test_a_checkpoint_with_other_names_is_refused(tmp_path: Path) -> None:
         compressed(ptq.Checkpoint(tmp_path / "model"))
 
 
+def test_biases_are_not_added_to_a_file(tmp_path: Path) -> None:
+    from opt8bit.ptq.corrected_checkpoint.correction import correct_checkpoint
+
+    model = make()
+    source = ptq.Checkpoint(ptq.export(compressed(model), tmp_path / "out"), unpack=True)
+    with pytest.raises(ValueError, match=r"biases are added to .safetensors files, got .*model.gguf"):
+        correct_checkpoint(source, model, ids(), tmp_path / "corrected")
+
+
 def test_a_damaged_file_is_told_by_its_name(tmp_path: Path) -> None:
     folder = ptq.export(compressed(make()), tmp_path / "out")
     data = (folder / "model.gguf").read_bytes()
@@ -417,6 +426,9 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.count("5-bit signed") == 14
     page = (tmp_path / "out" / "opt8bit" / "report.html").read_text()
     assert "llama-cli --model" in page and f"{tmp_path / 'out'}/model.gguf" in page
+    evaluate = ["evaluate", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), "--samples", "2"]
+    assert main([*evaluate, "--sequence-length", "16"]) == 0
+    assert "perplexity " in capsys.readouterr().out
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"model.gguf", "config.json", "tokenizer.json"} <= names and "model.safetensors" not in names
 
