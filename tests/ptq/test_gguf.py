@@ -90,6 +90,10 @@ def tokenizer(pattern: str | None = None, digits: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
+def export(made: ptq.Result, folder: Path, tokenizer_of: Any = None) -> Path:
+    return ptq.export(made, folder / "out", tokenizer=tokenizer_of or tokenizer())
+
+
 def sentencepiece(prefix: bool) -> Any:
     """BPE as transformers makes it of SentencePiece: spaces are letters, other letters are bytes, and all ways to make
     a token are merges, in the order of the tokens.
@@ -156,7 +160,7 @@ def test_what_was_written_is_read_back(name: str, bits: int, tmp_path: Path) -> 
     if bits != 4 and name != "llama, biases":
         pytest.skip("widths are tested with one model")
     made = compressed(make(name), bits=bits, bias_correction="sequential")
-    folder = ptq.export(made, tmp_path / "out")
+    folder = export(made, tmp_path)
     verification = ptq.verify(folder)
     assert verification.is_right and verification.error < (1e-5 if name == "gemma3" else 1e-12)
     contents = inspect(folder)
@@ -173,7 +177,7 @@ def test_what_was_written_is_read_back(name: str, bits: int, tmp_path: Path) -> 
 def test_each_kind_of_tensor_has_its_type(tmp_path: Path) -> None:
     model = make(hidden_size=64, intermediate_size=48)  # which 32 does not divide
     overrides = {"*.down_proj": None, "*.v_proj": {"bits": 8}}
-    folder = ptq.export(compressed(model, overrides=overrides, bias_correction="local"), tmp_path / "out")
+    folder = export(compressed(model, overrides=overrides, bias_correction="local"), tmp_path)
     kinds = {name: tensor.tensor_type.name for name, tensor in stored(folder).items()}
     assert kinds["token_embd.weight"] == kinds["output.weight"] == kinds["blk.1.attn_v.weight"] == "Q8_0"
     assert kinds["blk.1.attn_q.weight"] == kinds["blk.1.ffn_up.weight"] == "Q4_0"
@@ -183,7 +187,7 @@ def test_each_kind_of_tensor_has_its_type(tmp_path: Path) -> None:
 
 
 def test_a_changed_code_is_noticed(tmp_path: Path) -> None:
-    folder = ptq.export(compressed(make()), tmp_path / "out")
+    folder = export(compressed(make()), tmp_path)
     data = gguf.GGUFReader(folder / "model.gguf", "r+")
     tensor = next(tensor for tensor in data.tensors if tensor.name == "blk.1.ffn_down.weight")
     tensor.data[:, 2:18] ^= 0x77
@@ -193,7 +197,7 @@ def test_a_changed_code_is_noticed(tmp_path: Path) -> None:
 
 def test_the_configuration_is_told(tmp_path: Path) -> None:
     model = make("llama3", rms_norm_eps=1e-5)
-    folder = ptq.export(compressed(model), tmp_path / "out", tokenizer=tokenizer())
+    folder = export(compressed(model), tmp_path)
     found = fields(folder)
     assert found["general.architecture"] == "llama" and found["llama.block_count"] == 2
     assert found["llama.attention.head_count"] == 4 and found["llama.attention.head_count_kv"] == 2
@@ -209,7 +213,7 @@ def test_the_configuration_is_told(tmp_path: Path) -> None:
 def test_the_tokenizer_is_told(tmp_path: Path) -> None:
     ours = tokenizer()
     ours.chat_template = "{{ messages }}"
-    folder = ptq.export(compressed(make()), tmp_path / "out", tokenizer=ours)
+    folder = export(compressed(make()), tmp_path, ours)
     found = fields(folder)
     assert found["tokenizer.ggml.tokens"][: len(ours)] == ours.convert_ids_to_tokens(range(len(ours)))
     assert found["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCABULARY - 1}]"
@@ -221,7 +225,7 @@ def test_the_tokenizer_is_told(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_is_told_by_its_merges(tmp_path: Path) -> None:
-    folder = ptq.export(compressed(make()), tmp_path / "out", tokenizer=sentencepiece(prefix=True))
+    folder = export(compressed(make()), tmp_path, sentencepiece(prefix=True))
     found = fields(folder)
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
@@ -240,7 +244,7 @@ def test_llama_cpp_splits_texts_alike(kind: str, tmp_path: Path) -> None:
     else:
         ours = tokenizer({"llama-bpe": LLAMA_BPE, "qwen2": QWEN2}.get(kind), digits=kind == "smollm")
     params = xllamacpp.CommonParams()
-    params.model.path = str(ptq.export(compressed(make()), tmp_path / "out", tokenizer=ours) / "model.gguf")
+    params.model.path = str(export(compressed(make()), tmp_path, ours) / "model.gguf")
     params.n_ctx, params.warmup = 128, False
     server = xllamacpp.Server(params)
     letter = ours.convert_tokens_to_ids("a")
@@ -343,7 +347,7 @@ def test_no_biases_are_made_that_llama_cpp_refuses(tmp_path: Path) -> None:
     made = compressed(make("qwen3"), bias_correction="sequential")
     notes = {row.note for row in made.report if row.name.endswith("q_proj")}
     assert notes == {"llama.cpp, as in xllamacpp 2026.10 does not load all biases that come with this one"}
-    folder = ptq.export(made, tmp_path / "out")
+    folder = export(made, tmp_path)
     assert not any(name.endswith(".bias") for name in stored(folder))
     assert json.loads((folder / "config.json").read_text())["attention_bias"] is False
 
@@ -353,7 +357,7 @@ def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e5
     made = compressed(model, overrides={"*.down_proj": None})
     with pytest.raises(ValueError, match=r"0\.mlp\.down_proj.weight has values that float16 does not hold"):
-        ptq.export(made, tmp_path / "out")
+        export(made, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -363,7 +367,7 @@ def test_tensors_that_the_model_does_not_load_are_left(tmp_path: Path) -> None:
     file = tmp_path / "model" / "model.safetensors"
     save_file({**load_file(file), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
     made = compressed(ptq.Checkpoint(tmp_path / "model"))
-    folder = ptq.export(made, tmp_path / "out")
+    folder = export(made, tmp_path)
     assert ptq.verify(folder).is_right and not any("inv_freq" in name for name in stored(folder))
 
 
@@ -381,13 +385,13 @@ def test_biases_are_not_added_to_a_file(tmp_path: Path) -> None:
     from opt8bit.ptq.corrected_checkpoint.correction import correct_checkpoint
 
     model = make()
-    source = ptq.Checkpoint(ptq.export(compressed(model), tmp_path / "out"), unpack=True)
+    source = ptq.Checkpoint(export(compressed(model), tmp_path), unpack=True)
     with pytest.raises(ValueError, match=r"biases are added to .safetensors files, got .*model.gguf"):
         correct_checkpoint(source, model, ids(), tmp_path / "corrected")
 
 
 def test_a_damaged_file_is_told_by_its_name(tmp_path: Path) -> None:
-    folder = ptq.export(compressed(make()), tmp_path / "out")
+    folder = export(compressed(make()), tmp_path)
     data = (folder / "model.gguf").read_bytes()
     for kept in (0, 20, len(data) // 2):
         (folder / "model.gguf").write_bytes(data[:kept])
@@ -395,8 +399,15 @@ def test_a_damaged_file_is_told_by_its_name(tmp_path: Path) -> None:
             inspect(folder)
 
 
+def test_a_file_without_a_tokenizer_is_warned_of(tmp_path: Path) -> None:
+    made = compressed(make())
+    with pytest.warns(UserWarning, match="no tokenizer, without which llama.cpp's programs do not run it"):
+        folder = ptq.export(made, tmp_path / "out")
+    assert fields(folder)["tokenizer.ggml.model"] == "no_vocab" and ptq.verify(folder).run_error is None
+
+
 def test_windows_of_attention_shorten_the_context(tmp_path: Path) -> None:
-    folder = ptq.export(compressed(make("mistral", sliding_window=40)), tmp_path / "out")
+    folder = export(compressed(make("mistral", sliding_window=40)), tmp_path)
     assert fields(folder)["llama.context_length"] == 40
 
 
@@ -461,7 +472,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
         if param_name.endswith(".bias"):
             param.data += torch.randn_like(param)
     made = compressed(model, bias_correction="sequential")
-    folder = ptq.export(made, tmp_path / "out", tokenizer=tokenizer())
+    folder = export(made, tmp_path)
     text = ids(1)[0]
     with torch.no_grad():
         expected = made.compressed_model()(text[None]).logits[0, -1].log_softmax(-1)
@@ -474,7 +485,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 
 def test_what_llama_cpp_computes_otherwise_is_noticed(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    folder = ptq.export(compressed(make()), tmp_path / "out", tokenizer=tokenizer())
+    folder = export(compressed(make()), tmp_path)
     data = gguf.GGUFReader(folder / "model.gguf", "r+")
     data.fields["llama.rope.freq_base"].parts[-1][:] = 10.0  # of which our own decoder knows nothing
     data.data.flush()

@@ -49,6 +49,7 @@ def grids(folder: Path) -> set[tuple[int | None, str | None]]:
     return {(layer.bits, layer.grid) for layer in inspect(folder).layers.values()}
 
 
+@pytest.mark.filterwarnings("ignore:the GGUF file gets no tokenizer")
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("i", range(4), ids=["2", "3", "4", "8"])
 @pytest.mark.parametrize("runtime", RUNTIMES)

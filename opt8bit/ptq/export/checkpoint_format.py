@@ -166,8 +166,8 @@ class CheckpointFormat(ABC):
         return None
 
     def log_probabilities(self, folder: Path, token_ids: Tensor) -> Tensor | None:
-        """Returns what the program that reads the format computes: of each token the logarithm of its probability
-        behind a text, (tokens,), or None where it is not installed or not known.
+        """Returns each token's log-probability behind a text, (tokens,), by the program that reads the format, or None
+        where it is not installed or not known.
 
         Args:
             folder: of a checkpoint.

@@ -113,17 +113,15 @@ def who_skips(model_type: str | None, layer: str, runtimes: Sequence[Runtime] = 
         layer: its own name, the last part of the whole.
         runtimes: that are meant to run it.
     """
-
-    def titles(biases: Callable[[Runtime], Iterable[tuple[str, str]]]) -> str:
-        def has(runtime: Runtime) -> bool:
-            return any(kind == model_type and re.fullmatch(own, layer) for kind, own in biases(runtime))
-
-        return " and ".join(runtime.title for runtime in runtimes if has(runtime))
-
-    unused, refusing = titles(lambda runtime: runtime.unused_biases), titles(lambda runtime: runtime.refused_biases)
+    unused = [each.title for each in runtimes if _names(each.unused_biases, model_type, layer)]
+    refusing = [each.title for each in runtimes if _names(each.refused_biases, model_type, layer)]
     if refusing:
-        return f"{refusing} does not load all biases that come with this one"
-    return f"{unused} loads this bias and does not use it" if unused else None
+        return f"{' and '.join(refusing)} does not load all biases that come with this one"
+    return f"{' and '.join(unused)} loads this bias and does not use it" if unused else None
+
+
+def _names(biases: Iterable[tuple[str, str]], model_type: str | None, layer: str) -> bool:
+    return any(kind == model_type and re.fullmatch(own, layer) for kind, own in biases)
 
 
 def _shape(layer: Layer) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opt8bit.ptq.model.gguf.reading import package
-from opt8bit.warning import quiet
+from opt8bit.warning import quiet, warn
 
 TOKENIZER = "tokenizer.json"
 OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt")
@@ -48,7 +48,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
-    """Adds the tokenizer in a folder to a GGUF file, or says that there is none.
+    """Adds the tokenizer in a folder to a GGUF file.
 
     Args:
         writer: of the file, gguf's ``GGUFWriter``.
@@ -57,9 +57,13 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
 
     Raises:
         ValueError: as :func:`check_tokenizer`, or it has more tokens than the embedding has rows.
+
+    Warns:
+        UserWarning: there is none.
     """
     found = _read(folder)
     if found is None:
+        warn("the GGUF file gets no tokenizer, without which llama.cpp's programs do not run it: give export one")
         writer.add_tokenizer_model("no_vocab")
         return
     tokens, types = _tokens(found, vocabulary)
