@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,22 @@ def test_the_configuration_is_told(tmp_path: Path) -> None:
     assert np.allclose(factors, expected.numpy(), rtol=1e-5) and factors.max() == 8
 
 
+def test_rotary_embeddings_are_read_in_the_words_of_transformers_4_too() -> None:
+    from opt8bit.ptq.export.gguf.metadata import rope_of
+
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    older = SimpleNamespace(rope_theta=1e6, rope_scaling=scaling, rope_local_base_freq=1e4)
+    newer = SimpleNamespace(
+        rope_parameters={
+            "full_attention": {"rope_theta": 1e6, **scaling},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        }
+    )
+    for config in (older, newer):
+        assert rope_of(config) == (1e6, "linear", {"factor": 8.0})
+        assert rope_of(config, "sliding_attention") == (1e4, "default", {})
+
+
 def test_the_tokenizer_is_told(tmp_path: Path) -> None:
     ours = tokenizer()
     ours.chat_template = "{{ messages }}"
@@ -305,7 +322,7 @@ def test_how_a_text_is_split_is_told_by_name(found: dict[str, Any], expected: st
         return
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=expected):
-        check_tokenizer(tmp_path)
+        check_tokenizer(tmp_path, VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +386,13 @@ def test_tensors_that_the_model_does_not_load_are_left(tmp_path: Path) -> None:
     made = compressed(ptq.Checkpoint(tmp_path / "model"))
     folder = export(made, tmp_path)
     assert ptq.verify(folder).is_right and not any("inv_freq" in name for name in stored(folder))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
+    make(vocab_size=264).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"token \d+, '.+', has no row in the embedding, which has 264"):
+        ptq.compress(ptq.Checkpoint(tmp_path / "model"), ids() % 264, bits=4, runtime="llama.cpp")
 
 
 def test_a_checkpoint_with_other_names_is_refused(tmp_path: Path) -> None:

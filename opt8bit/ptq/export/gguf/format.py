@@ -66,7 +66,8 @@ class GGUFFormat(HuggingFaceFormat):
             if stored not in (None, name):
                 raise ValueError(f"{name}: gguf is written of checkpoints with the model's own names, got {stored}")
         if source.files is not None:
-            check_tokenizer(source.files.folder)
+            config: Any = source.model.config
+            check_tokenizer(source.files.folder, config.vocab_size)
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
         part, grid = stored_part(weight)

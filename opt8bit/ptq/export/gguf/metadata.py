@@ -25,10 +25,9 @@ def check_metadata(architecture: Architecture, config: Any) -> None:
     Raises:
         ValueError: it does not; the message names the option.
     """
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if architecture.name == "gemma3":
-        activation = config.hidden_activation
         _check_gemma3(config)
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != architecture.activation:
         wanted = architecture.activation
         raise ValueError(f"llama.cpp's {architecture.name} has the activation {wanted!r}, got {activation!r}")

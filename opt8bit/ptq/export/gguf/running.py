@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,9 +39,13 @@ def log_probabilities(file: Path, token_ids: Sequence[int]) -> Tensor:
         ValueError: llama.cpp does not run it.
     """
     command = [sys.executable, "-m", __spec__.name, str(file)]
-    given = json.dumps(list(token_ids))
+    options: dict[str, Any] = {
+        "input": json.dumps(list(token_ids)),
+        "env": {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # where this package was found
+        "timeout": SECONDS,
+    }
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
         return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line.lower()]

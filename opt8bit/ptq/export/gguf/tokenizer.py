@@ -36,15 +36,22 @@ SPACES: Mapping[tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]], bool] = {
 }
 
 
-def check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: Path, vocabulary: int) -> None:
     """Checks that a tokenizer can be written, where there is one in a folder.
 
+    Args:
+        folder: with the tokenizer's files, as transformers writes them.
+        vocabulary: rows of the embedding, of which the last may have no token.
+
     Raises:
-        ValueError: it is of another kind, or splits texts in a way that is not known here.
+        ValueError: it is of another kind, splits texts in a way that is not known here, or has more tokens than the
+            embedding has rows.
     """
     found = _read(folder)
-    if found is not None and space_prefix(found) is None:
-        pre_tokenizer(found)
+    if found is not None:
+        if space_prefix(found) is None:
+            pre_tokenizer(found)
+        _tokens(found, vocabulary)
 
 
 def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
@@ -52,11 +59,10 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
 
     Args:
         writer: of the file, gguf's ``GGUFWriter``.
-        folder: with the tokenizer's files, as transformers writes them.
-        vocabulary: rows of the embedding, of which the last may have no token.
+        folder, vocabulary: as of :func:`check_tokenizer`.
 
     Raises:
-        ValueError: as :func:`check_tokenizer`, or it has more tokens than the embedding has rows.
+        ValueError: as :func:`check_tokenizer`.
 
     Warns:
         UserWarning: there is none.
