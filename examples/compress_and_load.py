@@ -48,7 +48,7 @@ if __name__ == "__main__":
         checkpoint_format="compressed-tensors",
     )
     print(f"{result.bits_per_weight:.2f} bits a weight; on text that was held out: {result.quality}")
-    # For a certain server: compress(..., runtime="vllm"), "vllm-cpu" or "sglang", which refuses what that does not run.
+    # For a certain program: compress(..., runtime="vllm"), "sglang" or "llama.cpp". What it does not run is refused.
     ptq.export(result, OUTPUT, format="compressed-tensors", tokenizer=tokenizer)
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(OUTPUT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 PASSED_OVER = ("opt8bit", "torch")  # torch.optim wraps every step, torch.compiler parts of it
 
@@ -28,3 +30,15 @@ def first_of(words: Sequence[str], count: int, separator: str = ", ") -> str:
 def first_reasons(reasons: Mapping[str, str], count: int) -> str:
     """Returns the first names in one line, each with its reason, and dots if there are more than ``count``."""
     return first_of([f"{name or 'the model'} ({why})" for name, why in reasons.items()], count, "; ")
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Silences the warnings of a package's logger inside the context."""
+    logger = logging.getLogger(name)
+    had = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(had)

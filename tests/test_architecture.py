@@ -27,7 +27,7 @@ LAYERS = {  # each may import itself and what it names
 TRAINS = ("opt8bit.ptq.reconstruction", "opt8bit.ptq.refinement")  # by the library's own optimizers
 # Files and folders of opt8bit/ptq: each may import its own and those of the lines above.
 ORDER = (
-    {"ranks", "naming"},
+    {"ranks", "naming", "verification"},
     {"calibration"},
     {"rounding"},
     {"model"},
@@ -36,7 +36,7 @@ ORDER = (
     {"correction", "plan", "tasks"},
     {"layer_report", "need", "pairs", "stage"},
     {"result", "routed", "allocation"},
-    {"progress", "report", "resume"},
+    {"outside", "progress", "report", "resume"},
     {"block", "export", "token_weights"},
     {"inspect", "pipeline", "refinement"},
     {"compress", "correct", "verify"},

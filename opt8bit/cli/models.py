@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from opt8bit.cli.errors import CommandError
-from opt8bit.ptq.model.checkpoint_files import CheckpointFiles
+from opt8bit.ptq.model.checkpoint_files import CONFIG, CheckpointFiles
 from opt8bit.ptq.model.origin import refuse_made_up, refuse_other_classes
+from opt8bit.ptq.model.quantization_header import header_of
+from opt8bit.ptq.model.scaled import read_json
 from opt8bit.ptq.model.skeleton import OnlyWhole, auto_class
 from opt8bit.ptq.model.source import Checkpoint, LoadedCheckpoint, Source
+from opt8bit.recipe.registry import FORMATS
 
 # Weights in other formats that lie beside a model on the hub.
 OF_OTHERS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "consolidated*"]
@@ -42,6 +45,8 @@ def load(name: str, *, trust_remote_code: bool = False) -> Any:
     place = _place(name)
     if _is_scaled(Path(place)):  # transformers would quantize the inputs of its layers, too, and wants a GPU for that
         return open_model(name, trust_remote_code=trust_remote_code).copy()
+    if _is_for_others(Path(place)):
+        return open_unpacked(name, trust_remote_code=trust_remote_code).copy()
     return _loaded(place, name, trust_remote_code)
 
 
@@ -51,6 +56,16 @@ def _is_scaled(folder: Path) -> bool:
         return folder.is_dir() and CheckpointFiles(folder).coded is not None
     except ValueError:  # they are more than that, or a file is damaged, which transformers tells
         return False
+
+
+def _is_for_others(folder: Path) -> bool:
+    """Tells whether the checkpoint in a folder is of a format of this package that transformers does not load."""
+    try:
+        header = header_of(read_json(folder / CONFIG) or {}) or {}
+    except ValueError:  # the file is damaged, which transformers tells
+        return False
+    format = FORMATS.get(f"{header.get('quant_method')}")
+    return format is not None and not format.is_read_by_transformers
 
 
 def open_model(name: str, *, trust_remote_code: bool = False, dtype: str | None = None) -> Source:

@@ -26,7 +26,8 @@ from opt8bit.ptq.result import Result
 from opt8bit.ptq.rounding import GPTQ, RTN, OutlierQuantEase, QuantEase, Rounder
 from opt8bit.ptq.tasks.task import Task
 from opt8bit.ptq.transforms.transform import Transform
-from opt8bit.ptq.verify import Verification, verify
+from opt8bit.ptq.verification import Verification
+from opt8bit.ptq.verify import verify
 from opt8bit.quant.codebook_grid import CodebookGrid
 from opt8bit.quant.grid import Grid
 from opt8bit.quant.uniform import UniformGrid

@@ -109,6 +109,7 @@ def compress(
         checkpoint_format = packed_format(runtime)
     if checkpoint_format is not None:
         FORMATS.check(checkpoint_format)
+        runtime = runtime or FORMATS[checkpoint_format].runtime
         check_reads(runtime, checkpoint_format)
     plan = plan_for(source.model, recipe, checkpoint_format, runtime)
     batches = task.batches("calibration", calibration, batch_size, source.model)
@@ -219,6 +220,7 @@ def _identity(source: Source, plan: Plan, *texts: list[dict[str, Tensor]]) -> di
     tokens = [digest(tensor for batch in text for _, tensor in sorted(batch.items())) for text in texts]
     return {
         "options": described(plan.recipe),
+        "what is outside of the blocks": described(plan.outside),
         "dtype": str(next(source.model.parameters()).dtype),
         "model": digest(tensor for _, tensor in source.tensors()) + _configuration(source.model),
         "calibration text": tokens[0],

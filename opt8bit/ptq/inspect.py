@@ -14,8 +14,8 @@ from torch import Tensor
 from opt8bit.ptq.export import format_of
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, StoredCodes, StoredLayer
 from opt8bit.ptq.export.installed import Codes, not_loaded_here
-from opt8bit.ptq.model import tensor_files
-from opt8bit.ptq.model.checkpoint_files import files_of
+from opt8bit.ptq.model.checkpoint_files import files_of, opened
+from opt8bit.ptq.model.checkpoint_files import headers as headers_of
 from opt8bit.ptq.model.packed.checkpoint import Packed, packed_checkpoint
 from opt8bit.ptq.model.packed.layout import Unpacked
 from opt8bit.ptq.model.tensor_files import Header
@@ -76,7 +76,7 @@ def inspect(folder: str | Path) -> Contents:
     folder = Path(folder)
     name, format, quantization = _format(folder / "config.json")
     files = files_of(folder)
-    headers = {name: header for file in set(files.values()) for name, header in tensor_files.headers(file)}
+    headers = {name: header for file in set(files.values()) for name, header in headers_of(file)}
     contents = Contents(name, headers)
     packed = any(name.rpartition(".")[2] == format.parts[0] for name in headers)
     for owner, parts in sorted(_by_owner(headers).items()):
@@ -108,7 +108,7 @@ def unpacked_weight(folder: str | Path, layer: str) -> Unpacked:
         raise ValueError(f"{layer} is not packed in {folder}")
     tensors = {}
     for part in packed.parts(name):
-        with tensor_files.opened(files[part]) as file:
+        with opened(files[part]) as file:
             tensors[part] = file.get_tensor(part)
     return packed.unpacked(name, tensors)
 
@@ -144,7 +144,7 @@ def _layer(
 
     def read(part: str) -> Tensor:
         name = f"{owner}.{part}"
-        with tensor_files.opened(files[name]) as file:
+        with opened(files[name]) as file:
             return file.get_tensor(name)
 
     try:

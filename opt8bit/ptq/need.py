@@ -67,8 +67,9 @@ def need(model: nn.Module, batches: Sequence[dict[str, Tensor]], plan: Plan, *, 
     logits = LOGITS * 4 * longest * getattr(getattr(model, "config", None), "vocab_size", 0)
     squares = SQUARES * 8 * widest**2 if plan.looks_at_inputs else 0
     working = WORKING * 4 * widest * max(tokens)
+    rounded = 0 if plan.outside is None else outside(model)
     return Need(
-        model=bytes_of(model) if in_memory else outside(model),
+        model=rounded + (bytes_of(model) if in_memory else outside(model)),
         block=block if in_memory else 2 * block,
         hidden=sum(tokens) * (held * itemsize + drifts),
         layer=max(squares + WEIGHTS * 4 * largest + working, logits),

@@ -20,7 +20,7 @@ from opt8bit.ptq.calibration.loss_weighting import TokenWeights
 from opt8bit.ptq.correction.value_biases import value_bias_through
 from opt8bit.ptq.layer_report import LayerReport
 from opt8bit.ptq.model.anatomy import Anatomy
-from opt8bit.ptq.model.bias_places import Places, bias_places
+from opt8bit.ptq.model.bias_places import Places, bias_places, without_unused
 from opt8bit.ptq.model.blocks import block_layers, by_pattern, evaluating, find_blocks, matrix
 from opt8bit.ptq.model.ends import ModelEnd
 from opt8bit.ptq.model.passes import Call, Refused
@@ -28,6 +28,7 @@ from opt8bit.ptq.model.rehearsal import Rehearsal, rehearse
 from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.states import State
 from opt8bit.ptq.naming import named
+from opt8bit.ptq.outside import Outside
 from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.reconstruction.engine import Reconstruction
 from opt8bit.ptq.reconstruction.parametrization import TrainedWeight, hardened, started
@@ -67,7 +68,8 @@ def run(
     """
     model = source.model
     prefix, blocks = find_blocks(model)
-    result = Result(source, plan, _places(model, plan))
+    outside = Outside(model, plan.outside)
+    result = Result(source, plan, _places(model, plan), outside.changes)
     with evaluating(model):
         few = task.smallest(batches[0])
         known = rehearse(source, prefix, blocks, few)
@@ -75,10 +77,11 @@ def run(
         # By this a checkpoint is checked. It goes through the blocks in a batch of its own, as whoever loads the
         # checkpoint runs it: in 16 bits, products of other shapes add up to other logits over many blocks.
         alone = {name: value[:1] for name, value in batches[0].items()}
-        calls, streams = _started(known, model, blocks, [*batches, *held_out, alone])
+        calls, streams = _started(known, model, blocks, [*batches, *held_out, alone], outside)
         masks = [batch.get("attention_mask") for batch in batches]
         _check_lengths(streams.exact, masks)
         ends = ModelEnd(model, blocks, known.outputs, known.axes)
+        ends_hat = ModelEnd(model, blocks, known.outputs, known.axes, outside.installed)
         probe = task.probe(ends, alone, streams.exact[-1])  # of any hidden states: an end that cannot run is known now
         states = Streams(*([State() for _ in calls] for _ in streams))
         hand_on_more = known.hands_on_more(calls[0])  # what a folder of work does not keep
@@ -106,22 +109,31 @@ def run(
             else:
                 result.changes = {**result.changes, **done.changes}
         if work:
-            result.changes = work.changes(plan)
+            result.changes = work.changes(plan, outside.changes)
+        result.places = without_unused(result.places, result.changes.keys())
         _warn_of_few(too_few)
-        result.probe = task.probe(ends, alone, streams.compressed[-1])
-        result.quality = task.quality(ends, held_out, *(stream[len(batches) : -1] for stream in streams))
+        result.probe = task.probe(ends_hat, alone, streams.compressed[-1])
+        kept = (stream[len(batches) : -1] for stream in streams)
+        result.quality = task.quality(ends, held_out, *kept, end_hat=ends_hat)
     return result
 
 
 def _started(
-    known: Rehearsal, model: nn.Module, blocks: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
+    known: Rehearsal,
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[dict[str, Tensor]],
+    outside: Outside,
 ) -> tuple[list[list[Call]], Streams]:
     """Returns how the model calls its blocks on each batch, and what goes into the first block."""
     calls = [known.calls(model, blocks, batch) for batch in batches]
-    embedded = [of_batch[0].hidden for of_batch in calls]
+    embedded = embedded_hat = [of_batch[0].hidden for of_batch in calls]
+    if outside.changes:
+        with outside.installed():
+            embedded_hat = [known.calls(model, blocks, batch)[0].hidden for batch in batches]
     # Hidden states are the streams' alone, to be let go with the first block.
     bare = [[call._replace(hidden=call.hidden.new_empty(0)) for call in of_batch] for of_batch in calls]
-    return bare, Streams(embedded, embedded)
+    return bare, Streams(embedded, embedded_hat)
 
 
 def _gone_on(work: Work, device: torch.device, result: Result, see: Callable[[LayerReport], None]) -> Streams:

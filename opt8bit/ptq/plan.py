@@ -63,6 +63,7 @@ class Plan:
         transforms: of each block, before its layers are rounded.
         reconstruction: of each block afterwards; None for none.
         runtime: that is to run the result, a name of :data:`RUNTIMES`; None for none in particular.
+        outside: how matrices outside of the blocks are stored, which are rounded to nearest; None for as they are.
     """
 
     recipe: Recipe
@@ -72,6 +73,7 @@ class Plan:
     transforms: tuple[Transform, ...] = ()
     reconstruction: Reconstruction | None = None
     runtime: str | None = None
+    outside: WeightScheme | None = None
 
     @property
     def bias_correction(self) -> str:
@@ -101,7 +103,7 @@ def plan_for(
 ) -> Plan:
     """Returns what a recipe comes to for a model.
 
-    Scales are stored in the dtype of a layer's weight, as packed checkpoints have them.
+    Scales are stored in the dtype of a layer's weight, as packed checkpoints have them, unless the format has another.
 
     Args:
         model: to be compressed.
@@ -132,7 +134,7 @@ def plan_for(
         if own is None:
             found[name] = None
             continue
-        key = own, _scale_dtype(layer)
+        key = own, _scale_dtype(layer, checkpoint_format)
         if key not in plans:
             plans[key] = _layer_plan(*key, strength)
         found[name] = plans[key]
@@ -140,7 +142,8 @@ def plan_for(
         raise ValueError("overrides leave every layer as it is")
     transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
     trained = _reconstruction(recipe.reconstruction, found)
-    return Plan(recipe, found, strength, _loss_weighting(weighting), transforms, trained, runtime)
+    outside = None if checkpoint_format is None else FORMATS[checkpoint_format].outside
+    return Plan(recipe, found, strength, _loss_weighting(weighting), transforms, trained, runtime, outside)
 
 
 def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
@@ -271,6 +274,7 @@ def _grid(recipe: Recipe, rounder: Rounder, scale_dtype: torch.dtype) -> Grid:
     return UniformGrid(recipe.bits, symmetric=recipe.symmetric or False, range=range, scale_dtype=scale_dtype)
 
 
-def _scale_dtype(layer: nn.Module) -> torch.dtype:
-    dtype = matrix(layer).dtype
+def _scale_dtype(layer: nn.Module, checkpoint_format: str | None) -> torch.dtype:
+    of_format = None if checkpoint_format is None else FORMATS[checkpoint_format].scale_dtype
+    dtype = of_format or matrix(layer).dtype
     return dtype if dtype in SCALE_DTYPES else torch.float32

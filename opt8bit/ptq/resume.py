@@ -96,10 +96,10 @@ class Work:
         rows = [row for block in range(self.finished) for row in self._about(block)["reports"]]
         return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
-    def changes(self, plan: Plan) -> Mapping[str, Change]:
-        """Returns what has changed in all finished blocks, read when it is asked for."""
+    def changes(self, plan: Plan, outside: Mapping[str, Change]) -> Mapping[str, Change]:
+        """Returns what has changed: in all finished blocks, read when it is asked for, and outside of them."""
         files = {name: self._file(i) for i in range(self.finished) for name in self._about(i)["changes"]}
-        return _SavedChanges(files, plan)
+        return _SavedChanges(files, plan, outside)
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:05}.safetensors"
@@ -124,11 +124,14 @@ def _read_manifest(manifest: Path) -> dict[str, str]:
 
 
 class _SavedChanges(Mapping[str, Change]):
-    def __init__(self, files: Mapping[str, Path], plan: Plan) -> None:
+    def __init__(self, files: Mapping[str, Path], plan: Plan, outside: Mapping[str, Change]) -> None:
         self._files = files
         self._plan = plan
+        self._outside = outside
 
     def __getitem__(self, name: str) -> Change:
+        if name in self._outside:
+            return self._outside[name]
         with tensor_files.opened(self._files[name]) as opened:
             keys = [key for key in opened.keys() if key.rpartition(" ")[0] == name]
             parts = {key.rpartition(" ")[2]: opened.get_tensor(key).clone() for key in keys}
@@ -139,10 +142,10 @@ class _SavedChanges(Mapping[str, Change]):
         return QuantizedWeight.from_tensors(parts, plan.method.grids(plan.scheme))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter((*self._outside, *self._files))
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._outside) + len(self._files)
 
 
 def _parts(change: Change) -> dict[str, Tensor]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,54 +22,14 @@ from opt8bit.ptq.export.source_record import SourceRecord, differences, read_rec
 from opt8bit.ptq.inspect import Contents, UnknownFormat, inspect
 from opt8bit.ptq.model import tensor_files
 from opt8bit.ptq.model.blocks import evaluating
-from opt8bit.ptq.model.checkpoint_files import files_of
+from opt8bit.ptq.model.checkpoint_files import files_of, headers
 from opt8bit.ptq.model.memory import machine_memory
 from opt8bit.ptq.model.skeleton import auto_class, device_map, parameters_on_meta
 from opt8bit.ptq.model.source import Checkpoint
 from opt8bit.ptq.report import FOLDER, PROBE
+from opt8bit.ptq.verification import TOLERANCES, Verification
 from opt8bit.recipe.registry import FORMATS
-
-# How far logits may be apart, in units of their own spread: sums in another order, in the model's dtype.
-TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class Verification(NamedTuple):
-    """Says what was found.
-
-    Attributes:
-        error: the largest difference of a logit, relative to the logits' standard deviation; infinite where a parameter
-            is missing, without which nothing is computed.
-        tolerance: that it may have.
-        dropped: tensors of the checkpoint that the loaded model has no place for, though it had for the source's.
-        missing: parameters of the loaded model that the checkpoint does not have.
-        differences: from the source, of tensors' names, dtypes and shapes, and of the tokenizer.
-        in_parts: whether its blocks were left on disk until they were run, as a user's would not be.
-        unpacked: why it was not loaded by transformers but unpacked by this package; None where it was loaded.
-    """
-
-    error: float
-    tolerance: float
-    dropped: Sequence[str]
-    missing: Sequence[str]
-    differences: Sequence[str] = ()
-    in_parts: bool = False
-    unpacked: str | None = None
-
-    @property
-    def is_right(self) -> bool:
-        return self.error <= self.tolerance and not (self.dropped or self.missing or self.differences)
-
-    def __str__(self) -> str:
-        lines = [f"logits differ by {self.error:.1e} of their spread, {self.tolerance:.0e} is allowed"]
-        if self.missing:
-            lines = ["it cannot be run: parameters are missing"]
-        if self.in_parts:
-            lines[0] += " (run from disk, block by block, as it takes too much of this machine's memory)"
-        if self.unpacked is not None:
-            lines[0] += f" (unpacked by opt8bit: {self.unpacked})"
-        lines += [f"dropped on loading: {name}" for name in self.dropped]
-        lines += [f"missing: {name}" for name in self.missing]
-        return "\n".join([*lines, *self.differences])
+from opt8bit.warning import quiet
 
 
 def verify(
@@ -104,15 +63,17 @@ def verify(
     why = [] if contents is None else contents.not_loaded_here()
     if why:
         written = Checkpoint(folder, trust_remote_code=trust_remote_code, unpack=True)
-        return verify_unpacked(folder, written, trust_remote_code)._replace(unpacked="; ".join(why))
-    found = _differences(folder, contents, record, trust_remote_code)
+        found = verify_unpacked(folder, written, trust_remote_code)
+        assert contents is not None
+        return found._replace(unpacked="; ".join(why), run_error=_run_error(folder, contents, tensors, expected))
+    differ = _differences(folder, contents, record, trust_remote_code)
     if in_parts is None:  # by default where the weights, unpacked, would take more than half of the memory
         in_parts = contents is not None and contents.original_bytes > machine_memory() / 2
     if in_parts:
         with suppress(ValueError), TemporaryDirectory(dir=scratch) as unpacked:
             result = _compared(folder, tensors, expected, record, trust_remote_code, unpacked)
-            return result._replace(differences=found, in_parts=True)
-    return _compared(folder, tensors, expected, record, trust_remote_code)._replace(differences=found)
+            return result._replace(differences=differ, in_parts=True)
+    return _compared(folder, tensors, expected, record, trust_remote_code)._replace(differences=differ)
 
 
 def loads(folder: str | Path, *, trust_remote_code: bool = False) -> bool:
@@ -194,11 +155,10 @@ def _differences(folder: Path, contents: Contents | None, record: SourceRecord, 
     found = []
     if record.tensors and contents is not None:
         packed = {f"{name}.weight": layer.shape for name, layer in contents.layers.items() if layer.bits}
-        found += differences(record, contents.tensors, packed, FORMATS[contents.format].parts)
+        format = FORMATS[contents.format]
+        found += differences(record, contents.tensors, packed, format.parts, format.keeps_others)
     elif record.tensors:
-        stored = {
-            name: header for file in set(files_of(folder).values()) for name, header in tensor_files.headers(file)
-        }
+        stored = {name: header for file in set(files_of(folder).values()) for name, header in headers(file)}
         found += differences(record, stored, {}, ())
     if (folder / "tokenizer_config.json").is_file():
         transformers: Any = importlib.import_module("transformers")
@@ -240,6 +200,18 @@ def _error(model: Any, inputs: dict[str, Tensor], expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
+def _run_error(folder: Path, contents: Contents, inputs: dict[str, Tensor], expected: Tensor) -> float | None:
+    """Returns how far the logits behind the last token are apart in the program that reads the checkpoint's format.
+
+    Raises:
+        ValueError: it does not run the checkpoint.
+    """
+    found = FORMATS[contents.format].log_probabilities(folder, inputs["input_ids"][0])
+    if found is None:
+        return None
+    return float((found - expected[-1].log_softmax(-1)).abs().max() / expected.std())
+
+
 def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tuple[Any, dict[str, Any]]:
     """Returns the model, and what transformers found on loading it."""
     transformers: Any = importlib.import_module("transformers")
@@ -249,7 +221,7 @@ def _loaded(folder: Path, trust_remote_code: bool, unpacked: str | None) -> tupl
     model_class = auto_class(config)
     if unpacked is not None:
         options |= _offloading(config, unpacked, trust_remote_code)
-    with _quiet("accelerate.big_modeling"):
+    with quiet("accelerate.big_modeling"):  # that parameters are on disk is what was asked for
         return model_class.from_pretrained(
             folder, dtype="auto", output_loading_info=True, use_safetensors=True, **options
         )
@@ -267,18 +239,6 @@ def _offloading(config: Any, unpacked: str, trust_remote_code: bool) -> dict[str
     for name, value in options.items():
         setattr(config, name, value)
     return {"config": config, "device_map": device_map(skeleton), "offload_folder": unpacked}
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Silences a logger's warnings: that parameters are on disk is what was asked for."""
-    logger = logging.getLogger(name)
-    had = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(had)
 
 
 def _tolerance(folder: Path, model: Any) -> float:

@@ -97,6 +97,7 @@ FORMATS = Registry(  # instances of CheckpointFormat
         "compressed-tensors": "opt8bit.ptq.export.compressed_tensors:FORMAT",
         "gptq": "opt8bit.ptq.export.gptq:FORMAT",
         "mlx": "opt8bit.ptq.export.mlx:FORMAT",
+        "gguf": "opt8bit.ptq.export.gguf.format:FORMAT",
         "dense": "opt8bit.ptq.export.dense:FORMAT",
     },
     FORMAT,

@@ -53,6 +53,7 @@ class Runtime:
         fuses: whether it puts layers such as q, k and v into one matrix, and looks for unpacked routers.
         whole_codes: whether its words hold whole codes only; see :func:`opt8bit.quant.packing.pack`.
         unused_biases: that it loads without a word: types of model, and own names of layers as a regular expression.
+        refused_biases: that come with others for which it refuses a checkpoint, in the same way.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Runtime:
     fuses: bool = False
     whole_codes: bool = False
     unused_biases: tuple[tuple[str, str], ...] = ()
+    refused_biases: tuple[tuple[str, str], ...] = ()
 
 
 _GPTQ = Runs((4, 8), (), MARLIN, otherwise="refuses")
@@ -102,6 +104,13 @@ RUNTIMES: Mapping[str, Runtime] = {
         "mlx-lm 0.32.2",
         "mlx_lm.generate --model {quoted} --prompt 'Once upon a time'",
         {"mlx": Runs((2, 3, 4, 5, 6, 8), (), (32, 64, 128), otherwise="refuses")},
+    ),
+    "llama.cpp": Runtime(
+        "llama.cpp, as in xllamacpp 2026.10",
+        "llama-cli --model {quoted}/model.gguf --prompt 'Once upon a time'",
+        {"gguf": Runs((4, 5, 8), (), (32,))},
+        # It adds biases to their queries, keys and values; in transformers those come with one of the output.
+        refused_biases=(("qwen3", r".*"), ("gemma3_text", r".*")),
     ),
     "compressed-tensors-0.17": Runtime(
         "transformers with compressed-tensors 0.17",

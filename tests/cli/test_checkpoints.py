@@ -27,7 +27,7 @@ from opt8bit.cli.main import main
 from opt8bit.ptq.calibration.outputs import OutputErrors
 from opt8bit.ptq.inspect import inspect
 from opt8bit.ptq.tasks.task import Quality
-from opt8bit.ptq.verify import Verification
+from opt8bit.ptq.verification import Verification
 
 pytest.importorskip("compressed_tensors")
 pytestmark = [
@@ -138,7 +138,7 @@ def test_recipes_have_options_for_single_layers_and_flags_go_first(folder: Path,
         ('{"bits": null}', "bits must be a whole number, got None"),
         ('{"samples": 8.0}', r"samples must be a whole number, got 8\.0"),
         ('{"error_propagation": "0.5"}', "error_propagation must be a number, got '0.5'"),
-        ('{"format": "gguf"}', "format must be one of compressed-tensors, gptq, mlx, dense, got 'gguf'"),
+        ('{"format": "awq"}', "format must be one of compressed-tensors, gptq, mlx, gguf, dense, got 'awq'"),
         ('{"error_propagation": -1e-05}', "error_propagation must be from 0 to 1, got -1e-05"),
         ('{"overrides": [{"layers": "*.o_proj"}]}', r"has some of method, .*, got \{'layers': '\*\.o_proj'\}"),
         (
@@ -207,7 +207,9 @@ def test_inspect_tells_several_widths_apart(folder: Path, tmp_path: Path, capsys
         assert "config.json is missing or damaged" in capsys.readouterr().err
     (tmp_path / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     assert main(["inspect", str(tmp_path / "out")]) == 2
-    assert "of the format awq: only compressed-tensors, gptq, mlx, dense can be inspected" in capsys.readouterr().err
+    assert (
+        "of the format awq: only compressed-tensors, gptq, mlx, gguf, dense can be inspected" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_report(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quality = Quality(112, math.inf, math.nan, math.nan)
-    monkeypatch.setattr("opt8bit.ptq.tasks.causal_lm.CausalLM.quality", lambda *args: quality)
+    monkeypatch.setattr("opt8bit.ptq.tasks.causal_lm.CausalLM.quality", lambda *args, **options: quality)
     relative = OutputErrors.relative
     monkeypatch.setattr(OutputErrors, "relative", lambda self, name: (math.inf, relative(self, name)[1]))
     assert compress(folder / "llama", folder / "text.txt", tmp_path / "out") == 0

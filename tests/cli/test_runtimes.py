@@ -75,6 +75,7 @@ def test_words_that_the_installed_package_misreads_are_verified_all_the_same(
     [
         (["--for", "sglang", "--bits", "3"], "SGLang 0.5.23 does not run 3 bits, symmetric, groups of 64: use 4 or 8"),
         (["--for", "vllm-cpu", "--bits", "8"], "vLLM 0.33.0 on CPUs does not run 8 bits"),
+        (["--for", "llama.cpp"], "gguf holds tokenizers of byte-level BPE and SentencePiece, got WordLevel after"),
         (["--for", "sglang", "--format", "gptq"], "reads the formats compressed-tensors and dense, got 'gptq'"),
     ],
     ids=str,

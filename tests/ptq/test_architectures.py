@@ -21,9 +21,9 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     quality = CausalLM.quality
 
-    def watched(task: CausalLM, *args: Any) -> Any:
+    def watched(task: CausalLM, *args: Any, **options: Any) -> Any:
         seen.append(args)
-        return quality(task, *args)
+        return quality(task, *args, **options)
 
     monkeypatch.setattr(CausalLM, "quality", watched)
     return seen

@@ -256,7 +256,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
     class Tokenizer:
         def save_pretrained(self, folder: Path) -> None:
-            assert (folder / "model.safetensors").is_file() and not (tmp_path / "out").exists()
+            assert (folder / "config.json").is_file() and not (tmp_path / "out").exists()
             raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space left"):
@@ -311,8 +311,8 @@ def test_nobody_takes_a_folder_while_it_gets_its_name(tmp_path: Path, monkeypatc
 
 def test_formats_are_checked(tmp_path: Path) -> None:
     result = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16)
-    with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq, mlx, dense, got 'gguf'"):
-        ptq.export(result, tmp_path / "out", format="gguf")
+    with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq, mlx, gguf, dense, got 'awq'"):
+        ptq.export(result, tmp_path / "out", format="awq")
     position = ptq.compress(MODELS["gpt2"](), token_ids(), group_size=16, bias_correction="local", statistic="position")
     with pytest.raises(ValueError, match="no checkpoint can hold a bias for each position"):
         ptq.export(position, tmp_path / "out", format="dense")

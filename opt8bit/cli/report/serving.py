@@ -14,7 +14,7 @@ from opt8bit.ptq.model.servers import Layer, Packing, warnings_of
 from opt8bit.quant.packing import WORD
 from opt8bit.recipe.runtimes import DENSE, RUNTIMES, Runtime
 
-SCALES = ("weight_scale", "scales")  # behind a layer's name, in either packed format
+SCALES = ("weight_scale", "scales", "blocks")  # behind a layer's name, in each packed format
 BLOCK = re.compile(r"(?P<prefix>.*?)\.(?P<number>\d+)\.")
 
 
@@ -80,5 +80,5 @@ def _group_size(contents: Contents, name: str, shape: tuple[int, int]) -> int | 
     """Returns how many weights of a row share a scale, or None where all of them do."""
     outputs, inputs = shape
     headers = [contents.tensors[f"{name}.{part}"] for part in SCALES if f"{name}.{part}" in contents.tensors]
-    groups = math.prod(headers[0].shape) // outputs if headers else 1
+    groups = math.prod(headers[0].shape[:2]) // outputs if headers else 1
     return inputs // groups if groups > 1 else None

@@ -24,6 +24,7 @@ from opt8bit.ptq.tasks.causal_lm import FEW, PROBED
 from opt8bit.ptq.tasks.task import Probe
 
 BATCH = 8  # windows of the calibration that are run together
+SAFETENSORS = ".safetensors"
 AGAIN = "ask for another correction on top, by again=True or --again"
 
 
@@ -103,6 +104,9 @@ def correct_checkpoint(
         ImportError: ``order`` is "sequential" and greenlet is not installed.
         OSError: a file cannot be written.
     """
+    others = [file for file in source.files.stored.values() if file.suffix != SAFETENSORS]
+    if others:
+        raise ValueError(f"biases are added to {SAFETENSORS} files, got {others[0]}")
     _refuse_corrected(recorded_correction(source.files.folder), again)
     quantized, reference = running(source), running(reference)
     check_pair(quantized.model, reference.model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from opt8bit.ptq.model.source import Checkpoint
-from opt8bit.ptq.verify import Verification, loads, verify, verify_unpacked
+from opt8bit.ptq.verification import Verification
+from opt8bit.ptq.verify import loads, verify, verify_unpacked
 
 
 def verify_corrected(folder: Path, source: Path, *, trust_remote_code: bool = False) -> tuple[Verification, str | None]:

@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 def export(result: Result, path: str | Path, *, format: str | None = None, tokenizer: Any = None) -> Path:
-    """Writes a model that :func:`compress` made, to be loaded by ``from_pretrained``, or by mlx-lm.
+    """Writes a model that :func:`compress` made, to be loaded by ``from_pretrained``, by mlx-lm or by llama.cpp.
 
     Args:
         result: of :func:`compress`, of a model of transformers.
         path: the folder to make; it must not exist.
-        format: "compressed-tensors" (pack-quantized), "gptq" and "mlx" hold the codes; "dense" has the rounded weights
-            in the model's own dtype and layout, for anything that loads the original. Codes are packed as the
+        format: "compressed-tensors" (pack-quantized), "gptq", "mlx" and "gguf" hold the codes; "dense" has the rounded
+            weights in the model's own dtype and layout, for anything that loads the original. Codes are packed as the
             ``runtime`` that :func:`compress` was given reads them; by default in the format that it reads, and in
             "compressed-tensors" for none in particular.
-        tokenizer: saved beside the weights, if given.
+        tokenizer: saved beside the weights, if given, and for "gguf" in their file.
 
     Returns:
         The path.
@@ -75,6 +75,7 @@ def check_format(format: str, source: Source, plan: Plan) -> None:
     if source.files is None:
         _check_configurations(source.model)
     FORMATS[format].check(source.model, planned, left)
+    FORMATS[format].check_source(source)
     runtime = runtime_of(plan.runtime)
     refused = [] if runtime is None else _not_run(format, source, planned, [runtime])
     if refused:

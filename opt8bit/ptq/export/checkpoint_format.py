@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
 from opt8bit.ptq.rounding import Rounder
@@ -72,6 +73,10 @@ class CheckpointFormat(ABC):
         is_packed: whether weights are stored as codes.
         is_symmetric: whether it holds symmetric grids alone.
         is_read_by_transformers: whether transformers loads it.
+        keeps_others: whether it holds tensors that the model does not load, too.
+        runtime: the program that alone reads it, a name of :data:`RUNTIMES`; None for several.
+        outside: how it stores the matrices outside of a model's blocks, if not as they are.
+        scale_dtype: in which scales are stored, if it is not the dtype of the layer's weight.
         decoded_in: the dtype in which loaders compute the weights from the codes, if it is not the model's.
     """
 
@@ -79,6 +84,10 @@ class CheckpointFormat(ABC):
     is_packed: ClassVar[bool]
     is_symmetric: ClassVar[bool] = False
     is_read_by_transformers: ClassVar[bool] = True
+    keeps_others: ClassVar[bool] = True
+    runtime: ClassVar[str | None] = None
+    outside: ClassVar[WeightScheme | None] = None
+    scale_dtype: ClassVar[torch.dtype | None] = None
     decoded_in: ClassVar[torch.dtype | None] = None
 
     def for_runtime(self, runtime: Runtime | None) -> CheckpointFormat:
@@ -97,6 +106,14 @@ class CheckpointFormat(ABC):
         Raises:
             ValueError: the format cannot hold one; the message names it, and what to use instead.
         """
+
+    def check_source(self, source: Source) -> None:
+        """Checks that what a source has besides its model can be written.
+
+        Raises:
+            ValueError: the format cannot hold it.
+        """
+        return
 
     def not_loaded_here(self, layers: Mapping[str, Planned]) -> list[str]:
         """Returns what the packages that are installed cannot load of layers so rounded, and which can, in lines.
@@ -145,6 +162,19 @@ class CheckpointFormat(ABC):
             columns: inputs of the weight.
             parts: all tensors under the name, by what stands behind it.
             header: the checkpoint's quantization header.
+        """
+        return None
+
+    def log_probabilities(self, folder: Path, token_ids: Tensor) -> Tensor | None:
+        """Returns each token's log-probability behind a text, (tokens,), by the program that reads the format, or None
+        where it is not installed or not known.
+
+        Args:
+            folder: of a checkpoint.
+            token_ids: of the text, (length,).
+
+        Raises:
+            ValueError: the program does not run it.
         """
         return None
 

@@ -46,7 +46,6 @@ class HuggingFaceFormat(CheckpointFormat):
     def write(self, result: Result, folder: Path, tokenizer: Any = None) -> None:
         header = self._checked_quantization(result)
         record = SourceRecord(without_place=sorted(result.source.without_place))
-        write_shards(self._overlaid(result, record), folder)
         said = {} if header is None else {key: dict(header) for key in self.headers}
         write_configuration({**configuration(result), **said}, folder)
         if result.source.files is None:
@@ -55,9 +54,24 @@ class HuggingFaceFormat(CheckpointFormat):
             copy_side_files(result.source.files, folder)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, folder)
+        record.changed += self.write_tensors(self._overlaid(result, record), result, folder)
         record.write(folder)
         if result.probe is not None:
             write_probe(result.probe, folder)
+
+    def write_tensors(self, tensors: Iterator[tuple[str, Tensor]], result: Result, folder: Path) -> list[str]:
+        """Writes the tensors of a checkpoint into its folder, in which all else lies already.
+
+        Args:
+            tensors: by name, in the order in which they are to be read.
+            result: of which they are.
+            folder: of the checkpoint.
+
+        Returns:
+            The names of those that are stored in another dtype.
+        """
+        write_shards(tensors, folder)
+        return []
 
     def _overlaid(self, result: Result, record: SourceRecord) -> Iterator[tuple[str, Tensor]]:
         """Yields for each tensor of the source its change, or itself; and behind its weight the bias that a layer got.

@@ -35,6 +35,7 @@ class MLXFormat(HuggingFaceFormat):
 
     parts = ("weight", *OTHERS)
     is_packed = True
+    runtime = "mlx"
     is_symmetric = True
     is_read_by_transformers = False
     headers = ("quantization", "quantization_config")  # mlx-lm reads the first; by the other the format is told here

@@ -64,6 +64,7 @@ def differences(
     stored: Mapping[str, tensor_files.Header],
     packed: Mapping[str, tuple[int, int]],
     parts: Collection[str],
+    keeps_others: bool = True,
 ) -> Iterator[str]:
     """Yields what is otherwise in a checkpoint than in its source, though nothing was to change there.
 
@@ -72,6 +73,7 @@ def differences(
         stored: what the checkpoint has, by name.
         packed: shapes (out, in) of its packed weights, by the names that the weights had.
         parts: what stands behind a layer's name in the names of packed weights' tensors.
+        keeps_others: whether the checkpoint has the tensors that the model does not load.
     """
     for name, (dtype, shape) in record.tensors.items():
         has = stored.get(name)
@@ -79,7 +81,8 @@ def differences(
             if packed[name] != shape:
                 yield f"{name} is {packed[name]}, {shape} in the source"
         elif has is None:
-            yield f"{name} is lost"
+            if keeps_others or name not in record.without_place:
+                yield f"{name} is lost"
         elif has.shape != shape or (has.dtype != dtype and name not in record.changed):
             yield f"{name} is {has.dtype} {has.shape}, {dtype} {shape} in the source"
     for name in sorted(stored.keys() - record.tensors.keys() - set(record.added)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.export.checkpoint_format import Planned
@@ -14,8 +15,14 @@ from opt8bit.quant.uniform import UniformGrid, is_uniform, signed
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 
-def check_uniform(format: str, name: str, planned: Planned) -> UniformGrid:
+def check_uniform(format: str, name: str, planned: Planned, scale_dtype: torch.dtype | None = None) -> UniformGrid:
     """Returns the grid of a layer.
+
+    Args:
+        format: its name.
+        name: of the layer.
+        planned: the layer.
+        scale_dtype: that the format stores scales in; None for that of the layer's weight.
 
     Raises:
         ValueError: a packed format cannot hold the layer.
@@ -30,15 +37,14 @@ def check_uniform(format: str, name: str, planned: Planned) -> UniformGrid:
         raise ValueError(f"{name}: {format} holds nn.Linear alone, got {type(module).__name__}: use format 'dense'")
     if planned.method.keeps_outliers:
         raise ValueError(f"{name}: {format} has no place for weights that are kept exact: use format 'dense'")
-    if module.weight.dtype not in SCALE_DTYPES:
+    if scale_dtype is None and module.weight.dtype not in SCALE_DTYPES:
         raise ValueError(
             f"{name}: {format} has no scales of the weight's dtype, {module.weight.dtype}: convert the model first, as "
             "by model.float(), or use format 'dense'"
         )
-    if module.weight.dtype != grid.scale_dtype:
-        raise ValueError(
-            f"{name}: {format} holds scales of the weight's dtype, {module.weight.dtype}, got {grid.scale_dtype}"
-        )
+    wanted, whose = (module.weight.dtype, "the weight's dtype, ") if scale_dtype is None else (scale_dtype, "")
+    if wanted != grid.scale_dtype:
+        raise ValueError(f"{name}: {format} holds scales of {whose}{wanted}, got {grid.scale_dtype}")
     return grid
 
 

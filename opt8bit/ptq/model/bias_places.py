@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,21 @@ def bias_places(model: nn.Module, names: Iterable[str], statistic: str = "mean")
         if place is None and output is not None and statistic != "position":
             places[name] = Place("through", output)
     return places
+
+
+def without_unused(places: Places, changed: Collection[str]) -> Places:
+    """Returns the places without the switches by which no layer got a bias.
+
+    Args:
+        places: of all layers.
+        changed: names of the parameters that the model has got, or that have changed.
+    """
+    used = {place for name, place in places.items() if f"{name}.bias" in changed}
+
+    def is_used(place: Place | None) -> bool:
+        return place is None or place.kind not in ("switch", "llama") or place in used
+
+    return {name: place if is_used(place) else None for name, place in places.items()}
 
 
 def why_uncorrected(name: str, places: Places) -> str | None:

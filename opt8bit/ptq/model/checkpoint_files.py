@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from opt8bit.ptq.model import tensor_files
+from opt8bit.ptq.model.gguf import reading as gguf_files
 from opt8bit.ptq.model.packed.checkpoint import packed_checkpoint
 from opt8bit.ptq.model.quantization_header import without_header
 from opt8bit.ptq.model.scaled import refuse_narrow, scaled_checkpoint, warn_of_dropped
-from opt8bit.ptq.model.tensor_files import headers, opened
+from opt8bit.ptq.model.tensor_files import Header
 
 CONFIG, QUANTIZATION = "config.json", "hf_quant_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -137,10 +140,11 @@ def files_of(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: a file is missing, or damaged, or lacks what the index says it has.
     """
-    index, single = folder / INDEX, folder / SINGLE
-    if single.is_file():
-        with opened(single) as handle:
-            return dict.fromkeys(handle.keys(), single)
+    index = folder / INDEX
+    for single in (folder / SINGLE, folder / gguf_files.FILE):
+        if single.is_file():
+            with opened(single) as handle:
+                return dict.fromkeys(handle.keys(), single)
     if not index.is_file():
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
     try:
@@ -153,3 +157,18 @@ def files_of(folder: Path) -> dict[str, Path]:
         if missing:
             raise ValueError(f"{folder / file} lacks {min(missing)}, which {INDEX} says it has")
     return {name: folder / file for name, file in where.items()}
+
+
+def opened(path: Path) -> AbstractContextManager[Any]:
+    """Returns a context that has a file to read tensors from, in safetensors or GGUF.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        ImportError: the package that reads it is not installed.
+    """
+    return gguf_files.opened(path) if path.suffix == gguf_files.SUFFIX else tensor_files.opened(path)
+
+
+def headers(path: Path) -> Iterator[tuple[str, Header]]:
+    """Returns what a file, in safetensors or GGUF, says of its tensors, by name."""
+    return gguf_files.headers(path) if path.suffix == gguf_files.SUFFIX else tensor_files.headers(path)

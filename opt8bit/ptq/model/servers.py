@@ -106,19 +106,22 @@ def _unlike_or_router(
 
 
 def who_skips(model_type: str | None, layer: str, runtimes: Sequence[Runtime] = SERVERS) -> str | None:
-    """Returns a sentence on the runtimes that do not use a layer's bias, or None if all of them do.
+    """Returns a sentence on the runtimes that do not use a layer's bias, or refuse it, or None if all of them use it.
 
     Args:
         model_type: as the written configuration has it.
         layer: its own name, the last part of the whole.
         runtimes: that are meant to run it.
     """
-    titles = [
-        runtime.title
-        for runtime in runtimes
-        if any(kind == model_type and re.fullmatch(own, layer) for kind, own in runtime.unused_biases)
-    ]
-    return f"{' and '.join(titles)} loads this bias and does not use it" if titles else None
+    unused = [each.title for each in runtimes if _names(each.unused_biases, model_type, layer)]
+    refusing = [each.title for each in runtimes if _names(each.refused_biases, model_type, layer)]
+    if refusing:
+        return f"{' and '.join(refusing)} does not load all biases that come with this one"
+    return f"{' and '.join(unused)} loads this bias and does not use it" if unused else None
+
+
+def _names(biases: Iterable[tuple[str, str]], model_type: str | None, layer: str) -> bool:
+    return any(kind == model_type and re.fullmatch(own, layer) for kind, own in biases)
 
 
 def _shape(layer: Layer) -> str:

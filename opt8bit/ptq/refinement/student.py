@@ -128,8 +128,9 @@ class Student:
         for param in self.model.parameters():
             param.data = param.data.to(torch.promote_types(param.dtype, torch.float32))
         self.trained: dict[str, Trained] = {}
+        prefix, _ = find_blocks(self.model)
         for name, change in result.changes.items():
-            if isinstance(change, QuantizedWeight):
+            if isinstance(change, QuantizedWeight) and name.startswith(f"{prefix}."):
                 layer = self.model.get_submodule(name.rpartition(".")[0])
                 with named(name):
                     weight = started(parametrization, matrix(layer), change)

@@ -13,6 +13,7 @@ from torch import Tensor
 from opt8bit.ptq.model.coded import CodedWeights, Dtypes
 from opt8bit.ptq.model.packed.awq import AWQLayout
 from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout
+from opt8bit.ptq.model.packed.gguf import GGUFLayout
 from opt8bit.ptq.model.packed.gptq import GPTQLayout
 from opt8bit.ptq.model.packed.layout import Layout, Unpacked
 from opt8bit.ptq.model.packed.mlx import MLXLayout
@@ -147,4 +148,5 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Layout]] = {
     "auto-round": _auto_round,
     "intel/auto-round": _auto_round,
     "mlx": lambda header: MLXLayout(),
+    "gguf": lambda header: GGUFLayout(),
 }

@@ -1,0 +1,1 @@
+"""Writes files for llama.cpp."""

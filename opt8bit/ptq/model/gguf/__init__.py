@@ -1,0 +1,1 @@
+"""Files for llama.cpp: blocks of codes, names of tensors, reading."""
