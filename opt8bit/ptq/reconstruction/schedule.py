@@ -1,4 +1,4 @@
-"""When learning rates fall, when held-out losses are measured, and when training is given up."""
+"""The rules of training: when learning rates fall, when held-out losses are measured, when it is given up."""
 
 from __future__ import annotations
 
