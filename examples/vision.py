@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import opt8bit
 from opt8bit.quant import UniformGrid
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_labels": 10}
 GRID = UniformGrid(4)
 
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels))
     x, y = torch.tensor(images).float().view(-1, 1, 8, 8)[order] / 8 - 1, torch.tensor(labels)[order]
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **SIZES))
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=64, **SIZES))
     optimizer = opt8bit.AdamW8bit(model.parameters(), lr=2e-3)
     for batch in (batch for _ in range(epochs) for batch in torch.randperm(1200).split(64)):
         optimizer.zero_grad()
