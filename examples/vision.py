@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import opt8bit
 from opt8bit.quant import UniformGrid
 
-SIZES = {"intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_labels": 10}
+SIZES: dict = {"intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_labels": 10}
 GRID = UniformGrid(4)
 
 
