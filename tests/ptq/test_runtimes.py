@@ -46,7 +46,8 @@ def compressed(runtime: str | None, see: Any = None, **options: Any) -> ptq.Resu
 
 
 def grids(folder: Path) -> set[tuple[int | None, str | None]]:
-    return {(layer.bits, layer.grid) for layer in inspect(folder).layers.values()}
+    """The widths and kinds of grids of the layers in blocks."""
+    return {(layer.bits, layer.grid) for name, layer in inspect(folder).layers.items() if ".layers." in name}
 
 
 @pytest.mark.filterwarnings("ignore:the GGUF file gets no tokenizer")
