@@ -22,19 +22,20 @@ class SphinxRoles(griffe.Extension):
 
 def rewrite(object: griffe.Object) -> None:
     """Rewrites the docstrings of an object and of all that it has."""
-    if isinstance(object, griffe.Attribute) and is_option(object.value):
-        object.value = object.value.arguments[0]
+    if isinstance(object, griffe.Attribute):
+        object.value = default(object.value)
     if object.docstring is not None:
         text = LITERAL.sub(":", DOCTEST.sub("Examples:", object.docstring.value))
         object.docstring.value = ROLE.sub(lambda role: linked(object, role[1]), text)
     for member in object.members.values():
-        if not member.is_alias:
+        if not isinstance(member, griffe.Alias):
             rewrite(member)
 
 
-def is_option(value: Any) -> bool:
-    """Whether an attribute is declared by ``opt8bit.recipe.options.option``, whose first argument is the default."""
-    return isinstance(value, griffe.ExprCall) and str(value.function) == "option"
+def default(value: Any) -> Any:
+    """Returns what an attribute is set to: the first argument where ``opt8bit.recipe.options.option`` declares it."""
+    declared = isinstance(value, griffe.ExprCall) and str(value.function) == "option"
+    return value.arguments[0] if declared else value
 
 
 def linked(object: griffe.Object, name: str) -> str:
