@@ -168,9 +168,11 @@ class RoundsInputs(nn.Linear):
         return super().forward(input.round())
 
 
-@pytest.mark.parametrize("shape", [(8, 5, 6), (8, 6)])
-def test_layers_that_are_not_linear_see_everything(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "padding"), [((8, 5, 6), 0), ((8, 6), 0), ((4, 200, 6), 120)])
+def test_layers_that_are_not_linear_see_everything(shape: tuple[int, ...], padding: int) -> None:
+    """Padding at the start is the same in every token, so that its mean tells nothing."""
     model, batches = Mlp().double(), [normal(*shape)(seed) for seed in range(5)]
+    batches[0][:, :padding] = 0
     quantized = copy.deepcopy(model)
     quantized.first = RoundsInputs(6, 12).double()
     quantized.first.load_state_dict(model.first.state_dict())
@@ -338,6 +340,14 @@ def test_one_pass_of_the_float_model_says_local_errors() -> None:
         rows, rows_hat = of_first(model), of_first(quantized)
         ptq.correct(quantized, model, [batch(seed) for seed in range(8)])
         assert sum(rows_hat) <= 1.6 * most * sum(rows)  # and the trials on the first batch
+
+
+def test_a_few_tokens_tell_what_a_layer_is() -> None:
+    model, batches = Mlp().double(), [normal(4, 640, 6)(seed) for seed in range(8)]
+    quantized = fake_quantized(model)
+    tokens, tokens_hat = of_first(model), of_first(quantized)
+    ptq.correct(quantized, model, batches)
+    assert sum(tokens_hat) < 0.02 * sum(tokens)
 
 
 def test_sequential_runs_each_model_once() -> None:

@@ -20,6 +20,7 @@ from opt8bit.ptq.pairs.outputs import Element, element_of, with_element
 
 CLOSE = 0.02  # of the error of a mean, within which a layer tells it from its mean input
 TRIED = 4  # images or rows, on which it is found out whether it does
+TRIED_TOKENS = 32  # of a sample: less than twice as many, evenly spaced, as padding is all at one end
 KEPT_NUMBERS = 2**18  # in mean inputs, until the quantized module is called with them
 
 
@@ -107,7 +108,10 @@ class LayerError:
         axis = self.pair.channel_axis
         if not -y.dim() <= axis < 0:
             raise ValueError(f"channel_axis must be from {-y.dim()} to -1 for outputs {tuple(y.shape)}, got {axis}")
-        self._in_bias = takes_bias(self.pair.quantized, arguments, self.read, axis)
+        args, kwargs = arguments
+        if len(args) == 1 and not kwargs and self._is_of_tokens(args[0], y):
+            args = (_spaced(args[0]),)
+        self._in_bias = takes_bias(self.pair.quantized, (args, kwargs), self.read, axis)
         self._dtype = y.dtype if self.options.target is None else self.options.target.dtype or y.dtype
         self.compensation = BiasCompensation(
             y.shape[axis],
@@ -179,23 +183,26 @@ class LayerError:
         images = image_dims(self.pair.reference)
         if images is not None and x.dim() == images + 2:
             return _means_of_images(x, y, self.options.unit) if self.options.unit > 1 else None
-        if not is_linear(self.pair.reference) or x.dim() < 2 or x.shape[:-1] != y.shape[:-1]:
-            return None
-        if x.dim() == 2:
-            return _means_of_rows(x, y, mask, self.options.unit) if self.options.unit > 1 else None
-        return _means_of_samples(x, y, mask)
+        if self._is_of_tokens(x, y):
+            return _means_of_samples(x, y, mask)
+        are_rows = is_linear(self.pair.reference) and x.dim() == 2 and len(x) == len(y)
+        return _means_of_rows(x, y, mask, self.options.unit) if are_rows and self.options.unit > 1 else None
+
+    def _is_of_tokens(self, x: Any, y: Tensor) -> bool:
+        """Tells whether the module is a linear layer, called with samples of tokens each."""
+        return is_linear(self.pair.reference) and isinstance(x, Tensor) and x.dim() > 2 and x.shape[:-1] == y.shape[:-1]
 
     def _tells(self, x: Tensor, y: Tensor) -> bool:
         """Tells whether the quantized module makes of the mean of a few inputs what it makes of them, on the average.
 
         A module that rounds its inputs does not: the error of a mean input is not the mean of their errors.
         """
-        is_of_samples = x.dim() > 2 and image_dims(self.pair.reference) is None
-        unit = slice(1 if is_of_samples else min(self.options.unit, TRIED))
-        means = self._means(x[unit], y[unit], None)
+        unit = slice(min(self.options.unit, TRIED))
+        x, y = (_spaced(x), _spaced(y)) if self._is_of_tokens(x, y) else (x[unit], y[unit])
+        means = self._means(x, y, None)
         assert means is not None
         axis = self.pair.channel_axis
-        rows = _channels_last(self.read(self.pair.quantized(x[unit])), axis)
+        rows = _channels_last(self.read(self.pair.quantized(x)), axis)
         of_mean = _channels_last(self.read(self.pair.quantized(means.x.to(x.dtype))), axis).mean(0)
         if len(of_mean) != means.y.shape[1]:
             raise self._mismatch(f"it has {len(of_mean)} channels, the reference's {means.y.shape[1]}")
@@ -225,6 +232,12 @@ class LayerError:
         check_finite("the quantized output", rows)
         sums = y.to(rows.device, torch.float64) - tokens.to(rows.device)[:, None] * rows.to(torch.float64)
         self.compensation.observe_sums(sums, tokens, self._dims)
+
+
+def _spaced(x: Tensor) -> Tensor:
+    """Returns a few tokens of the first sample, (1, tokens, features)."""
+    tokens = x[:1].flatten(1, -2)
+    return tokens[:, :: max(1, tokens.shape[1] // TRIED_TOKENS)]
 
 
 def _means_of_samples(x: Tensor, y: Tensor, mask: Tensor | None) -> Means:
