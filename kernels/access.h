@@ -2,6 +2,8 @@
 // gradients. Included after one of simd/*.h.
 #pragma once
 
+#include <type_traits>
+
 #include "blockwise.h"
 #include "optimizer_step.h"
 #include "rules/rule.h"
@@ -119,29 +121,52 @@ class PlainState {
   float* values_;
 };
 
-// Gradients, made as large as they are meant to be.
+// Gradients of parameters of type T, made as large as they are meant to be. Those of another dtype, and those that are
+// scaled, are made ready in float32, block by block.
 template <class T>
 class Grad {
  public:
   Grad(const Tensor& tensor, const Group& group)
-      : tensor_(static_cast<const T*>(tensor.grad)),
+      : tensor_(tensor.grad),
+        dtype_(tensor.grad_dtype),
         ahead_(kAhead + tensor.grad_away),
-        scale_(Simd::broadcast(static_cast<float>(1 / group.grad_scale))),
-        is_scaled_(group.grad_scale != 1) {}
+        scale_(static_cast<float>(1 / group.grad_scale)) {
+    if (dtype_ != tensor.dtype || group.grad_scale != 1) ready_ = thread_buffer() + kMaxStates * kBufferStride;
+  }
 
-  void open(int64_t offset) { values_ = tensor_ + offset; }
-  Simd::Floats load(int64_t i) const { return scaled(Simd::load(values_ + i)); }
-  Simd::Floats load_tail(int64_t i, int64_t n) const { return scaled(load_first(values_ + i, n - i)); }
+  void open(int64_t offset, int64_t n) {
+    values_ = static_cast<const T*>(tensor_) + offset;
+    if (!ready_) return;
+    switch (dtype_) {
+      case DType::float32: make_ready(static_cast<const float*>(tensor_) + offset, n); break;
+      case DType::float16: make_ready(static_cast<const float16*>(tensor_) + offset, n); break;
+      case DType::bfloat16: make_ready(static_cast<const bfloat16*>(tensor_) + offset, n); break;
+    }
+    if constexpr (std::is_same_v<T, float>) values_ = ready_;
+  }
+  Simd::Floats load(int64_t i) const { return is_elsewhere() ? Simd::load(ready_ + i) : Simd::load(values_ + i); }
+  Simd::Floats load_tail(int64_t i, int64_t n) const {
+    return is_elsewhere() ? load_first(ready_ + i, n - i) : load_first(values_ + i, n - i);
+  }
   const char* ahead(int64_t i) const { return reinterpret_cast<const char*>(values_ + i) + ahead_; }
 
  private:
-  Simd::Floats scaled(Simd::Floats x) const { return is_scaled_ ? x * scale_ : x; }
+  bool is_elsewhere() const { return !std::is_same_v<T, float> && ready_; }
 
-  const T* const tensor_;
+  template <class G>
+  OPT8BIT_NOINLINE void make_ready(const G* grad, int64_t n) {
+    const Simd::Floats scale = Simd::broadcast(scale_);
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(ready_ + i, Simd::load(grad + i) * scale);
+    if (i < n) Simd::store(ready_ + i, load_first(grad + i, n - i) * scale);
+  }
+
+  const void* const tensor_;
+  const DType dtype_;
   const T* values_;
   const int64_t ahead_;
-  const Simd::Floats scale_;
-  const bool is_scaled_;
+  const float scale_;
+  float* ready_ = nullptr;  // of the block
 };
 
 template <bool kCoded, bool kSigned>

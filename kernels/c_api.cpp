@@ -128,7 +128,7 @@ void opt8bit_step(const Kernels* kernels, const Tensor* tensors, int64_t count, 
   std::vector<int64_t> first_unit = {0};  // of each tensor, in one count over all
   for (const Tensor* tensor = tensors; tensor < tensors + count; ++tensor) {
     views.push_back(block_view(*tensor, groups[tensor->group]));
-    first_unit.push_back(first_unit.back() + units(views.back()));
+    first_unit.push_back(first_unit.back() + (tensor->step ? units(views.back()) : 0));
   }
   // Calls function(index, first_unit, last_unit) on the units of each tensor in [begin, end).
   const auto for_tensors = [&](int64_t begin, int64_t end, auto function) {
@@ -169,7 +169,8 @@ void opt8bit_step(const Kernels* kernels, const Tensor* tensors, int64_t count, 
                     first_block(index, unit), first_block(index, last_unit));
     });
   });
-  for (const Tensor* tensor = tensors; tensor < tensors + count; ++tensor) *tensor->step += 1;
+  for (const Tensor* tensor = tensors; tensor < tensors + count; ++tensor)
+    if (tensor->step) *tensor->step += 1;
 }
 
 void opt8bit_fit_grids(const Kernels* kernels, const WeightRounding* layer, int64_t threads) {

@@ -14,7 +14,7 @@ BlockView block_view(const Tensor& tensor, const Group& group) {
 
 float* thread_buffer() {
   struct alignas(64) Buffer {
-    float floats[kMaxStates * kBufferStride];
+    float floats[(kMaxStates + 1) * kBufferStride];
   };
   static thread_local const std::unique_ptr<Buffer> buffer(new Buffer());
   return buffer->floats;

@@ -21,13 +21,14 @@ constexpr int64_t kMaxBlockSize = 16384;
 struct Tensor {
   void* param;
   const void* grad;
-  float* step;                // how many steps were taken; a step adds 1
+  float* step;                // how many steps were taken; a step adds 1. Null where there is no gradient
   void* states[kMaxStates];   // uint8 codes, or float32 values where state_bits is 32
   float* scales[kMaxStates];  // (rows, blocks of a row), row by row; unused where state_bits is 32
   int16_t* compensation;      // of the parameter's shape; unused unless the rounding is compensated
   int64_t rows;
   int64_t row_length;
-  DType dtype;         // of param and grad
+  DType dtype;         // of param
+  DType grad_dtype;    // the same where channels come last
   int64_t state_bits;  // 8 or 32
   int64_t group;       // index into the groups
   int64_t number;      // of the parameter in its optimizer: tells streams of random bits apart
@@ -76,8 +77,9 @@ struct BlockView {
 
 BlockView block_view(const Tensor& tensor, const Group& group);
 
-// Room for the states of one block, kMaxStates times kBufferStride floats, of the calling thread. The stride keeps
-// equal offsets into two states apart modulo 4096, where a load would wait for a store.
+// Room for the states of one block, kMaxStates times kBufferStride floats, and for its gradients behind them, of the
+// calling thread. The stride keeps equal offsets into two states apart modulo 4096, where a load would wait for a
+// store.
 constexpr int64_t kBufferStride = kMaxBlockSize + 336;
 float* thread_buffer();
 void* row_buffer(int64_t bytes);  // of the calling thread, for rows of a parameter and of its gradient

@@ -57,7 +57,7 @@ void update_blocks(const Rule rule, Param param, Grad<T> grad, const BlockView& 
   view.for_each(first_block, last_block, [&](int64_t block, int64_t offset, int64_t n) {
     if (slot == 0) (states.open_run(block, offset, block_length), ...);
     param.open(offset);
-    grad.open(offset);
+    grad.open(offset, n);
     (states.open(slot, offset, n), ...);
     update_block(rule, param, grad, n, indices, states...);
     (states.find_largest(), ...);
@@ -82,7 +82,7 @@ void measure_blocks(const Rule rule, Param param, Grad grad, const BlockView& vi
   view.for_each(first_block, last_block, [&]([[maybe_unused]] int64_t block, int64_t offset, int64_t n) {
     (states.open_run(block, offset, n), ...);
     param.open(offset);
-    grad.open(offset);
+    grad.open(offset, n);
     (states.open(0, offset, n), ...);
     int64_t i = 0;
     for (; i + Simd::kLanes <= n; i += Simd::kLanes) {

@@ -67,13 +67,25 @@ class Description:
             )
             self._read = partial(_library().opt8bit_addresses, functions, objects, len(tensors), max_dim, rows, found)
 
-    def addresses(self, tensors: list[Tensor]) -> Rows | None:
+    def addresses(self, tensors: list[Tensor], alike: Sequence[tuple[int, int]] = ()) -> Rows | None:
         """Returns where the data of as many tensors lie, then a zero, (n + 1,), or None if they lie otherwise.
 
         The array is the same every time.
+
+        Args:
+            tensors: as many as are described.
+            alike: of a tensor that stands in for another one, its place, and the place whose description it has.
         """
         if len(tensors) != len(self.rows):
             return None
+        if alike:
+            there, here = map(list, zip(*alike, strict=True))
+            described = self.rows[there]
+            self.rows[there] = self.rows[here]
+            try:
+                return self.addresses(tensors)
+            finally:
+                self.rows[there] = described
         if self._functions is None:
             found = addresses_in_python(tensors, self.rows)
             if found is None:

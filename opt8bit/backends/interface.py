@@ -60,6 +60,7 @@ class Batch(NamedTuple):
     rounding: str  # one of ROUNDINGS
     seed: int  # of stochastic rounding
     dtype: torch.dtype  # of the parameters
+    grad_dtype: torch.dtype
     device: torch.device
     coded: bool  # states are codes with their scales, not values
     capturable: bool  # a step may be captured in a CUDA graph
@@ -79,12 +80,12 @@ class BatchStep(NamedTuple):
     grad_scale: Tensor | None  # of one element: the gradients are this many times too large
     found_inf: Tensor | None  # of one element: not zero if the step is to be skipped
     params: Sequence[Tensor]  # n
-    grads: Sequence[Tensor]  # n, each of its parameter's shape
+    grads: Sequence[Tensor | None]  # n, each of its parameter's shape; None where that is left as it is
     # n, by name: "step", a float32 scalar to which the backend adds 1; the rule's states, of the parameter's shape, or
     # their codes of that shape and scales of (rows, blocks per row); "compensation", the two bytes of an int16 for
     # each element.
     states: Sequence[Mapping[str, Tensor]]
-    addresses: NDArray[numpy.void]  # (n,), ADDRESSES: where each of these lies
+    addresses: NDArray[numpy.void]  # (n,), ADDRESSES: where each lies; 0 for the step of one without a gradient
 
     def hyper_on_host(self) -> dict[str, Any]:
         """Returns numbers only; waits for the device where lr lies on one."""
@@ -100,7 +101,7 @@ class Step(NamedTuple):
     found_inf: Tensor | None
     prepared: Any  # what the backend made of the batches
     params: Sequence[Tensor]  # of the first batch, of the second, ...; grads, states and addresses alike
-    grads: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
     states: Sequence[Mapping[str, Tensor]]
     addresses: NDArray[numpy.int64]  # (n, words of ADDRESSES), written anew in the next step
     copies: Sequence[tuple[Tensor, Tensor]] = ()  # (parameter, the contiguous copy that is stepped in its place)
@@ -136,8 +137,12 @@ class Backend(Protocol):
     def encode_state(self, x: Tensor, table: Tensor, signed: bool, view: View, codes: Tensor, scale: Tensor) -> None:
         """Codes the contiguous float32 ``x`` as :func:`opt8bit.quant.encode_state` says; ``table`` is the state map."""
 
-    def can_step(self, param: Tensor) -> bool:
-        """Tells whether :meth:`step` takes parameters of this dtype, if they and their gradients are contiguous."""
+    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+        """Tells whether :meth:`step` takes parameters and gradients of these dtypes, if both are contiguous."""
+        ...
+
+    def can_skip(self) -> bool:
+        """Tells whether :meth:`step` leaves those parameters as they are that have no gradient."""
         ...
 
     def has_kernel(self, rule: Rule) -> bool:

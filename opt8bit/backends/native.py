@@ -205,8 +205,11 @@ class Native:
             torch.get_num_threads(),
         )
 
-    def can_step(self, param: Tensor) -> bool:
-        return param.dtype in DTYPES
+    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+        return param.dtype in DTYPES and grad.dtype in DTYPES
+
+    def can_skip(self) -> bool:
+        return True
 
     def has_kernel(self, rule: Rule) -> bool:
         return rule.name in rules()

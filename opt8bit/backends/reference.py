@@ -69,11 +69,12 @@ def encode_state(x: Tensor, table: Tensor, signed: bool, view: View) -> tuple[Te
 def step_batch(batch_step: BatchStep, coder: Backend, grad_scale: float) -> None:
     """Steps one parameter after another by the pure rule; ``coder`` decodes and encodes the states."""
     hyper, parts = batch_step.hyper_on_host(), batch_step.batch.rule.parts
+    present = [i for i, grad in enumerate(batch_step.grads) if grad is not None]
     if parts:
-        for indices in _equal(batch_step.params):
+        for indices in _equal(batch_step.params, present):
             _step_together(batch_step, indices, coder, hyper, grad_scale, parts)
         return
-    for i in range(len(batch_step.params)):
+    for i in present:
         read = *_param_and_grad(batch_step, i, grad_scale), *_decoded(batch_step, i, coder)
         step = batch_step.states[i]["step"].item() + 1
         new_param, *new_states = batch_step.batch.rule.update(*read, step=step, **hyper)
@@ -81,15 +82,15 @@ def step_batch(batch_step: BatchStep, coder: Backend, grad_scale: float) -> None
         _write(batch_step, i, coder, new_param, new_states)
 
 
-def _equal(params: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Divides parameters into runs of one shape, of no more elements than are stepped together."""
+def _equal(params: Sequence[Tensor], indices: Sequence[int]) -> Iterator[list[int]]:
+    """Divides some parameters into runs of one shape, of no more elements than are stepped together."""
     alike: dict[torch.Size, list[int]] = {}
-    for i, param in enumerate(params):
-        alike.setdefault(param.shape, []).append(i)
-    for shape, indices in alike.items():
+    for i in indices:
+        alike.setdefault(params[i].shape, []).append(i)
+    for shape, found in alike.items():
         at_once = max(1, TOGETHER // max(1, shape.numel()))
-        for first in range(0, len(indices), at_once):
-            yield indices[first : first + at_once]
+        for first in range(0, len(found), at_once):
+            yield found[first : first + at_once]
 
 
 def _step_together(
@@ -115,9 +116,10 @@ def _step_together(
 
 def _param_and_grad(batch_step: BatchStep, i: int, grad_scale: float) -> tuple[Tensor, Tensor]:
     """Returns parameter and gradient in at least float32, complex numbers as pairs."""
-    param, kept = batch_step.params[i], _compensation(batch_step, i)
+    param, grad, kept = batch_step.params[i], batch_step.grads[i], _compensation(batch_step, i)
+    assert grad is not None
     compute = torch.promote_types(param.dtype, torch.float32)
-    grad = as_real(batch_step.grads[i].to(compute))
+    grad = as_real(grad.to(compute))
     grad = grad if grad_scale == 1 else grad * (1 / grad_scale)
     return as_real(param.to(compute)) if kept is None else compensated(param, kept), grad
 
@@ -209,7 +211,10 @@ class Reference:
         codes.copy_(new_codes)
         scale.copy_(new_scale)
 
-    def can_step(self, param: Tensor) -> bool:
+    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+        return True
+
+    def can_skip(self) -> bool:
         return True
 
     def has_kernel(self, rule: Rule) -> bool:

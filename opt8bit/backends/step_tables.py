@@ -17,7 +17,7 @@ TENSOR = numpy.dtype(  # Tensor of kernels/optimizer_step.h, which says what the
         *(
             (name, numpy.int64)
             for name in (
-                *("rows", "row_length", "dtype", "state_bits", "group", "number", "first", "positions"),
+                *("rows", "row_length", "dtype", "grad_dtype", "state_bits", "group", "number", "first", "positions"),
                 *("param_away", "grad_away"),
             )
         ),
@@ -71,7 +71,7 @@ class Tables:
 def _tensors(batch: Batch, group: int) -> NDArray[numpy.void]:
     result = numpy.zeros(len(batch.views), TENSOR)
     result["rows"], result["row_length"] = batch.extents.T
-    result["dtype"] = DTYPES[batch.dtype]
+    result["dtype"], result["grad_dtype"] = DTYPES[batch.dtype], DTYPES[batch.grad_dtype]
     result["state_bits"] = 8 if batch.coded else 32
     result["group"] = group
     result["number"] = batch.numbers

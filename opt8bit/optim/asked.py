@@ -7,15 +7,13 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from opt8bit.backends import Backend, Rule, backend_for, can_capture, get
 from opt8bit.optim import shards
+from opt8bit.optim.absent import PLAIN, Grads, held
 from opt8bit.optim.facts import Facts
 from opt8bit.optim.offload import Host, Hosts
-
-PLAIN = {Tensor, torch.nn.Parameter}  # types that are no subclass with ways of its own
 
 
 class Asked(NamedTuple):
@@ -25,10 +23,10 @@ class Asked(NamedTuple):
     group: dict[str, Any]
     planned: tuple[Any, ...]  # what plans depend on: the rule, and some options of the group
     wanted_backend: str | None
-    params: Sequence[Tensor]  # that have a gradient: what is stepped, a shard of one or its copy on the CPU
-    grads: Sequence[Tensor]
+    params: Sequence[Tensor]  # what is stepped, a shard of a parameter or its copy on the CPU
+    grads: Grads  # None for those that are left as they are: see `held`
     owners: Sequence[Tensor]  # the parameters themselves
-    types: Set[type]  # of the gradients as they came
+    types: Set[type]  # of the gradients as they came, but for plain ones
     placements: tuple[Any, ...] | None  # how each of the parameters lies on the processes; None if all are plain
     first: int  # number of the group's first parameter in the optimizer
     numbers: Sequence[int]  # of these parameters in the optimizer
@@ -64,6 +62,7 @@ def asked_of(
     first: int,
     wanted: str | None,
     *,
+    state: Mapping[Tensor, Any],
     alone: int | None = None,
     done: Set[Tensor] = frozenset(),
 ) -> Asked:
@@ -75,6 +74,7 @@ def asked_of(
         hosts: copies on the CPU of the parameters that are stepped there.
         first: number of the group's first parameter in the optimizer.
         wanted: the backend that the environment names.
+        state: of the optimizer.
         alone: of the one parameter in it that is stepped now, if it is not all; its host has what it takes.
         done: parameters that have been stepped already.
     """
@@ -86,14 +86,19 @@ def asked_of(
     types = frozenset(map(type, grads))
     if done or type(None) in types:
         present = [i for i, grad in enumerate(grads) if grad is not None and params[i] not in done]
-        params, grads = [params[i] for i in present], [grads[i] for i in present]
-        numbers, types = [numbers[i] for i in present], frozenset(map(type, grads))
+        types = frozenset(type(grads[i]) for i in present)
+        if not (done or types - PLAIN or group["offload"]):
+            present = sorted({*present, *held(params, grads, state)})
+        if len(present) < len(params):
+            params, grads = [params[i] for i in present], [grads[i] for i in present]
+            numbers = [numbers[i] for i in present]
+    types -= PLAIN
     owners, placements = params, None
-    if types - PLAIN:
+    if types:
         placements = tuple(map(shards.placement_of, owners))
     if group["offload"]:
-        held = fetched(hosts, owners) if alone is None else [hosts.of(param) for param in owners]
-        params, grads = [host.param for host in held], [host.grad for host in held]
+        on_host = fetched(hosts, owners) if alone is None else [hosts.of(param) for param in owners]
+        params, grads = [host.param for host in on_host], [host.grad for host in on_host]
     elif placements:
         params, grads = list(map(shards.local, owners)), list(map(shards.local_grad, grads, owners))
     return Asked(
@@ -120,7 +125,7 @@ def fetched(hosts: Hosts, params: Sequence[Tensor]) -> list[Host]:
     return found
 
 
-def columns(asked: Sequence[Asked]) -> tuple[list[Tensor], list[Tensor], list[Mapping[str, Any]]]:
+def columns(asked: Sequence[Asked]) -> tuple[list[Tensor], list[Tensor | None], list[Mapping[str, Any]]]:
     """Returns the parameters of all groups and their gradients, and the hyper-parameters of each group."""
     params, grads = (list(chain.from_iterable(map(attrgetter(name), asked))) for name in ("params", "grads"))
     return params, grads, [each.hyper for each in asked]
@@ -150,7 +155,7 @@ def backend_of(asked: Asked, param: Tensor, grad: Tensor, *, is_overlapping: boo
     """
     backend = backend_for(param.device)
     fused = asked.group["fused"]
-    if fused is False or is_overlapping or grad.dtype != param.dtype or not backend.can_step(param):
+    if fused is False or is_overlapping or not backend.can_step(param, grad):
         backend = get("reference")
     if fused and not backend.has_kernel(asked.rule):
         raise ValueError(

@@ -6,7 +6,6 @@ updating it. So a plan is made once, for all groups together, and each step only
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import methodcaller
@@ -28,7 +27,9 @@ from opt8bit.backends import (
     data_ptrs,
     stored_as,
 )
-from opt8bit.optim.asked import Asked, backend_of, columns
+from opt8bit.optim.absent import absent, with_stand_ins
+from opt8bit.optim.asked import Asked, backend_of
+from opt8bit.optim.in_memory import is_staged, positions_of_channels
 from opt8bit.optim.overlap import overlapping
 from opt8bit.optim.shards import first_element
 from opt8bit.optim.states import check, is_coded, is_compensated
@@ -56,6 +57,7 @@ class _Kind(NamedTuple):
     group: int
     device: torch.device
     dtype: torch.dtype
+    grad_dtype: torch.dtype
     coded: bool
     compensated: bool
 
@@ -103,11 +105,16 @@ class Plan:
             self._names = self._stored
         self._sizes = [len(stored) for stored in self._stored]
         self.has_overlaps = len(asked) > 1 and bool(overlapping([each.param for each in every]))
-        self._shares = _divided(asked, every, self._names)
+        first = 2 * len(every) + numpy.cumsum([0, *map(len, self._names)])
+        self._steps_at = [int(at) + names.index("step") for at, names in zip(first, self._names, strict=False)]
+        self._shares = _divided(asked, every, self._names, first)
+        everything = range(len(every))
+        fixed = [share.indices or everything for share in self._shares if not share.backend.can_skip()]
+        self._cannot_skip = set(chain.from_iterable(fixed))
         is_direct = not (self.has_overlaps or any(share.staged for share in self._shares))
         self.usual = Usual.of(asked) if is_direct else None
-        params, grads, _ = columns(asked)
-        tensors = self._tensors(params, grads, states)
+        params = [each.param for each in every]
+        tensors = self._tensors(params, [each.grad for each in every], states)
         assert tensors is not None
         self._description = Description(tensors)
         self._params_at = data_ptrs(params).tobytes()  # those that come to share memory need another plan
@@ -119,26 +126,31 @@ class Plan:
     def steps(
         self,
         params: list[Tensor],
-        grads: list[Tensor],
+        grads: list[Tensor | None],
         hyper: Sequence[Mapping[str, Any]],  # of each group
         states: States,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> list[tuple[Backend, Step]] | None:
         """Returns the share of each backend in one step, or None where a plan made for these would be another one."""
-        tensors = self._tensors(params, grads, states)
+        n, missing = len(params), absent(grads)
+        if not self._cannot_skip.isdisjoint(missing):
+            return None
+        tensors = self._tensors(params, with_stand_ins(params, grads) if missing else grads, states)
+        alike = [(n + i, i) for i in missing]
         try:
-            found = None if tensors is None else self._description.addresses(tensors)
+            found = None if tensors is None else self._description.addresses(tensors, alike)
         except AttributeError:  # what lies among the states is no tensor
             return None
-        if found is None or found[: len(params)].tobytes() != self._params_at:
+        if found is None or found[:n].tobytes() != self._params_at:
             return None
+        found[[self._steps_at[i] for i in missing]] = 0
         return [
             (share.backend, _step(share, params, grads, states, hyper, found, grad_scale, found_inf))
             for share in self._shares
         ]
 
-    def _tensors(self, params: list[Tensor], grads: list[Tensor], states: States) -> list[Tensor] | None:
+    def _tensors(self, params: list[Tensor], grads: Sequence[Any], states: States) -> list[Tensor] | None:
         """Returns the parameters, their gradients, then the states of the first of them, of the second, ...
 
         None where not the same states are there, as where someone has put one in full beside its codes.
@@ -156,8 +168,10 @@ class Plan:
 
 def _every(asked: Sequence[Asked], states: States) -> list[_Each]:
     remaining = iter(states)
+    # A gradient that is not there yet will most likely lie as its parameter does.
+    grads = [with_stand_ins(map(Tensor.detach, each.params), each.grads) for each in asked]
     return [
-        _Each(group, i, each.params[i], each.grads[i], each.owners[i], next(remaining))
+        _Each(group, i, each.params[i], grads[group][i], each.owners[i], next(remaining))
         for group, each in enumerate(asked)
         for i in range(len(each.params))
     ]
@@ -171,7 +185,12 @@ def _names(asked: Asked, each: _Each) -> tuple[str, ...]:
     return ("step", *stored, *([COMPENSATION] if is_compensated(each.param, asked.group) else []))
 
 
-def _divided(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Sequence[str]]) -> list[_Share]:
+def _divided(
+    asked: Sequence[Asked],
+    every: Sequence[_Each],
+    names: Sequence[Sequence[str]],
+    first: NDArray[numpy.int64],  # place of each one's first state among all tensors, then where all end
+) -> list[_Share]:
     """Divides parameters among the backends, each of which gets those of one kind together.
 
     Those whose rule has a kernel are apart from those whose has none, as torch computes the whole share then.
@@ -185,13 +204,13 @@ def _divided(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Seq
         check(of_group.where(i), param, of_group.rule, of_group.group, state)
         backend = backend_of(of_group, param, grad, is_overlapping=i in shared_within[group])
         found = positions_of_channels(param, grad)
-        positions.append(found if found and backend.takes_channels_last(of_group.rule) else 0)
-        if not positions[index] and _is_staged(backend, param, grad):
+        is_taken = grad.dtype == param.dtype and backend.takes_channels_last(of_group.rule)
+        positions.append(found if is_taken else 0)
+        if not positions[index] and is_staged(backend, param, grad):
             staged.add(index)
         coded, compensated = is_coded(state, of_group.rule), is_compensated(param, of_group.group)
-        kind = _Kind(group, param.device, param.dtype, coded, compensated)
+        kind = _Kind(group, param.device, param.dtype, grad.dtype, coded, compensated)
         kinds.setdefault((backend, backend.has_kernel(of_group.rule)), {}).setdefault(kind, []).append(index)
-    first = 2 * len(every) + numpy.cumsum([0, *map(len, names)])
     shares = []
     for (backend, _), members in kinds.items():
         indices = list(chain.from_iterable(members.values()))
@@ -200,9 +219,8 @@ def _divided(asked: Sequence[Asked], every: Sequence[_Each], names: Sequence[Seq
         places[places < 0] = first[-1]  # where the description has a zero
         copied = [place for place, index in enumerate(indices) if index in staged]
         groups = [kind.group for kind in members]
-        has_all = indices == list(range(len(every)))
         prepared = backend.prepare(batches)
-        indices = None if has_all else indices
+        indices = None if indices == list(range(len(every))) else indices
         shares.append(_Share(backend, indices, groups, copied, places, places.copy(), batches, prepared))
     return shares
 
@@ -237,6 +255,7 @@ def _batch(
         rounding="compensated" if kind.compensated else "stochastic" if stochastic else "nearest",
         seed=group["seed"],
         dtype=kind.dtype,
+        grad_dtype=kind.grad_dtype,
         device=kind.device,
         coded=kind.coded,
         capturable=group["capturable"],
@@ -249,28 +268,10 @@ def _batch(
     )
 
 
-def _is_staged(backend: Backend, param: Tensor, grad: Tensor) -> bool:
-    """Tells whether a backend takes contiguous copies of a parameter and of its gradient."""
-    # A single number is contiguous whatever it is a view of, such as the imaginary part of a conjugate: what lies in
-    # memory there is its negative.
-    is_plain = param.is_contiguous() and grad.is_contiguous() and param.numel() > 1
-    return backend.name != "reference" and not is_plain
-
-
-def positions_of_channels(param: Tensor, grad: Tensor) -> int:
-    """Returns how many positions a channel has, if in memory each row of both is (positions, channels); else 0.
-
-    That is ``torch.channels_last`` and ``torch.channels_last_3d``, unless contiguous tensors lie in memory like that.
-    """
-    if param.dim() < 3 or param.is_contiguous() or not all(x.movedim(1, -1).is_contiguous() for x in (param, grad)):
-        return 0
-    return math.prod(param.shape[2:])
-
-
 def _step(
     share: _Share,
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: list[Tensor | None],
     states: States,
     hyper: Sequence[Mapping[str, Any]],
     found: NDArray[numpy.int64],  # addresses of all tensors, then a zero
@@ -278,18 +279,21 @@ def _step(
     found_inf: Tensor | None,
 ) -> Step:
     if share.indices is not None:
-        params, grads = ([column[i] for i in share.indices] for column in (params, grads))
+        params, grads = [params[i] for i in share.indices], [grads[i] for i in share.indices]
         states = [states[i] for i in share.indices]
     elif share.staged:
         params, grads = [*params], [*grads]
     addresses = found.take(share.places, out=share.addresses, mode="clip")
     copies = []
     for i in share.staged:
-        param, grads[i] = params[i].resolve_neg().contiguous(), grads[i].resolve_neg().contiguous()
+        grad = grads[i]
+        if grad is None:
+            continue
+        param, grad = params[i].resolve_neg().contiguous(), grad.resolve_neg().contiguous()
         if param is not params[i]:
             copies.append((params[i], param))
-        params[i] = param
+        params[i], grads[i] = param, grad
         at = addresses[i].view(ADDRESSES)
-        at["param"], at["grad"] = param.data_ptr(), grads[i].data_ptr()
+        at["param"], at["grad"] = param.data_ptr(), grad.data_ptr()
     hyper = [hyper[group] for group in share.groups]
     return Step(share.batches, hyper, grad_scale, found_inf, share.prepared, params, grads, states, addresses, copies)

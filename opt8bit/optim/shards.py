@@ -255,3 +255,10 @@ def check_grad(param: Any) -> None:
         raise RuntimeError(f"gradients must be dense, got layout {grad.layout} (use a sparse optimizer)")
     if grad.shape != param.shape:
         raise RuntimeError(f"a gradient must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
+
+
+def scaling(value: Any) -> Tensor | None:
+    """Returns what GradScaler hands over as a tensor; it is a number where there was no gradient to look at."""
+    if isinstance(value, Tensor):
+        return everywhere(value)
+    return None if value is None else torch.tensor(float(value), dtype=torch.float32, device="cpu")

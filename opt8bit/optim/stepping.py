@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opt8bit.backends import Backend, Step, can_capture, note_writes, wanted_backend
 from opt8bit.optim import shards
+from opt8bit.optim.absent import with_gradient
 from opt8bit.optim.asked import Asked, asked_of, backend_of, columns, divided
 from opt8bit.optim.noting import noted_where_seen
 from opt8bit.optim.plan import Plan
@@ -71,27 +72,26 @@ class Stepping(Ruled):
         is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if is_captured:
             self._check_capture()
-        scaling = _tensor(getattr(self, "grad_scale", None)), _tensor(getattr(self, "found_inf", None))
+        scaling = shards.scaling(getattr(self, "grad_scale", None)), shards.scaling(getattr(self, "found_inf", None))
         usual = self._usual(scaling)
         if usual is None:
             self._update_unusual(scaling, is_captured)
         else:
-            shares, params = usual
+            shares, params, grads = usual
             self._take(shares, {}, is_captured)
-            note_writes(params)
+            note_writes(with_gradient(params, grads))
 
-    def _usual(self, scaling: Scaling) -> tuple[Shares, list[Tensor]] | None:
-        """Returns the backends' shares in a step like the one before, and its parameters, or None if it differs."""
-        running, groups = self._running, self.param_groups
-        plan = running.plans.get(None)
+    def _usual(self, scaling: Scaling) -> tuple[Shares, list[Tensor], list[Tensor | None]] | None:
+        """Returns the backends' shares, the parameters and the gradients of a step like the one before, or None."""
+        plan = self._running.plans.get(None)
         if plan is None or plan.usual is None:
             return None
-        facts = [running.facts.of(*each) for each in enumerate(groups)]
-        tensors = plan.usual.tensors(groups, facts, self.state)
+        facts = [self._running.facts.of(*each) for each in enumerate(self.param_groups)]
+        tensors = plan.usual.tensors(self.param_groups, facts, self.state)
         if tensors is None:
             return None
         shares = plan.steps(*tensors, [each.hyper for each in facts], list(self.state.values()), *scaling)
-        return None if shares is None else (shares, tensors[0])
+        return None if shares is None else (shares, *tensors)
 
     @torch.no_grad()
     def _update_unusual(self, scaling: Scaling, is_captured: bool) -> None:
@@ -112,7 +112,7 @@ class Stepping(Ruled):
             self._take(shares, fresh, is_captured)
         for each in one_by_one:
             self._step_gathered(each, scaling)
-        note_writes(list(chain.from_iterable(each.owners for each in together)))
+        note_writes(list(chain.from_iterable(with_gradient(each.owners, each.grads) for each in together)))
         self._give_back(together)
 
     def _step_in_order(self, asked: Sequence[Asked], scaling: Scaling, is_captured: bool) -> None:
@@ -131,6 +131,7 @@ class Stepping(Ruled):
         """Raises for one parameter what the plan of many raises: before anything is gathered."""
         (param,), (shard,), (grad,), (state,) = asked.owners, asked.params, asked.grads, self._states([asked])
         self._check_asked(asked, 0)
+        assert grad is not None
         backend_of(asked, shard, grad)
         if state:
             coded = will_be_coded(state, asked.rule, param, asked.group)
@@ -213,7 +214,7 @@ class Stepping(Ruled):
         """Raises for a parameter that cannot be stepped, or not with its gradient; by its name."""
         try:
             self._check_supported(asked.owners[i], asked.group)
-            if not is_alone:  # whose gradient has been fetched, and may be gone
+            if asked.grads[i] is not None and not is_alone:  # alone, it has been fetched, and may be gone
                 shards.check_grad(asked.owners[i])
         except (RuntimeError, TypeError, ValueError) as error:
             raise type(error)(f"{asked.where(i)}: {error}") from None
@@ -222,7 +223,8 @@ class Stepping(Ruled):
         """Returns what a step is asked to do with each group, but with the parameters that are done already."""
         running, wanted, first, result = self._running, wanted_backend(), 0, []
         for index, group in enumerate(self.param_groups):
-            result.append(asked_of(group, running.facts.of(index, group), running.hosts, first, wanted, done=done))
+            facts = running.facts.of(index, group)
+            result.append(asked_of(group, facts, running.hosts, first, wanted, state=self.state, done=done))
             first += len(group["params"])
         return result
 
@@ -234,7 +236,8 @@ class Stepping(Ruled):
         """Returns the step of one parameter, which its host has or is about to have, for a thread to take."""
         first = sum(len(group["params"]) for group in self.param_groups[:index])
         group, running = self.param_groups[index], self._running
-        asked = asked_of(group, running.facts.of(index, group), running.hosts, first, wanted_backend(), alone=alone)
+        facts, wanted = running.facts.of(index, group), wanted_backend()
+        asked = asked_of(group, facts, running.hosts, first, wanted, state=self.state, alone=alone)
         asked = asked._replace(group=dict(group))  # the thread shall not see what is written into it later
 
         def step() -> None:
@@ -290,10 +293,3 @@ def _leave_to_python() -> None:
     """Imports half of torch when the first optimizer is made; torch.optim has done so by then."""
     if not hasattr(Stepping, "_update_untraced"):
         Stepping._update_untraced = torch.compiler.disable(Stepping._update)  # type: ignore[method-assign]
-
-
-def _tensor(value: Any) -> Tensor | None:
-    """Returns what GradScaler hands over as a tensor; it is a number where there was no gradient to look at."""
-    if value is None or isinstance(value, Tensor):
-        return value if value is None else shards.everywhere(value)
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")

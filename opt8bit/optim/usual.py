@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from opt8bit.backends import wanted_backend
-from opt8bit.optim.asked import PLAIN, Asked
+from opt8bit.optim.absent import PLAIN
+from opt8bit.optim.asked import Asked
 from opt8bit.optim.facts import Facts
 
 GRAD = attrgetter("grad")
+USUAL_TYPES = {*PLAIN, type(None)}  # of gradients
 
 
 class Usual(NamedTuple):
-    """Identifies usual steps: all parameters of all groups are plain, have a gradient, and have their states.
+    """Identifies usual steps: all parameters of all groups are plain, and have their states.
 
     Nearly all steps of a training are like that. That nothing else is looked at then makes steps of small models fast.
     """
@@ -35,7 +37,7 @@ class Usual(NamedTuple):
 
     def tensors(
         self, groups: Sequence[Mapping[str, Any]], facts: Sequence[Facts], state: Mapping[Tensor, Any]
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
+    ) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """Returns the parameters and their gradients, or None if a step with them is not such a one."""
         lists = [group["params"] for group in groups]
         params = list(chain.from_iterable(lists))
@@ -44,4 +46,4 @@ class Usual(NamedTuple):
         if wanted_backend() != self.wanted_backend or len(params) != len(state) or not all(map(is_, params, state)):
             return None
         grads = list(map(GRAD, params))
-        return (params, grads) if PLAIN.issuperset(map(type, grads)) else None
+        return (params, grads) if USUAL_TYPES.issuperset(map(type, grads)) else None

@@ -44,6 +44,16 @@ void set(float* target, float x) { *target = x; }
 void set(bfloat16* target, float x) { *target = bfloat16_from_float(x); }
 void set(float16* target, float x) { *target = float16_from_float(x); }
 
+float widened(bfloat16 x) { return float_from_bfloat16(x); }
+float widened(float16 x) { return float_from_float16(x); }
+
+template <class T>
+constexpr DType kDType = DType::float32;
+template <>
+constexpr DType kDType<bfloat16> = DType::bfloat16;
+template <>
+constexpr DType kDType<float16> = DType::float16;
+
 template <class T>
 Exact<T> random_values(int64_t n) {
   std::normal_distribution<float> normal;
@@ -169,9 +179,9 @@ Group group_of(const Kernels* kernels, int64_t rule, int64_t block_size, Roundin
 }
 
 // Three steps of one rule; returns the parameter.
-template <class T>
-Exact<T> run_step(const Kernels* kernels, int64_t rule, DType dtype, Rounding rounding, int64_t bits, int64_t rows,
-                  int64_t length, int64_t block_size, const Exact<T>& start, const Exact<T>& grad) {
+template <class T, class G>
+Exact<T> run_step(const Kernels* kernels, int64_t rule, Rounding rounding, int64_t bits, int64_t rows, int64_t length,
+                  int64_t block_size, const Exact<T>& start, const Exact<G>& grad) {
   Exact<T> param = start;
   const BlockView view(rows, length, block_size);
   const std::vector<Exact<uint8_t>> codes(kMaxStates, Exact<uint8_t>(start.size));
@@ -179,7 +189,7 @@ Exact<T> run_step(const Kernels* kernels, int64_t rule, DType dtype, Rounding ro
   const std::vector<Exact<float>> scales(kMaxStates, Exact<float>(view.blocks()));
   Exact<int16_t> compensation(start.size);
   float step = 0;
-  Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, dtype, bits, 0, 7, 5};
+  Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, kDType<T>, kDType<G>, bits, 0, 7, 5};
   if (rounding == Rounding::compensated) tensor.compensation = compensation.data;
   for (int s = 0; s < kMaxStates; ++s) {
     tensor.states[s] = bits == 8 ? static_cast<void*>(codes[s].data) : values[s].data;
@@ -191,22 +201,45 @@ Exact<T> run_step(const Kernels* kernels, int64_t rule, DType dtype, Rounding ro
   return param;
 }
 
-template <class T>
-void test_steps(const Kernels* kernels, DType dtype, Rounding rounding) {
+template <class T, class G>
+void test_steps(const Kernels* kernels, Rounding rounding) {
   const Kernels* scalar = opt8bit_kernels("scalar");
   check(kernels->rule_count == scalar->rule_count, "the same rules");
   for (int64_t rule = 0; rule < kernels->rule_count; ++rule) {
     const std::string name = kernels->rules[rule].name;
     for (int64_t length : {16, 17, 63, 64, 100, 256, 300, 515}) {
       for (int64_t bits : {8, 32}) {
-        const Exact<T> start = random_values<T>(3 * length), grad = random_values<T>(3 * length);
-        const Exact<T> mine = run_step(kernels, rule, dtype, rounding, bits, 3, length, 256, start, grad);
-        const Exact<T> theirs = run_step(scalar, rule, dtype, rounding, bits, 3, length, 256, start, grad);
+        const Exact<T> start = random_values<T>(3 * length);
+        const Exact<G> grad = random_values<G>(3 * length);
+        const Exact<T> mine = run_step(kernels, rule, rounding, bits, 3, length, 256, start, grad);
+        const Exact<T> theirs = run_step(scalar, rule, rounding, bits, 3, length, 256, start, grad);
         check(mine == theirs, name + ": the same bits as scalar");
         check(!(mine == start), name + ": the parameter moved");
+        if constexpr (std::is_same_v<T, float> && !std::is_same_v<G, float>) {
+          Exact<float> wide(grad.size);
+          for (int64_t i = 0; i < grad.size; ++i) wide.data[i] = widened(grad.data[i]);
+          check(mine == run_step(kernels, rule, rounding, bits, 3, length, 256, start, wide), name + ": widened");
+        }
       }
     }
   }
+}
+
+void test_absent_gradients(const Kernels* kernels) {
+  const Group group = group_of(kernels, 0, 256, Rounding::nearest);
+  const Exact<float> start = random_values<float>(300), grad = random_values<float>(300);
+  std::vector<Exact<float>> params(3, start);
+  float steps[3] = {};
+  std::vector<Tensor> tensors;
+  std::vector<Exact<float>> values(3 * kMaxStates, Exact<float>(300));
+  for (int i = 0; i < 3; ++i) {
+    tensors.push_back({params[i].data, grad.data, i == 1 ? nullptr : steps + i, {}, {}, nullptr, 1, 300});
+    tensors[i].state_bits = 32;
+    for (int s = 0; s < kMaxStates; ++s) tensors[i].states[s] = values[i * kMaxStates + s].data;
+  }
+  opt8bit_step(kernels, tensors.data(), 3, &group, 2);
+  check(params[1] == start && steps[1] == 0, "a parameter without a gradient stays");
+  check(params[0] == params[2] && !(params[0] == start) && steps[0] == 1, "those beside it are stepped");
 }
 
 // Stands in for torch's tensors behind its C interface.
@@ -291,10 +324,16 @@ int main() {
       for (int64_t length : {0, 1, 15, 16, 17, 63, 64, 65, 300, 1023, 1024, 1025, 5000})
         for (int64_t block_size : {1, 2, 16, 64, 100, 256, 2000, 5000})
           test_encode_state(kernels, 3, length, block_size, is_signed);
-    test_steps<float>(kernels, DType::float32, Rounding::nearest);
-    test_steps<float16>(kernels, DType::float16, Rounding::nearest);
-    for (Rounding rounding : {Rounding::nearest, Rounding::stochastic, Rounding::compensated})
-      test_steps<bfloat16>(kernels, DType::bfloat16, rounding);
+    test_steps<float, float>(kernels, Rounding::nearest);
+    test_steps<float, bfloat16>(kernels, Rounding::nearest);
+    test_steps<float, float16>(kernels, Rounding::nearest);
+    test_steps<float16, float16>(kernels, Rounding::nearest);
+    test_steps<float16, bfloat16>(kernels, Rounding::nearest);
+    for (Rounding rounding : {Rounding::nearest, Rounding::stochastic, Rounding::compensated}) {
+      test_steps<bfloat16, bfloat16>(kernels, rounding);
+      test_steps<bfloat16, float>(kernels, rounding);
+    }
+    test_absent_gradients(kernels);
     std::printf("%s: ok\n", name.c_str());
   }
 }

@@ -8,7 +8,7 @@ from cases import CASES, MUON, Case, train, use
 from torch import Tensor, nn
 
 import opt8bit
-from opt8bit.optim.plan import positions_of_channels
+from opt8bit.optim.in_memory import positions_of_channels
 
 # Positions and channels in whole tiles and not, rows of one block and of many, of one part and of several.
 SHAPES = [(8, 64, 3, 3), (5, 300, 3, 3), (70, 20, 4, 4), (3, 3, 7, 7), (2, 1100, 2, 2), (9, 17, 5), (2, 9, 2, 3, 4)]

@@ -33,8 +33,11 @@ class Triton:
     def encode_state(self, x: Tensor, table: Tensor, signed: bool, view: View, codes: Tensor, scale: Tensor) -> None:
         _on_every_block(encode_state_kernel, view, x, codes, scale, midpoints(table), SIGNED=signed)
 
-    def can_step(self, param: Tensor) -> bool:
-        return param.dtype in DTYPES
+    def can_step(self, param: Tensor, grad: Tensor) -> bool:
+        return param.dtype in DTYPES and grad.dtype == param.dtype
+
+    def can_skip(self) -> bool:
+        return False
 
     def has_kernel(self, rule: Rule) -> bool:
         return functions_of(rule) is not None
