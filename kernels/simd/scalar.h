@@ -1,5 +1,5 @@
 // One lane at a time, in plain C++: the twin that every other lane width must equal bit for bit,
-// and what a processor without a vector version of its own runs (NEON and others: through the compiler).
+// and what a processor without a vector version of its own runs.
 #pragma once
 
 #include <cstdint>
