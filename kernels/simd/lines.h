@@ -18,9 +18,7 @@ class LineTables {
   using Ints = typename Simd::Ints;
 
   // As integers these compare as the sums do.
-  Ints capped(Ints place, Ints line) const {
-    return Simd::min_unsigned(place, Simd::bits(Simd::lookup(cap_, line)));
-  }
+  Ints capped(Ints place, Ints line) const { return Simd::min_unsigned(place, Simd::bits(Simd::lookup(cap_, line))); }
 
  protected:
   LineTables(Table slope, Table intercept, Table cap) : slope_(slope), intercept_(intercept), cap_(cap) {}
@@ -104,7 +102,7 @@ class TableLines {
 
   static Floats shifted(Floats value, Floats reciprocal) {
     const Floats shift = Simd::broadcast(kTableEncoderShift);
-    return Simd::max(Simd::fma(value, reciprocal, shift), shift);  // a NaN is taken for zero
+    return Simd::max_of_results(Simd::fma(value, reciprocal, shift), shift);  // a NaN is taken for zero
   }
   Ints line(Floats x) const { return Simd::lookup(places_, x); }
   static Ints place(Floats x, Ints line) { return Simd::add(Simd::bits(x), line); }

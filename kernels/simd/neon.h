@@ -27,14 +27,13 @@ struct Simd {
   };
   using Mask = Ints;
 
-  // Four entries of a table. Two chains of loads are shorter than one.
+  // Four entries of a table. Loads into lanes would take their addresses from one register, and an instruction more.
   template <class T>
   static uint32x4_t gather(const T* table, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
     static_assert(sizeof(T) == sizeof(uint32_t), "entries of 32 bits");
     const uint32_t* const entries = reinterpret_cast<const uint32_t*>(table);
-    const uint32x2_t low = vld1_lane_u32(entries + b, uint32x2_t{entries[a], 0}, 1);
-    const uint32x2_t high = vld1_lane_u32(entries + d, uint32x2_t{entries[c], 0}, 1);
-    return vcombine_u32(low, high);
+    const auto entry = [&](uint64_t index) { return uint32x2_t{entries[index], 0}; };
+    return vcombine_u32(vzip1_u32(entry(a), entry(b)), vzip1_u32(entry(c), entry(d)));
   }
 
   static Floats broadcast(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
@@ -125,7 +124,8 @@ struct Simd {
   }
   static Floats sqrt(Floats a) { return {vsqrtq_f32(a.low), vsqrtq_f32(a.high)}; }
   static Floats abs(Floats a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
-  // Not fminnm and fmaxnm, which put zeros of either sign, and NaNs that signal, in another order.
+  static Floats min_of_results(Floats a, Floats b) { return {vminnmq_f32(a.low, b.low), vminnmq_f32(a.high, b.high)}; }
+  static Floats max_of_results(Floats a, Floats b) { return {vmaxnmq_f32(a.low, b.low), vmaxnmq_f32(a.high, b.high)}; }
   static Floats min(Floats a, Floats b) { return select(less(a, b), a, b); }
   static Floats max(Floats a, Floats b) { return select(greater(a, b), a, b); }
   static Floats maximum(Floats a, Floats b) { return select(is_nan(a), a, max(a, b)); }
