@@ -52,8 +52,8 @@ class CodedState {
   Scaled load_tail(int64_t i, int64_t n) const { return {decode_(load_first(codes_ + i, n - i)), scale_}; }
   void store(int64_t i, Simd::Floats x) {
     Simd::store(buffer_ + i, x);
-    highest_ = Simd::max(x, highest_);
-    if (kSigned) lowest_ = Simd::min(x, lowest_);
+    highest_ = Simd::max_of_results(x, highest_);
+    if (kSigned) lowest_ = Simd::min_of_results(x, lowest_);
   }
   void store_tail(int64_t i, int64_t n, Simd::Floats x) { store(i, keep_first(x, n - i)); }
   void find_largest() {  // of the block, without its sign

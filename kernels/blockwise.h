@@ -76,8 +76,7 @@ OPT8BIT_INLINE bool encode_chunk(const float* values, const Chunk& chunk, const 
   for (int k = 0; k < 4; ++k) {
     const Simd::Ints uncapped = lines.place(chunk.shifted[k], chunk.line[k]);
     least_fraction = Simd::min_of_halves(least_fraction, uncapped);
-    // As integers these compare as the sums do.
-    capped[k] = Simd::min_unsigned(uncapped, lines.cap(chunk.line[k]));
+    capped[k] = lines.capped(uncapped, chunk.line[k]);
   }
   if (kSigned) {
     Simd::store_signed_bytes(codes, capped, values, is_mirrored);

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 
+#include "half.h"
+
 namespace opt8bit {
 namespace {
 
@@ -139,6 +141,26 @@ NarrowEncoder make_narrow_encoder(const Codebook& codebook, bool is_signed) {
   return encoder;
 }
 
+TableEncoder make_table_encoder(const Codebook& codebook, bool is_signed) {
+  constexpr double kErrors = 2 * 0x1p-23;  // as above
+  constexpr uint32_t kCell = 1 << kFractionBits;
+  constexpr uint32_t kUnsignedBase = static_cast<uint32_t>(kUnsignedCodeOne) - kCell;
+  const int zero_code = is_signed ? kSignedZeroCode : 0, last = is_signed ? 128 : 255;
+  const auto end_of = [&](int code) {
+    const double end = codebook.midpoints[zero_code + code] + kTableEncoderShift;
+    return bits_from_float(static_cast<float>(end * (1 - kErrors)));
+  };
+  TableEncoder encoder = {};
+  int code = 0;
+  for (uint32_t cell = bits_from_float(0x1p-23f); cell <= bits_from_float(1.0f); cell += kCell) {
+    while (code < last && end_of(code) <= cell) ++code;
+    uint32_t place = (is_signed ? 0 : kUnsignedBase) + static_cast<uint32_t>(code) * kCell;
+    if (code < last && end_of(code) < cell + kCell) place += cell + kCell - end_of(code);
+    encoder.places[cell / kCell % (1 << 12)] = place - cell;
+  }
+  return encoder;
+}
+
 struct DynamicMaps {
   DynamicMap maps[2];
   Codebook codebooks[2];
@@ -149,11 +171,15 @@ struct DynamicMaps {
     return Codebook(values, 256);
   }
   DynamicMaps()
-      : maps{{false, make_decoder(false), {}, {}}, {true, make_decoder(true), {}, {}}},
+      : maps{{false, make_decoder(false), {}, {}, {}, {}}, {true, make_decoder(true), {}, {}, {}, {}}},
         codebooks{make(maps[0].decoder), make(maps[1].decoder)} {
     for (int is_signed = 0; is_signed < 2; ++is_signed) {
       maps[is_signed].encoder = make_encoder(codebooks[is_signed], is_signed != 0);
       maps[is_signed].narrow_encoder = make_narrow_encoder(codebooks[is_signed], is_signed != 0);
+      maps[is_signed].table_encoder = make_table_encoder(codebooks[is_signed], is_signed != 0);
+      for (int code = 0; code < 256; ++code)
+        maps[is_signed].state_values[code] =
+            codebooks[is_signed].values[(code + (is_signed ? kSignedZeroCode : 0)) % 256];
       codebooks[is_signed].dynamic = &maps[is_signed];
     }
   }

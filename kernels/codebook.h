@@ -56,11 +56,22 @@ constexpr float kNarrowEncoderShift = 0x1p-23f;
 constexpr int kLog10Of2 = 19728;  // in units of 2^-16
 constexpr int32_t kQuarter = 1 << (kFractionBits - 2);
 
+// The same without lines, where a read from memory costs less than the arithmetic of lines. The upper half of the bits
+// of the shifted x names a cell in which at most one code ends. The cell's number added to the bits of x is in fixed
+// point: the low 16 bits, which count from where the code ends, carry into the code. A NaN is taken for zero, which the
+// shift puts in the middle of its cell, as zero is certain.
+struct TableEncoder {
+  uint32_t places[1 << 12];  // by bits 16 to 27 of x
+};
+constexpr float kTableEncoderShift = 0x1.01p-23f;
+
 struct DynamicMap {
   bool is_signed;
   DynamicDecoder decoder;
   DynamicEncoder encoder;
   NarrowEncoder narrow_encoder;
+  TableEncoder table_encoder;
+  float state_values[256];  // by codes as states hold them
 };
 
 struct Codebook {

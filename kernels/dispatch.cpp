@@ -10,6 +10,9 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+#ifdef OPT8BIT_ARM64
+extern const Kernels kernels_neon;
+#endif
 
 namespace {
 
@@ -34,6 +37,9 @@ const Candidate kCandidates[] = {
 #ifdef OPT8BIT_X86
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},
+#endif
+#ifdef OPT8BIT_ARM64
+    {&kernels_neon, always},  // a part of the architecture
 #endif
     {&kernels_scalar, always},
 };

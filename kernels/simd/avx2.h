@@ -107,6 +107,8 @@ struct Simd {
   static Floats abs(Floats a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
   static Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Floats min_of_results(Floats a, Floats b) { return min(a, b); }
+  static Floats max_of_results(Floats a, Floats b) { return max(a, b); }
   static Floats maximum(Floats a, Floats b) {
     const __m256 is_nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
     return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, is_nan)};

@@ -102,6 +102,8 @@ struct Simd {
   static Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
   static Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Floats min_of_results(Floats a, Floats b) { return min(a, b); }
+  static Floats max_of_results(Floats a, Floats b) { return max(a, b); }
   static Floats maximum(Floats a, Floats b) {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), is_nan, a.v)};

@@ -1,5 +1,6 @@
 // How a vector's values find their places on the lines of the dynamic map's encoder, see codebook.h: by tables of 16
-// and 32 entries, or of 8. Each instruction set names the faster one as its `Lines`.
+// and 32 entries, or of 8, in registers; or by a large one in memory. Each instruction set names the fastest as its
+// `Lines`.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ class LineTables {
   using Floats = typename Simd::Floats;
   using Ints = typename Simd::Ints;
 
-  Ints cap(Ints line) const { return Simd::bits(Simd::lookup(cap_, line)); }
+  // As integers these compare as the sums do.
+  Ints capped(Ints place, Ints line) const { return Simd::min_unsigned(place, Simd::bits(Simd::lookup(cap_, line))); }
 
  protected:
   LineTables(Table slope, Table intercept, Table cap) : slope_(slope), intercept_(intercept), cap_(cap) {}
@@ -30,8 +32,9 @@ class LineTables {
   Table slope_, intercept_, cap_;
 };
 
-// Both have: `shifted` values from magnitudes and the reciprocal of the largest; the `line` of each; its `place` there,
-// a code and a fraction in fixed point. A place whose fraction is under kEncoderSlack may be one code off.
+// All have: `shifted` values from magnitudes and the reciprocal of the largest; the `line` of each; its `place` there,
+// a code and a fraction in fixed point; and the place `capped` to the line's codes. A place whose fraction is under
+// kEncoderSlack may be one code off.
 
 template <class Simd, bool kSigned>
 class WideLines : public LineTables<Simd, typename Simd::Table16, kSigned> {
@@ -86,6 +89,27 @@ class NarrowLines : public LineTables<Simd, typename Simd::Table8, kSigned> {
  private:
   typename Simd::Table8 line_end_;
   Floats one_begin_;
+};
+
+// Here a `line` is what added to the bits of x gives its place.
+template <class Simd, bool kSigned>
+class TableLines {
+ public:
+  using Floats = typename Simd::Floats;
+  using Ints = typename Simd::Ints;
+
+  explicit TableLines(const DynamicMap& map) : places_(map.table_encoder.places) {}
+
+  static Floats shifted(Floats value, Floats reciprocal) {
+    const Floats shift = Simd::broadcast(kTableEncoderShift);
+    return Simd::max_of_results(Simd::fma(value, reciprocal, shift), shift);  // a NaN is taken for zero
+  }
+  Ints line(Floats x) const { return Simd::lookup(places_, x); }
+  static Ints place(Floats x, Ints line) { return Simd::add(Simd::bits(x), line); }
+  static Ints capped(Ints place, Ints) { return place; }
+
+ private:
+  const uint32_t* places_;
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // One lane at a time, in plain C++: the twin that every other lane width must equal bit for bit,
-// and what a processor without a vector version of its own runs (NEON and others: through the compiler).
+// and what a processor without a vector version of its own runs.
 #pragma once
 
 #include <cstdint>
@@ -102,6 +102,9 @@ struct Simd {
   // The smaller and the larger one; `b` where `a` is NaN.
   static Floats min(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
   static Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
+  // The same of results of arithmetic, which are no signalling NaNs, where `b` is no NaN and zeros may have any sign.
+  static Floats min_of_results(Floats a, Floats b) { return min(a, b); }
+  static Floats max_of_results(Floats a, Floats b) { return max(a, b); }
   // NaN if either is NaN, as torch.maximum has it.
   static Floats maximum(Floats a, Floats b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
   static Mask equal(Floats a, Floats b) { return a.v == b.v; }

@@ -1,5 +1,6 @@
-// The kernels on heap blocks of exactly the size they may touch, for a build with sanitizers: every instruction set,
-// rule, dtype and awkward length. Checks codes against the exact search, and sets against the scalar one.
+// The kernels on heap blocks of exactly the size they may touch, for a build with sanitizers or an emulated processor:
+// every instruction set, rule, dtype and awkward length. Checks codes against the exact search, and sets against the
+// scalar one.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "c_api.h"
@@ -178,27 +180,39 @@ Group group_of(const Kernels* kernels, int64_t rule, int64_t block_size, Roundin
   return group;
 }
 
-// Three steps of one rule; returns the parameter.
-template <class T, class G>
-Exact<T> run_step(const Kernels* kernels, int64_t rule, Rounding rounding, int64_t bits, int64_t rows, int64_t length,
-                  int64_t block_size, const Exact<T>& start, const Exact<G>& grad) {
-  Exact<T> param = start;
-  const BlockView view(rows, length, block_size);
-  const std::vector<Exact<uint8_t>> codes(kMaxStates, Exact<uint8_t>(start.size));
-  const std::vector<Exact<float>> values(kMaxStates, Exact<float>(start.size));
-  const std::vector<Exact<float>> scales(kMaxStates, Exact<float>(view.blocks()));
-  Exact<int16_t> compensation(start.size);
-  float step = 0;
-  Tensor tensor = {param.data, grad.data, &step, {}, {}, nullptr, rows, length, kDType<T>, kDType<G>, bits, 0, 7, 5};
-  if (rounding == Rounding::compensated) tensor.compensation = compensation.data;
-  for (int s = 0; s < kMaxStates; ++s) {
-    tensor.states[s] = bits == 8 ? static_cast<void*>(codes[s].data) : values[s].data;
-    tensor.scales[s] = scales[s].data;
+template <class T>
+struct Stepped {
+  Exact<T> param;
+  std::vector<Exact<uint8_t>> codes;
+  std::vector<Exact<float>> values, scales;
+  Exact<int16_t> compensation;
+  bool operator==(const Stepped& other) const {
+    return param == other.param && codes == other.codes && values == other.values && scales == other.scales &&
+           compensation == other.compensation;
   }
-  const Group group = group_of(kernels, rule, block_size, rounding);
+};
+
+// Three steps of one rule.
+template <class T, class G>
+Stepped<T> run_step(const Kernels* kernels, int64_t rule, Rounding rounding, int64_t bits, int64_t rows, int64_t length,
+                    int64_t positions, const Exact<T>& start, const Exact<G>& grad) {
+  constexpr int64_t kBlockSize = 256;
+  const BlockView view(rows, length, kBlockSize);
+  Stepped<T> stepped = {start, std::vector<Exact<uint8_t>>(kMaxStates, Exact<uint8_t>(start.size)),
+                        std::vector<Exact<float>>(kMaxStates, Exact<float>(start.size)),
+                        std::vector<Exact<float>>(kMaxStates, Exact<float>(view.blocks())), Exact<int16_t>(start.size)};
+  float step = 0;
+  Tensor tensor = {stepped.param.data, grad.data, &step, {}, {}, nullptr,   rows, length, kDType<T>,
+                   kDType<G>,          bits,      0,     7,  5,  positions, 0,    0};
+  if (rounding == Rounding::compensated) tensor.compensation = stepped.compensation.data;
+  for (int s = 0; s < kMaxStates; ++s) {
+    tensor.states[s] = bits == 8 ? static_cast<void*>(stepped.codes[s].data) : stepped.values[s].data;
+    tensor.scales[s] = stepped.scales[s].data;
+  }
+  const Group group = group_of(kernels, rule, kBlockSize, rounding);
   for (int i = 0; i < 3; ++i) opt8bit_step(kernels, &tensor, 1, &group, 2);
   check(step == 3, "step count");
-  return param;
+  return stepped;
 }
 
 template <class T, class G>
@@ -210,17 +224,114 @@ void test_steps(const Kernels* kernels, Rounding rounding) {
     for (int64_t length : {16, 17, 63, 64, 100, 256, 300, 515}) {
       for (int64_t bits : {8, 32}) {
         const Exact<T> start = random_values<T>(3 * length);
-        const Exact<G> grad = random_values<G>(3 * length);
-        const Exact<T> mine = run_step(kernels, rule, rounding, bits, 3, length, 256, start, grad);
-        const Exact<T> theirs = run_step(scalar, rule, rounding, bits, 3, length, 256, start, grad);
-        check(mine == theirs, name + ": the same bits as scalar");
-        check(!(mine == start), name + ": the parameter moved");
+        Exact<G> grad = random_values<G>(3 * length);
+        if (length > 256) {
+          set(grad.data + 5, std::numeric_limits<float>::infinity());
+          set(grad.data + 6, 0);
+        }
+        const int64_t positions = length == 64 && std::is_same_v<T, G> ? 8 : 0;
+        const auto stepped = [&](const Kernels* kernels) {
+          return run_step(kernels, rule, rounding, bits, 3, length, positions, start, grad);
+        };
+        const Stepped<T> mine = stepped(kernels);
+        check(mine == stepped(scalar), name + ": the same bits as scalar");
+        check(!(mine.param == start), name + ": the parameter moved");
         if constexpr (std::is_same_v<T, float> && !std::is_same_v<G, float>) {
           Exact<float> wide(grad.size);
           for (int64_t i = 0; i < grad.size; ++i) wide.data[i] = widened(grad.data[i]);
-          check(mine == run_step(kernels, rule, rounding, bits, 3, length, 256, start, wide), name + ": widened");
+          check(mine == run_step(kernels, rule, rounding, bits, 3, length, 0, start, wide), name + ": widened");
         }
       }
+    }
+  }
+}
+
+// Every number of 16 bits is read, and numbers of every kind are written, as by the scalar set.
+template <class T>
+void test_dtype(const Kernels* kernels, DType dtype) {
+  const Kernels* scalar = opt8bit_kernels("scalar");
+  const int64_t kind = static_cast<int64_t>(dtype), count = 1 << 16, block_size = 8;
+  const float* map = dynamic_map(true).values;
+  Exact<T> x(count);
+  for (int64_t i = 0; i < count; ++i) x.data[i].bits = static_cast<uint16_t>(i);
+  const auto quantized = [&](const Kernels* set) {
+    Exact<uint8_t> codes(count);
+    Exact<float> absmax(count / block_size);
+    opt8bit_quantize_blockwise(set, x.data, kind, 1, count, block_size, map, 256, codes.data, absmax.data, 2);
+    return std::make_pair(codes, absmax);
+  };
+  check(quantized(kernels) == quantized(scalar), "numbers of 16 bits, read");
+  Exact<uint8_t> codes(count);
+  Exact<float> scales(count / block_size), table(256);
+  for (int64_t i = 0; i < count; ++i) codes.data[i] = static_cast<uint8_t>(generator());
+  for (int64_t i = 0; i < scales.size; ++i) scales.data[i] = float_from_bits(static_cast<uint32_t>(generator()));
+  for (int64_t i = 0; i < table.size; ++i) table.data[i] = std::ldexp(1.0f + i / 256.0f, -static_cast<int>(i % 30));
+  const auto dequantized = [&](const Kernels* set) {
+    Exact<T> values(count);
+    opt8bit_dequantize_blockwise(set, codes.data, scales.data, 1, count, block_size, table.data, 256, values.data, kind,
+                                 2);
+    return values;
+  };
+  check(dequantized(kernels) == dequantized(scalar), "numbers of 16 bits, written");
+}
+
+// What the kernels of weight_rounding.h make of one random weight: grids and rounded weights.
+struct Rounded {
+  Exact<float> scale, zero_point, rounded;
+  bool operator==(const Rounded& other) const {
+    return scale == other.scale && zero_point == other.zero_point && rounded == other.rounded;
+  }
+};
+
+Rounded round_weight(const Kernels* kernels, const Exact<float>& weight, int64_t rows, const Exact<float>& matrix,
+                     ZeroPoints zero_points, DType scale_dtype, int64_t fraction_count) {
+  constexpr int64_t kGroup = 16;
+  constexpr float kFractions[] = {1.0f, 0.9f, 0.75f, 0.6f};
+  const int64_t columns = weight.size / rows, groups = (columns + kGroup - 1) / kGroup;
+  Exact<int64_t> group_of(columns);
+  Exact<float> importance(columns);
+  for (int64_t j = 0; j < columns; ++j) {
+    group_of.data[j] = j / kGroup;
+    importance.data[j] = 1.0f + j % 5;
+  }
+  Rounded result = {Exact<float>(rows * groups), Exact<float>(rows * groups), Exact<float>(weight.size)};
+  const WeightRounding layer = {weight.data,
+                                rows,
+                                columns,
+                                group_of.data,
+                                groups,
+                                result.scale.data,
+                                result.zero_point.data,
+                                7,
+                                zero_points,
+                                scale_dtype,
+                                kFractions,
+                                fraction_count,
+                                importance.data,
+                                matrix.data,
+                                result.rounded.data};
+  opt8bit_gptq(kernels, &layer, 1, 2);
+  opt8bit_fit_grids(kernels, &layer, 2);
+  opt8bit_gptq(kernels, &layer, 0, 2);
+  opt8bit_coordinate_descent(kernels, &layer, 3, 2);
+  return result;
+}
+
+void test_weight_rounding(const Kernels* kernels) {
+  const Kernels* scalar = opt8bit_kernels("scalar");
+  for (int64_t rows : {1, 37}) {
+    for (int64_t columns : {1, 71}) {
+      const Exact<float> weight = random_values<float>(rows * columns);
+      Exact<float> matrix = random_values<float>(columns * columns);
+      for (int64_t j = 0; j < columns; ++j) matrix.data[j * columns + j] = 10.0f + j;
+      for (ZeroPoints zero_points : {ZeroPoints::kFitted, ZeroPoints::kMiddle, ZeroPoints::kEither})
+        for (DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+          for (int64_t fractions : {0, 4}) {
+            const auto rounded = [&](const Kernels* set) {
+              return round_weight(set, weight, rows, matrix, zero_points, dtype, fractions);
+            };
+            check(rounded(kernels) == rounded(scalar), "rounded weights: the same bits as scalar");
+          }
     }
   }
 }
@@ -334,6 +445,9 @@ int main() {
       test_steps<bfloat16, float>(kernels, rounding);
     }
     test_absent_gradients(kernels);
+    test_dtype<bfloat16>(kernels, DType::bfloat16);
+    test_dtype<float16>(kernels, DType::float16);
+    test_weight_rounding(kernels);
     std::printf("%s: ok\n", name.c_str());
   }
 }
