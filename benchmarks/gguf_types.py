@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=GGUF_TYPES, help="(default all)")
     parser.add_argument("--samples", type=int, help=f"windows of calibration (default {SIZES['samples']})")
     parser.add_argument("--windows", type=int, help=f"windows of the perplexity (default {SIZES['windows']})")
+    parser.add_argument("--length", type=int, help=f"tokens of a window (default {SIZES['length']})")
     options = arguments(parser, "gguf_types")
-    sizes = dict(QUICK_SIZES if options.quick else SIZES)
-    sizes |= {name: given for name in ("samples", "windows") if (given := getattr(options, name))}
+    usual = QUICK_SIZES if options.quick else SIZES
+    sizes = {name: getattr(options, name) or size for name, size in usual.items()}
     tokenizer, length = load_tokenizer(options.model), sizes["length"]
     texts = {
         "calibration": first_windows(find_text(options.calibration), tokenizer, length, sizes["samples"]),

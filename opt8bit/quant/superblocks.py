@@ -35,7 +35,7 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
     Args:
         bits: 1 to 8.
         together: blocks of a superblock, neighbours in a row.
-        sub_bits: of a sub-scale, and of a sub-minimum.
+        sub_bits: of a sub-scale, and of a sub-minimum, 1 to 8.
         centred: whether the values are ``super_scale * sub_scale * (q - 2^(bits-1))``: nothing is stored of minima,
             and sub-scales have a sign. Otherwise sub-scales and sub-minima are from 0.
         range: "minmax" spans each block's smallest and largest weight, and zero. "mse" searches for the numbers of
@@ -61,6 +61,10 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__(bits, scale_dtype)
+        if not isinstance(together, int) or together < 1:
+            raise ValueError(f"together must be a positive integer, got {together!r}")
+        if not isinstance(sub_bits, int) or not 1 <= sub_bits <= 8:
+            raise ValueError(f"sub_bits must be 1 to 8, got {sub_bits!r}")
         self._together, self.sub_bits, self._centred = together, sub_bits, centred
         self.range = checked_range(range)
 
@@ -99,6 +103,12 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
     def near_minimum(self, minimum: Tensor, params: SuperblockParams) -> Tensor:
         return -params.super_minimum * (-minimum / params.super_minimum).round_().clamp_(*self.sub_limits)
 
+    def super_stored(self, number: Tensor) -> Tensor:
+        """Returns the nearest super-scales that can be stored; none is 0, as sub-scales are told by division."""
+        stored = self.nearest_stored(number)
+        least = self.storable(torch.full_like(stored, torch.finfo(torch.float32).tiny))
+        return torch.where(stored == 0, least, stored)
+
     def of_line(self, line: Line, params: SuperblockParams) -> SuperblockParams:
         return self._coded(line, params.super_scale, params.super_minimum)
 
@@ -108,6 +118,7 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
         grouped = block.unflatten(-2, (-1, self.together))  # (..., superblocks, together, g)
         if importance is not None:
             importance = importance.expand_as(block).unflatten(-2, (-1, self.together))
+            importance = importance / importance.amax(ALL, keepdim=True).clamp_(min=torch.finfo(block.dtype).tiny)
         found = least(
             (params, squared_error(grouped, self.nearest(grouped, params), importance, ALL))
             for params in self._candidates(grouped, importance)
@@ -161,11 +172,7 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
             largest = numbers.gather(-2, place) / self.sub_limits[0]
         else:
             largest = numbers.amax(-2, keepdim=True) / self.sub_limits[1]
-        return self._stored(largest * part)
-
-    def _stored(self, number: Tensor) -> Tensor:
-        stored = self.nearest_stored(number)
-        return torch.where(stored == 0, 1, stored)  # where all numbers are 0, one is as good as another
+        return self.super_stored(largest * part)
 
     def _coded(self, line: Line, super_scale: Tensor, super_minimum: Tensor) -> SuperblockParams:
         """Returns the params nearest to lines (..., superblocks, together, 1) under super-scales."""
@@ -188,13 +195,13 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
         coded = self._coded(line, super_scale, super_minimum)
         if self.centred:
             steps = (codes - self.middle) * coded.sub_scale
-            return self._coded_as(coded, self._stored(_proportion(x, steps, importance)), None)
+            return self._coded_as(coded, self.super_stored(_proportion(x, steps, importance)), None)
         # What a stored scale leaves to the minimum.
         stored = coded.super_scale * coded.sub_scale
         minimum = (line.minimum + (line.scale - stored) * weighted.mean(codes)).clamp_(max=0)
         coded = self._coded(Line(stored, minimum), super_scale, super_minimum)
         found = _two_proportions(x, codes * coded.sub_scale, -coded.sub_minimum.expand_as(codes), importance)
-        return self._coded_as(coded, *map(self._stored, found))
+        return self._coded_as(coded, *map(self.super_stored, found))
 
     def _coded_as(self, coded: SuperblockParams, super_scale: Tensor, super_minimum: Tensor | None) -> SuperblockParams:
         """Returns the same sub-scales under others."""

@@ -142,6 +142,31 @@ def test_every_method_rounds_onto_the_grid(kind: str) -> None:
         check_stored(part.grid, part.params)
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("size", [1e-9, 1e-7])
+def test_weights_below_what_float16_holds_keep_numbers(kind: str, size: float) -> None:
+    weight, statistics = layer()
+    method = ptq.QuantEase(start=ptq.GPTQ(), sweeps=2, refits=3)
+    rounded = method.round(weight * size, statistics, scheme_of_type(kind, "mse"))
+    assert float(rounded.dequantize().abs().max()) <= 1.1 * float((weight * size).abs().max()) + 2**-24
+    check_stored(rounded.grids[0], rounded.parts[0].params)
+
+
+def test_a_super_scale_is_never_zero() -> None:
+    grid = SuperblockGrid(2, together=16, sub_bits=4)
+    found = grid.super_stored(torch.tensor([0.0, 1e-9, -1e-9, 0.1, 1e9, -1e9], dtype=torch.float64))
+    assert found.tolist() == [2.0**-24] * 3 + [float(torch.tensor(0.1).half()), 65504.0, -65504.0]
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_the_unit_of_importance_does_not_matter(size: float) -> None:
+    weight, _ = layer()
+    grid = scheme_of_type("Q2_K", "mse").grid
+    groups, importance = weight.unflatten(1, (-1, 16)), torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(grid.fit(groups, importance * size), grid.fit(groups, importance), strict=True):
+        assert float((found != expected).float().mean()) < 0.05  # where two choices are equally good
+
+
 def check_stored(grid: Any, params: Any) -> None:
     """Asserts that all numbers can be stored as they are."""
     floats = [name for name in params._fields if name not in ("zero_point", "sub_scale", "sub_minimum")]

@@ -70,7 +70,7 @@ def _super(wanted: Tensor, part: Part, hessian: Tensor, grid: SuperblockGrid) ->
         features.append(-params.sub_minimum[..., None].expand_as(codes))
         starts.append(params.super_minimum)
     features = [each.unflatten(1, (-1, together)).flatten(2) for each in features]
-    stored = Near(lambda scale: [grid.nearest_stored(scale)], grid.nearest_stored)
+    stored = Near(lambda scale: [grid.super_stored(scale)], grid.super_stored)
     found = _Quadratic.of(wanted, features, hessian).descend(
         [start[:, ::together] for start in starts], lambda g: stored
     )
