@@ -31,7 +31,7 @@ ORDER = (
     {"calibration"},
     {"rounding"},
     {"model"},
-    {"compressed", "evaluate", "group_sizes", "loss_gradients", "stage_inputs"},
+    {"compressed", "evaluate", "group_sizes", "loss_gradients", "schemes", "stage_inputs"},
     {"transforms", "reconstruction", "activations"},
     {"correction", "plan", "tasks"},
     {"layer_report", "need", "pairs", "stage"},

@@ -28,8 +28,10 @@ from opt8bit.ptq.tasks.task import Task
 from opt8bit.ptq.transforms.transform import Transform
 from opt8bit.ptq.verification import Verification
 from opt8bit.ptq.verify import verify
+from opt8bit.quant.affine import AffineGrid
 from opt8bit.quant.codebook_grid import CodebookGrid
 from opt8bit.quant.grid import Grid
+from opt8bit.quant.superblocks import SuperblockGrid
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 from opt8bit.recipe.recipe import Recipe
@@ -37,6 +39,7 @@ from opt8bit.recipe.recipe import Recipe
 __all__ = [
     "GPTQ",
     "RTN",
+    "AffineGrid",
     "BiasCompensation",
     "Checkpoint",
     "CheckpointFormat",
@@ -58,6 +61,7 @@ __all__ = [
     "Rounder",
     "SignRound",
     "SignSGD",
+    "SuperblockGrid",
     "Task",
     "TrainRounding",
     "TrainScales",

@@ -193,8 +193,9 @@ class BlockTask:
             place = self.result.places[full]
             errors = stage.errors.relative(name)
             corrects = self.result.plan.bias_correction != "none"
-            note = self._note(name, stage) if corrects else None
-            report = layer_report(full, layers[name], layer, errors, place, note, seconds)
+            plan, note = self._plan(name), self._note(name, stage) if corrects else None
+            notes = [each for each in (plan and plan.note, note) if each]
+            report = layer_report(full, layers[name], layer, errors, place, "; ".join(notes), seconds)
             self.reports.append(report)
             self.result.report.append(report)
             self.see(report)

@@ -32,7 +32,8 @@ class LayerReport:
         bias_place: what holds it: "own", a switch of the configuration, "through NAME"; None if there is none.
         symmetry_cost: by how much the grid's symmetry raises the squared error of rounding to nearest; negative where
             it lowers it; None without it.
-        note: why there is no correction where one was asked for, or which servers do not use the bias.
+        note: why the weight is of another type than was asked for; why there is no correction where one was asked for,
+            or which servers do not use the bias.
         seconds: of the layer's stage, shared among its layers.
     """
 
@@ -65,7 +66,7 @@ def layer_report(
     layer: Compressed,
     errors: tuple[float, float],
     place: Place | None,
-    note: str | None,
+    note: str,
     seconds: float,
 ) -> LayerReport:
     """Returns the report on a layer that had these weights and bias."""
@@ -84,7 +85,7 @@ def layer_report(
         bias_bytes=stored * weight.element_size(),
         bias_place=None if shift is None else str(place),
         symmetry_cost=symmetry_cost(weight, layer.rounded),
-        note=note or "",
+        note=note,
         seconds=seconds,
     )
 

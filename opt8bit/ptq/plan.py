@@ -14,11 +14,13 @@ from opt8bit.ptq.calibration.loss_weighting import LossWeighting
 from opt8bit.ptq.group_sizes import default_group_size
 from opt8bit.ptq.model.blocks import block_layers, matrix
 from opt8bit.ptq.reconstruction.engine import Reconstruction
+from opt8bit.ptq.reconstruction.parametrization import Parametrization
+from opt8bit.ptq.reconstruction.scales import TrainScales
 from opt8bit.ptq.rounding import RTN, OutlierQuantEase, QuantEase, Rounder
 from opt8bit.ptq.rounding.rounder import check_needs
+from opt8bit.ptq.schemes import fallen_back, log_fallbacks, scheme_for
 from opt8bit.ptq.transforms.transform import Transform
-from opt8bit.quant.grid import SCALE_DTYPES, Grid
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.grid import SCALE_DTYPES
 from opt8bit.quant.weight import WeightScheme
 from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.recipe import (
@@ -42,6 +44,7 @@ class LayerPlan:
         method: rounds its weight.
         scheme: of the rounded weight.
         error_propagation, bias_correction, statistic: as a recipe has them.
+        note: what the report says of the scheme, if it is not the one that was asked for.
     """
 
     method: Rounder
@@ -49,6 +52,7 @@ class LayerPlan:
     error_propagation: float = 0.0
     bias_correction: str = "none"
     statistic: str = "mean"
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def plan_for(
         TypeError, ValueError: the recipe contradicts itself, or does not fit the model. The message names the layer.
     """
     layers = block_layers(model)
-    recipe = _settled(recipe, model, checkpoint_format, _runs(runtime, checkpoint_format))
+    runs = _runs(runtime, checkpoint_format)
+    recipe = _settled(recipe, model, checkpoint_format, runs)
     for override in recipe.override_list:
         if not any(fnmatchcase(name, override.pattern) for name in layers):
             raise ValueError(f"overrides[{override.pattern!r}] fits no layer; there is {min(layers)}, for example")
@@ -127,21 +132,26 @@ def plan_for(
     if weighting is None:
         weighting = LOSS_WEIGHTING if whole.looks_at_inputs else "none"
     _check_inputs(recipe, whole, strength)
-    plans: dict[tuple[Recipe, torch.dtype], LayerPlan] = {}  # one object for those that are alike
+    plans: dict[tuple[Recipe, torch.dtype, str], LayerPlan] = {}  # one object for those that are alike
     found: dict[str, LayerPlan | None] = {}
     for name, layer in layers.items():
         own = recipe.of(name)
         if own is None:
             found[name] = None
             continue
-        key = own, _scale_dtype(layer, checkpoint_format)
+        own = _settled(own, model, checkpoint_format, runs)
+        own, note = fallen_back(own, matrix(layer).shape[1], checkpoint_format)
+        key = own, _scale_dtype(layer, checkpoint_format), note
         if key not in plans:
             plans[key] = _layer_plan(*key, strength)
         found[name] = plans[key]
     if not any(found.values()):
         raise ValueError("overrides leave every layer as it is")
+    log_fallbacks(model, {name: own.note for name, own in found.items() if own is not None})
     transforms = tuple(TRANSFORMS[each]() if isinstance(each, str) else each for each in recipe.transforms)
     trained = _reconstruction(recipe.reconstruction, found)
+    if EFFORTS[recipe.learn].steps:
+        _check_trains(TrainScales(), found)
     outside = None if checkpoint_format is None else FORMATS[checkpoint_format].outside
     return Plan(recipe, found, strength, _loss_weighting(weighting), transforms, trained, runtime, outside)
 
@@ -154,7 +164,7 @@ def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
 
 def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> Recipe:
     """Returns the recipe with what depends on the model, the checkpoint's format and its runtime filled in."""
-    if recipe.group_size == AUTO:
+    if recipe.group_size == AUTO and not isinstance(recipe.grid, str):
         sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
         recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
     if recipe.symmetric is None and recipe.grid is None:
@@ -244,34 +254,35 @@ def _reconstruction(given: Any, layers: Mapping[str, LayerPlan | None]) -> Recon
         ValueError: what is trained cannot be, on the grid of a layer. The message names it.
     """
     engine: Reconstruction | None = Reconstruction(RECONSTRUCTIONS[given]()) if isinstance(given, str) else given
-    if engine is None:
-        return None
-    for name, own in layers.items():
-        for grid in () if own is None else own.method.grids(own.scheme):
-            if not engine.parametrization.trains(grid):
-                raise ValueError(f"{name}: {type(engine.parametrization).__name__} cannot train weights on {grid!r}")
+    if engine is not None:
+        _check_trains(engine.parametrization, layers)
     return engine
 
 
-def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> LayerPlan:
+def _check_trains(parametrization: Parametrization, layers: Mapping[str, LayerPlan | None]) -> None:
+    """
+    Raises:
+        ValueError: the weight of a layer cannot be trained. The message names it.
+    """
+    for name, own in layers.items():
+        for grid in () if own is None else own.method.grids(own.scheme):
+            if not parametrization.trains(grid):
+                raise ValueError(f"{name}: {type(parametrization).__name__} cannot train weights on {grid!r}")
+
+
+def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, note: str, strength: float) -> LayerPlan:
     rounder = rounder_of(recipe)
     bias_correction = (
         "sequential" if recipe.bias_correction == "joint" and not rounder.looks_at_inputs else recipe.bias_correction
     )
     return LayerPlan(
         rounder,
-        WeightScheme(_grid(recipe, rounder, scale_dtype), recipe.group_size),  # type: ignore[arg-type]
+        scheme_for(recipe, recipe.range or ("mse" if rounder.looks_at_inputs else "minmax"), scale_dtype),
         strength if rounder.looks_at_inputs else 0.0,
         bias_correction,
         recipe.statistic,
+        note,
     )
-
-
-def _grid(recipe: Recipe, rounder: Rounder, scale_dtype: torch.dtype) -> Grid:
-    if recipe.grid is not None:
-        return recipe.grid
-    range = recipe.range or ("mse" if rounder.looks_at_inputs else "minmax")
-    return UniformGrid(recipe.bits, symmetric=recipe.symmetric or False, range=range, scale_dtype=scale_dtype)
 
 
 def _scale_dtype(layer: nn.Module, checkpoint_format: str | None) -> torch.dtype:

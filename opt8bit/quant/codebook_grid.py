@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 from opt8bit.quant.codebook import check_codebook
 from opt8bit.quant.grid import FRACTIONS, Grid, best, checked_range
 
+SIGNED_FRACTIONS = FRACTIONS[:21:2]  # fewer, as each leads to the best scale near it
+
 
 class CodebookParams(NamedTuple):
     """Holds what a :class:`CodebookGrid` keeps per block."""
 
-    scale: Tensor  # positive
+    scale: Tensor  # positive, unless the grid's scales are signed
 
 
 class CodebookGrid(Grid[CodebookParams]):
@@ -25,6 +28,8 @@ class CodebookGrid(Grid[CodebookParams]):
         codebook: (n,) float32, ascending, 2 to 256 values: :func:`normal_float`, :func:`dynamic_map` ...
         range: "minmax" scales a block's largest magnitude to the codebook's; "mse" a fraction of it, that of the least
             squared error.
+        signed: whether scales may be negative, which serves values that are not symmetric about zero. A block gets the
+            sign of less squared error, and a range of "mse" has the best scale for the codes of each fraction, too.
         scale_dtype: see :class:`Grid`.
 
     Raises:
@@ -33,15 +38,24 @@ class CodebookGrid(Grid[CodebookParams]):
 
     params_type = CodebookParams
 
-    def __init__(self, codebook: Tensor, *, range: str = "minmax", scale_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        codebook: Tensor,
+        *,
+        range: str = "minmax",
+        signed: bool = False,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(scale_dtype)
         check_codebook(codebook)
         self.codebook = codebook
         self.range = checked_range(range)
+        self.signed = signed
 
     def __repr__(self) -> str:
         values = f"{self.codebook.numel()} values #{zlib.crc32(self.codebook.cpu().numpy().tobytes()):08x}"
-        return f"CodebookGrid({values}, range={self.range!r}, scale_dtype={self.scale_dtype})"
+        signed = ", signed=True" if self.signed else ""
+        return f"CodebookGrid({values}, range={self.range!r}{signed}, scale_dtype={self.scale_dtype})"
 
     @property
     def bits(self) -> int:
@@ -52,12 +66,34 @@ class CodebookGrid(Grid[CodebookParams]):
 
     def fit(self, block: Tensor, importance: Tensor | None = None) -> CodebookParams:
         absmax = block.abs().amax(-1, keepdim=True) / self.codebook.abs().max().to(block)
-        absmax = torch.where(absmax > 0, absmax, 1)
+        # Zeros are exact at any scale, or else the nearer the smaller the scale is.
+        of_zeros = 1 if bool((self.codebook == 0).any()) else torch.finfo(torch.float32).tiny
+        absmax = torch.where(absmax > 0, absmax, of_zeros)
         full = CodebookParams(self.storable(absmax))
+        if self.signed:
+            return best(self, block, importance, self._either(block, absmax, importance), full)
         if self.range == "minmax":
             return full
         candidates = (CodebookParams(self.storable(absmax * part)) for part in FRACTIONS)
         return best(self, block, importance, candidates, full)
+
+    def _either(self, block: Tensor, absmax: Tensor, importance: Tensor | None) -> Iterator[CodebookParams]:
+        """Yields fractions of the range with either sign and, where it is searched, the best scale for their codes."""
+        for part in SIGNED_FRACTIONS if self.range == "mse" else FRACTIONS[:1]:
+            size = self.storable(absmax * part)
+            for params in (CodebookParams(size), CodebookParams(-size)):
+                yield params
+                if self.range == "mse":
+                    yield self._refined(block, importance, params)
+
+    def _refined(self, block: Tensor, importance: Tensor | None, params: CodebookParams) -> CodebookParams:
+        """Returns the scale of least squared error for the codes that one gives, with its sign."""
+        values = self.nearest(block, params) / params.scale
+        weighted = values if importance is None else values * importance
+        below = (weighted * values).sum(-1, keepdim=True)
+        ratio = (weighted * block).sum(-1, keepdim=True) / below
+        size = torch.where((below > 0) & (ratio * params.scale > 0), ratio, params.scale).abs()
+        return CodebookParams(self.storable(size).copysign(params.scale))
 
     def encode(self, x: Tensor, params: CodebookParams) -> Tensor:
         values = self.codebook.to(device=x.device, dtype=torch.float64)

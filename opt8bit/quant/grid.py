@@ -53,6 +53,11 @@ class Grid(ABC, Generic[P]):
     def bits(self) -> int:
         """The bits of one code."""
 
+    @property
+    def together(self) -> int:
+        """The number of neighbouring blocks of a row that ``fit`` has to see together, as (..., blocks, g)."""
+        return 1
+
     @abstractmethod
     def stored_bits(self, codes: Tensor, params: P) -> int:
         """Returns the bits that codes and params take when they are stored."""
@@ -84,6 +89,11 @@ class Grid(ABC, Generic[P]):
         info = torch.finfo(self.scale_dtype)
         least = info.tiny * info.eps if self.scale_dtype == torch.float16 else info.tiny  # of float16 subnormals, too
         return scale.to(self.scale_dtype).to(scale.dtype).clamp(least, info.max)
+
+    def nearest_stored(self, x: Tensor) -> Tensor:
+        """Returns the nearest numbers of either sign that ``scale_dtype`` holds, in the dtype of ``x``."""
+        largest = torch.finfo(self.scale_dtype).max
+        return x.clamp(-largest, largest).to(self.scale_dtype).to(x.dtype)
 
 
 def checked_range(range: str) -> str:

@@ -28,12 +28,14 @@ class WeightScheme:
         """Returns the group size for a weight (out, in).
 
         Raises:
-            ValueError: it does not divide ``in``.
+            ValueError: it does not divide ``in``, or the grid fits several groups together, which do not.
         """
         columns = weight.shape[1]
         size = columns if self.group_size is None else self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or columns % size:
             raise ValueError(f"group_size must be a positive divisor of the {columns} inputs, got {size!r}")
+        if columns % (size * self.grid.together):
+            raise ValueError(f"superblocks of {size * self.grid.together} weights do not divide the {columns} inputs")
         return size
 
 

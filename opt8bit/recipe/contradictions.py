@@ -55,6 +55,8 @@ def _check_grid(recipe: Any) -> None:
     defaults = defaults_of(recipe, GRID_OPTIONS)
     if recipe.grid is not None and any(getattr(recipe, name) != value for name, value in defaults.items()):
         raise ValueError(f"bits, symmetric and range are those of grid={recipe.grid!r}: leave them out")
+    if isinstance(recipe.grid, str) and recipe.group_size != defaults_of(recipe, ["group_size"])["group_size"]:
+        raise ValueError(f"group_size is that of grid={recipe.grid!r}: leave it out, got {recipe.group_size!r}")
     if not 2 <= recipe.bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {recipe.bits!r}")
     if isinstance(recipe.group_size, int) and recipe.group_size < 1:  # whole rows are kept as None

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from opt8bit.recipe.contradictions import GRID_OPTIONS, METHOD_OPTIONS, check_contradictions
+from opt8bit.recipe.gguf_types import GGUF_TYPES
 from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.names import renamed, with_checked_names
 from opt8bit.recipe.objects import NAMED, check_objects
@@ -48,7 +49,9 @@ class Recipe:
         range: of a grid: "minmax" or "mse"; None for "mse", and "minmax" for RTN, which the other hurts. See
             :class:`UniformGrid`.
         grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
-            its own and must be left out; their defaults are as good as nothing.
+            its own and must be left out; their defaults are as good as nothing. Or the name of a type of llama.cpp's
+            blocks, such as "Q4_K", which has a group size of its own, too; rows that it does not divide get the type
+            that llama.cpp falls back to.
         bias_correction: the stream that Bias Compensation takes its errors from: "none" for no bias; "local" for the
             float model's, as the paper's code has it: each layer's error on the float model's inputs, and in the
             block's last layer, if its output is added to the hidden states and it can hold a bias, the error of the
@@ -130,11 +133,16 @@ class Recipe:
     learn: str = option(
         "none", EFFORTS, "how long scales, norms and biases of the whole model are trained, once it is compressed"
     )
-    grid: Any = None
+    grid: Any = option(
+        None,
+        GGUF_TYPES,
+        "a type of llama.cpp's blocks, which says bits, group size and grid (default: what bits and symmetric say)",
+        of_layers=True,
+    )
     overrides: Mapping[str, Mapping[str, Any] | None] | tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
-        _set(self, overrides=kept_overrides(self.overrides, [*layer_options(), "grid"]))
+        _set(self, overrides=kept_overrides(self.overrides, layer_options()))
         _set(self, group_size=kept_group_size(self.group_size))
         if isinstance(self.transforms, list):
             _set(self, transforms=tuple(self.transforms))
@@ -164,7 +172,8 @@ class Recipe:
         if "method" in given:
             given = {**defaults_of(Recipe, METHOD_OPTIONS), **given}
         if given.get("grid") is not None:
-            given = {**defaults_of(Recipe, GRID_OPTIONS), **given}
+            sizes = ["group_size"] if isinstance(given["grid"], str) else []
+            given = {**defaults_of(Recipe, [*GRID_OPTIONS, *sizes]), **given}
         elif given.keys() & set(GRID_OPTIONS):
             given = {"grid": None, **given}
         try:
@@ -183,7 +192,9 @@ class Recipe:
             # One without options says that its layers are not skipped, as another pattern might have it.
             said = _in_file(each.options) if each.options else {SKIP: each.options is None}
             overrides.append({PATTERN: each.pattern, **said})
-        own = _in_file({**values_of(self), "group_size": self.group_size, "grid": self.grid}.items())
+        own = _in_file({**values_of(self), "group_size": self.group_size}.items())
+        if "grid" in own:  # which says the bits
+            del own["bits"]
         # What an override says is said, even where it is the default: the recipe may have something else.
         return {**{n: value for n, value in own.items() if value not in (None, AUTO, [])}, OVERRIDES: overrides}
 

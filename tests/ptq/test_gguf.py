@@ -14,12 +14,13 @@ from toys import GATED, _make
 from opt8bit import ptq
 from opt8bit.ptq.inspect import inspect, unpacked_weight
 from opt8bit.ptq.model.gguf.architectures import as_halves, as_neighbours
-from opt8bit.ptq.model.gguf.blocks import TYPES, bits_of, pack_blocks, unpack_blocks
+from opt8bit.ptq.model.gguf.blocks import pack_blocks, unpack_blocks
 from opt8bit.quant.weight import QuantizedWeight
 
 gguf: Any = pytest.importorskip("gguf")
 
 VOCABULARY = 320
+SYMMETRIC = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 WIDE: dict[str, Any] = {**GATED, "vocab_size": VOCABULARY, "hidden_size": 64, "initializer_range": 0.2}
 GEMMA: dict[str, Any] = {
     "head_dim": 16,
@@ -126,18 +127,17 @@ def fields(folder: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(folder / "model.gguf").fields.items()}
 
 
-@pytest.mark.parametrize("bits", TYPES)
+@pytest.mark.parametrize("bits", SYMMETRIC)
 def test_ggufs_decoder_reads_the_blocks(bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(2**bits, (6, 96), dtype=torch.uint8, generator=generator)
     scale = torch.randn(6, 3, generator=generator).half()
     codes[0], codes[1], scale[2], scale[3] = 0, 2**bits - 1, 6e-8, -65504
-    blocks = pack_blocks(codes, scale, bits)
-    found = gguf.quants.dequantize(blocks.flatten(1).numpy(), gguf.GGMLQuantizationType[TYPES[bits]])
+    blocks = pack_blocks(SYMMETRIC[bits], codes, [scale])
+    found = gguf.quants.dequantize(blocks.flatten(1).numpy(), gguf.GGMLQuantizationType[SYMMETRIC[bits]])
     expected = (codes.unflatten(1, (3, 32)).double() - 2 ** (bits - 1)) * scale.double()[..., None]
     assert np.array_equal(found, expected.flatten(1).numpy())
-    assert bits_of(tuple(blocks.shape)) == bits
-    read, read_scale = unpack_blocks(blocks)
+    read, (read_scale,) = unpack_blocks(SYMMETRIC[bits], blocks)
     assert torch.equal(read, codes) and torch.equal(read_scale, scale)
 
 
@@ -145,7 +145,7 @@ def test_the_bytes_are_those_of_ggufs_own_rounding() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     expected = torch.from_numpy(gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q5_0))
     blocks = expected.unflatten(1, (2, 22))
-    assert torch.equal(pack_blocks(*unpack_blocks(blocks), 5), blocks)
+    assert torch.equal(pack_blocks("Q5_0", *unpack_blocks("Q5_0", blocks)), blocks)
 
 
 def test_rows_of_heads_are_in_llama_cpps_order() -> None:
@@ -155,7 +155,7 @@ def test_rows_of_heads_are_in_llama_cpps_order() -> None:
     assert torch.equal(as_halves(as_neighbours(weight, 4), 4), weight)
 
 
-@pytest.mark.parametrize("bits", TYPES)
+@pytest.mark.parametrize("bits", SYMMETRIC)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_was_written_is_read_back(name: str, bits: int, tmp_path: Path) -> None:
     if bits != 4 and name != "llama, biases":
@@ -458,7 +458,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "--format", "gguf", "--bits", "5", "--bias-correction", "sequential"]) == 0
     assert "unpacked by opt8bit: transformers does not load the format gguf" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out")]) == main(["verify", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.count("5-bit signed") == 14
+    assert capsys.readouterr().out.count("5-bit Q5_0") == 14
     page = (tmp_path / "out" / "opt8bit" / "report.html").read_text()
     assert "llama-cli --model" in page and f"{tmp_path / 'out'}/model.gguf" in page
     evaluate = ["evaluate", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), "--samples", "2"]

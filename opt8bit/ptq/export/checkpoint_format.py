@@ -35,8 +35,8 @@ class StoredLayer:
     Attributes:
         shape: (out, in).
         bits: of a code, where the weight is packed.
-        grid: "asymmetric", "symmetric", or "signed" for symmetric ones some of whose scales are negative; None where
-            the weight is not packed, or its format does not say.
+        grid: "asymmetric", "symmetric", or "signed" for symmetric ones some of whose scales are negative; in GGUF files
+            the type of its blocks, such as "Q4_K". None where the weight is not packed, or its format does not say.
         stored_bytes: for the weight: codes, scales, zero points.
         bias: whether there is one.
         whole_codes: whether no code stands in two words, where other packings of that width have such codes.

@@ -28,15 +28,10 @@ def check_uniform(format: str, name: str, planned: Planned, scale_dtype: torch.d
         ValueError: a packed format cannot hold the layer.
     """
     module, grid = planned.module, planned.scheme.grid
-    if described(planned.method.grids(planned.scheme)) != described((grid,)):
-        raise ValueError(f"{name}: {format} holds the grid of the scheme, not those of {planned.method}: use 'dense'")
     if not is_uniform(grid):
         of = f" of {type(grid).__qualname__}" if isinstance(grid, UniformGrid) else ""
         raise ValueError(f"{name}: {format} holds evenly spaced values alone, got {grid!r}{of}: use format 'dense'")
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"{name}: {format} holds nn.Linear alone, got {type(module).__name__}: use format 'dense'")
-    if planned.method.keeps_outliers:
-        raise ValueError(f"{name}: {format} has no place for weights that are kept exact: use format 'dense'")
+    check_codes_only(format, name, planned)
     if scale_dtype is None and module.weight.dtype not in SCALE_DTYPES:
         raise ValueError(
             f"{name}: {format} has no scales of the weight's dtype, {module.weight.dtype}: convert the model first, as "
@@ -46,6 +41,21 @@ def check_uniform(format: str, name: str, planned: Planned, scale_dtype: torch.d
     if wanted != grid.scale_dtype:
         raise ValueError(f"{name}: {format} holds scales of {whose}{wanted}, got {grid.scale_dtype}")
     return grid
+
+
+def check_codes_only(format: str, name: str, planned: Planned) -> None:
+    """
+    Raises:
+        ValueError: a layer is not the weight of an ``nn.Linear`` on the grid of its scheme, and nothing else.
+    """
+    grid = planned.scheme.grid
+    if described(planned.method.grids(planned.scheme)) != described((grid,)):
+        raise ValueError(f"{name}: {format} holds the grid of the scheme, not those of {planned.method}: use 'dense'")
+    if not isinstance(planned.module, nn.Linear):
+        kind = type(planned.module).__name__
+        raise ValueError(f"{name}: {format} holds nn.Linear alone, got {kind}: use format 'dense'")
+    if planned.method.keeps_outliers:
+        raise ValueError(f"{name}: {format} has no place for weights that are kept exact: use format 'dense'")
 
 
 def scheme_of(result: Result, name: str) -> WeightScheme:

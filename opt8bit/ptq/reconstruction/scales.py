@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opt8bit.ptq.reconstruction.parametrization import Parametrization, TrainedWeight
 from opt8bit.ptq.reconstruction.straight_through import stored_through
+from opt8bit.quant.grid import Grid
 from opt8bit.quant.weight import Part, QuantizedWeight
 from opt8bit.recipe.arguments import check_positive
 
@@ -32,6 +33,9 @@ class TrainScales(Parametrization):
 
     def __post_init__(self) -> None:
         check_positive("lr", self.lr)
+
+    def trains(self, grid: Grid) -> bool:
+        return "scale" in grid.params_type._fields
 
     def start(self, weight: Tensor, rounded: QuantizedWeight) -> TrainedWeight:
         return _TrainedScales(rounded)

@@ -23,7 +23,8 @@ def rounded_through(x: Tensor, largest: int | None = None) -> Tensor:
 
 def stored_through(grid: Grid, scale: Tensor) -> Tensor:
     """Returns scales in the dtype in which a grid stores them; their gradient is that of what is returned."""
-    return grid.storable(scale.detach()) + (scale - scale.detach())
+    fixed = scale.detach()
+    return grid.storable(fixed.abs()).copysign(fixed) + (scale - fixed)
 
 
 class _Rounded(torch.autograd.Function):

@@ -12,16 +12,19 @@ from opt8bit.ptq.rounding.compiled import CompiledEngine
 from opt8bit.ptq.rounding.coordinate_descent import descend
 from opt8bit.ptq.rounding.engine import Engine
 from opt8bit.ptq.rounding.error_feedback import round_columns
+from opt8bit.ptq.rounding.shifted import ShiftedEngine
+from opt8bit.quant.evenly_spaced import EvenlySpaced
 from opt8bit.quant.grid import Grid, P, at
 from opt8bit.quant.uniform import is_uniform
 
 
 def engine_for(weight: Tensor, grid: Grid) -> Engine[Any]:
     """Returns what runs the loops for a weight on a grid."""
-    if weight.dtype == torch.float32 and weight.device.type == "cpu" and is_uniform(grid):
+    is_even = isinstance(grid, EvenlySpaced)
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and (is_even or is_uniform(grid)):
         kernels = rounding_kernels(weight.device)
         if kernels is not None:
-            return CompiledEngine(kernels, grid)
+            return ShiftedEngine(kernels, grid) if is_even else CompiledEngine(kernels, grid)
     return PlainEngine(grid)
 
 

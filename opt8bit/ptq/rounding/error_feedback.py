@@ -27,10 +27,12 @@ def round_columns(
     free = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the weight is a row here
     reached = -1
     for start, stop in pieces(group_of) if fits else pieces(torch.zeros_like(group_of)):
-        if fits and int(group_of[start]) != reached:
-            reached = int(group_of[start])
-            columns = group_of == reached
-            fitted = grid.fit(free[columns].T, importance[columns])  # (out, 1)
+        if fits and int(group_of[start]) // grid.together != reached:
+            reached = int(group_of[start]) // grid.together
+            columns = group_of // grid.together == reached
+            shape = (grid.together, -1)
+            blocks = free[columns].T.unflatten(1, shape)
+            fitted = at(grid.fit(blocks, importance[columns].unflatten(0, shape)), (..., 0))  # (out, together)
             params = fitted if params is None else joined(params, fitted)
         assert params is not None
         own = by_column(params, group_of[start:stop])

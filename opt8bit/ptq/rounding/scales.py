@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from opt8bit.ptq.rounding.lines import COEFFICIENTS, ROWS, refit_lines
+from opt8bit.quant.evenly_spaced import EvenlySpaced
 from opt8bit.quant.grid import Grid, at
 from opt8bit.quant.weight import Part
 
 PROPORTIONAL = 1e-5  # of a row's largest value: what decoding in float32 may be off
-ROWS, COEFFICIENTS = 512, 2**23  # of the systems that are in memory at once, at most
 
 
 def refit_scales(
@@ -23,11 +24,14 @@ def refit_scales(
 ) -> Part:
     """Returns the same codes with new scales, so that ``tr((W - Ŵ) H (W - Ŵ)ᵀ)`` is least; no row's share of it rises.
 
-    That takes a grid whose values are proportional to a param ``scale``. Where a row's are not, it is left as it is.
+    That takes a grid of evenly spaced values, see :func:`refit_lines`, or one whose values are proportional to a param
+    ``scale``. Where a row's are not, it is left as it is.
 
     With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
-    ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones are not all positive.
+    ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones have not all the signs of before.
     """
+    if isinstance(part.grid, EvenlySpaced):
+        return refit_lines(wanted, part, hessian)
     if "scale" not in part.params._fields:
         return part
     hessian = hessian.to(wanted.dtype)
@@ -79,11 +83,11 @@ def _best(
     left.diagonal(dim1=1, dim2=2)[dead] = 1
     found, failed = torch.linalg.solve_ex(left, right)
     found = torch.where(dead, scale, found)
-    positive = (failed == 0) & (found > 0).all(1)
-    found = grid.storable(found)
+    same_signs = (failed == 0) & (found * scale > 0).all(1)
+    found = grid.storable(found.abs()).copysign(scale)
 
     def cost(s: Tensor) -> Tensor:
         return ((left @ s[..., None])[..., 0] * s).sum(1) - 2 * (right * s).sum(1)
 
-    better = positive & (cost(found) < cost(scale.double()))
+    better = same_signs & (cost(found) < cost(scale.double()))
     return torch.where(better[:, None], found.to(scale.dtype), scale)

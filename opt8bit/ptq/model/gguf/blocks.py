@@ -1,96 +1,77 @@
-"""Blocks of GGUF files that hold a symmetric grid: a scale in float16, and 32 codes of 4, 5 or 8 bits.
+"""Blocks of GGUF files: one or two numbers in float16, and 32 codes.
 
-The layouts are those of ggml's ``ggml-common.h``: ``block_q4_0``, ``block_q5_0`` and ``block_q8_0``.
+The layouts are those of ggml's ``ggml-common.h``: ``block_q4_0``, ``block_q4_1``, ``block_q5_0``, ``block_q5_1``,
+``block_q8_0`` and ``block_iq4_nl``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from opt8bit.ptq.model.gguf.planes import as_bytes, as_float16, pack_planes, unpack_planes
+from opt8bit.recipe.gguf_types import GGUF_TYPES
+
 GROUP = 32  # weights of a block
-SCALE_BYTES = 2
-TYPES: Mapping[int, str] = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}  # ggml's names, by the bits of a code
+HALF = GROUP // 2
 MIDDLE = 128  # a code of 8 bits is stored as a signed byte, less by this
 
 
-def block_bytes(bits: int) -> int:
-    """Returns the bytes of a block whose codes have so many bits."""
-    return SCALE_BYTES + GROUP * bits // 8
-
-
-def bits_of(blocks_shape: tuple[int, ...]) -> int:
-    """Returns the bits of a code, by the shape of blocks, (out, groups, bytes).
-
-    Raises:
-        ValueError: no block has so many bytes.
+def check_blocks(kind: str, blocks_shape: tuple[int, ...]) -> None:
     """
-    found = [bits for bits in TYPES if block_bytes(bits) == blocks_shape[-1]]
-    if len(blocks_shape) != 3 or not found:
-        known = ", ".join(f"{block_bytes(bits)} ({name})" for bits, name in TYPES.items())
-        raise ValueError(f"blocks must be (out, groups, bytes) with {known} bytes, got {blocks_shape}")
-    return found[0]
+    Raises:
+        ValueError: it is no shape of blocks of a type, (out, blocks, bytes).
+    """
+    wanted = GGUF_TYPES[kind].block_bytes
+    if len(blocks_shape) != 3 or blocks_shape[-1] != wanted:
+        raise ValueError(f"blocks of {kind} must be (out, blocks, {wanted} bytes), got {blocks_shape}")
 
 
 def pack_blocks(
+    kind: str,
     codes: Tensor,  # uint8 (out, in)
-    scale: Tensor,  # (out, groups), of either sign
-    bits: int,
+    numbers: Sequence[Tensor],  # (out, groups) each: the scale, and the minimum of types that have one
 ) -> Tensor:
-    """Returns blocks, uint8 (out, groups, bytes), whose codes q stand for ``(q - 2^(bits-1)) * scale``.
+    """Returns blocks, uint8 (out, groups, bytes).
 
     The first half of a block's codes are the low halves of its bytes, the second half the high ones. Of 5 bits the
     highest ones stand apart, in four bytes, the first code's in the lowest bit.
 
     Args:
-        codes: of a symmetric grid.
-        scale: numbers that float16 holds.
-        bits: of a code, one of :data:`TYPES`.
+        kind: a type with blocks of 32 weights.
+        codes: of the type's grid, all with the zero point ``2^(bits-1)`` where it is symmetric.
+        numbers: that float16 holds.
     """
-    groups = codes.unflatten(1, (-1, GROUP))
-    parts = [scale.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)]
+    bits, groups = GGUF_TYPES[kind].bits, codes.unflatten(1, (-1, GROUP))
+    parts = [as_bytes(number) for number in numbers]
     if bits == 8:
         parts.append(groups ^ MIDDLE)  # as a signed byte it is q - 128
     else:
         if bits == 5:
-            parts.append(_packed_bits(groups >> 4))
-        low = groups & 15
-        parts.append(low[..., : GROUP // 2] | low[..., GROUP // 2 :] << 4)
+            parts.append(pack_planes(groups >> 4, 1, 1))
+        parts.append(pack_planes(groups, 4, HALF))
     return torch.cat(parts, -1)
 
 
-def unpack_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the codes, uint8 (out, in), and the scales, float16 (out, groups), of :func:`pack_blocks`.
+def unpack_blocks(kind: str, blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Returns the codes, uint8 (out, in), and the numbers, float16 (out, groups) each, of :func:`pack_blocks`.
 
     Args:
+        kind: a type with blocks of 32 weights.
         blocks: uint8 (out, groups, bytes).
 
     Raises:
-        ValueError: no block has so many bytes.
+        ValueError: a block of the type has another number of bytes.
     """
-    bits = bits_of(tuple(blocks.shape))
-    scale, rest = blocks[..., :SCALE_BYTES].contiguous().view(torch.float16)[..., 0], blocks[..., SCALE_BYTES:]
+    check_blocks(kind, tuple(blocks.shape))
+    bits = GGUF_TYPES[kind].bits
+    rest = GROUP * bits // 8
+    numbers = [as_float16(number) for number in blocks[..., :-rest].split(2, -1)]
     if bits == 8:
-        return (rest ^ MIDDLE).flatten(1), scale
-    halves = rest[..., -GROUP // 2 :]
-    codes = torch.cat([halves & 15, halves >> 4], -1)
+        return (blocks[..., -rest:] ^ MIDDLE).flatten(1), numbers
+    codes = unpack_planes(blocks[..., -HALF:], 4, HALF)
     if bits == 5:
-        codes |= _unpacked_bits(rest[..., :4]) << 4
-    return codes.flatten(1), scale
-
-
-def _packed_bits(
-    highest: Tensor,  # uint8 (out, groups, 32), 0 or 1
-) -> Tensor:
-    """Returns the bits of each block in four bytes, uint8 (out, groups, 4), the lowest first."""
-    places = torch.arange(8, dtype=torch.uint8, device=highest.device)
-    return (highest.unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8)
-
-
-def _unpacked_bits(
-    packed: Tensor,  # uint8 (out, groups, 4)
-) -> Tensor:
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(-1) >> places & 1).flatten(-2)
+        codes |= unpack_planes(blocks[..., -rest:-HALF], 1, 1) << 4
+    return codes.flatten(1), numbers

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from opt8bit.ptq.model.gguf.architectures import WEIGHT, as_halves, named
-from opt8bit.ptq.model.gguf.blocks import TYPES, block_bytes
 from opt8bit.ptq.model.tensor_files import Header
+from opt8bit.recipe.gguf_types import GGUF_TYPES
 
 FILE, SUFFIX = "model.gguf", ".gguf"
 BLOCKS = "blocks"  # stands for "weight" in the names of weights that are blocks of codes
+TYPE = "type"  # likewise, for ggml's number of their type, which takes no bytes of its own
 PLAIN = ("F32", "F16")
-BITS = {name: bits for bits, name in TYPES.items()}
 
 
 def package() -> Any:
@@ -33,8 +33,20 @@ def package() -> Any:
         raise ImportError("gguf is missing: pip install 'opt8bit[gguf]'") from error
 
 
+def type_tensor(kind: str) -> Tensor:
+    """Returns ggml's number of a type, uint8 (1,)."""
+    return torch.tensor([int(package().GGMLQuantizationType[kind])], dtype=torch.uint8)
+
+
+def type_named(number: Tensor) -> str:
+    """Returns ggml's name of a type by :func:`type_tensor`."""
+    return package().GGMLQuantizationType(int(number)).name
+
+
 class GGUFFile:
-    """The tensors of a file by the model's names. A weight that is blocks is ``LAYER.blocks``, (out, groups, bytes).
+    """The tensors of a file by the model's names.
+
+    A weight that is blocks is ``LAYER.blocks``, (out, blocks, bytes), and its type ``LAYER.type``.
 
     Args:
         path: of the file, which is mapped.
@@ -60,12 +72,14 @@ class GGUFFile:
         self._tensors: dict[str, Any] = {}
         for tensor in reader.tensors:
             name = self.architecture.model_name(tensor.name)
-            if tensor.tensor_type.name not in (*PLAIN, *BITS):
-                allowed = ", ".join((*PLAIN, *BITS))
-                raise ValueError(f"{path}: {tensor.name} must be one of {allowed}, got {tensor.tensor_type.name}")
-            if name is not None:
-                is_blocks = tensor.tensor_type.name in BITS
-                self._tensors[f"{name.removesuffix(WEIGHT)}{BLOCKS}" if is_blocks else name] = tensor
+            kind = tensor.tensor_type.name
+            if kind not in (*PLAIN, *GGUF_TYPES):
+                allowed = ", ".join((*PLAIN, *GGUF_TYPES))
+                raise ValueError(f"{path}: {tensor.name} must be one of {allowed}, got {kind}")
+            if name is not None and kind in GGUF_TYPES:
+                self._tensors |= {f"{name.removesuffix(WEIGHT)}{part}": tensor for part in (BLOCKS, TYPE)}
+            elif name is not None:
+                self._tensors[name] = tensor
 
     def keys(self) -> list[str]:
         """Returns the names of its tensors."""
@@ -75,8 +89,10 @@ class GGUFFile:
         """Returns what the file says of a tensor."""
         tensor = self._tensors[name]
         kind, shape = tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape))
-        if kind in BITS:
-            size = block_bytes(BITS[kind])
+        if _is_type(name, kind):
+            return Header("U8", (1,), 0)
+        if kind in GGUF_TYPES:
+            size = GGUF_TYPES[kind].block_bytes
             shape = (shape[0], int(tensor.n_bytes) // (shape[0] * size), size)
             kind = "U8"
         return Header(kind, shape, int(tensor.n_bytes))
@@ -84,11 +100,17 @@ class GGUFFile:
     def get_tensor(self, name: str) -> Tensor:
         """Reads a tensor, with the rows and the scales of norms that the model has."""
         tensor = self._tensors[name]
+        if _is_type(name, tensor.tensor_type.name):
+            return type_tensor(tensor.tensor_type.name)
         found = torch.from_numpy(tensor.data.copy()).reshape(self.header(name).shape)
         heads = self.architecture.heads(tensor.name, *self._heads)
         if heads is not None:
             found = as_halves(found, heads)
         return found - self.architecture.offset(tensor.name) if found.is_floating_point() else found
+
+
+def _is_type(name: str, kind: str) -> bool:
+    return kind in GGUF_TYPES and name.endswith(f".{TYPE}")
 
 
 @lru_cache(maxsize=1)
