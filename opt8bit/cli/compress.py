@@ -21,7 +21,7 @@ from opt8bit.cli.models import load_tokenizer, open_model
 from opt8bit.cli.progress import ShowLayer, ShowRefined, compression, logged, refinement
 from opt8bit.cli.recipes import recipe_file
 from opt8bit.cli.report.page import page
-from opt8bit.cli.report.record import RECIPE, RUN, read
+from opt8bit.cli.report.record import read
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.cli.summary import summary
 from opt8bit.cli.texts import choose_windows, find_text, lacks_bos
@@ -30,7 +30,7 @@ from opt8bit.ptq.export import About, write, write_model_card
 from opt8bit.ptq.export.card.measured import measured_by
 from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.model.memory import return_large_at_once
-from opt8bit.ptq.report import FOLDER, PAGE, write_report
+from opt8bit.ptq.report import FOLDER, PAGE, RECIPE, RUN, write_report
 from opt8bit.recipe import Recipe
 
 logger = logging.getLogger(__name__)
