@@ -41,6 +41,7 @@ ORDER = (
     {"inspect", "pipeline", "refinement"},
     {"compress", "correct", "verify"},
     {"corrected_checkpoint", "corrected_onnx"},
+    {"conversion"},
     {"__init__"},
 )
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50  # lines; of a function those beneath its docstring

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,16 @@ from opt8bit.cli.models import load_tokenizer, open_model
 from opt8bit.cli.progress import ShowLayer, ShowRefined, compression, logged, refinement
 from opt8bit.cli.recipes import recipe_file
 from opt8bit.cli.report.page import page
-from opt8bit.cli.report.record import RECIPE, RUN, read
+from opt8bit.cli.report.record import read
 from opt8bit.cli.run_options import RunOptions
 from opt8bit.cli.summary import summary
 from opt8bit.cli.texts import choose_windows, find_text, lacks_bos
 from opt8bit.ptq import ranks
-from opt8bit.ptq.export import write
+from opt8bit.ptq.export import About, write, write_model_card
+from opt8bit.ptq.export.card.measured import measured_by
 from opt8bit.ptq.export.folder import WORK, new_folder
 from opt8bit.ptq.model.memory import return_large_at_once
-from opt8bit.ptq.report import FOLDER, PAGE, write_report
+from opt8bit.ptq.report import FOLDER, PAGE, RECIPE, RUN, write_report
 from opt8bit.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def run(settings: Settings) -> None:
             verified = _verified(settings, folder)
             seconds = time.perf_counter() - started
             (written / RUN).write_text(json.dumps(_about_run(settings, verified, seconds), indent=2) + "\n")
+            write_model_card(result, folder, settings.run.checkpoint_format, _about_card(settings, recipe, verified))
         # Last, as the page has commands with the name that the folder has taken only now.
         (settings.output / FOLDER / PAGE).write_text(page(read(settings.output)), encoding="utf-8")
     except (ValueError, ImportError, OSError, RuntimeError) as error:
@@ -92,7 +94,20 @@ def _about_run(settings: Settings, verified: str, seconds: float) -> dict[str, A
         "text_column": settings.text_column,
         "seconds": seconds,
         "verified": verified,
+        "measured_by": measured_by(),
     }
+
+
+def _about_card(settings: Settings, recipe: Mapping[str, Any], verified: str) -> About:
+    """Returns what the model card says besides the result. Of folders on this machine it has only the names."""
+    text = Path(settings.calibration)
+    return About(
+        name=settings.output.absolute().name,
+        base=settings.model,
+        text=text.name if text.exists() else settings.calibration,
+        recipe=recipe,
+        verified=verified,
+    )
 
 
 def _compressed(settings: Settings, folder: Path, see: ShowLayer, see_step: ShowRefined) -> tuple[ptq.Result, Any]:

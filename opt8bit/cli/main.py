@@ -89,6 +89,13 @@ def run_correct(options: argparse.Namespace) -> None:
     )
 
 
+def run_convert(options: argparse.Namespace) -> None:
+    from opt8bit.cli import convert
+
+    about = {"round_again": options.round_again, "trust_remote_code": options.trust_remote_code}
+    convert.run(options.model, options.output, options.format, **about)
+
+
 def run_verify(options: argparse.Namespace) -> None:
     from opt8bit.cli import verify
 
@@ -133,6 +140,7 @@ COMMANDS = {
     "memory": run_memory,
     "compress": run_compress,
     "correct": run_correct,
+    "convert": run_convert,
     "evaluate": run_evaluate,
     "verify": run_verify,
     "inspect": run_inspect,

@@ -18,6 +18,7 @@ GROUPS = {
     "make a trained model smaller": {
         "compress": "round a language model's weights to 2-8 bits, and write them",
         "correct": "add biases that correct a quantized checkpoint or ONNX file",
+        "convert": "write a packed checkpoint's codes in another layout",
         "evaluate": "print the perplexity of a language model on a text",
         "verify": "load a written checkpoint and compare it with what was made",
         "inspect": "list what is inside a checkpoint",

@@ -15,6 +15,7 @@ from opt8bit.cli.run_options import BOS, DTYPES, TEXT_OPTIONS, CorrectionOptions
 from opt8bit.recipe import Recipe
 from opt8bit.recipe.names import RENAMED
 from opt8bit.recipe.options import options_of
+from opt8bit.recipe.registry import FORMATS
 
 TEXTS = "a file of text or records, a folder of them, or owner/name:config:split of the datasets package"
 COLUMN = "of records, with the text or the chat (default: text, messages or conversations)"
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     _add_memory(commands)
     _add_compress(commands)
     _add_correct(commands)
+    _add_convert(commands)
     check = _add(commands, "verify")
     check.add_argument("folder", metavar="DIR", help="that opt8bit compress or correct has written")
     check.add_argument("--trust-remote-code", action="store_true", help=TRUST)
@@ -120,6 +122,16 @@ def _add_correct(commands: argparse._SubParsersAction) -> None:
     add_flags(command, RunOptions, TEXT_OPTIONS)
     add("--again", action="store_true", help="correct further what has been corrected before")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="load the result back and compare")
+    add("--trust-remote-code", action="store_true", help=TRUST)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    add = _add(commands, "convert").add_argument
+    layouts = "in the layout of compressed-tensors, GPTQ, AWQ, AutoRound or MLX"
+    add("model", metavar="DIR", help=f"folder with a checkpoint {layouts}, or id of a model on the hub")
+    add("--format", required=True, choices=tuple(FORMATS), help="of the checkpoint to write")
+    add("--output", type=Path, required=True, metavar="OUT", help="folder to write; it must not exist")
+    add("--round-again", action="store_true", help="round what the format cannot hold as it is to nearest, once more")
     add("--trust-remote-code", action="store_true", help=TRUST)
 
 

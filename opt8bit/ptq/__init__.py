@@ -4,6 +4,7 @@ from opt8bit.ptq.activations.quantizer import InputQuantizer
 from opt8bit.ptq.allocation.layer_objective import allocate_bits
 from opt8bit.ptq.calibration.loss_weighting import LossWeighting
 from opt8bit.ptq.compress import compress
+from opt8bit.ptq.conversion.convert import Conversion, convert
 from opt8bit.ptq.correct import CorrectedModule, Correction, correct
 from opt8bit.ptq.corrected_onnx.correction import correct_onnx
 from opt8bit.ptq.correction.compensation import BiasCompensation
@@ -44,6 +45,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointFormat",
     "CodebookGrid",
+    "Conversion",
     "CorrectedModule",
     "Correction",
     "Grid",
@@ -72,6 +74,7 @@ __all__ = [
     "WeightScheme",
     "allocate_bits",
     "compress",
+    "convert",
     "correct",
     "correct_onnx",
     "export",

@@ -18,6 +18,7 @@ from opt8bit.ptq.tasks.task import Probe, Quality
 
 FOLDER = "opt8bit"  # inside a checkpoint
 REPORT, LAYERS, PAGE, PROBE = "report.json", "layers.csv", "report.html", "probe.safetensors"
+RECIPE, RUN = "recipe.json", "run.json"  # of opt8bit compress
 
 
 def write_report(result: Result, checkpoint: Path, about: Mapping[str, Any]) -> Path:

@@ -50,6 +50,7 @@ class Runtime:
         command: that runs a checkpoint, or Python that does: ``{quoted}`` stands for the checkpoint's folder as a shell
             takes it, ``{folder!r}`` as Python does.
         formats: what it runs of each packed format, by the format's name.
+        reads_dense: whether it loads the rounded weights in the original's own layout.
         fuses: whether it puts layers such as q, k and v into one matrix, and looks for unpacked routers.
         whole_codes: whether its words hold whole codes only; see :func:`opt8bit.quant.packing.pack`.
         unused_biases: that it loads without a word: types of model, and own names of layers as a regular expression.
@@ -59,6 +60,7 @@ class Runtime:
     title: str
     command: str
     formats: Mapping[str, Runs]
+    reads_dense: bool = True
     fuses: bool = False
     whole_codes: bool = False
     unused_biases: tuple[tuple[str, str], ...] = ()
@@ -109,6 +111,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "llama.cpp, as in xllamacpp 2026.10",
         "llama-cli --model {quoted}/model.gguf --prompt 'Once upon a time'",
         {"gguf": Runs((4, 5, 8), (), (32,))},
+        reads_dense=False,
         # It adds biases to their queries, keys and values; in transformers those come with one of the output.
         refused_biases=(("qwen3", r".*"), ("gemma3_text", r".*")),
     ),

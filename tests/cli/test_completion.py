@@ -51,7 +51,7 @@ def offers(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.Captur
 
 def test_commands_are_offered(offers: Offers) -> None:
     assert sorted(offers("opt8bit", "")) == sorted(COMMANDS)
-    assert sorted(offers("opt8bit", "co")) == ["completion", "compress", "correct"]
+    assert sorted(offers("opt8bit", "co")) == ["completion", "compress", "convert", "correct"]
     assert "--version" in offers("opt8bit", "--")
 
 

@@ -72,9 +72,11 @@ def test_the_folder_is_the_sources(format: str, source: Path, folder: Path, tmp_
     kept = {*BESIDE, *(path.name for path in source.iterdir() if "token" in path.name)}
     assert {"tokenizer.json", "tokenizer_config.json"} <= kept
     for name in kept:
-        assert (output / name).read_bytes() == (source / name).read_bytes(), name
+        there = "BASE_README.md" if name == "README.md" else name  # beside the card of what was made
+        assert (output / there).read_bytes() == (source / name).read_bytes(), name
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    assert {name for name in files if not name.startswith("opt8bit/")} == {*kept, "config.json", "model.safetensors"}
+    made = {"config.json", "model.safetensors", "BASE_README.md"}
+    assert {name for name in files if not name.startswith("opt8bit/")} == {*kept, *made}
     assert "report.json" in {path.name for path in (output / "opt8bit").iterdir()}
 
 

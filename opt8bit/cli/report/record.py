@@ -16,10 +16,9 @@ from opt8bit.ptq.corrected_checkpoint.recognition import RECORD as CORRECTION
 from opt8bit.ptq.export.source_record import read_record
 from opt8bit.ptq.inspect import Contents, inspect
 from opt8bit.ptq.layer_report import LayerReport
-from opt8bit.ptq.report import FOLDER, REPORT, StoredReport, read_report
+from opt8bit.ptq.report import FOLDER, REPORT, RUN, StoredReport, read_report
 from opt8bit.recipe.runtimes import DENSE
 
-RECIPE, RUN = "recipe.json", "run.json"  # beside the report
 ELEMENT_BITS = re.compile(r"\d+")  # in safetensors' name of a dtype: 8 in F8_E4M3
 
 

@@ -7,10 +7,10 @@ import shlex
 
 from opt8bit.cli.report.charts import lines, powers_of_ten, strip
 from opt8bit.cli.report.markup import Html, element, section, table
-from opt8bit.cli.report.record import RECIPE, Record, numbers_of
+from opt8bit.cli.report.record import Record, numbers_of
 from opt8bit.cli.report.serving import command
 from opt8bit.ptq.layer_report import LayerReport
-from opt8bit.ptq.report import FOLDER
+from opt8bit.ptq.report import FOLDER, RECIPE
 
 DARKEST = 9  # bits a weight: 8 and a scale
 

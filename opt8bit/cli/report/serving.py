@@ -47,6 +47,8 @@ def _command(runtime: Runtime, folder: str) -> str:
 def _problems(contents: Contents, runtime: Runtime) -> Iterator[str]:
     """Yields what a runtime does not run of a checkpoint, in sentences."""
     if contents.format == DENSE:
+        if not runtime.reads_dense:
+            yield f"It does not read the format {DENSE}."
         return
     if contents.format not in runtime.formats:
         yield f"It does not read the format {contents.format}."

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from opt8bit.backends import warn
+from opt8bit.ptq.export.card.card import About, write_card
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, Planned
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.model.blocks import block_layers, find_blocks, matrix, other_matrices
@@ -19,15 +20,18 @@ from opt8bit.ptq.model.servers import Layer, Packing, warnings_of
 from opt8bit.ptq.model.source import Source
 from opt8bit.ptq.plan import Plan
 from opt8bit.ptq.result import Result
+from opt8bit.quant.packing import WORD
 from opt8bit.quant.uniform import is_uniform
 from opt8bit.recipe.registry import FORMATS
-from opt8bit.recipe.runtimes import SERVERS, Runtime, check_reads, packed_format, runtime_of
+from opt8bit.recipe.runtimes import DENSE, RUNTIMES, SERVERS, Runtime, check_reads, packed_format, runtime_of
 
 logger = logging.getLogger(__name__)
 
 
 def export(result: Result, path: str | Path, *, format: str | None = None, tokenizer: Any = None) -> Path:
     """Writes a model that :func:`compress` made, to be loaded by ``from_pretrained``, by mlx-lm or by llama.cpp.
+
+    A model card, ``README.md``, lies beside the weights. That of the source is kept as ``BASE_README.md``.
 
     Args:
         result: of :func:`compress`, of a model of transformers.
@@ -48,8 +52,10 @@ def export(result: Result, path: str | Path, *, format: str | None = None, token
             run it.
         OSError: it cannot be written; nothing is left.
     """
+    format = format or packed_format(result.plan.runtime)
     with new_folder(Path(path)) as folder:
-        write(result, folder, format or packed_format(result.plan.runtime), tokenizer)
+        write(result, folder, format, tokenizer)
+        write_model_card(result, folder, format, About(Path(path).absolute().name))
     return Path(path)
 
 
@@ -58,6 +64,35 @@ def write(result: Result, folder: Path, format: str, tokenizer: Any = None) -> N
     check_format(format, result.source, result.plan)
     logger.info("writing the checkpoint in the format %s", format)
     FORMATS[format].for_runtime(runtime_of(result.plan.runtime)).write(result, folder, tokenizer)
+
+
+def write_model_card(result: Result, folder: Path, format: str, about: About) -> None:
+    """Writes the model card of a checkpoint that :func:`write` has written there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    runtimes = {name: runtime for name, runtime in RUNTIMES.items() if _runs(result, format, runtime)}
+    write_card(result, folder, format, runtimes, about)
+
+
+def _runs(result: Result, format: str, runtime: Runtime) -> bool:
+    """Tells whether a runtime runs a checkpoint that was written."""
+    if format == DENSE:
+        return runtime.reads_dense
+    if format not in runtime.formats:
+        return False
+    own = runtime_of(result.plan.runtime)
+    if FORMATS[format].for_runtime(own) != FORMATS[format].for_runtime(runtime) and _is_packed_by_version(result):
+        return False
+    planned, _ = _planned(result.source, result.plan)
+    return not _not_run(format, result.source, planned, [runtime])
+
+
+def _is_packed_by_version(result: Result) -> bool:
+    """Tells whether 32 is no multiple of the bits of some code, which runtimes pack in different ways."""
+    packings = [_packing(planned) for planned in _planned(result.source, result.plan)[0].values()]
+    return any(packing is not None and WORD % packing.bits for packing in packings)
 
 
 def check_format(format: str, source: Source, plan: Plan) -> None:

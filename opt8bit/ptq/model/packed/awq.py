@@ -45,7 +45,7 @@ class AWQLayout(Layout):
     def unpacked(self, layer: str, parts: Mapping[str, Tensor]) -> Unpacked:
         words, zeros, scale = (part_of(parts, name) for name in ("qweight", "qzeros", "scales"))
         group = groups_of_columns(len(words), len(scale))
-        return Unpacked(_in_order(words).T, scale.T, _in_order(zeros).T, group)
+        return Unpacked(_in_order(words).T, scale.T, _in_order(zeros).T, group, BITS)
 
 
 def _in_order(

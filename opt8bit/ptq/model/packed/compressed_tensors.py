@@ -66,7 +66,7 @@ class CompressedTensorsLayout(Layout):
             size = weights.get("group_size") or -1
             group = groups_of_columns(columns, scale.shape[1], size if size > 0 else None)
         zero_point = _zero_point(parts.get("weight_zero_point"), bits, scale.shape, whole)
-        return Unpacked(codes, scale, zero_point, group)
+        return Unpacked(codes, scale, zero_point, group, bits)
 
     def weights_of(self, layer: str) -> Mapping[str, Any]:
         """Returns what the header says of a layer's weight: by its name first, else by its class.

@@ -54,7 +54,7 @@ class GPTQLayout(Layout):
             group = groups_of_columns(columns, groups)
         codes = unpack(words.T.contiguous(), bits, columns)
         zero_point = unpack(zeros, bits, outputs).int() + self.zero_shift
-        return Unpacked(codes, scale.T, zero_point.T, group)
+        return Unpacked(codes, scale.T, zero_point.T, group, bits)
 
 
 def _bits(zeros: Tensor, outputs: int) -> int:

@@ -17,6 +17,7 @@ class Unpacked(NamedTuple):
     scale: Tensor  # (out, groups)
     zero_point: Tensor  # (out, groups)
     group: Tensor  # (in,), of each input
+    bits: int | None = None  # of a code, where the layout says it
 
 
 class Layout(ABC):
@@ -46,7 +47,8 @@ class Layout(ABC):
 
     def weight(self, layer: str, parts: Mapping[str, Tensor]) -> Tensor:
         """Returns the weight of a layer, (out, in), in float32. Arguments and errors are those of :meth:`unpacked`."""
-        return dequantized(*self.unpacked(layer, parts))
+        found = self.unpacked(layer, parts)
+        return dequantized(found.codes, found.scale, found.zero_point, found.group)
 
 
 def part_of(parts: Mapping[str, Tensor], name: str) -> Tensor:

@@ -33,7 +33,7 @@ class MLXLayout(Layout):
             raise ValueError(f"weight {tuple(words.shape)} does not fit {bits} bits")
         zero_point = torch.full(scale.shape, 2 ** (bits - 1))
         codes = unpack(words.view(torch.int32), bits, columns)
-        return Unpacked(codes, scale, zero_point, groups_of_columns(columns, scale.shape[1]))
+        return Unpacked(codes, scale, zero_point, groups_of_columns(columns, scale.shape[1]), bits)
 
 
 def bits_of(scale: Tensor, bias: Tensor) -> int:

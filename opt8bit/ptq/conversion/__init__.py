@@ -1,0 +1,1 @@
+"""A packed checkpoint in another layout, with the same codes and scales."""
