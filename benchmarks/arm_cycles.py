@@ -19,7 +19,7 @@ REGION = re.compile(r"Code Region - (\w+) (\d+)\n.*?Iterations: +(\d+)\n.*?Total
 
 
 def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def cycles(assembly: Path, analyzer: str, processor: str) -> dict[str, float]:
