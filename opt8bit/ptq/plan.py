@@ -30,7 +30,7 @@ from opt8bit.recipe.recipe import (
     SERVED_SYMMETRIC,
     Recipe,
 )
-from opt8bit.recipe.registry import FORMATS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
+from opt8bit.recipe.registry import FORMATS, GRIDS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
 from opt8bit.recipe.runtimes import Runs, runtime_of
 
 
@@ -155,11 +155,18 @@ def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
 def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> Recipe:
     """Returns the recipe with what depends on the model, the checkpoint's format and its runtime filled in."""
     if recipe.group_size == AUTO:
-        sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
+        sizes = _group_sizes(recipe, runs)
         recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
     if recipe.symmetric is None and recipe.grid is None:
         recipe = replace(recipe, symmetric=_is_symmetric(recipe, model, checkpoint_format, runs))
     return recipe
+
+
+def _group_sizes(recipe: Recipe, runs: Runs | None) -> list[int]:
+    """Returns the group sizes to choose from, the largest first: that of the grid, if it has one."""
+    if isinstance(recipe.grid, str):
+        return [GRIDS[recipe.grid].group_size]
+    return [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
 
 
 def _is_symmetric(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> bool:
@@ -268,9 +275,11 @@ def _layer_plan(recipe: Recipe, scale_dtype: torch.dtype, strength: float) -> La
 
 
 def _grid(recipe: Recipe, rounder: Rounder, scale_dtype: torch.dtype) -> Grid:
-    if recipe.grid is not None:
+    if recipe.grid is not None and not isinstance(recipe.grid, str):
         return recipe.grid
     range = recipe.range or ("mse" if rounder.looks_at_inputs else "minmax")
+    if recipe.grid is not None:
+        return GRIDS[recipe.grid](range=range)
     return UniformGrid(recipe.bits, symmetric=recipe.symmetric or False, range=range, scale_dtype=scale_dtype)
 
 

@@ -12,6 +12,11 @@ METHOD_OPTIONS = ("act_order", "polish", "outliers", "outlier_structure")
 GRID_OPTIONS = ("bits", "symmetric", "range")  # that a grid has itself
 
 
+def grid_options(grid: Any) -> tuple[str, ...]:
+    """Returns the options that a recipe's grid has itself: one that is named is made with the recipe's range."""
+    return GRID_OPTIONS[:2] if isinstance(grid, str) else GRID_OPTIONS
+
+
 def check_contradictions(recipe: Any) -> None:
     """Checks the options of a :class:`Recipe` against each other.
 
@@ -52,9 +57,11 @@ def _check_grid(recipe: Any) -> None:
     Raises:
         ValueError: options contradict the grid, or there is no such width or group size.
     """
-    defaults = defaults_of(recipe, GRID_OPTIONS)
+    names = grid_options(recipe.grid)
+    defaults = defaults_of(recipe, names)
     if recipe.grid is not None and any(getattr(recipe, name) != value for name, value in defaults.items()):
-        raise ValueError(f"bits, symmetric and range are those of grid={recipe.grid!r}: leave them out")
+        *most, last = names
+        raise ValueError(f"{', '.join(most)} and {last} are those of grid={recipe.grid!r}: leave them out")
     if not 2 <= recipe.bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {recipe.bits!r}")
     if isinstance(recipe.group_size, int) and recipe.group_size < 1:  # whole rows are kept as None

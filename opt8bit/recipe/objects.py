@@ -41,9 +41,9 @@ PARAMETRIZATION = Kind("opt8bit.ptq.reconstruction.parametrization", "Parametriz
 RECONSTRUCTION = Kind("opt8bit.ptq.reconstruction.engine", "Reconstruction", "a name, or a Reconstruction")
 LOSS_WEIGHTING = Kind("opt8bit.ptq.calibration.loss_weighting", "LossWeighting", "a name, or a LossWeighting")
 FORMAT = Kind("opt8bit.ptq.export.checkpoint_format", "CheckpointFormat", "a CheckpointFormat")
-GRID = Kind("opt8bit.quant.grid", "Grid", "one of opt8bit.quant, such as UniformGrid(4)")
+GRID = Kind("opt8bit.quant.grid", "Grid", "a name, or one of opt8bit.quant, such as UniformGrid(4)")
 # Options that may have a name instead.
-NAMED = {"method": ROUNDER, "loss_weighting": LOSS_WEIGHTING, "reconstruction": RECONSTRUCTION}
+NAMED = {"method": ROUNDER, "loss_weighting": LOSS_WEIGHTING, "reconstruction": RECONSTRUCTION, "grid": GRID}
 
 
 def check_objects(recipe: Any) -> None:
@@ -56,8 +56,6 @@ def check_objects(recipe: Any) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, str | None):
             _check(name, value, kind)
-    if recipe.grid is not None:
-        _check("grid", recipe.grid, GRID)
     for each in recipe.transforms if isinstance(recipe.transforms, tuple) else ():
         if not isinstance(each, str):
             _check("transforms", each, TRANSFORM)

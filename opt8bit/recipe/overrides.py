@@ -65,8 +65,7 @@ def listed_overrides(listed: Any, allowed: Mapping[str, Option], defaults: Mappi
         if skip and given:
             raise ValueError(f"an override that skips its layers has no other options, got {each!r}")
         for name, value in given.items():
-            if (name, value) != ("grid", None):  # grids have no names, so that None is all that a file can say
-                _check_option(name, value, allowed, defaults)
+            _check_option(name, value, allowed, defaults)
         found.append(Override.of(each[PATTERN], None if skip else given))
     return tuple(found)
 

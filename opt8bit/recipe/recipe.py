@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from opt8bit.recipe.contradictions import GRID_OPTIONS, METHOD_OPTIONS, check_contradictions
+from opt8bit.recipe.contradictions import METHOD_OPTIONS, check_contradictions, grid_options
 from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.names import renamed, with_checked_names
 from opt8bit.recipe.objects import NAMED, check_objects
 from opt8bit.recipe.options import Option, check_values, defaults_of, option, options_of, values_of
 from opt8bit.recipe.overrides import PATTERN, SKIP, Override, kept_group_size, kept_overrides, listed_overrides
-from opt8bit.recipe.registry import RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
+from opt8bit.recipe.registry import GRIDS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
 
 AUTO = "auto"
 # What stands for an option that is left out where it depends on others.
@@ -47,8 +47,9 @@ class Recipe:
             checkpoints that hold codes. See :class:`UniformGrid`.
         range: of a grid: "minmax" or "mse"; None for "mse", and "minmax" for RTN, which the other hurts. See
             :class:`UniformGrid`.
-        grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
-            its own and must be left out; their defaults are as good as nothing.
+        grid: "nvfp4" or "mxfp4" for 4-bit floats, in groups of 16 or 32, whose ``range`` is as that of others; or any
+            other grid, such as ``CodebookGrid(normal_float(4))``, whose ``range`` is its own and must be left out.
+            ``bits`` and ``symmetric`` are the grid's own and must be left out; their defaults are as good as nothing.
         bias_correction: the stream that Bias Compensation takes its errors from: "none" for no bias; "local" for the
             float model's, as the paper's code has it: each layer's error on the float model's inputs, and in the
             block's last layer, if its output is added to the hidden states and it can hold a bias, the error of the
@@ -130,11 +131,13 @@ class Recipe:
     learn: str = option(
         "none", EFFORTS, "how long scales, norms and biases of the whole model are trained, once it is compressed"
     )
-    grid: Any = None
+    grid: str | Any = option(
+        None, GRIDS, "4-bit floats instead of integers, in groups of 16 or 32 (default: integers)", of_layers=True
+    )
     overrides: Mapping[str, Mapping[str, Any] | None] | tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
-        _set(self, overrides=kept_overrides(self.overrides, [*layer_options(), "grid"]))
+        _set(self, overrides=kept_overrides(self.overrides, layer_options()))
         _set(self, group_size=kept_group_size(self.group_size))
         if isinstance(self.transforms, list):
             _set(self, transforms=tuple(self.transforms))
@@ -164,8 +167,8 @@ class Recipe:
         if "method" in given:
             given = {**defaults_of(Recipe, METHOD_OPTIONS), **given}
         if given.get("grid") is not None:
-            given = {**defaults_of(Recipe, GRID_OPTIONS), **given}
-        elif given.keys() & set(GRID_OPTIONS):
+            given = {**defaults_of(Recipe, grid_options(given["grid"])), **given}
+        elif given.keys() & set(grid_options(self.grid)):
             given = {"grid": None, **given}
         try:
             return replace(self, overrides=(), **given)
@@ -183,7 +186,7 @@ class Recipe:
             # One without options says that its layers are not skipped, as another pattern might have it.
             said = _in_file(each.options) if each.options else {SKIP: each.options is None}
             overrides.append({PATTERN: each.pattern, **said})
-        own = _in_file({**values_of(self), "group_size": self.group_size, "grid": self.grid}.items())
+        own = _in_file({**values_of(self), "group_size": self.group_size}.items())
         # What an override says is said, even where it is the default: the recipe may have something else.
         return {**{n: value for n, value in own.items() if value not in (None, AUTO, [])}, OVERRIDES: overrides}
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from opt8bit.recipe.objects import FORMAT, PARAMETRIZATION, ROUNDER, TRANSFORM, Kind
+from opt8bit.recipe.objects import FORMAT, GRID, PARAMETRIZATION, ROUNDER, TRANSFORM, Kind
 
 
 class Registry(Mapping[str, Any]):
@@ -90,6 +90,14 @@ RECONSTRUCTIONS = Registry(  # classes, subclasses of Parametrization
         "rounding": "opt8bit.ptq.reconstruction.rounding:TrainRounding",
     },
     PARAMETRIZATION,
+)
+GRIDS = Registry(  # classes, subclasses of Grid, that take a range
+    "grid",
+    {
+        "nvfp4": "opt8bit.quant.float4:NVFP4Grid",
+        "mxfp4": "opt8bit.quant.float4:MXFP4Grid",
+    },
+    GRID,
 )
 FORMATS = Registry(  # instances of CheckpointFormat
     "format",
