@@ -22,6 +22,7 @@ from opt8bit.ptq.schemes import fallen_back, log_fallbacks, scheme_for
 from opt8bit.ptq.transforms.transform import Transform
 from opt8bit.quant.grid import SCALE_DTYPES
 from opt8bit.quant.weight import WeightScheme
+from opt8bit.recipe.gguf_types import is_gguf_type
 from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.recipe import (
     AUTO,
@@ -32,7 +33,7 @@ from opt8bit.recipe.recipe import (
     SERVED_SYMMETRIC,
     Recipe,
 )
-from opt8bit.recipe.registry import FORMATS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
+from opt8bit.recipe.registry import FORMATS, GRIDS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
 from opt8bit.recipe.runtimes import Runs, runtime_of
 
 
@@ -164,12 +165,19 @@ def _runs(runtime: str | None, checkpoint_format: str | None) -> Runs | None:
 
 def _settled(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> Recipe:
     """Returns the recipe with what depends on the model, the checkpoint's format and its runtime filled in."""
-    if recipe.group_size == AUTO and not isinstance(recipe.grid, str):
-        sizes = [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
+    if recipe.group_size == AUTO and not is_gguf_type(recipe.grid):
+        sizes = _group_sizes(recipe, runs)
         recipe = replace(recipe, group_size=default_group_size(model, recipe.override_list, sizes))
     if recipe.symmetric is None and recipe.grid is None:
         recipe = replace(recipe, symmetric=_is_symmetric(recipe, model, checkpoint_format, runs))
     return recipe
+
+
+def _group_sizes(recipe: Recipe, runs: Runs | None) -> list[int]:
+    """Returns the group sizes to choose from, the largest first: that of the grid, if it has one."""
+    if isinstance(recipe.grid, str):
+        return [GRIDS[recipe.grid].group_size]
+    return [size for size in GROUP_SIZES if runs is None or runs.group_sizes is None or size in runs.group_sizes]
 
 
 def _is_symmetric(recipe: Recipe, model: nn.Module, checkpoint_format: str | None, runs: Runs | None) -> bool:

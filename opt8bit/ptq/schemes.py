@@ -15,8 +15,9 @@ from opt8bit.ptq.model.blocks import by_pattern, find_blocks
 from opt8bit.ptq.model.gguf.grids import scheme_of_type
 from opt8bit.quant.uniform import UniformGrid
 from opt8bit.quant.weight import WeightScheme
-from opt8bit.recipe.gguf_types import GGUF_TYPES
+from opt8bit.recipe.gguf_types import GGUF_TYPES, is_gguf_type
 from opt8bit.recipe.recipe import Recipe
+from opt8bit.recipe.registry import GRIDS
 from opt8bit.recipe.runtimes import DENSE
 
 NAMED = 4  # patterns of layers in a line
@@ -33,10 +34,12 @@ def scheme_for(recipe: Recipe, range: str, scale_dtype: torch.dtype) -> WeightSc
         range: of the grid.
         scale_dtype: of scales, where the recipe's grid has no other.
     """
-    if isinstance(recipe.grid, str):
+    if is_gguf_type(recipe.grid):
         return scheme_of_type(recipe.grid, range)
     grid = recipe.grid
-    if grid is None:
+    if isinstance(grid, str):
+        grid = GRIDS[grid](range=range)
+    elif grid is None:
         grid = UniformGrid(recipe.bits, symmetric=recipe.symmetric or False, range=range, scale_dtype=scale_dtype)
     return WeightScheme(grid, recipe.group_size)  # type: ignore[arg-type]
 
@@ -52,7 +55,7 @@ def fallen_back(recipe: Recipe, columns: int, checkpoint_format: str | None) -> 
     Raises:
         ValueError: the format does not hold the recipe's type of blocks.
     """
-    if not isinstance(recipe.grid, str):
+    if not is_gguf_type(recipe.grid):
         return recipe, ""
     if checkpoint_format not in HOLD_TYPES:
         raise ValueError(f"grid={recipe.grid!r} is for the formats gguf and dense, got {checkpoint_format!r}")

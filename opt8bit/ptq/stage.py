@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,8 @@ def compress_stage(
     dtype = torch.promote_types(first.dtype, torch.float32)
     weights = {name: matrix(layer).to(dtype) for name, layer in layers.items()}
     statistics = _statistics(inputs, plan, dtype)
+    grid = plan.scheme.grid.for_weights(list(weights.values()))
+    fitted = replace(plan, scheme=replace(plan.scheme, grid=grid))
     moments, rounded = Moments(statistics), {}
     for centred in (False, True):
         part = {
@@ -72,7 +75,7 @@ def compress_stage(
         if part and centred:  # where a bias will take the mean error, only the rest is the weights' to keep small
             moments.centre()
         if part:
-            rounded |= _round(part, moments, plan)
+            rounded |= {n: _as_planned(each, plan) for n, each in _round(part, moments, fitted).items()}
     del moments
     result = {}
     for name, weight in weights.items():
@@ -116,6 +119,12 @@ def _round(weights: dict[str, Tensor], moments: Moments, plan: LayerPlan) -> dic
     whole = _of_all_ranks(own, len(target))
     ends = list(itertools.accumulate(sizes))
     return {name: whole.rows_from(end - size, end) for name, size, end in zip(weights, sizes, ends, strict=True)}
+
+
+def _as_planned(rounded: QuantizedWeight, plan: LayerPlan) -> QuantizedWeight:
+    """Returns a weight with the grids of its plan: what was fitted to the weights of a stage is in its params, too."""
+    grids = plan.method.grids(plan.scheme)
+    return replace(rounded, parts=tuple(replace(p, grid=grid) for p, grid in zip(rounded.parts, grids, strict=True)))
 
 
 def _of_all_ranks(own: QuantizedWeight, rows: int) -> QuantizedWeight:

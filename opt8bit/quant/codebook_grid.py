@@ -21,6 +21,18 @@ class CodebookParams(NamedTuple):
     scale: Tensor  # positive, unless the grid's scales are signed
 
 
+def encoded(x: Tensor, codebook: Tensor) -> Tensor:
+    """Returns the codes of the values of a codebook that are nearest to ``x``, as uint8 of its shape.
+
+    Args:
+        x: any shape.
+        codebook: (n,), ascending, 2 to 256 values.
+    """
+    values = codebook.to(device=x.device, dtype=torch.float64)
+    middles = ((values[1:] + values[:-1]) / 2).to(x.dtype)
+    return torch.bucketize(x.contiguous(), middles).to(torch.uint8)
+
+
 class CodebookGrid(Grid[CodebookParams]):
     """Rounds to any values: ``codebook[q] * scale``, as the optimizer states are stored.
 
@@ -96,9 +108,7 @@ class CodebookGrid(Grid[CodebookParams]):
         return CodebookParams(self.storable(size).copysign(params.scale))
 
     def encode(self, x: Tensor, params: CodebookParams) -> Tensor:
-        values = self.codebook.to(device=x.device, dtype=torch.float64)
-        middles = ((values[1:] + values[:-1]) / 2).to(x.dtype)
-        return torch.bucketize((x / params.scale).contiguous(), middles).to(torch.uint8)
+        return encoded(x / params.scale, self.codebook)
 
     def decode(self, codes: Tensor, params: CodebookParams) -> Tensor:
         return self.codebook.to(params.scale)[codes.long()] * params.scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -82,8 +82,17 @@ class Grid(ABC, Generic[P]):
     def nearest(self, x: Tensor, params: P) -> Tensor:
         """Returns ``decode(encode(x, params), params)``, without the codes."""
 
-    def storable(self, scale: Tensor) -> Tensor:
-        """Returns the nearest positive scales that ``scale_dtype`` holds, in the dtype of ``scale``."""
+    def for_weights(self, weights: Sequence[Tensor]) -> Grid[P]:
+        """Returns the grid on which weights (out, in) are fitted together, as those of layers that share an input."""
+        return self
+
+    def storable(self, scale: Tensor, params: P | None = None) -> Tensor:
+        """Returns the nearest positive scales that ``scale_dtype`` holds, in the dtype of ``scale``.
+
+        Args:
+            scale: (out, groups).
+            params: of the same groups, on which it may depend what is stored.
+        """
         if self.scale_dtype == torch.float32:
             return scale
         info = torch.finfo(self.scale_dtype)

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from opt8bit.recipe.arguments import check_fraction
+from opt8bit.recipe.gguf_types import is_gguf_type
 from opt8bit.recipe.options import defaults_of
 
 # What a method has itself, if it is no name, or another than the recipe's.
 METHOD_OPTIONS = ("act_order", "polish", "outliers", "outlier_structure")
 GRID_OPTIONS = ("bits", "symmetric", "range")  # that a grid has itself
+
+
+def grid_options(grid: Any) -> tuple[str, ...]:
+    """Returns the options that a recipe's grid has itself: one that is named is made with the recipe's range."""
+    if not isinstance(grid, str):
+        return GRID_OPTIONS
+    own = GRID_OPTIONS[:2]
+    return (*own, "group_size") if is_gguf_type(grid) else own
 
 
 def check_contradictions(recipe: Any) -> None:
@@ -52,11 +61,11 @@ def _check_grid(recipe: Any) -> None:
     Raises:
         ValueError: options contradict the grid, or there is no such width or group size.
     """
-    defaults = defaults_of(recipe, GRID_OPTIONS)
+    names = grid_options(recipe.grid)
+    defaults = defaults_of(recipe, names)
     if recipe.grid is not None and any(getattr(recipe, name) != value for name, value in defaults.items()):
-        raise ValueError(f"bits, symmetric and range are those of grid={recipe.grid!r}: leave them out")
-    if isinstance(recipe.grid, str) and recipe.group_size != defaults_of(recipe, ["group_size"])["group_size"]:
-        raise ValueError(f"group_size is that of grid={recipe.grid!r}: leave it out, got {recipe.group_size!r}")
+        *most, last = names
+        raise ValueError(f"{', '.join(most)} and {last} are those of grid={recipe.grid!r}: leave them out")
     if not 2 <= recipe.bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {recipe.bits!r}")
     if isinstance(recipe.group_size, int) and recipe.group_size < 1:  # whole rows are kept as None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,8 @@ GGUF_TYPES: Mapping[str, GGUFType] = {
     "Q5_K": GGUFType(5, 32, 256, 176, "MOSTLY_Q5_K_S", "Q5_1"),
     "Q6_K": GGUFType(6, 16, 256, 210, "MOSTLY_Q6_K", "Q8_0"),
 }
+
+
+def is_gguf_type(grid: Any) -> bool:
+    """Whether a recipe's grid is the name of a type."""
+    return isinstance(grid, str) and grid in GGUF_TYPES

@@ -41,7 +41,7 @@ PARAMETRIZATION = Kind("opt8bit.ptq.reconstruction.parametrization", "Parametriz
 RECONSTRUCTION = Kind("opt8bit.ptq.reconstruction.engine", "Reconstruction", "a name, or a Reconstruction")
 LOSS_WEIGHTING = Kind("opt8bit.ptq.calibration.loss_weighting", "LossWeighting", "a name, or a LossWeighting")
 FORMAT = Kind("opt8bit.ptq.export.checkpoint_format", "CheckpointFormat", "a CheckpointFormat")
-GRID = Kind("opt8bit.quant.grid", "Grid", "one of opt8bit.quant, such as UniformGrid(4), or a name")
+GRID = Kind("opt8bit.quant.grid", "Grid", "a name, or one of opt8bit.quant, such as UniformGrid(4)")
 # Options that may have a name instead.
 NAMED = {"method": ROUNDER, "loss_weighting": LOSS_WEIGHTING, "reconstruction": RECONSTRUCTION, "grid": GRID}
 

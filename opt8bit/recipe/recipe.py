@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from opt8bit.recipe.contradictions import GRID_OPTIONS, METHOD_OPTIONS, check_contradictions
-from opt8bit.recipe.gguf_types import GGUF_TYPES
+from opt8bit.recipe.contradictions import METHOD_OPTIONS, check_contradictions, grid_options
 from opt8bit.recipe.learning import EFFORTS
 from opt8bit.recipe.names import renamed, with_checked_names
 from opt8bit.recipe.objects import NAMED, check_objects
 from opt8bit.recipe.options import Option, check_values, defaults_of, option, options_of, values_of
 from opt8bit.recipe.overrides import PATTERN, SKIP, Override, kept_group_size, kept_overrides, listed_overrides
-from opt8bit.recipe.registry import RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
+from opt8bit.recipe.registry import NAMED_GRIDS, RECONSTRUCTIONS, ROUNDERS, TRANSFORMS
 
 AUTO = "auto"
 # What stands for an option that is left out where it depends on others.
@@ -48,10 +47,11 @@ class Recipe:
             checkpoints that hold codes. See :class:`UniformGrid`.
         range: of a grid: "minmax" or "mse"; None for "mse", and "minmax" for RTN, which the other hurts. See
             :class:`UniformGrid`.
-        grid: any other grid, such as ``CodebookGrid(normal_float(4))``; ``bits``, ``symmetric`` and ``range`` are then
-            its own and must be left out; their defaults are as good as nothing. Or the name of a type of llama.cpp's
-            blocks, such as "Q4_K", which has a group size of its own, too; rows that it does not divide get the type
-            that llama.cpp falls back to.
+        grid: "nvfp4" or "mxfp4" for 4-bit floats, in groups of 16 or 32; the name of a type of llama.cpp's blocks, such
+            as "Q4_K", which has a group size of its own, and rows that it does not divide get the type that llama.cpp
+            falls back to; or any other grid, such as ``CodebookGrid(normal_float(4))``, whose ``range`` is its own and
+            must be left out. ``bits`` and ``symmetric`` are the grid's own and must be left out; their defaults are as
+            good as nothing.
         bias_correction: the stream that Bias Compensation takes its errors from: "none" for no bias; "local" for the
             float model's, as the paper's code has it: each layer's error on the float model's inputs, and in the
             block's last layer, if its output is added to the hidden states and it can hold a bias, the error of the
@@ -135,8 +135,8 @@ class Recipe:
     )
     grid: Any = option(
         None,
-        GGUF_TYPES,
-        "a type of llama.cpp's blocks, which says bits, group size and grid (default: what bits and symmetric say)",
+        NAMED_GRIDS,
+        "4-bit floats, or a type of llama.cpp's blocks (default: what bits and symmetric say)",
         of_layers=True,
     )
     overrides: Mapping[str, Mapping[str, Any] | None] | tuple[Override, ...] = ()
@@ -172,9 +172,8 @@ class Recipe:
         if "method" in given:
             given = {**defaults_of(Recipe, METHOD_OPTIONS), **given}
         if given.get("grid") is not None:
-            sizes = ["group_size"] if isinstance(given["grid"], str) else []
-            given = {**defaults_of(Recipe, [*GRID_OPTIONS, *sizes]), **given}
-        elif given.keys() & set(GRID_OPTIONS):
+            given = {**defaults_of(Recipe, grid_options(given["grid"])), **given}
+        elif given.keys() & (set(grid_options(self.grid)) - {"group_size"}):
             given = {"grid": None, **given}
         try:
             return replace(self, overrides=(), **given)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from opt8bit.recipe.objects import FORMAT, PARAMETRIZATION, ROUNDER, TRANSFORM, Kind
+from opt8bit.recipe.gguf_types import GGUF_TYPES
+from opt8bit.recipe.objects import FORMAT, GRID, PARAMETRIZATION, ROUNDER, TRANSFORM, Kind
 
 
 class Registry(Mapping[str, Any]):
@@ -91,6 +93,15 @@ RECONSTRUCTIONS = Registry(  # classes, subclasses of Parametrization
     },
     PARAMETRIZATION,
 )
+GRIDS = Registry(  # classes, subclasses of Grid, that take a range
+    "grid",
+    {
+        "nvfp4": "opt8bit.quant.float4:NVFP4Grid",
+        "mxfp4": "opt8bit.quant.float4:MXFP4Grid",
+    },
+    GRID,
+)
+NAMED_GRIDS: Mapping[str, Any] = ChainMap(GRIDS, GGUF_TYPES)  # type: ignore[arg-type]  # all that a recipe may name
 FORMATS = Registry(  # instances of CheckpointFormat
     "format",
     {

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})"""
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+FLOATS = ("nvfp4", "mxfp4")  # grids of 4-bit floats
 MARLIN = (32, 64, 128, None)  # the group sizes of the kernels that both servers have
 
 
@@ -32,6 +33,7 @@ class Runs:
         group_sizes: None among them stands for whole rows; None in their place for any.
         multiple: that a weight's inputs and outputs have to be of.
         otherwise: what it does with everything else.
+        grids: names of :data:`GRIDS` that it runs besides.
     """
 
     symmetric: tuple[int, ...]
@@ -39,6 +41,7 @@ class Runs:
     group_sizes: tuple[int | None, ...] | None
     multiple: int = 1
     otherwise: str = "does not run"
+    grids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         f"{VLLM} on NVIDIA GPUs",
         SERVE_VLLM,
         # Other widths and group sizes than Marlin's are run by Humming.
-        {PACKED: Runs(WIDTHS, WIDTHS, (16, *MARLIN)), "gptq": _GPTQ},
+        {PACKED: Runs(WIDTHS, WIDTHS, (16, *MARLIN), grids=FLOATS), "gptq": _GPTQ},
         fuses=True,
         unused_biases=_UNUSED_BY_VLLM,
     ),
@@ -88,7 +91,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "sglang": Runtime(
         SGLANG,
         "python -m sglang.launch_server --model-path {quoted}",
-        {PACKED: Runs((4, 8), (4,), MARLIN, multiple=64)},
+        {PACKED: Runs((4, 8), (4,), MARLIN, multiple=64, grids=("nvfp4",))},
         fuses=True,
         unused_biases=(
             ("gemma", r".*"),
@@ -100,7 +103,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         "transformers 5 with compressed-tensors 0.18 or later",
         LOAD,
-        {PACKED: Runs(WIDTHS, WIDTHS, None)},
+        {PACKED: Runs(WIDTHS, WIDTHS, None, grids=FLOATS)},
     ),
     "mlx": Runtime(
         "mlx-lm 0.32.2",
@@ -119,7 +122,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "transformers with compressed-tensors 0.17",
         LOAD,
         # By multiples of 32 the number of words says how they are packed.
-        {PACKED: Runs(WIDTHS, WIDTHS, None, multiple=32)},
+        {PACKED: Runs(WIDTHS, WIDTHS, None, multiple=32, grids=FLOATS)},
         whole_codes=True,
     ),
 }
@@ -129,7 +132,13 @@ SERVERS = (
         VLLM,
         SERVE_VLLM,
         {
-            PACKED: Runs((4, 8), (4,), MARLIN, otherwise="runs on NVIDIA GPUs only, if at all (Humming kernels):"),
+            PACKED: Runs(
+                (4, 8),
+                (4,),
+                MARLIN,
+                otherwise="runs on NVIDIA GPUs only, if at all (Humming kernels):",
+                grids=FLOATS,
+            ),
             "gptq": _GPTQ,
         },
         fuses=True,

@@ -60,7 +60,7 @@ def test_every_option_of_a_recipe_is_offered(offers: Offers) -> None:
     flags = {f"--{option.flag or name.replace('_', '-')}" for name, option in options_of(Recipe).items()}
     assert flags | {"--no-polish", "--symmetric-restricted", "--for", "--help"} <= set(found)
     assert "--correct" not in found  # the name that an option had
-    assert offers("opt8bit", "compress", "model", "--gr") == ["--group-size"]
+    assert offers("opt8bit", "compress", "model", "--gro") == ["--group-size"]
     assert "--group-size" not in offers("opt8bit", "evaluate", "model", "--")
 
 

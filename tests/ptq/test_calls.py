@@ -249,7 +249,7 @@ def test_torchs_default_dtype_has_no_say(dtype: torch.dtype) -> None:
     ("method", "grid", "message"),
     [
         (ptq.GPTQ, None, "method must be one of opt8bit.ptq"),
-        (ptq.GPTQ(), "int4", "grid must be one of opt8bit.quant"),
+        (ptq.GPTQ(), 4, "grid must be a name, or one of opt8bit.quant"),
     ],
 )
 def test_methods_and_grids_are_what_they_should_be(method: object, grid: object, message: str) -> None:

@@ -12,6 +12,7 @@ from opt8bit.ptq.rounding import GPTQ, METHODS, RTN, OutlierQuantEase, QuantEase
 from opt8bit.ptq.rounding.linear_algebra import inverse_factor
 from opt8bit.ptq.rounding.scales import refit_scales
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
+from opt8bit.quant.float4 import MXFP4Grid, NVFP4Grid
 from opt8bit.quant.weight import Part, QuantizedWeight, WeightScheme
 
 METHODS_UNDER_TEST: dict[str, Rounder] = {
@@ -33,6 +34,8 @@ GRIDS = {
     "asymmetric8": UniformGrid(8),
     "normal4": CodebookGrid(normal_float(4)),
     "dynamic8-mse": CodebookGrid(dynamic_map(), range="mse"),
+    "nvfp4": NVFP4Grid(),
+    "mxfp4": MXFP4Grid(),
 }
 OUTPUTS, INPUTS, GROUP = 6, 48, 16
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from opt8bit.quant import CodebookGrid, UniformGrid, dynamic_map, normal_float
+from opt8bit.quant.float4 import MXFP4Grid, NVFP4Grid
 from opt8bit.quant.grid import FRACTIONS, Grid
 from opt8bit.quant.uniform import UniformParams, signed
 
@@ -17,6 +18,10 @@ GRIDS = {
     "normal4": CodebookGrid(normal_float(4)),
     "normal3-mse": CodebookGrid(normal_float(3), range="mse"),
     "dynamic8": CodebookGrid(dynamic_map()),
+    "nvfp4": NVFP4Grid(),
+    "nvfp4-minmax": NVFP4Grid(range="minmax"),
+    "mxfp4": MXFP4Grid(),
+    "mxfp4-minmax": MXFP4Grid(range="minmax"),
 }
 
 

@@ -42,7 +42,8 @@ OTHERS: dict[str, Any] = {
 
 
 def test_every_option_has_another_value_here() -> None:
-    assert OTHERS.keys() | {"act_order", "grid"} == options_of(Recipe).keys()  # gptq's, and instead of others
+    without = {"act_order", "grid"}  # act_order is gptq's, and a grid has bits of its own
+    assert OTHERS.keys() | without == options_of(Recipe).keys()
     for name, value in OTHERS.items():
         assert value != getattr(Recipe(), name)
 
@@ -55,6 +56,7 @@ def test_a_recipe_comes_back_from_its_file() -> None:
         Recipe(**OTHERS),
         Recipe(grid="Q4_K", overrides={"*.up_proj": {"grid": "Q6_K"}, "*.down_proj": {"bits": 8, "group_size": 32}}),
         Recipe(group_size=None),
+        Recipe(grid="nvfp4", range="minmax", overrides={"*.down_proj": {"grid": "mxfp4"}, "*.0.*": {"bits": 8}}),
         Recipe(bits=2, overrides=overrides),
         Recipe(symmetric=True, group_size=16, polish=False, overrides=back),
         Recipe(symmetric="restricted", overrides={"*_proj": {"symmetric": "restricted"}, "*": {"symmetric": False}}),
@@ -244,8 +246,8 @@ def test_options_of_layers_are_fields() -> None:
         ({"method": GPTQ}, "or a name, got the class GPTQ: say GPTQ()"),
         ({"reconstruction": 1}, "reconstruction must be a name, or a Reconstruction, got 1"),
         ({"transforms": [1]}, "transforms must be names, or transforms, got 1"),
-        ({"grid": 4}, "grid must be one of opt8bit.quant, such as UniformGrid(4), or a name, got 4"),
-        ({"overrides": {"*": {"grid": 4}}}, "overrides['*']: grid must be one of opt8bit.quant"),
+        ({"grid": 4}, "grid must be a name, or one of opt8bit.quant, such as UniformGrid(4), got 4"),
+        ({"overrides": {"*": {"grid": 4}}}, "overrides['*']: grid must be a name, or one of opt8bit.quant"),
         ({"overrides": {3: None}}, "a pattern of overrides must be a string, got 3"),
         ({"overrides": {"*": 4}}, "overrides['*'] must be a mapping of options, or None, got 4"),
     ],

@@ -13,6 +13,7 @@ from opt8bit.ptq.inspect import Contents
 from opt8bit.ptq.model.servers import Layer, Packing, warnings_of
 from opt8bit.quant.packing import WORD
 from opt8bit.recipe.gguf_types import GGUF_TYPES
+from opt8bit.recipe.registry import GRIDS
 from opt8bit.recipe.runtimes import DENSE, RUNTIMES, Runtime
 
 SCALES = ("weight_scale", "scales")  # behind a layer's name, in each packed format
@@ -74,7 +75,8 @@ def _layers(contents: Contents) -> dict[str, Layer]:
     for name, layer in contents.layers.items():
         packing = None
         if layer.bits and layer.grid not in GGUF_TYPES:  # whatever reads GGUF files reads all types
-            packing = Packing(layer.bits, layer.grid != "asymmetric", _group_size(contents, name, layer.shape))
+            size = _group_size(contents, name, layer.shape)
+            packing = Packing(layer.bits, layer.grid != "asymmetric", size, layer.grid if layer.grid in GRIDS else None)
         found[name] = Layer(layer.shape, packing)
     return found
 

@@ -14,6 +14,7 @@ from torch import nn
 from opt8bit.backends import warn
 from opt8bit.ptq.export.card.card import About, write_card
 from opt8bit.ptq.export.checkpoint_format import CheckpointFormat, Planned
+from opt8bit.ptq.export.float4 import NAMES, is_float4
 from opt8bit.ptq.export.folder import new_folder
 from opt8bit.ptq.model.blocks import block_layers, find_blocks, matrix, other_matrices
 from opt8bit.ptq.model.servers import Layer, Packing, warnings_of
@@ -149,9 +150,13 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _packing(planned: Planned | None) -> Packing | None:
-    if planned is None or not is_uniform(planned.scheme.grid):
+    if planned is None:
         return None
     grid = planned.scheme.grid
+    if is_float4(grid):
+        return Packing(grid.bits, True, planned.scheme.group_size, NAMES[type(grid)])
+    if not is_uniform(grid):
+        return None
     return Packing(grid.bits, bool(grid.symmetric), planned.scheme.group_size)
 
 

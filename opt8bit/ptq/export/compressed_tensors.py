@@ -11,16 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from opt8bit.ptq.export.checkpoint_format import Planned, StoredCodes
+from opt8bit.ptq.export.float4 import (
+    GLOBAL_SCALE,
+    check_float4,
+    float4_format,
+    float4_name,
+    float4_scheme,
+    float4_shape,
+    float4_tensors,
+    is_float4,
+)
 from opt8bit.ptq.export.huggingface import HuggingFaceFormat
 from opt8bit.ptq.export.initialization import asks_for_weights, check_initialization, needs_weights
 from opt8bit.ptq.export.installed import Codes, not_loaded_here
 from opt8bit.ptq.export.uniform import check_uniform, kind_of, scheme_of, stored_part, uniform_grid
 from opt8bit.ptq.model.blocks import find_blocks, matrix, other_matrices
+from opt8bit.ptq.model.packed.compressed_tensors import FORMAT as FORMAT_NAME
 from opt8bit.ptq.model.packed.compressed_tensors import CompressedTensorsLayout, bits_of, has_whole_codes
 from opt8bit.ptq.model.tensor_files import Header
 from opt8bit.ptq.result import Result
+from opt8bit.quant.grid import Grid
 from opt8bit.quant.packing import WORD, pack
-from opt8bit.quant.uniform import UniformGrid
+from opt8bit.quant.uniform import is_uniform
 from opt8bit.quant.weight import QuantizedWeight, WeightScheme
 from opt8bit.recipe.runtimes import Runtime
 
@@ -32,7 +44,8 @@ class CompressedTensors(HuggingFaceFormat):
     ``weight_packed``, int32 (out, words of in codes), has the codes; ``weight_scale`` (out, groups) is of the model's
     dtype, negative where a symmetric grid is mirrored; ``weight_zero_point``, int32 (words of out codes, groups), is
     there where the grid is not symmetric; ``weight_shape`` is (out, in). A weight is
-    ``(code - zero_point) * weight_scale``.
+    ``(code - zero_point) * weight_scale``. All layers may be on one grid of 4-bit floats instead; see
+    :func:`float4_tensors`.
 
     Attributes:
         whole_codes: whether words hold whole codes only, as the package packed them before version 0.18; see
@@ -41,13 +54,17 @@ class CompressedTensors(HuggingFaceFormat):
 
     whole_codes: bool = False
 
-    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", GLOBAL_SCALE)
     is_packed = True
 
     def for_runtime(self, runtime: Runtime | None) -> CompressedTensors:
         return CompressedTensors(whole_codes=runtime is not None and runtime.whole_codes)
 
     def check(self, model: nn.Module, layers: Mapping[str, Planned], left: Sequence[str]) -> None:
+        if any(is_float4(planned.scheme.grid) for planned in layers.values()):
+            _check_all_float4(layers)
+            check_initialization(model, layers)
+            return
         grids = {name: check_uniform("compressed-tensors", name, planned) for name, planned in layers.items()}
         schemes = {repr(sorted(_scheme(planned.scheme).items(), key=str)) for planned in layers.values()}
         if len(schemes) > 1 and _brought_back({planned.module for planned in layers.values()}, grids.values()):
@@ -58,10 +75,12 @@ class CompressedTensors(HuggingFaceFormat):
         check_initialization(model, layers)
 
     def not_loaded_here(self, layers: Mapping[str, Planned]) -> list[str]:
-        grids = [uniform_grid(planned.scheme) for planned in layers.values()]
+        grids = [planned.scheme.grid for planned in layers.values() if is_uniform(planned.scheme.grid)]
         return not_loaded_here(Codes(grid.bits, bool(grid.symmetric), self.whole_codes) for grid in grids)
 
     def tensors(self, weight: QuantizedWeight, module: nn.Module) -> dict[str, Tensor]:
+        if is_float4(weight.grids[0]):
+            return float4_tensors(weight)
         part, grid = stored_part(weight)
         tensors = {
             "weight_packed": self._pack(part.codes, grid.bits),
@@ -90,11 +109,12 @@ class CompressedTensors(HuggingFaceFormat):
         if len(schemes) == 1:
             targets = [classes]
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        grids = (uniform_grid(scheme_of(result, name)) for name in compressed)
+        grids = [scheme_of(result, name).grid for name in compressed]
+        packed = float4_format(grids[0]) if is_float4(grids[0]) else FORMAT_NAME
         brought_back = _brought_back((modules[name] for name in compressed), grids)
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": packed,
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{i}": {
@@ -102,7 +122,7 @@ class CompressedTensors(HuggingFaceFormat):
                     "weights": scheme,
                     "input_activations": None,
                     "output_activations": None,
-                    "format": "pack-quantized",
+                    "format": packed,
                 }
                 for i, (scheme, target) in enumerate(zip(schemes, targets, strict=True))
             },
@@ -119,6 +139,9 @@ class CompressedTensors(HuggingFaceFormat):
     ) -> tuple[tuple[int, int], int | None] | None:
         if "weight_packed" not in parts:
             return None
+        of_floats = float4_shape(parts)
+        if of_floats is not None:
+            return of_floats, 4
         if "weight_shape" not in parts:
             raise ValueError("weight_packed, but no weight_shape")
         rows, columns = read("weight_shape").tolist()
@@ -132,6 +155,8 @@ class CompressedTensors(HuggingFaceFormat):
         return StoredCodes(bits, has_whole_codes(parts["weight_packed"].shape[1], bits, columns))
 
     def grid_of(self, parts: Mapping[str, Header], read: Callable[[str], Tensor]) -> str | None:
+        if "weight_packed" in parts and float4_shape(parts) is not None:
+            return float4_name(parts)
         return kind_of(read("weight_scale"), "weight_zero_point" not in parts) if "weight_scale" in parts else None
 
     def load_options(self, quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -198,12 +223,34 @@ def _names(result: Result, name: str) -> list[str]:
     return [name] if stored is None else list(dict.fromkeys([name, stored.removesuffix(".weight")]))
 
 
-def _brought_back(modules: Iterable[nn.Module], grids: Iterable[UniformGrid]) -> bool:
-    """Tells whether transformers must dequantize on loading: it runs only nn.Linear and symmetric grids."""
-    return not all(type(module) is nn.Linear for module in modules) or not all(grid.symmetric for grid in grids)
+def _brought_back(modules: Iterable[nn.Module], grids: Iterable[Grid]) -> bool:
+    """Tells whether transformers must dequantize on loading: it runs only nn.Linear and symmetric integers.
+
+    4-bit floats it runs in bfloat16, whatever the model's dtype is.
+    """
+    integers = all(is_uniform(grid) and grid.symmetric for grid in grids)
+    return not integers or not all(type(module) is nn.Linear for module in modules)
+
+
+def _check_all_float4(layers: Mapping[str, Planned]) -> None:
+    """
+    Raises:
+        ValueError: not all layers are on one grid of 4-bit floats, or one cannot be held.
+    """
+    grids = {name: planned.scheme.grid for name, planned in layers.items()}
+    first = next(iter(grids.values()))
+    for name, planned in layers.items():
+        if type(grids[name]) is not type(first):
+            raise ValueError(
+                f"{name}: compressed-tensors is written with one grid of 4-bit floats for all layers, got "
+                f"{grids[name]!r} and {first!r}: use one of both, leave layers as they are, or use format 'dense'"
+            )
+        check_float4(name, planned)
 
 
 def _scheme(scheme: WeightScheme) -> dict[str, Any]:
+    if is_float4(scheme.grid):
+        return float4_scheme(scheme.grid)
     grid = uniform_grid(scheme)
     by_group = {"strategy": "group", "group_size": scheme.group_size}
     return {

@@ -131,7 +131,7 @@ class HuggingFaceFormat(CheckpointFormat):
             allowed = f"its parts, {', '.join(self.parts) or 'which are none'}, at least the first"
             raise ValueError(f"{name} must return {allowed}, got {', '.join(tensors) or 'nothing'}")
         for part, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                 raise ValueError(f"{name}, {part}, must be finite")
         return tensors
 

@@ -32,13 +32,16 @@ ROUTER = re.compile(r".*\.(gate|router|shared_expert_gate)(\.(layer|proj|classif
 
 
 class Packing(NamedTuple):
-    """Says how a weight is packed, as far as servers tell weights apart."""
+    """Says how a weight is packed, as far as servers tell weights apart: by the name of its grid, or as integers."""
 
     bits: int
     symmetric: bool
     group_size: int | None
+    grid: str | None = None
 
     def __str__(self) -> str:
+        if self.grid is not None:
+            return f"the grid {self.grid}"
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.bits} bits, {kind}, {f'groups of {self.group_size}' if self.group_size else 'whole rows'}"
 
@@ -149,6 +152,9 @@ def _not_run(
 
 def _remedies(runs: Runs, packing: Packing) -> list[str]:
     """Returns what to ask for so that a runtime runs a packing; nothing where it does."""
+    if packing.grid is not None:
+        instead = ["integers", *(f"grid {name!r}" for name in runs.grids)]
+        return [] if packing.grid in runs.grids else [" or ".join(instead)]
     found = []
     if packing.bits not in (runs.symmetric if packing.symmetric else runs.asymmetric):
         has_width = packing.bits in runs.symmetric

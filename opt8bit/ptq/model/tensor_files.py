@@ -25,6 +25,7 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 ALIGNMENT = 8  # bytes, of the largest dtype
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +56,8 @@ class LogScales(nn.Module):
         """Returns parts with these scales, in the dtype in which they are stored. Gradients pass this rounding."""
         found = []
         for part, start, logarithm in zip(parts, self.starts, self.logarithms, strict=True):
-            params: Any = part.params._replace(scale=stored_through(part.grid, start * logarithm.exp()))
-            found.append(replace(part, params=params))
+            scale = stored_through(part.grid, start * logarithm.exp(), part.params)
+            found.append(replace(part, params=part.params._replace(scale=scale)))
         return tuple(found)
 
     @torch.no_grad()

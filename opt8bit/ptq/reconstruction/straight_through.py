@@ -21,10 +21,16 @@ def rounded_through(x: Tensor, largest: int | None = None) -> Tensor:
     return rounded
 
 
-def stored_through(grid: Grid, scale: Tensor) -> Tensor:
-    """Returns scales in the dtype in which a grid stores them; their gradient is that of what is returned."""
+def stored_through(grid: Grid, scale: Tensor, params: Any = None) -> Tensor:
+    """Returns scales in the dtype in which a grid stores them; their gradient is that of what is returned.
+
+    Args:
+        grid: of the scales.
+        scale: (out, groups).
+        params: of the same groups, for grids whose stored scales depend on them.
+    """
     fixed = scale.detach()
-    return grid.storable(fixed.abs()).copysign(fixed) + (scale - fixed)
+    return grid.storable(fixed.abs(), params).copysign(fixed) + (scale - fixed)
 
 
 class _Rounded(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from opt8bit.ptq.rounding.lines import COEFFICIENTS, ROWS, refit_lines
 from opt8bit.quant.evenly_spaced import EvenlySpaced
-from opt8bit.quant.grid import Grid, at
+from opt8bit.quant.grid import at
 from opt8bit.quant.weight import Part
 
 PROPORTIONAL = 1e-5  # of a row's largest value: what decoding in float32 may be off
@@ -44,8 +44,8 @@ def refit_scales(
     scale = part.params.scale.clone()
     together = max(1, min(ROWS, COEFFICIENTS // groups**2))
     for rows in torch.arange(len(wanted), device=wanted.device).split(together):
-        found = _best(wanted[rows], values[rows], columns, scale[rows], part.grid)
         before = part.by_row(partial(torch.index_select, dim=0, index=rows))
+        found = _best(wanted[rows], values[rows], columns, before)
         keeps = _are_proportional(values[rows], before) & _are_proportional(values[rows], _scaled(before, found))
         scale[rows] = torch.where(keeps[:, None], found, scale[rows])
     return _scaled(part, scale)
@@ -69,10 +69,10 @@ def _best(
     wanted: Tensor,  # (rows, in)
     values: Tensor,  # (rows, groups, g)
     columns: list[Tensor],  # (in - start of the group, g) each
-    scale: Tensor,  # (rows, groups)
-    grid: Grid,
+    part: Part,  # of the rows
 ) -> Tensor:
     groups, size = values.shape[1:]
+    scale = part.params.scale
     right = (wanted.unflatten(1, (groups, size)) * values).sum(-1).double()
     left = values.new_empty(len(values), groups, groups)
     for g, of_group in enumerate(columns):
@@ -84,7 +84,7 @@ def _best(
     found, failed = torch.linalg.solve_ex(left, right)
     found = torch.where(dead, scale, found)
     same_signs = (failed == 0) & (found * scale > 0).all(1)
-    found = grid.storable(found.abs()).copysign(scale)
+    found = part.grid.storable(found.abs(), part.params).copysign(scale)
 
     def cost(s: Tensor) -> Tensor:
         return ((left @ s[..., None])[..., 0] * s).sum(1) - 2 * (right * s).sum(1)
