@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from opt8bit.quant.affine import cut, spanning
+from opt8bit.quant.affine import AffineGrid, cut, spanning
 from opt8bit.quant.evenly_spaced import EvenlySpaced, Line, Weighted, least, on_line, search, squared_error
-from opt8bit.quant.grid import checked_range, mapped
+from opt8bit.quant.grid import Grid, checked_range, mapped
 
 PARTS = (1.0, 0.92, 0.84, 0.75)  # of the super-scale that holds the largest scale, which the search starts from
 CENTRED = (1.0, *torch.linspace(1.08, 0.6, 16, dtype=torch.float64).tolist())  # fractions of a block's magnitude
@@ -208,6 +208,11 @@ class SuperblockGrid(EvenlySpaced[SuperblockParams]):
         scales = super_scale.expand_as(coded.sub_scale)
         minima = scales if super_minimum is None else super_minimum.expand_as(coded.sub_scale)
         return coded._replace(super_scale=scales, super_minimum=minima)
+
+
+def is_on_lines(grid: Grid[Any]) -> TypeGuard[EvenlySpaced[Any]]:
+    """Tells whether a grid is an :class:`AffineGrid` or a :class:`SuperblockGrid`. A subclass may decode otherwise."""
+    return type(grid) in (AffineGrid, SuperblockGrid)
 
 
 def _weighted(importance: Tensor | None, values: Tensor) -> Tensor:

@@ -370,6 +370,19 @@ def test_rows_that_no_block_divides_are_refused_by_name() -> None:
         compressed(make(**{**WIDE, "intermediate_size": 48}), bits=4, grid="IQ4_NL")
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "IQ4_NL"])
+def test_trained_scales_are_stored(kind: str, tmp_path: Path) -> None:
+    engine = ptq.Reconstruction(steps=2)
+    made = compressed(make(**WIDE), grid=kind, reconstruction=engine)
+    before = compressed(make(**WIDE), grid=kind)
+    name = "model.layers.0.mlp.down_proj.weight"
+    parts = [each.changes[name].parts[0] for each in (made, before)]  # type: ignore[union-attr]
+    assert not torch.equal(parts[0].params.scale, parts[1].params.scale)
+    assert torch.equal(parts[0].params.scale.sign(), parts[1].params.scale.sign())
+    check_stored(parts[0].grid, parts[0].params)
+    assert ptq.verify(export(made, tmp_path)).is_right
+
+
 def test_a_dense_checkpoint_has_the_values_of_a_type() -> None:
     made = ptq.compress(make(**WIDE), ids(), grid="Q4_K", method="rtn", checkpoint_format="dense")
     assert made.bits_per_weight == 4.5

@@ -13,18 +13,19 @@ from opt8bit.ptq.rounding.coordinate_descent import descend
 from opt8bit.ptq.rounding.engine import Engine
 from opt8bit.ptq.rounding.error_feedback import round_columns
 from opt8bit.ptq.rounding.shifted import ShiftedEngine
-from opt8bit.quant.evenly_spaced import EvenlySpaced
 from opt8bit.quant.grid import Grid, P, at
+from opt8bit.quant.superblocks import is_on_lines
 from opt8bit.quant.uniform import is_uniform
 
 
 def engine_for(weight: Tensor, grid: Grid) -> Engine[Any]:
     """Returns what runs the loops for a weight on a grid."""
-    is_even = isinstance(grid, EvenlySpaced)
-    if weight.dtype == torch.float32 and weight.device.type == "cpu" and (is_even or is_uniform(grid)):
+    if weight.dtype == torch.float32 and weight.device.type == "cpu":
         kernels = rounding_kernels(weight.device)
-        if kernels is not None:
-            return ShiftedEngine(kernels, grid) if is_even else CompiledEngine(kernels, grid)
+        if kernels is not None and is_uniform(grid):
+            return CompiledEngine(kernels, grid)
+        if kernels is not None and is_on_lines(grid):
+            return ShiftedEngine(kernels, grid)
     return PlainEngine(grid)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opt8bit.quant.evenly_spaced import EvenlySpaced, Line
 from opt8bit.quant.grid import at
-from opt8bit.quant.superblocks import SuperblockGrid, SuperblockParams
+from opt8bit.quant.superblocks import SuperblockGrid, SuperblockParams, is_on_lines
 from opt8bit.quant.weight import Part
 
 ROWS, COEFFICIENTS = 512, 2**23  # of the systems that are in memory at once, at most
@@ -31,7 +31,7 @@ def refit_lines(
     while all others of the row stay, among numbers that the grid stores. Super-scales follow in the same way.
     """
     hessian, grid = hessian.to(wanted.dtype), part.grid
-    assert isinstance(grid, EvenlySpaced)
+    assert is_on_lines(grid)
     coefficients = 2 * part.params[0].shape[1]
     together = max(1, min(ROWS, COEFFICIENTS // coefficients**2))
     found = []

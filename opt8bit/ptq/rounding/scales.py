@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from opt8bit.ptq.rounding.lines import COEFFICIENTS, ROWS, refit_lines
-from opt8bit.quant.evenly_spaced import EvenlySpaced
 from opt8bit.quant.grid import at
+from opt8bit.quant.superblocks import is_on_lines
 from opt8bit.quant.weight import Part
 
 PROPORTIONAL = 1e-5  # of a row's largest value: what decoding in float32 may be off
@@ -30,7 +30,7 @@ def refit_scales(
     With ``v_g`` the row's grid values of group g at scale 1, zero elsewhere, ``ŵ = Σ s_g v_g``, and the best s solves
     ``Σ_h (v_gᵀ H v_h) s_h = v_gᵀ H w``. A row keeps its scales where the best ones have not all the signs of before.
     """
-    if isinstance(part.grid, EvenlySpaced):
+    if is_on_lines(part.grid):
         return refit_lines(wanted, part, hessian)
     if "scale" not in part.params._fields:
         return part

@@ -20,21 +20,6 @@ SIZE = 256  # weights of a superblock
 RUN = 32  # of bytes with codes
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of a superblock.
-
-    Attributes:
-        bytes: how many there are.
-        pack: returns them, uint8 (out, superblocks, bytes), of a superblock's fields.
-        unpack: puts what they say into the fields.
-    """
-
-    bytes: int
-    pack: Callable[[Fields], Tensor]
-    unpack: Callable[[Tensor, Fields], None]
-
-
 @dataclass
 class Fields:
     """Holds what superblocks (out, superblocks) say.
@@ -50,6 +35,21 @@ class Fields:
     minima: Tensor
     super_scale: Tensor
     super_minimum: Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a superblock.
+
+    Attributes:
+        bytes: how many there are.
+        pack: returns them, uint8 (out, superblocks, bytes), of a superblock's fields.
+        unpack: puts what they say into the fields.
+    """
+
+    bytes: int
+    pack: Callable[[Fields], Tensor]
+    unpack: Callable[[Tensor, Fields], None]
 
 
 def _codes(bits: int, above: int = 0, run: int = RUN) -> Piece:
