@@ -114,7 +114,20 @@ def run_report(options: argparse.Namespace) -> None:
     report.run(options.folder, options.output)
 
 
+def run_tasks(options: argparse.Namespace) -> None:
+    from opt8bit.cli import tasks
+
+    about = {"task_folder": options.task_folder, "limit": options.limit, "as_json": options.json}
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    print(tasks.report(options.model, names, **about, trust_remote_code=options.trust_remote_code))
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
+    if options.tasks is not None:
+        run_tasks(options)
+        return
+    if options.task_folder is not None or options.limit is not None:
+        raise CommandError("--task-folder and --limit are for --tasks")
     from opt8bit.cli import evaluate
     from opt8bit.cli.texts import find_text
 

@@ -19,7 +19,7 @@ GROUPS = {
         "compress": "round a language model's weights to 2-8 bits, and write them",
         "correct": "add biases that correct a quantized checkpoint or ONNX file",
         "convert": "write a packed checkpoint's codes in another layout",
-        "evaluate": "print the perplexity of a language model on a text",
+        "evaluate": "print a model's perplexity on a text, or its scores on tasks",
         "verify": "load a written checkpoint and compare it with what was made",
         "inspect": "list what is inside a checkpoint",
         "report": "write a page on a compressed model: sizes, errors, how to serve it",

@@ -142,9 +142,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    add = _add(commands, "evaluate").add_argument
+    command = _add(commands, "evaluate")
+    add = command.add_argument
     add("model", metavar="MODEL", help="folder with a checkpoint in safetensors, or id of the hub")
-    add("--text", required=True, metavar="TEXT", help=f"to predict: {TEXTS}")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="TEXT", help=f"to predict: {TEXTS}")
+    what.add_argument("--tasks", metavar="NAME,...", help="of lm-eval, which runs them")
+    add("--task-folder", type=Path, metavar="DIR", help="with task files of your own, for --tasks")
+    add("--limit", type=at_least(1), metavar="N", help="documents of each task (default: all), for --tasks")
     add("--text-column", metavar="NAME", help=COLUMN)
     add("--sequence-length", type=at_least(1), default=512, help="tokens of a window; windows do not overlap")
     add("--samples", type=at_least(1), default=20, help="windows, from the start of the text")

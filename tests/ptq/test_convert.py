@@ -107,7 +107,7 @@ def symmetric_gptq() -> Kind:
 
 
 def test_larger_groups_are_cut(tmp_path: Path) -> None:
-    wide: Any = _make("Llama", **{**GATED, "hidden_size": 256, "num_hidden_layers": 1})()
+    wide: Any = _make("Llama", **{**GATED, "hidden_size": 512, "num_hidden_layers": 1})()
     overrides: Any = {"*.down_proj": {"group_size": 64}}
     options: Any = {"bits": 4, "group_size": 256, "symmetric": True, "method": "rtn", "overrides": overrides}
     made = ptq.compress(wide, token_ids(), **options)
