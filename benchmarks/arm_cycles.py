@@ -1,7 +1,8 @@
 """How many cycles an ARM processor takes for an AdamW step of 8-bit states, by llvm-mca's model of it.
 
-That is decoding both moments, the rule on float32 parameters, and encoding both, in ``kernels/simd/neon.h``. No ARM
-processor is measured: the model knows instructions and units, but neither caches nor memory.
+That is decoding both moments, the rule on float32 parameters, and encoding both, by the kernels of
+``kernels/simd/neon.h``. No ARM processor is measured: the model knows instructions and units, but neither caches nor
+memory.
 """
 
 from __future__ import annotations
