@@ -142,6 +142,12 @@ def test_unpacked_codes_are_the_weight(options: tuple[str, ...], folder: Path, t
         unpacked_weight(out, "lm_head")
 
 
+@pytest.mark.parametrize("grid", ["nvfp4", "mxfp4"])
+def test_floats_have_no_histograms(grid: str, folder: Path, tmp_path: Path) -> None:
+    page = reported(compress(folder, tmp_path / "out", "--grid", grid), tmp_path / "page.html")
+    assert not [text for text in page.of("h3") if ", error " in text] and grid in page.text
+
+
 def test_the_run_is_recorded_and_the_recipe_repeats_it(page: Page, corrected: Path, folder: Path) -> None:
     run = json.loads((corrected / "opt8bit" / "run.json").read_text())
     assert run["calibration"] == str(folder / "text.txt") and run["seconds"] > 0

@@ -13,6 +13,7 @@ from opt8bit.cli.report.markup import Html, element, section
 from opt8bit.cli.report.record import Record
 from opt8bit.ptq.inspect import unpacked_weight
 from opt8bit.ptq.layer_report import LayerReport
+from opt8bit.recipe.registry import GRIDS
 
 BINS = 24  # of scales
 
@@ -35,9 +36,9 @@ def codes(record: Record) -> Html | None:
 
 
 def chosen(record: Record) -> list[LayerReport]:
-    """Returns the layers to show. Those have a name in the checkpoint that is theirs in the model, and are packed."""
-    stored = record.contents.layers
-    layers = [layer for layer in record.report.layers if layer.name in stored and stored[layer.name].bits]
+    """Returns the layers to show: packed integers, whose name in the checkpoint is that in the model."""
+    integers = {name for name, each in record.contents.layers.items() if each.bits and each.grid not in GRIDS}
+    layers = [layer for layer in record.report.layers if layer.name in integers]
     layers.sort(key=lambda layer: layer.error_corrected)
     places = sorted({0, len(layers) // 2, len(layers) - 1})
     return [layers[place] for place in places] if layers else []
