@@ -106,7 +106,7 @@ def test_a_damaged_card_is_kept(source: Path, folder: Path, tmp_path: Path) -> N
         (["--bits", "3", "--group-size", "32", "--symmetric"], {"vllm", "transformers"}),
         (["--for", "mlx", "--group-size", "32"], {"mlx"}),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_commands_are_of_those_that_run_it(
     arguments: list[str], expected: set[str], source: Path, folder: Path, tmp_path: Path
