@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from opt8bit.cli.completion import script
 from opt8bit.cli.demo_settings import DemoSettings
@@ -11,7 +12,7 @@ from opt8bit.cli.errors import CommandError
 from opt8bit.cli.flags import given
 from opt8bit.cli.parser import parser
 from opt8bit.cli.recipes import options_from, read_recipe
-from opt8bit.cli.run_options import TEXT_OPTIONS, CorrectionOptions, RunOptions
+from opt8bit.cli.run_options import LENGTH, TEXT_OPTIONS, WINDOWS, CorrectionOptions, RunOptions
 from opt8bit.recipe import Recipe
 from opt8bit.recipe.names import RENAMED, renamed
 from opt8bit.recipe.options import options_of
@@ -114,7 +115,18 @@ def run_report(options: argparse.Namespace) -> None:
     report.run(options.folder, options.output)
 
 
+def _refuse(options: argparse.Namespace, names: Sequence[str], owner: str) -> None:
+    """
+    Raises:
+        CommandError: options are given that are for another one.
+    """
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise CommandError(f"--{name.replace('_', '-')} is for {owner}")
+
+
 def run_tasks(options: argparse.Namespace) -> None:
+    _refuse(options, ("text_column", "sequence_length", "samples", "bos"), "--text")
     from opt8bit.cli import tasks
 
     about = {"task_folder": options.task_folder, "limit": options.limit, "as_json": options.json}
@@ -126,12 +138,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.tasks is not None:
         run_tasks(options)
         return
-    if options.task_folder is not None or options.limit is not None:
-        raise CommandError("--task-folder and --limit are for --tasks")
+    _refuse(options, ("task_folder", "limit"), "--tasks")
     from opt8bit.cli import evaluate
     from opt8bit.cli.texts import find_text
 
-    length, samples = options.sequence_length, options.samples
+    length, samples = options.sequence_length or LENGTH, options.samples or WINDOWS
     text = find_text(options.text, options.text_column)
     about = {"bos": options.bos, "as_json": options.json, "trust_remote_code": options.trust_remote_code}
     print(evaluate.report(options.model, text, length, samples, **about))

@@ -11,7 +11,7 @@ from opt8bit.cli.completion import SHELLS
 from opt8bit.cli.demo_settings import DemoSettings
 from opt8bit.cli.flags import HelpFormatter, add_flags, add_old_flags, at_least, number
 from opt8bit.cli.overview import COMMANDS, overview
-from opt8bit.cli.run_options import BOS, DTYPES, TEXT_OPTIONS, CorrectionOptions, RunOptions
+from opt8bit.cli.run_options import BOS, DTYPES, LENGTH, TEXT_OPTIONS, WINDOWS, CorrectionOptions, RunOptions
 from opt8bit.recipe import Recipe
 from opt8bit.recipe.names import RENAMED
 from opt8bit.recipe.options import options_of
@@ -151,8 +151,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--task-folder", type=Path, metavar="DIR", help="with task files of your own, for --tasks")
     add("--limit", type=at_least(1), metavar="N", help="documents of each task (default: all), for --tasks")
     add("--text-column", metavar="NAME", help=COLUMN)
-    add("--sequence-length", type=at_least(1), default=512, help="tokens of a window; windows do not overlap")
-    add("--samples", type=at_least(1), default=20, help="windows, from the start of the text")
+    add(
+        "--sequence-length",
+        type=at_least(1),
+        metavar="N",
+        help=f"tokens of a window; windows do not overlap (default: {LENGTH})",
+    )
+    add("--samples", type=at_least(1), metavar="N", help=f"windows, from the start of the text (default: {WINDOWS})")
     add("--bos", action="store_true", help=BOS)
     add("--json", action="store_true", help="print one line of JSON")
     add("--trust-remote-code", action="store_true", help=TRUST)

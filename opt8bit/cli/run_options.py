@@ -13,6 +13,7 @@ from opt8bit.recipe.runtimes import RUNTIMES, check_reads, packed_format
 DTYPES = ("float32", "bfloat16", "float16")  # to compute a model in
 TEXT_OPTIONS = ("samples", "sequence_length", "held_out", "seed", "bos")  # of RunOptions, those that choose the text
 BOS = "begin each window with the token that begins a text, in place of its first, as Gemma expects"
+LENGTH, WINDOWS = 512, 20  # tokens of a window, and windows, that a model is evaluated on
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1  # that torch takes
 
 

@@ -63,6 +63,19 @@ def test_unknown_tasks_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert "knows no task 'no_such_task'" in capsys.readouterr().err
 
 
-def test_options_of_tasks_need_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(folder / "llama"), "--text", str(folder / "text.txt"), "--limit", "3"]) == 2
-    assert capsys.readouterr().err == "opt8bit evaluate: --task-folder and --limit are for --tasks\n"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "text.txt", "--limit", "3"], "--limit is for --tasks"),
+        (["--text", "text.txt", "--task-folder", "."], "--task-folder is for --tasks"),
+        (["--tasks", "one", "--samples", "3"], "--samples is for --text"),
+        (["--tasks", "one", "--sequence-length", "8"], "--sequence-length is for --text"),
+        (["--tasks", "one", "--text-column", "a"], "--text-column is for --text"),
+        (["--tasks", "one", "--bos"], "--bos is for --text"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(folder / "llama"), *arguments]) == 2
+    assert capsys.readouterr().err == f"opt8bit evaluate: {message}\n"

@@ -99,7 +99,8 @@ def convert(
         target = target_of(source, format)
         if target.again and not round_again:
             raise ValueError(_refusal(format, target.again))
-        result, carried = _result(source, target, format)
+        carried = _carried(source, target, format)
+        result = Result(source, target.plan, {}, carried, target.report)
         write(result, folder, format)
         _tidy(source, folder, format)
         errors = _errors(source, result, carried)
@@ -133,11 +134,11 @@ def _refusal(format: str, again: Mapping[str, str]) -> str:
     return "\n  ".join([said, *lines])
 
 
-def _result(source: Checkpoint, target: Target, format: str) -> tuple[Result, Carried]:
-    """Returns the source with its weights on the grids of the format, and those weights themselves."""
+def _carried(source: Checkpoint, target: Target, format: str) -> Carried:
+    """Returns the weights of the source on the grids of the format."""
     names = packed_layers(source)
     outside = FORMATS[format].outside
-    carried = Carried(
+    return Carried(
         source.files,
         {f"{name}.weight": there for name, there in names.items()},
         {f"{name}.weight": scheme for name, scheme in target.schemes.items()},
@@ -145,7 +146,6 @@ def _result(source: Checkpoint, target: Target, format: str) -> tuple[Result, Ca
         {f"{name}.weight" for name in target.refitted},
         Outside(source.model, outside).changes,
     )
-    return Result(source, target.plan, {}, carried, target.report), carried
 
 
 def _errors(source: Checkpoint, result: Result, carried: Carried) -> dict[str, float]:
