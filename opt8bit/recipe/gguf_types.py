@@ -49,5 +49,5 @@ GGUF_TYPES: Mapping[str, GGUFType] = {
 
 
 def is_gguf_type(grid: Any) -> bool:
-    """Whether a recipe's grid is the name of a type."""
+    """Tells whether a recipe's grid is the name of a type."""
     return isinstance(grid, str) and grid in GGUF_TYPES

@@ -197,5 +197,5 @@ def test_what_cannot_be_held_is_refused_before_the_work(options: dict[str, Any],
 
 
 def test_names_of_grids() -> None:
-    with pytest.raises(ValueError, match="grid must be one of nvfp4, mxfp4, got 'nf4'"):
+    with pytest.raises(ValueError, match=r"grid must be one of .*nvfp4, mxfp4, got 'nf4'"):
         ptq.Recipe(grid="nf4")
