@@ -28,7 +28,7 @@ GRIDS = {
     "vllm-cpu": (None, None, "asymmetric", None),
     "sglang": (None, None, "asymmetric", "signed"),
     "transformers": ("asymmetric", "asymmetric", "asymmetric", "asymmetric"),
-    "llama.cpp": (None, None, "signed", "signed"),
+    "llama.cpp": (None, None, "Q4_0", "Q8_0"),
     "mlx": ("signed", "signed", "signed", "signed"),
     WHOLE: ("asymmetric", "asymmetric", "asymmetric", "asymmetric"),
 }
@@ -62,7 +62,7 @@ def test_each_runtime_gets_the_grids_that_it_runs_and_is_best_at(runtime: str, i
             compressed(runtime, _never, bits=bits)
         return
     folder = ptq.export(compressed(runtime, bits=bits), tmp_path / "out")
-    embedding = {(8, "signed")} if runtime == "llama.cpp" else set()
+    embedding = {(8, "Q8_0")} if runtime == "llama.cpp" else set()
     assert grids(folder) == {(bits, grid)} | embedding
     verification = ptq.verify(folder)
     unpacked = runtime in ("mlx", "llama.cpp") or (runtime == WHOLE and bits == 3)
