@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from opt8bit.quant.codebook import check_codebook
-from opt8bit.quant.grid import FRACTIONS, Grid, best, checked_range
+from opt8bit.quant.grid import FRACTIONS, Grid, P, best, checked_range
 
 SIGNED_FRACTIONS = FRACTIONS[:21:2]  # fewer, as each leads to the best scale near it
 
@@ -33,7 +33,22 @@ def encoded(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.bucketize(x.contiguous(), middles).to(torch.uint8)
 
 
-class CodebookGrid(Grid[CodebookParams]):
+class OnCodebook(Grid[P]):
+    """Rounds to ``codebook[q] * scale``, with ``scale`` among its params and what else a subclass keeps of a block."""
+
+    codebook: Tensor  # (n,) float32, ascending
+
+    def encode(self, x: Tensor, params: Any) -> Tensor:
+        return encoded(x / params.scale, self.codebook)
+
+    def decode(self, codes: Tensor, params: Any) -> Tensor:
+        return self.codebook.to(params.scale)[codes.long()] * params.scale
+
+    def nearest(self, x: Tensor, params: Any) -> Tensor:
+        return self.decode(self.encode(x, params), params)
+
+
+class CodebookGrid(OnCodebook[CodebookParams]):
     """Rounds to any values: ``codebook[q] * scale``, as the optimizer states are stored.
 
     Args:
@@ -106,12 +121,3 @@ class CodebookGrid(Grid[CodebookParams]):
         ratio = (weighted * block).sum(-1, keepdim=True) / below
         size = torch.where((below > 0) & (ratio * params.scale > 0), ratio, params.scale).abs()
         return CodebookParams(self.storable(size).copysign(params.scale))
-
-    def encode(self, x: Tensor, params: CodebookParams) -> Tensor:
-        return encoded(x / params.scale, self.codebook)
-
-    def decode(self, codes: Tensor, params: CodebookParams) -> Tensor:
-        return self.codebook.to(params.scale)[codes.long()] * params.scale
-
-    def nearest(self, x: Tensor, params: CodebookParams) -> Tensor:
-        return self.decode(self.encode(x, params), params)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from opt8bit.quant.codebook import FLOATS
-from opt8bit.quant.codebook_grid import CodebookParams, encoded
-from opt8bit.quant.grid import Grid, best, checked_range
+from opt8bit.quant.codebook_grid import CodebookParams, OnCodebook
+from opt8bit.quant.grid import best, checked_range
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # in the order of their codes
 ZERO = len(MAGNITUDES) - 1  # the code of zero, among all values in ascending order
@@ -28,7 +28,7 @@ def e2m1() -> Tensor:
     return torch.cat([-positive[1:].flip(0), positive])
 
 
-class Float4Grid(Grid[P]):
+class Float4Grid(OnCodebook[P]):
     """Rounds to ``e2m1[q] * scale``: 0, ±½, ±1, ±1½, ±2, ±3, ±4 and ±6 times a scale of few bits.
 
     Args:
@@ -74,15 +74,6 @@ class Float4Grid(Grid[P]):
             for significand in self.significands
         )
         return best(self, block, importance, candidates, full)
-
-    def encode(self, x: Tensor, params: P) -> Tensor:
-        return encoded(x / params.scale, self.codebook)
-
-    def decode(self, codes: Tensor, params: P) -> Tensor:
-        return self.codebook.to(params.scale)[codes.long()] * params.scale
-
-    def nearest(self, x: Tensor, params: P) -> Tensor:
-        return self.decode(self.encode(x, params), params)
 
 
 class NVFP4Params(NamedTuple):

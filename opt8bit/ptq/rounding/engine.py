@@ -7,7 +7,20 @@ from typing import Generic
 
 from torch import Tensor
 
-from opt8bit.quant.grid import P
+from opt8bit.quant.grid import Grid, P, at
+
+
+def fitted(
+    grid: Grid[P],
+    weight: Tensor,  # (out, in)
+    group_size: int,
+    importance: Tensor | None = None,  # (in,)
+) -> P:
+    """Returns what :meth:`Engine.fit` does, in torch."""
+    groups = weight.unflatten(1, (-1, group_size))
+    if importance is not None:
+        importance = importance.to(weight.dtype).unflatten(0, groups.shape[1:])
+    return at(grid.fit(groups, importance), (..., 0))
 
 
 class Engine(ABC, Generic[P]):

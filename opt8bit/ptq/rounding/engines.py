@@ -10,10 +10,10 @@ from torch import Tensor
 from opt8bit.backends import rounding_kernels
 from opt8bit.ptq.rounding.compiled import CompiledEngine
 from opt8bit.ptq.rounding.coordinate_descent import descend
-from opt8bit.ptq.rounding.engine import Engine
+from opt8bit.ptq.rounding.engine import Engine, fitted
 from opt8bit.ptq.rounding.error_feedback import round_columns
 from opt8bit.ptq.rounding.shifted import ShiftedEngine
-from opt8bit.quant.grid import Grid, P, at
+from opt8bit.quant.grid import Grid, P
 from opt8bit.quant.superblocks import is_on_lines
 from opt8bit.quant.uniform import is_uniform
 
@@ -36,10 +36,7 @@ class PlainEngine(Engine[P]):
         self._grid = grid
 
     def fit(self, weight: Tensor, group_size: int, importance: Tensor | None = None) -> P:
-        groups = weight.unflatten(1, (-1, group_size))
-        if importance is not None:
-            importance = importance.to(weight.dtype).unflatten(0, groups.shape[1:])
-        return at(self._grid.fit(groups, importance), (..., 0))
+        return fitted(self._grid, weight, group_size, importance)
 
     def error_feedback(
         self, weight: Tensor, factor: Tensor, importance: Tensor, group_of: Tensor, params: P | None

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from opt8bit.backends.native import Native
 from opt8bit.ptq.rounding.compiled import CompiledEngine
-from opt8bit.ptq.rounding.engine import Engine
+from opt8bit.ptq.rounding.engine import Engine, fitted
 from opt8bit.ptq.rounding.error_feedback import round_columns
 from opt8bit.quant.evenly_spaced import EvenlySpaced
-from opt8bit.quant.grid import P, at
+from opt8bit.quant.grid import P
 from opt8bit.quant.uniform import UniformGrid, UniformParams
 
 HUGE = 1e30  # a step so large that only the lowest value is ever near
@@ -31,10 +31,7 @@ class ShiftedEngine(Engine[P]):
         self._from_zero = CompiledEngine(kernels, UniformGrid(grid.bits))
 
     def fit(self, weight: Tensor, group_size: int, importance: Tensor | None = None) -> P:
-        groups = weight.unflatten(1, (-1, group_size))
-        if importance is not None:
-            importance = importance.to(weight.dtype).unflatten(0, groups.shape[1:])
-        return at(self._grid.fit(groups, importance), (..., 0))
+        return fitted(self._grid, weight, group_size, importance)
 
     def error_feedback(
         self, weight: Tensor, factor: Tensor, importance: Tensor, group_of: Tensor, params: P | None
